@@ -1,0 +1,176 @@
+"""The configuration of ``optimize``: its fields, and where each value comes from.
+
+Precedence, highest first: command line, ``--config`` file, the model's preset (package data), defaults. This module
+imports neither torch nor optuna.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from lpsearch.errors import ConfigError
+
+__all__ = ["OptimizeConfig", "ResolvedConfig", "parse_layer_list", "resolve_config", "slug_of_model"]
+
+
+class OptimizeConfig(BaseModel):
+    """Everything that ``optimize`` can be told; the field names are the option names with underscores.
+
+    Attributes:
+        model: alias, hub id, directory or ``.gguf`` file.
+        budget: distinct finished plans of the study in total, the baseline included.
+        data: windows to search on: ``wikitext2``, a hub dataset, a local file or ``self``.
+        heldout: windows to report on; None takes what goes with ``data``.
+        windows: number of evaluation windows.
+        seq_len: tokens in a window.
+        max_group: most layers in a group.
+        metric: loss whose increase is searched: ``nll`` on the data or ``kl`` to the unmodified model.
+        objective: what is traded against the loss: ``depth`` or ``latency``.
+        sampler: name of the search method.
+        seed: seed of the search and of sampled data.
+        device: torch device, or ``auto``.
+        dtype: dtype of the weights, or ``auto``: bfloat16 where the device is fast at it.
+        freeze: layers that stay alone, e.g. ``0,1,28-29``.
+        enqueue: plan files to evaluate first.
+        latency: ``auto`` measures on the device, ``off`` does not, anything else is a profile file.
+        study: name of the Optuna study; None takes the model's.
+        out: directory of everything written; None takes ``studies/<model>``.
+        storage: SQLAlchemy URL; None takes ``study.db`` inside ``out``.
+        timeout: seconds after which no further trial starts.
+        trust_remote_code: run the model's own Python code from the hub.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(min_length=1)
+    budget: int = Field(default=200, ge=1)
+    data: str = Field(default="wikitext2", min_length=1)
+    heldout: str | None = None
+    windows: int = Field(default=16, ge=1)
+    seq_len: int = Field(default=2048, ge=2)
+    max_group: int = Field(default=2, ge=2)
+    metric: Literal["nll", "kl"] = "nll"
+    objective: Literal["depth", "latency"] = "depth"
+    sampler: Literal["pairset", "nsga2", "tpe", "random", "window"] = "pairset"
+    seed: int = Field(default=0, ge=0)
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    freeze: tuple[int, ...] = ()
+    enqueue: tuple[Path, ...] = ()
+    latency: str = "auto"
+    study: str | None = None
+    out: Path | None = None
+    storage: str | None = None
+    timeout: float | None = Field(default=None, gt=0)
+    trust_remote_code: bool = False
+
+    @field_validator("freeze", mode="before")
+    @classmethod
+    def _parse_freeze(cls, value: Any) -> Any:
+        return parse_layer_list(value) if isinstance(value, str) else value
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """A configuration and which of its fields the user named.
+
+    Attributes:
+        values: the configuration after precedence.
+        explicit: fields that the command line or the ``--config`` file set. The others may give way to what a study
+            recorded when it was begun.
+    """
+
+    values: OptimizeConfig
+    explicit: frozenset[str]
+
+
+def resolve_config(*, command_line: Mapping[str, Any], config_file: Path | None = None) -> ResolvedConfig:
+    """Merge command line, configuration file, preset and defaults, in that order of precedence.
+
+    Args:
+        command_line: the options that were given; None means not given.
+        config_file: a TOML file of the same names.
+
+    Raises:
+        ConfigError: for an unreadable file, an unknown name, an impossible value or no model.
+    """
+    given = {name: value for name, value in command_line.items() if value is not None}
+    from_file = _read_toml(config_file) if config_file is not None else {}
+    named = {**from_file, **given}
+    if "model" not in named:
+        raise ConfigError("no model was named; give --model ALIAS (`lpsearch models` lists them), a hub id or a path")
+    preset = load_preset(str(named["model"]))
+    try:
+        values = OptimizeConfig.model_validate({**preset, **named})
+    except ValidationError as error:
+        raise ConfigError(_describe(error)) from None
+    if values.objective == "latency" and values.latency == "off":
+        raise ConfigError("--objective latency needs a latency to optimise; drop --latency off")
+    return ResolvedConfig(values, frozenset(named))
+
+
+def load_preset(model: str) -> dict[str, Any]:
+    """Return the packaged settings of an alias; empty for any other model.
+
+    Args:
+        model: alias, hub id or path.
+    """
+    preset = resources.files("lpsearch.presets") / f"{model}.toml"
+    if "/" in model or not preset.is_file():
+        return {}
+    return tomllib.loads(preset.read_text(encoding="utf-8"))
+
+
+def slug_of_model(model: str) -> str:
+    """Return the name of a model's directory under ``studies/``: its alias, or the last part of its id or path.
+
+    Args:
+        model: alias, hub id or path, e.g. ``meta-llama/Llama-2-7b-hf`` gives ``Llama-2-7b-hf``.
+    """
+    name = Path(model).expanduser().name
+    return name.removesuffix(".gguf") or "model"
+
+
+def parse_layer_list(text: str) -> tuple[int, ...]:
+    """Parse a list of layers such as ``0,1,28-29`` (ranges include both ends).
+
+    Raises:
+        ValueError: for anything else.
+    """
+    layers: set[int] = set()
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+            raise ValueError(f"{part!r} is no layer or range of layers; write e.g. 0,1,28-29")
+        layers.update(range(int(first), int(last or first) + 1))
+    return tuple(sorted(layers))
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: not a readable TOML file: {error}") from None
+    return {name.replace("-", "_"): value for name, value in values.items()}
+
+
+def _describe(error: ValidationError) -> str:
+    """Put pydantic's findings into one line, in the names of the options."""
+    findings = []
+    for item in error.errors(include_url=False):
+        option = "--" + str(item["loc"][0]).replace("_", "-")
+        if item["type"] == "extra_forbidden":
+            known = ", ".join(name.replace("_", "-") for name in OptimizeConfig.model_fields)
+            findings.append(f"{option} is not an option; known: {known}")
+        else:
+            findings.append(f"{option}: {item['msg']}, got {item['input']!r}")
+    return "; ".join(findings)

@@ -1,0 +1,1 @@
+"""Tests of lpsearch, laid out as the package is."""

@@ -1,0 +1,43 @@
+"""What the package promises as a whole: its names, its layering, and an import that stays light."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import lpsearch
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_public_names_are_pinned() -> None:
+    assert lpsearch.__all__ == [
+        "Plan",
+        "applied_plan",
+        "apply_plan",
+        "load_plan",
+        "run_study",
+        "save_plan",
+        "undo_plan",
+    ]
+    assert lpsearch.__all__ == dir(lpsearch)
+    for name in lpsearch.__all__:
+        assert callable(getattr(lpsearch, name))
+    modules = {path.stem for path in (ROOT / "lpsearch").iterdir()}
+    assert modules.isdisjoint(lpsearch.__all__), "an exported name shadows a module"
+
+
+def test_import_loads_neither_torch_nor_optuna() -> None:
+    code = (
+        "import sys, lpsearch, lpsearch.plan, lpsearch.config, lpsearch.commands.app; "
+        "sys.exit(' '.join(sorted({'torch', 'optuna', 'transformers'} & set(sys.modules))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_layering() -> None:
+    lint = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([lint], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,129 @@
+"""The plan and the plan file."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib import resources
+from pathlib import Path
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lpsearch.errors import PlanError
+from lpsearch.plan import ModelIdentity, Plan, PlanMetadata, build_plan_schema, load_plan, parse_plan, save_plan
+
+METADATA = PlanMetadata(model=ModelIdentity(id="owner/tiny", num_layers=4, fingerprint="aa-bb"))
+
+
+@st.composite
+def partitions(draw: st.DrawFn) -> tuple[int, frozenset[int]]:
+    num_layers = draw(st.integers(1, 40))
+    joins = draw(st.frozensets(st.integers(0, max(0, num_layers - 2)), max_size=num_layers - 1))
+    return num_layers, joins if num_layers > 1 else frozenset()
+
+
+@given(partitions())
+def test_joins_and_groups_round_trip(partition: tuple[int, frozenset[int]]) -> None:
+    num_layers, joins = partition
+    plan = Plan.from_joins(num_layers, joins)
+    assert set(plan.joins) == joins
+    assert [layer for group in plan.groups for layer in group] == list(range(num_layers))
+    for layer in range(num_layers - 1):
+        together = any(layer in group and layer + 1 in group for group in plan.groups)
+        assert together == (layer in joins)
+    assert Plan.from_groups(json.loads(plan.to_groups_json())) == plan
+    assert plan.num_joins == len(joins)
+    assert plan.depth == num_layers - len(joins)
+    assert plan.depth_reduction == pytest.approx(len(joins) / num_layers)
+
+
+def test_pairs_of_a_small_model() -> None:
+    plan = Plan.from_groups([[0], [1, 2], [3]])
+    assert plan.joins == (1,)
+    assert plan.to_groups_json() == "[[0],[1,2],[3]]"
+    assert (plan.num_layers, plan.depth, plan.depth_reduction, plan.max_group) == (4, 3, 0.25, 2)
+    assert Plan.baseline(4).joins == ()
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([], "groups is empty"),
+        ([[0], [], [1]], "empty group stands before layer 1"),
+        ([[0], [1, 2], [2, 3]], "layer 2 is in groups [1, 2] and [2, 3]; each layer appears once"),
+        ([[0], [2, 3]], "layer 2 in group [2, 3] stands where layer 1 belongs"),
+        ([[1, 0]], "layer 1 in group [1, 0] stands where layer 0 belongs"),
+        ([[0], [1, 3], [2]], "layer 3 in group [1, 3] stands where layer 2 belongs"),
+        ([[0], ["1"]], "holds '1'"),
+        ([[0], [True]], "holds True"),
+        ([0, 1], "list of lists"),
+    ],
+)
+def test_groups_that_are_no_partition_are_refused(groups: list, message: str) -> None:
+    with pytest.raises(PlanError, match=re.escape(message)):
+        Plan.from_groups(groups)
+
+
+@pytest.mark.parametrize("join", [-1, 3, 7])
+def test_joins_outside_the_model_are_refused(join: int) -> None:
+    with pytest.raises(PlanError, match=re.escape("outside [0, 3)")):
+        Plan.from_joins(4, [join])
+
+
+def test_saved_plan_loads_equal_and_obeys_the_published_schema(tmp_path: Path) -> None:
+    plan = Plan.from_groups([[0], [1, 2], [3]], metadata=METADATA)
+    save_plan(plan, tmp_path / "plan.json")
+    loaded = load_plan(tmp_path / "plan.json")
+    assert loaded == plan
+    assert loaded.metadata == METADATA
+    assert load_plan(tmp_path) == plan  # a directory that holds plan.json will do
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
+    schema = json.loads((resources.files("lpsearch") / "plan.schema.json").read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(json.loads((tmp_path / "plan.json").read_text(encoding="utf-8")), schema)
+
+
+def test_checked_in_schema_is_the_models_own() -> None:
+    schema = json.loads((resources.files("lpsearch") / "plan.schema.json").read_text(encoding="utf-8"))
+    assert schema == build_plan_schema(), "run `lpsearch plan schema > lpsearch/plan.schema.json`"
+
+
+def test_a_plan_without_a_model_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="names the model"):
+        save_plan(Plan.baseline(4), tmp_path / "plan.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 2}, "schema_version is 2, this lpsearch reads 1"),
+        ({"colour": "red"}, "unknown field colour"),
+        ({"groups": [[0], [1, 2], [2, 3]]}, "layer 2 is in groups [1, 2] and [2, 3]"),
+        ({"groups": [[0], [1, 2]]}, "groups cover 3 layers but model.num_layers is 4"),
+        ({"groups": [[0], [1, "2"], [3]]}, "field groups.1.1"),
+        ({"depth": 4}, "set depth to 3"),
+        ({"depth_reduction": 0.5}, "1 - depth / num_layers is 0.250000"),
+        ({"model": {"id": "x", "num_layers": 4}}, "field model.fingerprint is missing"),
+    ],
+)
+def test_documents_that_contradict_themselves_are_refused(change: dict, message: str) -> None:
+    document = Plan.from_groups([[0], [1, 2], [3]], metadata=METADATA).to_file_dict() | change
+    with pytest.raises(PlanError, match=re.escape(message)) as caught:
+        parse_plan(document, where="some.json")
+    assert str(caught.value).startswith("some.json: ")
+    assert caught.value.exit_code == 2
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="no such plan file"):
+        load_plan(tmp_path / "none.json")
+    (tmp_path / "half.json").write_text('{"schema_version": 1,', encoding="utf-8")
+    with pytest.raises(PlanError, match="half.json: not JSON"):
+        load_plan(tmp_path / "half.json")
+    (tmp_path / "list.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(PlanError, match="one JSON object, got list"):
+        load_plan(tmp_path / "list.json")

@@ -1,0 +1,9 @@
+"""Every numerical tolerance that a test uses, with the reason for its size."""
+
+from __future__ import annotations
+
+FLOAT32_LOGITS = 2e-5
+"""Largest absolute difference of float32 logits that differ by the order of a few additions."""
+
+NLL_NATS_PER_TOKEN = 5e-5
+"""Published baselines are given to four decimals of a nat."""
