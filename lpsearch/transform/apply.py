@@ -1,0 +1,247 @@
+"""Apply a plan to a Hugging Face model in place, and undo it.
+
+``model.layers`` keeps its length and its modules, since models look up masks, rotary embeddings and caches by layer
+index. Each layer of a group of two or more gets a ``forward`` of its own, an instance attribute that stands before the
+class's: the group's first slots keep the arguments that the model made for them and return the hidden states as they
+came; the last slot runs the whole group. Every member is run with its own keyword arguments and so with its own mask,
+rotary embedding and cache slot. Layers alone in their group are not touched. Weights, ``state_dict`` keys and what
+``save_pretrained`` writes are those of the unmodified model.
+
+Under a plan, ``output_hidden_states`` gives the hidden states after each slot: within a group they repeat the group's
+input, after its last slot they are its output. A model runs one forward at a time, as with its cache.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from lpsearch.errors import ModelError, PlanError
+from lpsearch.models.families import (
+    DecoderBlock,
+    build_blocks,
+    check_family,
+    get_decoder,
+    get_decoder_layers,
+    run_group,
+)
+from lpsearch.models.fingerprint import fingerprint_model, fingerprints_match
+from lpsearch.plan import Plan
+
+__all__ = ["applied_plan", "apply_plan", "check_plan_model", "undo_plan"]
+
+_LOGGER = logging.getLogger(__name__)
+
+_Model = TypeVar("_Model", bound=PreTrainedModel)
+
+
+def apply_plan(model: _Model, plan: Plan) -> _Model:
+    """Make a model run under a plan; a plan applied before is replaced.
+
+    The first call on a model runs the self-test of its family (two short forwards); later ones only exchange the
+    layers' ``forward``. A plan with metadata is checked against the model's fingerprint each time.
+
+    Args:
+        model: a decoder-only transformers model; changed in place.
+        plan: the groups of layers to run in parallel.
+
+    Returns:
+        The same model.
+
+    Raises:
+        PlanError: if the plan is for another model.
+        FamilyError: if the model's decoder layers are not understood.
+        ModelError: if something else has replaced a layer's ``forward``.
+    """
+    check_plan_model(plan, model)
+    _check_forwards(model)
+    if _find_application(model) is None:  # otherwise it passed when the other plan was applied
+        check_family(model)
+    _replace_application(model, plan)
+    return model
+
+
+def undo_plan(model: _Model) -> _Model:
+    """Give a model back the ``forward`` of its layers, exactly as before any plan; without one, do nothing.
+
+    Raises:
+        FamilyError: if the model has no list of decoder layers.
+    """
+    _replace_application(model, None)
+    return model
+
+
+@contextmanager
+def applied_plan(model: _Model, plan: Plan) -> Generator[_Model, None, None]:
+    """Run a model under a plan within a ``with`` block, then under what was applied before it.
+
+    Args:
+        model: a decoder-only transformers model; changed in place.
+        plan: the groups of layers to run in parallel.
+
+    Yields:
+        The same model.
+
+    Raises:
+        PlanError: as :func:`apply_plan`, before anything is changed.
+        FamilyError: as :func:`apply_plan`, before anything is changed.
+        ModelError: as :func:`apply_plan`, before anything is changed.
+    """
+    application = _find_application(model)
+    apply_plan(model, plan)
+    try:
+        yield model
+    finally:
+        _replace_application(model, application.plan if application is not None else None)
+
+
+def check_plan_model(plan: Plan, model: PreTrainedModel) -> None:
+    """Check that a plan is for a model: the number of layers, and the fingerprint if the plan names one.
+
+    Raises:
+        PlanError: saying which model the plan is for.
+        FamilyError: if the model has no list of decoder layers.
+    """
+    num_layers = len(get_decoder_layers(model))
+    meant_for = plan.metadata.model if plan.metadata is not None else None
+    name = f"the plan is for {meant_for.id}, but" if meant_for is not None else "the plan does not fit:"
+    if plan.num_layers != num_layers:
+        raise PlanError(
+            f"{name} its groups cover {plan.num_layers} layers and this model ({type(model).__name__}) has "
+            f"{num_layers}; load the model that it was made for, or search a plan for this one"
+        )
+    if meant_for is None:
+        return
+    fingerprint = fingerprint_model(model)
+    if not fingerprints_match(fingerprint, meant_for.fingerprint, dtype=model.dtype):
+        raise PlanError(
+            f"{name} this model ({type(model).__name__}) has other weights or another geometry: its fingerprint is "
+            f"{fingerprint}, expected {meant_for.fingerprint}; load {meant_for.id}"
+            f"{f' at revision {meant_for.revision}' if meant_for.revision else ''}, or search a plan for this model"
+        )
+
+
+@dataclass
+class _LayerGroup:
+    """Layers that run together, and what has been kept for them in the forward under way."""
+
+    blocks: tuple[DecoderBlock, ...]
+    kept: list[dict[str, Any]] = field(default_factory=list)
+
+    def visit(self, position: int, hidden_states: Tensor, layer_kwargs: dict[str, Any]) -> Tensor:
+        """Keep the arguments of one slot, or at the last slot run the group.
+
+        Args:
+            position: of the slot within the group.
+            hidden_states: (batch, seq, hidden), the same in every slot of the group.
+            layer_kwargs: the keyword arguments that the model passed to the slot's layer.
+
+        Returns:
+            (batch, seq, hidden): the input, or after the last slot the group's output.
+        """
+        if position == 0:
+            self.kept.clear()
+            self._refuse_checkpointing()
+        if len(self.kept) != position:
+            raise RuntimeError(
+                f"slot {position} of a group of {len(self.blocks)} layers ran after {len(self.kept)} of its slots; "
+                "the layers under a plan run in order, each once a forward"
+            )
+        self.kept.append(layer_kwargs)
+        if position < len(self.blocks) - 1:
+            return hidden_states
+        kept, self.kept = self.kept, []
+        return run_group(self.blocks, hidden_states, kept)
+
+    def _refuse_checkpointing(self) -> None:
+        # It recomputes each layer by itself in the backward pass, last layer first; a slot cannot be.
+        for block in self.blocks:
+            if block.layer.training and getattr(block.layer, "gradient_checkpointing", False):
+                raise ModelError(
+                    "gradient checkpointing is on, and it would recompute the layers of a group one by one; expected "
+                    "it off for training under a plan: call model.gradient_checkpointing_disable()"
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class _Application:
+    """A plan as it stands on a model; found through the slots, so that it goes where the layers go."""
+
+    plan: Plan
+    groups: tuple[_LayerGroup, ...]
+    forget_handle: RemovableHandle
+
+
+@dataclass(frozen=True, eq=False)
+class _Slot:
+    """What stands in for the ``forward`` of one layer of a group.
+
+    An object and not a closure, so that a deep copy of the model has slots that refer to the copied layers.
+    """
+
+    application: _Application
+    group: _LayerGroup
+    position: int
+
+    def __call__(self, hidden_states: Tensor, **layer_kwargs: Any) -> Tensor:
+        return self.group.visit(self.position, hidden_states, layer_kwargs)
+
+
+@dataclass(frozen=True, eq=False)
+class _Forget:
+    """Forward hook of the decoder that drops what a forward broken off by an exception left behind."""
+
+    groups: tuple[_LayerGroup, ...]
+
+    def __call__(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for group in self.groups:
+            group.kept.clear()
+
+
+def _find_application(model: PreTrainedModel) -> _Application | None:
+    """Return the plan that stands on a model; None without one, or with every layer alone."""
+    for layer in get_decoder_layers(model):
+        forward = layer.__dict__.get("forward")
+        if isinstance(forward, _Slot):
+            return forward.application
+    return None
+
+
+def _check_forwards(model: PreTrainedModel) -> None:
+    """Refuse a layer whose ``forward`` another library replaced, since running its parts would pass that by."""
+    for layer_idx, layer in enumerate(get_decoder_layers(model)):
+        forward = layer.__dict__.get("forward")
+        if forward is not None and not isinstance(forward, _Slot):
+            raise ModelError(
+                f"layer {layer_idx} ({type(layer).__name__}) has a forward that is not its class's, as accelerate "
+                "gives the layers of a model that it spreads over devices or offloads; expected the class's own: load "
+                "the model on one device, without a device_map that splits it"
+            )
+
+
+def _replace_application(model: PreTrainedModel, plan: Plan | None) -> None:
+    """Take off the plan that stands on a model and put on another, or none."""
+    layers = get_decoder_layers(model)
+    standing = _find_application(model)
+    if standing is not None:
+        standing.forget_handle.remove()
+        for layer in layers:
+            if isinstance(layer.__dict__.get("forward"), _Slot):
+                del layer.forward
+    if plan is None or plan.num_joins == 0:
+        return
+    blocks = build_blocks(model)
+    groups = tuple(_LayerGroup(tuple(blocks[i] for i in group)) for group in plan.groups if len(group) > 1)
+    handle = get_decoder(model).register_forward_hook(_Forget(groups), always_call=True)
+    application = _Application(plan, groups, handle)
+    for group in groups:
+        for position, block in enumerate(group.blocks):
+            block.layer.__dict__["forward"] = _Slot(application, group, position)
+    _LOGGER.debug("%s runs %d layers in %d groups", type(model).__name__, plan.num_layers, plan.depth)
