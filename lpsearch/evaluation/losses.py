@@ -74,7 +74,7 @@ def compute_paired_delta(plan_losses: Sequence[float], base_losses: Sequence[flo
     """
     if len(plan_losses) != len(base_losses) or not plan_losses:
         raise ValueError(
-            f"paired losses need the same windows, got {len(plan_losses)} of the plan and {len(base_losses)} of the base"
+            f"paired losses need the same windows, got {len(plan_losses)} of the plan, {len(base_losses)} of the base"
         )
     differences = np.asarray(plan_losses, dtype=np.float64) - np.asarray(base_losses, dtype=np.float64)
     if len(differences) == 1:

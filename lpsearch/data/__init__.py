@@ -1,0 +1,7 @@
+"""Evaluation windows: from a hub dataset, from a local file, or sampled from the model itself."""
+
+from __future__ import annotations
+
+from lpsearch.data.windows import Windows, build_windows
+
+__all__ = ["Windows", "build_windows"]

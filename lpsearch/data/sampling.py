@@ -1,0 +1,176 @@
+"""Windows that are sampled from the model itself (``--data self``).
+
+The tokens are drawn from the model's own distribution p, unaltered: temperature 1, no top-k, no top-p. Then the mean of
+log p(x_t | x_<t) - log q(x_t | x_<t) over the sampled tokens, the delta_nll of a plan's distribution q, is an unbiased
+estimate of KL(p || q) a token, by the chain rule of the divergence. It needs no text and no download. The end-of-text
+token is a token like any other here: stopping at it would condition p on something else, and windows have one length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lpsearch.data.windows import Windows
+from lpsearch.errors import ModelError
+from lpsearch.models import fingerprint_model
+from lpsearch.models.cache import cache_directory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["load_or_sample_windows", "sample_tokens"]
+
+_logger = logging.getLogger(__name__)
+
+_MAX_BATCH_SIZE = 32
+
+
+def load_or_sample_windows(
+    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    num_windows: int,
+    seq_len: int,
+    role: str,
+    seed: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Windows:
+    """Return the sampled windows of this model, seed and role, from the user's cache if they are there.
+
+    Args:
+        model: the unmodified model.
+        tokenizer: its tokenizer, for the token that every window begins with.
+        num_windows: number of windows.
+        seq_len: tokens in a window, the first included.
+        role: ``proxy`` or ``heldout``; the two are drawn from different seeds.
+        seed: seed of the study.
+        on_progress: called with steps done and steps in all.
+
+    Raises:
+        ModelError: if neither tokenizer nor model names a token to begin with.
+    """
+    dtype = str(model.dtype).removeprefix("torch.")
+    provenance = {"role": role, "seed": seed, "dtype": dtype, "fingerprint": fingerprint_model(model)}
+    key = "-".join(str(part) for part in (*provenance.values(), num_windows, seq_len))
+    path = cache_directory() / "windows" / f"self-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
+    input_ids = _load_cached(path, (num_windows, seq_len))
+    if input_ids is None:
+        _logger.info("sampling %d %s windows of %d tokens from the model", num_windows, role, seq_len)
+        input_ids = sample_tokens(
+            model=model,
+            first_token=_find_first_token(model, tokenizer),
+            num_windows=num_windows,
+            seq_len=seq_len,
+            generator=_make_generator(seed, role),
+            on_progress=on_progress,
+        )
+        _store(path, input_ids)
+    return Windows(input_ids, "self", provenance)
+
+
+@torch.inference_mode()
+def sample_tokens(
+    *,
+    model: PreTrainedModel,
+    first_token: int,
+    num_windows: int,
+    seq_len: int,
+    generator: torch.Generator,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> npt.NDArray[np.int32]:
+    """Sample sequences from a model by inverting its cumulative distribution.
+
+    All uniform numbers are drawn first, on the CPU, one a window and position, so that the device and the batches
+    change the result only through the rounding of the logits.
+
+    Args:
+        model: a causal language model in eval mode.
+        first_token: token that every sequence begins with.
+        num_windows: number of sequences.
+        seq_len: tokens in a sequence, the first included.
+        generator: CPU generator of the uniform numbers.
+        on_progress: called with steps done and steps in all.
+
+    Returns:
+        Tokens, int32, ``(num_windows, seq_len)``.
+    """
+    uniforms = torch.rand((num_windows, seq_len - 1), generator=generator, dtype=torch.float64)
+    tokens = torch.full((num_windows, seq_len), first_token, dtype=torch.long)
+    batches = torch.split(torch.arange(num_windows), _MAX_BATCH_SIZE)
+    num_steps = len(batches) * (seq_len - 1)
+    for batch_index, rows in enumerate(batches):
+        past_key_values = None
+        for position in range(1, seq_len):
+            outputs = model(
+                input_ids=tokens[rows, position - 1 : position].to(model.device),
+                past_key_values=past_key_values,
+                use_cache=True,
+            )
+            past_key_values = outputs.past_key_values
+            cumulative = outputs.logits[:, -1].double().softmax(dim=-1).cumsum(dim=-1)  # (batch, vocab)
+            # Scaled by the last value, which rounding leaves near 1; `right` skips tokens of probability zero.
+            thresholds = uniforms[rows, position - 1 : position].to(cumulative.device) * cumulative[:, -1:]
+            drawn = torch.searchsorted(cumulative, thresholds, right=True)
+            tokens[rows, position] = drawn.squeeze(1).clamp(max=cumulative.shape[1] - 1).cpu()
+            if on_progress is not None:
+                on_progress(batch_index * (seq_len - 1) + position, num_steps)
+    return tokens.numpy().astype(np.int32)
+
+
+def _find_first_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return BOS, or what stands in for it: models without one are trained on texts that follow an EOS."""
+    config = model.config.get_text_config()
+    candidates = (
+        tokenizer.bos_token_id,
+        getattr(config, "bos_token_id", None),
+        tokenizer.eos_token_id,
+        getattr(config, "eos_token_id", None),
+    )
+    for token in candidates:
+        if isinstance(token, int):
+            return token
+    raise ModelError("--data self needs a BOS or EOS token to begin with and the tokenizer has none; give --data FILE")
+
+
+def _make_generator(seed: int, role: str) -> torch.Generator:
+    """Return a generator whose stream differs between roles of one seed, and between seeds."""
+    digest = hashlib.sha256(f"{role}:{seed}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _load_cached(path: Path, shape: tuple[int, int]) -> npt.NDArray[np.int32] | None:
+    try:
+        input_ids: npt.NDArray[np.int32] = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError) as error:
+        _logger.warning("%s cannot be read (%s); sampling the windows again", path, error)
+        return None
+    if input_ids.shape != shape or input_ids.dtype != np.int32:
+        _logger.warning("%s holds other windows than its name says; sampling them again", path)
+        return None
+    return input_ids
+
+
+def _store(path: Path, input_ids: npt.NDArray[np.int32]) -> None:
+    """Write the cache file whole or not at all; a cache that cannot be written only costs time later."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as stream:
+            np.save(stream, input_ids)
+        temporary.replace(path)
+    except OSError as error:
+        _logger.warning("sampled windows were not cached: %s", error)
+        with contextlib.suppress(OSError):
+            temporary.unlink()

@@ -1,0 +1,223 @@
+"""The proxy: losses of a model under a plan on fixed windows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+
+from lpsearch.data import Windows
+from lpsearch.errors import FamilyError, LpsearchError
+from lpsearch.evaluation.losses import WindowLosses
+from lpsearch.plan import Plan
+from lpsearch.transform import applied_plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+__all__ = ["ModelEvaluator"]
+
+_LOGIT_CHUNK_BYTES = 64 << 20
+_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+_CHECKED_TOKENS = 8
+
+
+class ModelEvaluator:
+    """Evaluates plans on the windows it holds, with the model it holds; a :class:`~.losses.PlanEvaluator`.
+
+    The decoder runs on whole windows; the output head and the losses run on chunks of positions, so that of the logits,
+    by far the largest tensor at vocabularies of 256k, only 64 MiB in float32 exist at a time. For KL(base || plan) the
+    base model's last hidden states are kept (``hidden_size`` numbers a token, about a hundredth of the logits) and its
+    logits are computed again beside the plan's, which costs one more head and no second run of the layers.
+
+    Args:
+        model: the unmodified model, in eval mode; a plan is applied to it in place during an evaluation.
+        windows: what to evaluate on.
+        metric: ``kl`` to measure KL(base || plan) as well.
+        batch_size: windows in a forward pass; None takes 4096 tokens on a CPU and 16384 on a GPU. Results depend on it
+            through rounding only.
+
+    Raises:
+        FamilyError: if the model's head cannot be run apart from its layers.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        windows: Windows,
+        metric: Literal["nll", "kl"] = "nll",
+        batch_size: int | None = None,
+    ) -> None:
+        """Check that the model's head can be run apart from its layers."""
+        self._model = model
+        self._windows = windows
+        self._metric = metric
+        batch_tokens = _BATCH_TOKENS.get(model.device.type, _BATCH_TOKENS["cpu"])
+        self._batch_size = batch_size or max(1, batch_tokens // windows.seq_len)
+        self._base_hidden_states: dict[int, torch.Tensor] = {}  # by window, each (seq - 1, hidden)
+        self._check_head()
+
+    @property
+    def num_windows(self) -> int:
+        """Number of windows that ``window_indices`` may name."""
+        return self._windows.num_windows
+
+    @property
+    def windows(self) -> Windows:
+        """The windows themselves."""
+        return self._windows
+
+    @torch.inference_mode()
+    def evaluate_windows(self, plan: Plan, window_indices: Sequence[int]) -> WindowLosses:
+        """Evaluate a plan on some of the windows.
+
+        Args:
+            plan: a plan for the evaluator's model.
+            window_indices: which windows, each in ``[0, num_windows)``.
+
+        Returns:
+            One loss a window, in the order of ``window_indices``. A plan that overflows the dtype has losses that are
+            not finite.
+
+        Raises:
+            IndexError: for a window that does not exist.
+            LpsearchError: if the device runs out of memory.
+        """
+        for index in window_indices:
+            if not 0 <= index < self.num_windows:
+                raise IndexError(f"window {index} is outside [0, {self.num_windows})")
+        try:
+            if self._metric == "kl":
+                self._remember_base(window_indices)
+            losses: list[tuple[float, float | None]] = []
+            with applied_plan(self._model, plan):
+                for batch in self._split(window_indices):
+                    hidden_states = self._run_decoder(batch)
+                    losses += [
+                        self._compute_losses(index, row) for index, row in zip(batch, hidden_states, strict=True)
+                    ]
+        except torch.OutOfMemoryError as error:
+            raise LpsearchError(
+                f"{self._model.device} ran out of memory on {self._batch_size} windows of {self._windows.seq_len} "
+                f"tokens ({str(error).splitlines()[0]}); lower --seq-len, or use --dtype bfloat16 or a larger device"
+            ) from None
+        divergences = tuple(kl for _, kl in losses if kl is not None)
+        return WindowLosses(
+            nll_nats_per_token=tuple(nll for nll, _ in losses),
+            kl_nats_per_token=divergences if self._metric == "kl" else None,
+            tokens_per_window=self._windows.seq_len - 1,
+        )
+
+    def _split(self, window_indices: Sequence[int]) -> Iterator[list[int]]:
+        for start in range(0, len(window_indices), self._batch_size):
+            yield list(window_indices[start : start + self._batch_size])
+
+    def _remember_base(self, window_indices: Sequence[int]) -> None:
+        missing = [index for index in window_indices if index not in self._base_hidden_states]
+        for batch in self._split(missing):
+            for index, row in zip(batch, self._run_decoder(batch), strict=True):
+                self._base_hidden_states[index] = row.clone()
+
+    def _run_decoder(self, window_indices: Sequence[int]) -> torch.Tensor:
+        """Return the last hidden states at the predicting positions, ``(batch, seq - 1, hidden)``."""
+        input_ids = self._input_ids(window_indices)
+        return cast(torch.Tensor, _run_decoder(self._model, input_ids).last_hidden_state)[:, :-1]
+
+    def _input_ids(self, window_indices: Sequence[int]) -> torch.Tensor:
+        rows = self._windows.input_ids[list(window_indices)]
+        return torch.from_numpy(rows).to(device=self._model.device, dtype=torch.long)
+
+    def _compute_losses(self, window_index: int, hidden_states: torch.Tensor) -> tuple[float, float | None]:
+        """Return mean NLL and mean KL, or None, of one window in nats per token.
+
+        Args:
+            window_index: the window.
+            hidden_states: its last hidden states under the plan, ``(seq - 1, hidden)``.
+        """
+        targets = self._input_ids([window_index])[0, 1:]  # (seq - 1,)
+        base = self._base_hidden_states[window_index] if self._metric == "kl" else None
+        chunk_len = max(1, _LOGIT_CHUNK_BYTES // (4 * self._vocab_size))
+        nll_sum = torch.zeros((), dtype=torch.float64, device=targets.device)
+        kl_sum = torch.zeros_like(nll_sum)
+        for start in range(0, len(targets), chunk_len):
+            chunk = slice(start, start + chunk_len)
+            log_probs = self._compute_log_probs(hidden_states[chunk])  # (chunk, vocab)
+            nll_sum += F.nll_loss(log_probs, targets[chunk], reduction="sum")
+            if base is not None:
+                base_log_probs = self._compute_log_probs(base[chunk])
+                kl_sum += F.kl_div(log_probs, base_log_probs, reduction="sum", log_target=True)
+        mean_kl = None if base is None else float(kl_sum) / len(targets)
+        return float(nll_sum) / len(targets), mean_kl
+
+    def _compute_log_probs(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return float32 log-probabilities ``(positions, vocab)`` of last hidden states ``(positions, hidden)``."""
+        logits = _run_head(self._model, self._decoder_output, hidden_states[None])[0]
+        return F.log_softmax(logits, dim=-1, dtype=torch.float32)
+
+    @torch.inference_mode()
+    def _check_head(self) -> None:
+        """Learn the decoder's kind of output, and refuse a family whose head needs more than its hidden states."""
+        input_ids = self._input_ids([0])[:, :_CHECKED_TOKENS]
+        expected = self._model(input_ids=input_ids, use_cache=False).logits
+        self._decoder_output = _run_decoder(self._model, input_ids)
+        logits = _run_head(
+            self._model, self._decoder_output, cast(torch.Tensor, self._decoder_output.last_hidden_state)
+        )
+        self._vocab_size = int(expected.shape[-1])
+        if not torch.equal(logits.isnan(), expected.isnan()) or not torch.allclose(
+            logits.float(), expected.float(), rtol=1e-2, atol=1e-2, equal_nan=True
+        ):
+            raise FamilyError(
+                f"{type(self._model).__name__}: its output head gives other logits when it is run apart from its "
+                "layers, so lpsearch cannot evaluate it; supported families are listed in the README"
+            )
+
+
+def _run_decoder(model: PreTrainedModel, input_ids: torch.Tensor) -> BaseModelOutputWithPast:
+    """Run embedding, layers and final norm on ``input_ids`` ``(batch, seq)``."""
+    return cast("BaseModelOutputWithPast", model.base_model(input_ids=input_ids, use_cache=False))
+
+
+def _run_head(
+    model: PreTrainedModel, decoder_output: BaseModelOutputWithPast, hidden_states: torch.Tensor
+) -> torch.Tensor:
+    """Run the output head alone, with whatever the family does to its logits (soft-capping, scaling).
+
+    Args:
+        model: the causal language model.
+        decoder_output: an output of its decoder, whose other fields stay as they are.
+        hidden_states: last hidden states, ``(batch, seq, hidden)``.
+
+    Returns:
+        Logits, ``(batch, seq, vocab)``, in the model's dtype.
+    """
+    output = dataclasses.replace(cast(Any, decoder_output), last_hidden_state=hidden_states)
+    placeholder = torch.zeros(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)
+    with _decoder_returning(model, output):
+        return cast(torch.Tensor, model(input_ids=placeholder, use_cache=False).logits)
+
+
+@contextmanager
+def _decoder_returning(model: PreTrainedModel, output: BaseModelOutputWithPast) -> Iterator[None]:
+    """Let the model's decoder return ``output`` without running.
+
+    Every causal language model of transformers is a decoder, ``base_model``, and a few lines of its own that turn
+    hidden states into logits. Replacing the decoder runs those lines, rather than a copy of them a family.
+    """
+    decoder: Any = model.base_model
+    had_own_forward = "forward" in decoder.__dict__  # e.g. set by accelerate
+    own_forward = decoder.__dict__.get("forward")
+    decoder.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        if had_own_forward:
+            decoder.forward = own_forward
+        else:
+            del decoder.forward
