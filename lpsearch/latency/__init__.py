@@ -1,0 +1,44 @@
+"""What a plan saves in time: measured at a few depths, fitted, estimated for every plan.
+
+The names below are imported on first use, so that estimating from a profile needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lpsearch.latency.measure import measure_profile
+    from lpsearch.latency.model import LatencyModel
+    from lpsearch.latency.profile import LatencyProfile, check_profile_geometry, load_profile, save_profile
+
+__all__ = [
+    "LatencyModel",
+    "LatencyProfile",
+    "check_profile_geometry",
+    "load_profile",
+    "measure_profile",
+    "save_profile",
+]
+
+_MODULE_OF = {
+    "LatencyModel": "model",
+    "LatencyProfile": "profile",
+    "check_profile_geometry": "profile",
+    "load_profile": "profile",
+    "measure_profile": "measure",
+    "save_profile": "profile",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"lpsearch.latency.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted(__all__)
