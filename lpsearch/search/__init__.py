@@ -1,0 +1,32 @@
+"""Search: the space of plans, samplers by name, the study with its storage, and the front. Imports no torch."""
+
+from __future__ import annotations
+
+from lpsearch.search.evaluations import StoredEvaluation, evaluate_stored_plan
+from lpsearch.search.front import build_front
+from lpsearch.search.opening import load_records
+from lpsearch.search.records import PlanRecord
+from lpsearch.search.samplers import SAMPLER_NAMES, build_sampler
+from lpsearch.search.settings import FIXED_SETTINGS, compare_settings
+from lpsearch.search.space import JoinSpace
+from lpsearch.search.store import Split, StoredWindows, StudyStore
+from lpsearch.search.study import StudyResult, TrialUpdate, run_study
+
+__all__ = [
+    "FIXED_SETTINGS",
+    "SAMPLER_NAMES",
+    "JoinSpace",
+    "PlanRecord",
+    "Split",
+    "StoredEvaluation",
+    "StoredWindows",
+    "StudyResult",
+    "StudyStore",
+    "TrialUpdate",
+    "build_front",
+    "build_sampler",
+    "compare_settings",
+    "evaluate_stored_plan",
+    "load_records",
+    "run_study",
+]

@@ -1,0 +1,335 @@
+"""The proposer behind the ``pairset`` sampler: which plan to evaluate next, given every plan evaluated so far.
+
+1. The baseline, then every single join; with groups of more than two layers, then the most promising single groups.
+2. The cheapest plan for each number of joins, by the dynamic programme over the costs known by then.
+3. From then on the plan that promises the largest expected fall of the front. Candidates are the minimisers of the
+   surrogate's mean and of draws from it, by the dynamic programme then exchanges of joins, and the neighbours of the
+   best plans so far.
+
+The proposer keeps no state: any process that sees the same observations proposes the same plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtr
+
+from lpsearch.plan import Plan
+from lpsearch.search.programme import (
+    PlanCosts,
+    build_group_costs,
+    exchange_joins,
+    find_valid,
+    list_exchanges,
+    solve_programme,
+)
+from lpsearch.search.space import JoinSpace
+from lpsearch.search.surrogate import Surrogate
+
+__all__ = ["Observation", "PairsetProposer", "Proposal"]
+
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+IntArray = NDArray[np.int64]
+
+WORST_DELTA_NATS = 12.0
+"""What a broken plan counts as: about the loss of guessing among a large vocabulary."""
+
+FULL_SCAN_SHARE = 0.75
+"""Largest share of the budget that a scan of every join may take; a longer one is thinned to half of the budget."""
+
+GROUP_SCAN_SHARE = 0.25
+"""Share of the budget beyond the joins that single groups of more than two layers may take."""
+
+DEEP_AFTER = 4
+"""Evaluations a join after which plans of more than a third less depth are looked for as well."""
+
+DEEP_WEIGHT = 0.1
+"""Weight of these in the front, whose losses are many times larger."""
+
+REACH_JOINS = 4
+NUM_DRAWS = 4
+NUM_EXCHANGES = 24
+MAX_EXCHANGE_STEPS = 6
+INCUMBENTS_PER_COUNT = 2
+CANDIDATES_PER_COUNT = 16
+ENUMERABLE_PLANS = 256
+
+
+@dataclass(frozen=True)
+class Observation:
+    """An evaluated plan.
+
+    Attributes:
+        plan: the plan.
+        delta_nll: its loss minus the baseline's in nats per token; infinite or not a number for a broken plan.
+        standard_error: of ``delta_nll`` over windows; None for a single window. The search optimises the loss on the
+            study's own windows, where it is exact, so this does not enter.
+    """
+
+    plan: Plan
+    delta_nll: float
+    standard_error: float | None
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """The plan to evaluate next.
+
+    Attributes:
+        plan: neither evaluated nor pending.
+        origin: ``baseline``, ``scan``, ``programme`` or ``surrogate``.
+    """
+
+    plan: Plan
+    origin: str
+
+
+class PairsetProposer:
+    """Proposes plans; a pure function of the observations, the pending plans, the space, the budget and the seed.
+
+    Args:
+        space: the plans to search.
+        budget: evaluations of the whole study, the baseline included; None when unknown.
+        seed: decides the draws and nothing else.
+    """
+
+    def __init__(self, *, space: JoinSpace, budget: int | None, seed: int) -> None:
+        """Store the settings; nothing is computed before the first proposal."""
+        self._space = space
+        self._seed = seed
+        self._num_joins = space.num_layers - 1
+        self._max_joins = space.max_joins
+        self._useful_joins = min(self._max_joins, max(1, space.num_layers // 3))
+        scan = _order_coarse_to_fine(space.free_joins)
+        budget = 4 * (len(scan) + 1) if budget is None else budget
+        if len(scan) + 1 > FULL_SCAN_SHARE * budget:
+            scan = scan[: max(1, budget // 2)]
+        self._scan = scan
+        self._num_scanned_groups = max(0, int(GROUP_SCAN_SHARE * (budget - len(scan) - 1)))
+
+    def propose(self, observations: Sequence[Observation], pending: Collection[Plan]) -> Proposal | None:
+        """Choose the next plan.
+
+        Args:
+            observations: every evaluated plan, in any order.
+            pending: plans that are being evaluated.
+
+        Returns:
+            A plan that is neither evaluated nor pending; None when the space has no other.
+        """
+        # a study may hold plans of another space, enqueued by the user
+        observations = [observation for observation in observations if self._space.is_valid(observation.plan.joins)]
+        pending = [plan for plan in pending if self._space.is_valid(plan.joins)]
+        taken = {observation.plan.joins for observation in observations}.union(plan.joins for plan in pending)
+        if () not in taken:
+            return self._build_proposal((), "baseline")
+        for join in self._scan:
+            if (join,) not in taken:
+                return self._build_proposal((join,), "scan")
+        if len(taken) >= self._space.count_plans():
+            return None
+        evaluated = _Evaluated.from_observations(observations, self._num_joins)
+        if not len(evaluated.delta_nll):
+            return self._propose_any(taken)
+        join_means, measured = evaluated.estimate_join_costs()
+        group = self._choose_group(join_means, taken)
+        if group is not None:
+            return self._build_proposal(group, "scan")
+        surrogate = Surrogate(
+            joined=evaluated.joined, delta_nll=evaluated.delta_nll, join_means=join_means, measured=measured
+        )
+        return self._propose_candidate(surrogate, evaluated, taken, pending) or self._propose_any(taken)
+
+    def _choose_group(self, join_means: FloatArray, taken: Collection[tuple[int, ...]]) -> tuple[int, ...] | None:
+        """Return the joins of the next single group of more than two layers to scan, the cheapest a join first."""
+        if self._space.max_group == 2:
+            return None
+        scanned = sum(1 < len(joins) == joins[-1] - joins[0] + 1 for joins in taken if joins)
+        if scanned >= self._num_scanned_groups:
+            return None
+        free = set(self._space.free_joins)
+        groups = [
+            tuple(range(first, first + length))
+            for length in range(2, min(self._space.max_group, self._num_joins + 1))
+            for first in range(self._num_joins - length + 1)
+        ]
+        groups = [group for group in groups if free.issuperset(group) and group not in taken]
+        return min(groups, key=lambda group: (float(join_means[list(group)].mean()), group), default=None)
+
+    def _propose_candidate(
+        self,
+        surrogate: Surrogate,
+        evaluated: _Evaluated,
+        taken: Collection[tuple[int, ...]],
+        pending: Collection[Plan],
+    ) -> Proposal | None:
+        """Return the best candidate: the programme's where a number of joins is yet untried, else by improvement."""
+        candidates = self._list_candidates(surrogate, evaluated, taken)
+        if not len(candidates):
+            return None
+        counts = candidates.sum(axis=1)
+        mean = surrogate.estimate_mean(candidates)
+        horizon = self._useful_joins if len(taken) < DEEP_AFTER * self._num_joins else self._max_joins
+        tried = {len(joins) for joins in taken}
+        for count in range(2, horizon + 1):
+            rows = np.flatnonzero(counts == count)
+            if count not in tried and len(rows):
+                return self._build_proposal(_list_joins(candidates[rows[mean[rows].argmin()]]), "programme")
+        kept = _find_least_by_count(mean, counts, CANDIDATES_PER_COUNT)
+        candidates, counts, mean = candidates[kept], counts[kept], mean[kept]
+        gain = _compute_expected_improvement(
+            mean,
+            surrogate.estimate_standard_deviation(candidates, mean),
+            counts,
+            front=self._estimate_front(surrogate, evaluated, pending),
+            weights=np.where(np.arange(self._max_joins + 1) <= self._useful_joins, 1.0, DEEP_WEIGHT),
+        )
+        return self._build_proposal(_list_joins(candidates[gain.argmax()]), "surrogate")
+
+    def _list_candidates(
+        self, surrogate: Surrogate, evaluated: _Evaluated, taken: Collection[tuple[int, ...]]
+    ) -> BoolArray:
+        """Return (plans, num_joins) promising plans that are not taken, each once."""
+        if self._space.count_plans() <= ENUMERABLE_PLANS:
+            everything = _stack_joins((plan.joins for plan in self._space.enumerate_plans()), self._num_joins)
+            return _drop_taken(everything, taken)
+        mean_costs = surrogate.mean_costs
+        costs = mean_costs.concatenate(surrogate.draw_costs(NUM_DRAWS, self._build_rng(taken)))
+        cheapest = self._solve(costs)
+        useful = cheapest[:, : self._useful_joins]
+        descended = exchange_joins(costs, useful, space=self._space, width=NUM_EXCHANGES, max_steps=MAX_EXCHANGE_STEPS)
+        incumbents = evaluated.joined[
+            _find_least_by_count(evaluated.delta_nll, evaluated.joined.sum(axis=1), INCUMBENTS_PER_COUNT)
+        ]
+        centres = np.concatenate([incumbents, descended[0]])[None]
+        neighbours, _ = list_exchanges(mean_costs, centres, space=self._space, width=NUM_EXCHANGES)
+        flipped = incumbents[:, None] ^ np.eye(self._num_joins, dtype=bool)
+        sources = [cheapest, descended, neighbours, flipped]
+        candidates = np.concatenate([source.reshape(-1, self._num_joins) for source in sources])
+        return _drop_taken(candidates[find_valid(candidates, self._space)], taken)
+
+    def _solve(self, costs: PlanCosts) -> BoolArray:
+        """Return (batch, max_joins, num_joins): the cheapest plan with 1, 2, ... joins, far products ignored."""
+        result = solve_programme(
+            build_group_costs(costs.join_costs, max_group=self._space.max_group),
+            free_joins=self._space.free_joins,
+            max_joins=self._max_joins,
+            product_costs=costs.build_bands(REACH_JOINS),
+        )
+        return result.joined[:, 1:]
+
+    def _estimate_front(self, surrogate: Surrogate, evaluated: _Evaluated, pending: Collection[Plan]) -> FloatArray:
+        """Return (max_joins + 1,): the least loss with at least k joins, pending plans at what is expected of them."""
+        front = np.full(self._max_joins + 1, WORST_DELTA_NATS)
+        front[0] = 0.0
+        np.minimum.at(front, evaluated.joined.sum(axis=1), evaluated.delta_nll)
+        joined = _stack_joins((plan.joins for plan in pending), self._num_joins)
+        np.minimum.at(front, joined.sum(axis=1), surrogate.estimate_mean(joined))
+        return np.minimum.accumulate(front[::-1])[::-1]
+
+    def _propose_any(self, taken: Collection[tuple[int, ...]]) -> Proposal | None:
+        """Return the first plan that is not taken, for when nothing is known or the candidates are used up."""
+        for plan in self._space.enumerate_plans():
+            if plan.joins not in taken:
+                return Proposal(plan, "surrogate")
+        return None
+
+    def _build_proposal(self, joins: tuple[int, ...], origin: str) -> Proposal:
+        return Proposal(Plan.from_joins(self._space.num_layers, joins), origin)
+
+    def _build_rng(self, taken: Collection[tuple[int, ...]]) -> np.random.Generator:
+        """Return a generator that depends on the seed and on which plans are taken, in no order."""
+        digest = hashlib.sha256(json.dumps([self._seed, sorted(taken)]).encode()).digest()
+        return np.random.default_rng(int.from_bytes(digest[:16], "big"))
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """The observations as arrays, in an order of their own, without the baseline.
+
+    Attributes:
+        joined: (plans, num_joins) which joins each sets.
+        delta_nll: (plans,) finite, at most ``WORST_DELTA_NATS``.
+    """
+
+    joined: BoolArray
+    delta_nll: FloatArray
+
+    @classmethod
+    def from_observations(cls, observations: Iterable[Observation], num_joins: int) -> _Evaluated:
+        losses: dict[tuple[int, ...], float] = {}
+        for observation in observations:
+            joins, loss = observation.plan.joins, observation.delta_nll
+            if joins:
+                loss = min(loss, WORST_DELTA_NATS) if np.isfinite(loss) else WORST_DELTA_NATS
+                losses[joins] = min(loss, losses.get(joins, loss))
+        ordered = sorted(losses)
+        return cls(_stack_joins(ordered, num_joins), np.array([losses[joins] for joins in ordered], dtype=np.float64))
+
+    def estimate_join_costs(self) -> tuple[FloatArray, BoolArray]:
+        """Return (num_joins,) costs of the joins alone, interpolated where not measured, and which were measured."""
+        num_joins = self.joined.shape[1]
+        counts = self.joined.sum(axis=1)
+        single = np.flatnonzero(counts == 1)
+        joins = self.joined[single].argmax(axis=1)
+        measured = np.zeros(num_joins, dtype=bool)
+        measured[joins] = True
+        if not len(single):
+            return np.full(num_joins, float(np.median(self.delta_nll / counts))), measured
+        order = joins.argsort()
+        return np.interp(np.arange(num_joins), joins[order], self.delta_nll[single[order]]), measured
+
+
+def _compute_expected_improvement(
+    mean: FloatArray, deviation: FloatArray, counts: IntArray, *, front: FloatArray, weights: FloatArray
+) -> FloatArray:
+    """Return (plans,): the expected fall of the weighted front; a plan with k joins bears on every j <= k."""
+    fall = front[None, :] - mean[:, None]
+    standard = fall / deviation[:, None]
+    gain = fall * ndtr(standard) + deviation[:, None] * np.exp(-0.5 * standard**2) / np.sqrt(2 * np.pi)
+    bears = (np.arange(len(front)) > 0) & (np.arange(len(front)) <= counts[:, None])
+    return np.asarray((gain * bears) @ weights)
+
+
+def _find_least_by_count(values: FloatArray, counts: IntArray, per_count: int) -> IntArray:
+    """Return the indices of the least few values of every count."""
+    order = np.lexsort((values, counts))
+    rank = np.arange(len(order)) - np.searchsorted(counts[order], counts[order])
+    return order[rank < per_count]
+
+
+def _drop_taken(joined: BoolArray, taken: Iterable[tuple[int, ...]]) -> BoolArray:
+    """Return the plans that are not taken, each once, in a fixed order."""
+    known = {row.tobytes() for row in np.packbits(_stack_joins(taken, joined.shape[1]), axis=1)}
+    first = {row.tobytes(): index for index, row in enumerate(np.packbits(joined, axis=1))}
+    return joined[sorted(index for key, index in first.items() if key not in known)]
+
+
+def _order_coarse_to_fine(joins: Sequence[int]) -> tuple[int, ...]:
+    """Return the joins so that every beginning is spread evenly: by halving strides."""
+    order: dict[int, None] = {}
+    stride = 1 << max(len(joins) - 1, 0).bit_length()
+    while stride:
+        order.update(dict.fromkeys(joins[::stride]))
+        stride //= 2
+    return tuple(order)
+
+
+def _list_joins(joined: BoolArray) -> tuple[int, ...]:
+    return tuple(np.flatnonzero(joined).tolist())
+
+
+def _stack_joins(plans: Iterable[Collection[int]], num_joins: int) -> BoolArray:
+    """Return (plans, num_joins) flags."""
+    listed = [list(joins) for joins in plans]
+    joined = np.zeros((len(listed), num_joins), dtype=bool)
+    for row, joins in enumerate(listed):
+        joined[row, joins] = True
+    return joined

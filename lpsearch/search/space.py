@@ -1,0 +1,203 @@
+"""The space of plans: which joins are free, how long a group may be, and the parameters that stand for them.
+
+Optuna sees one boolean category a join, the same for every sampler and every trial. Samplers that know nothing of
+groups may set overlong runs of joins; :meth:`JoinSpace.repair` cuts these, so every point names a valid plan.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from optuna.distributions import CategoricalDistribution
+
+from lpsearch.errors import ConfigError
+from lpsearch.plan import Plan
+
+__all__ = ["JoinSpace"]
+
+
+@dataclass(frozen=True)
+class JoinSpace:
+    """Every plan of a model whose groups have at most ``max_group`` layers and leave frozen layers alone.
+
+    Attributes:
+        num_layers: number of decoder layers.
+        max_group: most layers in a group; 2 means pairs.
+        frozen_layers: layers that stay groups of their own, ascending.
+    """
+
+    num_layers: int
+    max_group: int = 2
+    frozen_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse impossible spaces and put the frozen layers in order.
+
+        Raises:
+            ConfigError: for no layers, groups of fewer than two layers, or a frozen layer that does not exist.
+        """
+        if self.num_layers < 1:
+            raise ConfigError(f"num_layers is {self.num_layers}; a model has at least one layer")
+        if self.max_group < 2:
+            raise ConfigError(f"max_group is {self.max_group}; a group that saves depth has at least 2 layers")
+        for layer_idx in self.frozen_layers:
+            if not 0 <= layer_idx < self.num_layers:
+                raise ConfigError(
+                    f"frozen layer {layer_idx} does not exist; the model has layers 0 to {self.num_layers - 1}"
+                )
+        object.__setattr__(self, "frozen_layers", tuple(sorted(set(self.frozen_layers))))
+
+    @property
+    def num_join_positions(self) -> int:
+        """Number of neighbouring layers that could be joined, frozen ones included: ``num_layers - 1``."""
+        return self.num_layers - 1
+
+    @cached_property
+    def free_joins(self) -> tuple[int, ...]:
+        """Joins that touch no frozen layer, ascending; every plan of the space is a subset of these."""
+        frozen = set(self.frozen_layers)
+        return tuple(i for i in range(self.num_join_positions) if i not in frozen and i + 1 not in frozen)
+
+    @cached_property
+    def _free_join_set(self) -> frozenset[int]:
+        return frozenset(self.free_joins)
+
+    @cached_property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Name of each join's parameter: ``join_000``, ``join_001`` ..."""
+        return tuple(f"join_{i:03d}" for i in range(self.num_join_positions))
+
+    @cached_property
+    def distributions(self) -> dict[str, CategoricalDistribution]:
+        """One boolean category a join, frozen ones included: the same search space for every sampler."""
+        return {name: CategoricalDistribution((False, True)) for name in self.parameter_names}
+
+    def build_params(self, plan: Plan) -> dict[str, bool]:
+        """Return the parameters that stand for a plan."""
+        joined = set(plan.joins)
+        return {name: i in joined for i, name in enumerate(self.parameter_names)}
+
+    def build_plan(self, params: Mapping[str, Any]) -> Plan:
+        """Return the plan of a point of the space, repaired where the point obeys no group limit.
+
+        Args:
+            params: the value of every join's parameter.
+        """
+        return Plan.from_joins(
+            self.num_layers, self.repair(i for i, name in enumerate(self.parameter_names) if params[name])
+        )
+
+    def is_valid(self, joins: Collection[int]) -> bool:
+        """Say whether a set of joins is a plan of this space."""
+        return set(joins) <= self._free_join_set and all(
+            last - first + 2 <= self.max_group for first, last in _iterate_runs(joins)
+        )
+
+    def repair(self, joins: Iterable[int]) -> tuple[int, ...]:
+        """Return the plan nearest in spirit: frozen joins dropped, overlong runs cut into full groups from the left.
+
+        Idempotent and deterministic; a set of joins that :meth:`is_valid` comes back unchanged, ascending.
+
+        Args:
+            joins: joins in any order; frozen ones and overlong runs are allowed.
+        """
+        return tuple(
+            first + offset
+            for first, last in _iterate_runs(self._free_join_set.intersection(joins))
+            for offset in range(last - first + 1)
+            if offset % self.max_group != self.max_group - 1
+        )
+
+    @property
+    def max_joins(self) -> int:
+        """Most joins that a plan of the space can have."""
+        return len(self._suffix_counts[0]) - 1
+
+    @property
+    def plan_counts(self) -> tuple[int, ...]:
+        """Number of plans with exactly k joins, for k = 0 to ``max_joins``; no entry is zero."""
+        return self._suffix_counts[0]
+
+    def count_plans(self) -> int:
+        """Count the plans of the space exactly, the baseline included."""
+        return sum(self.plan_counts)
+
+    def enumerate_plans(self) -> Iterator[Plan]:
+        """Yield every plan once, lazily: fewest joins first, so the baseline leads."""
+        for num_joins in range(self.max_joins + 1):
+            yield from self.enumerate_plans_with(num_joins)
+
+    def enumerate_plans_with(self, num_joins: int) -> Iterator[Plan]:
+        """Yield every plan with exactly ``num_joins`` joins once, lazily."""
+        for groups in self._enumerate_groups(0, num_joins):
+            yield Plan(groups)
+
+    def draw_plan(self, num_joins: int, rng: random.Random) -> Plan:
+        """Draw uniformly among the plans with exactly ``num_joins`` joins.
+
+        Args:
+            num_joins: between 0 and ``max_joins``.
+            rng: source of the draw.
+        """
+        groups: list[tuple[int, ...]] = []
+        layer_idx, joins_left = 0, num_joins
+        while layer_idx < self.num_layers:
+            rank = rng.randrange(self._count_suffixes(layer_idx, joins_left))
+            for size in self._group_sizes(layer_idx):
+                count = self._count_suffixes(layer_idx + size, joins_left - size + 1)
+                if rank < count:
+                    break
+                rank -= count
+            groups.append(tuple(range(layer_idx, layer_idx + size)))
+            layer_idx += size
+            joins_left -= size - 1
+        return Plan(tuple(groups))
+
+    def _group_sizes(self, first_layer: int) -> Iterator[int]:
+        """Yield the sizes that a group beginning at a layer may have."""
+        yield 1
+        for size in range(2, self.max_group + 1):
+            if first_layer + size - 2 not in self._free_join_set:
+                return
+            yield size
+
+    @cached_property
+    def _suffix_counts(self) -> tuple[tuple[int, ...], ...]:
+        """Entry [l][k]: how many ways the layers from l on can be grouped with k joins."""
+        counts: list[list[int]] = [[] for _ in range(self.num_layers)] + [[1]]
+        for layer_idx in reversed(range(self.num_layers)):
+            total = counts[layer_idx]
+            for size in self._group_sizes(layer_idx):
+                for joins_after, count in enumerate(counts[layer_idx + size]):
+                    num_joins = joins_after + size - 1
+                    total.extend([0] * (num_joins + 1 - len(total)))
+                    total[num_joins] += count
+        return tuple(tuple(row) for row in counts)
+
+    def _count_suffixes(self, layer_idx: int, num_joins: int) -> int:
+        row = self._suffix_counts[layer_idx]
+        return row[num_joins] if 0 <= num_joins < len(row) else 0
+
+    def _enumerate_groups(self, layer_idx: int, num_joins: int) -> Iterator[tuple[tuple[int, ...], ...]]:
+        if layer_idx == self.num_layers:
+            yield ()
+            return
+        for size in self._group_sizes(layer_idx):
+            if self._count_suffixes(layer_idx + size, num_joins - size + 1):
+                group = tuple(range(layer_idx, layer_idx + size))
+                for rest in self._enumerate_groups(layer_idx + size, num_joins - size + 1):
+                    yield (group, *rest)
+
+
+def _iterate_runs(joins: Collection[int]) -> Iterator[tuple[int, int]]:
+    """Yield the first and last join of every run of consecutive joins, ascending."""
+    ordered = sorted(joins)
+    first = 0
+    for i in range(1, len(ordered) + 1):
+        if i == len(ordered) or ordered[i] != ordered[i - 1] + 1:
+            yield ordered[first], ordered[i - 1]
+            first = i

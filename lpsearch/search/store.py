@@ -1,0 +1,401 @@
+"""A study's own records beside Optuna's: settings, windows, evaluations by plan and window, profiles, front, lock."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from optuna.storages import RDBStorage
+from sqlalchemy import Connection, delete, func, insert, select, update
+
+from lpsearch.errors import StudyError
+from lpsearch.evaluation.losses import WindowLosses
+from lpsearch.plan import Plan
+from lpsearch.search import database as db
+from lpsearch.search.locks import Claim, HeldElsewhereError, hold_claim, hold_file_lock
+
+__all__ = ["Split", "StoredWindows", "StudyStore"]
+
+Split = Literal["proxy", "heldout"]
+
+
+@dataclass(frozen=True)
+class StoredWindows:
+    """Tokenised evaluation windows as the study keeps them.
+
+    Attributes:
+        input_ids: int32, ``(windows, seq_len)``.
+        spec: where the text came from, e.g. ``wikitext2:validation``.
+    """
+
+    input_ids: npt.NDArray[np.int32]
+    spec: str
+
+
+class StudyStore:
+    """The database of one study: Optuna's tables and lpsearch's own.
+
+    Several studies can share a database; each store sees the one it was opened for. Use it as a context manager.
+
+    Args:
+        url: SQLAlchemy URL, e.g. ``sqlite:///studies/smollm2-135m/study.db``.
+        study_name: name of the Optuna study.
+
+    Raises:
+        ConfigError: for a malformed URL or a missing driver.
+        StudyError: for a database that is damaged, unreachable, not writable or another program's.
+    """
+
+    def __init__(self, url: str, *, study_name: str) -> None:
+        """Open the database and create the tables that it lacks."""
+        self.study_name = study_name
+        self._url = db.parse_storage_url(url)
+        self.where = db.describe_url(self._url)
+        self.optuna_storage: RDBStorage = db.open_optuna_storage(self._url)
+        self._engine = self.optuna_storage.engine
+        self._study_id: int | None = None
+        self._is_locked = False
+        self._claim: Claim | None = None
+
+    def __enter__(self) -> StudyStore:
+        """Return the open store."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the store."""
+        self.close()
+
+    def close(self) -> None:
+        """Close every connection; SQLite then folds its write-ahead log into the file."""
+        self.optuna_storage.remove_session()
+        self._engine.dispose()
+
+    @contextmanager
+    def translate_errors(self) -> Iterator[None]:
+        """Turn database errors of the block into :class:`StudyError` that names this study."""
+        with db.translate_storage_errors(self.where):
+            yield
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        with self.translate_errors(), self._engine.begin() as connection:
+            yield connection
+
+    # ---- Settings ----------------------------------------------------------------------------------------------------
+
+    def load_settings(self) -> dict[str, Any] | None:
+        """Return what the study was begun with; None if it has not begun."""
+        with self._transaction() as connection:
+            row = connection.execute(
+                select(db.studies_table.c.settings).where(db.studies_table.c.name == self.study_name)
+            ).one_or_none()
+        return None if row is None else json.loads(row.settings)
+
+    def save_settings(self, settings: Mapping[str, Any]) -> None:
+        """Begin the study with these settings, or replace those recorded; JSON values only."""
+        document = json.dumps(settings, sort_keys=True)
+        with self._transaction() as connection:
+            table = db.studies_table
+            changed = connection.execute(
+                update(table).where(table.c.name == self.study_name).values(settings=document)
+            ).rowcount
+            if not changed:
+                connection.execute(
+                    insert(table).values(name=self.study_name, settings=document, created_at=time.time())
+                )
+
+    def move_aside(self) -> str | None:
+        """Rename the study within its database, so that its name is free for a fresh one; nothing is deleted.
+
+        Returns:
+            The name that the old study has now; None if there was none.
+
+        Raises:
+            StudyError: if another process runs it.
+        """
+        aside = f"{self.study_name} before {time.strftime('%Y-%m-%dT%H:%M:%S')}"
+        own, optuna_table = db.studies_table, db.optuna_studies_table
+        with self.hold_lock(), self._transaction() as connection:
+            changed = connection.execute(update(own).where(own.c.name == self.study_name).values(name=aside)).rowcount
+            connection.execute(
+                update(optuna_table).where(optuna_table.c.study_name == self.study_name).values(study_name=aside)
+            )
+        self._study_id = None
+        return aside if changed else None
+
+    @property
+    def study_id(self) -> int:
+        """Key of the study in lpsearch's tables.
+
+        Raises:
+            StudyError: if the study has not begun.
+        """
+        if self._study_id is None:
+            with self._transaction() as connection:
+                self._study_id = connection.execute(
+                    select(db.studies_table.c.id).where(db.studies_table.c.name == self.study_name)
+                ).scalar_one_or_none()
+        if self._study_id is None:
+            raise StudyError(f"{self.where}: holds no study {self.study_name!r}; begin it with `lpsearch optimize`")
+        return self._study_id
+
+    # ---- Windows -----------------------------------------------------------------------------------------------------
+
+    def save_windows(self, split: Split, *, input_ids: npt.NDArray[np.integer[Any]], spec: str) -> None:
+        """Keep the windows that the study evaluates on.
+
+        Args:
+            split: which windows.
+            input_ids: ``(windows, seq_len)``.
+            spec: where the text came from.
+
+        Raises:
+            StudyError: if the study already has other windows, since its losses belong to those.
+        """
+        blob = np.ascontiguousarray(input_ids, dtype="<i4").tobytes()
+        num_windows, seq_len = input_ids.shape
+        content_hash = _hash_windows(blob, num_windows, seq_len)
+        table = db.windows_table
+        study_id = self.study_id
+        with self._transaction() as connection:
+            recorded = connection.execute(
+                select(table.c.content_hash).where(table.c.study_id == study_id, table.c.split == split)
+            ).scalar_one_or_none()
+            if recorded is None:
+                connection.execute(
+                    insert(table).values(
+                        study_id=study_id,
+                        split=split,
+                        spec=spec,
+                        num_windows=num_windows,
+                        seq_len=seq_len,
+                        content_hash=content_hash,
+                        input_ids=blob,
+                    )
+                )
+        if recorded not in (None, content_hash):
+            raise StudyError(
+                f"{self.where}: study {self.study_name!r} already has other {split} windows; "
+                "its losses belong to those, so load them, or begin a fresh study"
+            )
+
+    def load_windows(self, split: Split) -> StoredWindows | None:
+        """Return the windows of the study, or None if it has none of this split.
+
+        Raises:
+            StudyError: if their content does not match its hash.
+        """
+        table = db.windows_table
+        study_id = self.study_id
+        with self._transaction() as connection:
+            row = connection.execute(
+                select(table).where(table.c.study_id == study_id, table.c.split == split)
+            ).one_or_none()
+        if row is None:
+            return None
+        if _hash_windows(row.input_ids, row.num_windows, row.seq_len) != row.content_hash:
+            raise StudyError(f"{self.where}: the stored {split} windows are damaged; restore a copy of the study")
+        input_ids = np.frombuffer(row.input_ids, dtype="<i4").reshape(row.num_windows, row.seq_len)
+        return StoredWindows(input_ids.astype(np.int32), row.spec)
+
+    # ---- Evaluations -------------------------------------------------------------------------------------------------
+
+    def record_losses(self, plan: Plan, window_indices: Sequence[int], losses: WindowLosses, *, split: Split) -> None:
+        """Keep the losses of a plan on some windows, none of which it has losses on yet.
+
+        Args:
+            plan: the plan that was evaluated.
+            window_indices: which windows, in the order of ``losses``.
+            losses: one value a window; values that are not finite are kept as such.
+            split: which windows the indices count.
+        """
+        kl_values = losses.kl_nats_per_token or (None,) * len(window_indices)
+        study_id = self.study_id
+        with self._transaction() as connection:
+            self._renew_claim(connection)
+            plan_id = self._find_plan_id(connection, study_id, plan)
+            if plan_id is None:
+                groups = plan.to_groups_json()
+                values = {"study_id": study_id, "plan_hash": _hash_plan(plan), "groups": groups}
+                connection.execute(insert(db.plans_table).values(values))
+                plan_id = self._find_plan_id(connection, study_id, plan)
+            connection.execute(
+                insert(db.evaluations_table),
+                [
+                    {
+                        "plan_id": plan_id,
+                        "split": split,
+                        "window_idx": int(window_idx),
+                        "nll_nats_per_token": _finite_or_none(nll),
+                        "kl_nats_per_token": _finite_or_none(kl),
+                        "num_tokens": losses.tokens_per_window,
+                    }
+                    for window_idx, nll, kl in zip(window_indices, losses.nll_nats_per_token, kl_values, strict=True)
+                ],
+            )
+
+    def find_evaluated_windows(self, plan: Plan, *, split: Split) -> set[int]:
+        """Return the windows on which a plan has losses."""
+        table = db.evaluations_table
+        study_id = self.study_id
+        with self._transaction() as connection:
+            plan_id = self._find_plan_id(connection, study_id, plan)
+            rows = connection.execute(
+                select(table.c.window_idx).where(table.c.plan_id == plan_id, table.c.split == split)
+            )
+            return set(rows.scalars())
+
+    def load_losses(self, plan: Plan, *, num_windows: int, split: Split) -> WindowLosses | None:
+        """Return the losses of a plan on windows 0 to ``num_windows - 1``; None unless it has all of them.
+
+        A loss that was not finite comes back as nan.
+        """
+        table = db.evaluations_table
+        study_id = self.study_id
+        with self._transaction() as connection:
+            plan_id = self._find_plan_id(connection, study_id, plan)
+            rows = connection.execute(
+                select(table)
+                .where(table.c.plan_id == plan_id, table.c.split == split, table.c.window_idx < num_windows)
+                .order_by(table.c.window_idx)
+            ).all()
+        if len(rows) != num_windows:
+            return None
+        has_kl = any(row.kl_nats_per_token is not None for row in rows)
+        return WindowLosses(
+            nll_nats_per_token=tuple(_number_or_nan(row.nll_nats_per_token) for row in rows),
+            kl_nats_per_token=tuple(_number_or_nan(row.kl_nats_per_token) for row in rows) if has_kl else None,
+            tokens_per_window=rows[0].num_tokens,
+        )
+
+    def list_evaluated_plans(self, *, num_windows: int, split: Split) -> list[Plan]:
+        """Return the plans that have losses on windows 0 to ``num_windows - 1``, in the order they came."""
+        plans, evaluations = db.plans_table, db.evaluations_table
+        study_id = self.study_id
+        with self._transaction() as connection:
+            rows = connection.execute(
+                select(plans.c.groups)
+                .join(evaluations, evaluations.c.plan_id == plans.c.id)
+                .where(
+                    plans.c.study_id == study_id,
+                    evaluations.c.split == split,
+                    evaluations.c.window_idx < num_windows,
+                )
+                .group_by(plans.c.id, plans.c.groups)
+                .having(func.count() == num_windows)
+                .order_by(plans.c.id)
+            )
+            return [Plan.from_groups(json.loads(groups)) for groups in rows.scalars()]
+
+    @staticmethod
+    def _find_plan_id(connection: Connection, study_id: int, plan: Plan) -> int | None:
+        table = db.plans_table
+        return connection.execute(
+            select(table.c.id).where(table.c.study_id == study_id, table.c.plan_hash == _hash_plan(plan))
+        ).scalar_one_or_none()
+
+    # ---- Documents ---------------------------------------------------------------------------------------------------
+
+    def save_latency_profile(self, profile: Mapping[str, Any]) -> None:
+        """Keep a latency profile, the content of its file; the latest counts."""
+        study_id = self.study_id
+        with self._transaction() as connection:
+            connection.execute(
+                insert(db.latency_profiles_table).values(
+                    study_id=study_id, profile=json.dumps(profile), created_at=time.time()
+                )
+            )
+
+    def load_latency_profile(self) -> dict[str, Any] | None:
+        """Return the latest latency profile of the study, or None."""
+        table = db.latency_profiles_table
+        study_id = self.study_id
+        with self._transaction() as connection:
+            document = connection.execute(
+                select(table.c.profile).where(table.c.study_id == study_id).order_by(table.c.id.desc()).limit(1)
+            ).scalar_one_or_none()
+        return None if document is None else json.loads(document)
+
+    def save_front(self, front: Mapping[str, Any]) -> None:
+        """Keep the front, the content of ``front.json``, in place of the former one."""
+        table = db.fronts_table
+        study_id = self.study_id
+        with self._transaction() as connection:
+            connection.execute(delete(table).where(table.c.study_id == study_id))
+            connection.execute(insert(table).values(study_id=study_id, front=json.dumps(front), updated_at=time.time()))
+
+    def load_front(self) -> dict[str, Any] | None:
+        """Return the front that was kept last, or None."""
+        table = db.fronts_table
+        study_id = self.study_id
+        with self._transaction() as connection:
+            document = connection.execute(
+                select(table.c.front).where(table.c.study_id == study_id)
+            ).scalar_one_or_none()
+        return None if document is None else json.loads(document)
+
+    # ---- One coordinator ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def hold_lock(self) -> Iterator[None]:
+        """Be the only process that writes the study; may be nested.
+
+        A SQLite file is locked as a whole through ``<file>.lock``, which the system releases when its holder dies.
+        Other databases hold a claim, which is renewed with every evaluation and taken over once its process is gone.
+
+        Raises:
+            StudyError: if another process holds it, naming that process.
+        """
+        if self._is_locked:
+            yield
+            return
+        path = db.find_sqlite_path(self._url)
+        with ExitStack() as held:
+            try:
+                if path is not None:
+                    held.enter_context(hold_file_lock(path.with_name(path.name + ".lock")))
+                else:
+                    subject = f"coordinator of {self.study_name}"
+                    self._claim = held.enter_context(hold_claim(subject, self._transaction))
+            except HeldElsewhereError as error:
+                raise StudyError(
+                    f"{self.where}: study {self.study_name!r} is being run by process {error.holder}; "
+                    "wait for it or end it, or name another directory with --out"
+                ) from None
+            self._is_locked = True
+            try:
+                yield
+            finally:
+                self._is_locked = False
+                self._claim = None
+
+    def _renew_claim(self, connection: Connection) -> None:
+        if self._claim is not None and not self._claim.renew(connection):
+            raise StudyError(f"{self.where}: another process took over study {self.study_name!r}; this one stops")
+
+
+def _hash_plan(plan: Plan) -> str:
+    return hashlib.sha256(plan.to_groups_json().encode()).hexdigest()
+
+
+def _hash_windows(blob: bytes, num_windows: int, seq_len: int) -> str:
+    return hashlib.sha256(f"{num_windows}x{seq_len}:".encode() + blob).hexdigest()
+
+
+def _finite_or_none(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _number_or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
