@@ -194,7 +194,9 @@ class Plan:
         try:
             frozen = tuple(tuple(group) for group in groups)
         except TypeError as error:
-            raise PlanError(f"groups must be a list of lists of layer numbers, e.g. [[0], [1, 2], [3]]: {error}") from None
+            raise PlanError(
+                f"groups must be a list of lists of layer numbers, e.g. [[0], [1, 2], [3]]: {error}"
+            ) from None
         return cls(frozen, metadata)
 
     @classmethod

@@ -122,7 +122,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="no such plan file"):
         load_plan(tmp_path / "none.json")
     (tmp_path / "half.json").write_text('{"schema_version": 1,', encoding="utf-8")
-    with pytest.raises(PlanError, match="half.json: not JSON"):
+    with pytest.raises(PlanError, match=r"half\.json: not JSON"):
         load_plan(tmp_path / "half.json")
     (tmp_path / "list.json").write_text("[]", encoding="utf-8")
     with pytest.raises(PlanError, match="one JSON object, got list"):

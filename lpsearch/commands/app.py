@@ -1,0 +1,299 @@
+"""The command line interface: what can be typed. Each command's work is in the module of its name.
+
+Modules that import torch are imported inside the commands, so that ``lpsearch --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from lpsearch.commands.console import configure_logging, run_command
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="lpsearch",
+    help="Find which layers of an LLM can run in parallel, what that saves on your GPUs and what it costs in accuracy.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+plan_app = typer.Typer(help="Look at plan files.", no_args_is_help=True)
+cache_app = typer.Typer(help="Look at or clear the cache of packaged models and sampled windows.", no_args_is_help=True)
+app.add_typer(plan_app, name="plan")
+app.add_typer(cache_app, name="cache")
+
+
+class SamplerName(StrEnum):
+    """Search methods that ``--sampler`` takes."""
+
+    PAIRSET = "pairset"
+    NSGA2 = "nsga2"
+    TPE = "tpe"
+    RANDOM = "random"
+    WINDOW = "window"
+
+
+class DtypeName(StrEnum):
+    """Dtypes of the weights that ``--dtype`` takes."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class MetricName(StrEnum):
+    """Losses that ``--metric`` takes."""
+
+    NLL = "nll"
+    KL = "kl"
+
+
+class ObjectiveName(StrEnum):
+    """What ``--objective`` trades against the loss."""
+
+    DEPTH = "depth"
+    LATENCY = "latency"
+
+
+class SplitName(StrEnum):
+    """Windows of the data that ``--split`` takes."""
+
+    PROXY = "proxy"
+    HELDOUT = "heldout"
+
+
+PlanArgument = Annotated[Path, typer.Argument(help="plan file, or a directory that holds plan.json", metavar="PLAN")]
+ModelOption = Annotated[
+    str | None, typer.Option(help="alias (see `lpsearch models`), hub id, directory or .gguf file", metavar="MODEL")
+]
+DeviceOption = Annotated[str, typer.Option(help="torch device, or auto")]
+DtypeOption = Annotated[DtypeName, typer.Option(help="dtype of the weights; auto: bfloat16 where it is fast")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="run the model's own Python code from the hub")]
+
+
+@app.command()
+def optimize(
+    model: ModelOption = None,
+    budget: Annotated[int | None, typer.Option(help="distinct finished plans in total, baseline included")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="wikitext2, a hub dataset, a text/jsonl/parquet file, or self")
+    ] = None,
+    heldout: Annotated[str | None, typer.Option(help="data to report on; default: what goes with --data")] = None,
+    windows: Annotated[int | None, typer.Option(help="evaluation windows")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="tokens in a window")] = None,
+    max_group: Annotated[int | None, typer.Option(help="most layers in a group")] = None,
+    metric: Annotated[MetricName | None, typer.Option(help="loss on the data, or divergence from the base")] = None,
+    objective: Annotated[ObjectiveName | None, typer.Option(help="what is traded against the loss")] = None,
+    sampler: Annotated[SamplerName | None, typer.Option(help="search method")] = None,
+    seed: Annotated[int | None, typer.Option(help="seed of the search and of sampled data")] = None,
+    device: Annotated[str | None, typer.Option(help="torch device, or auto")] = None,
+    dtype: Annotated[DtypeName | None, typer.Option(help="dtype of the weights")] = None,
+    freeze: Annotated[str | None, typer.Option(help="layers that stay alone, e.g. 0,1,28-29", metavar="LAYERS")] = None,
+    enqueue: Annotated[list[Path] | None, typer.Option(help="plan file to evaluate first", metavar="PLAN")] = None,
+    latency: Annotated[
+        str | None, typer.Option(help="auto, off, or a profile", metavar="auto|off|PROFILE.json")
+    ] = None,
+    study: Annotated[str | None, typer.Option(help="name of the Optuna study")] = None,
+    out: Annotated[Path | None, typer.Option(help="directory of the results; default studies/MODEL")] = None,
+    storage: Annotated[str | None, typer.Option(help="database URL; default study.db in --out", metavar="URL")] = None,
+    timeout: Annotated[float | None, typer.Option(help="seconds after which no further trial starts")] = None,
+    trust_remote_code: TrustOption = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="move an existing study aside and begin a new one")] = False,
+    config: Annotated[Path | None, typer.Option(help="TOML file with the names of these options")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="warnings and the result only")] = False,
+) -> dict[str, Any]:
+    """Search a model's plans and write the front of depth reduction against accuracy."""
+    options: dict[str, Any] = {
+        "model": model,
+        "budget": budget,
+        "data": data,
+        "heldout": heldout,
+        "windows": windows,
+        "seq_len": seq_len,
+        "max_group": max_group,
+        "metric": metric,
+        "objective": objective,
+        "sampler": sampler,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "freeze": freeze,
+        "enqueue": enqueue or None,
+        "latency": latency,
+        "study": study,
+        "out": out,
+        "storage": storage,
+        "timeout": timeout,
+        "trust_remote_code": trust_remote_code or None,
+    }
+    configure_logging(quiet=quiet)
+    from lpsearch.commands.optimize import optimize as run_optimize
+    from lpsearch.config import resolve_config
+
+    return run_optimize(resolve_config(command_line=options, config_file=config), fresh=fresh, show_progress=not quiet)
+
+
+@app.command()
+def evaluate(
+    plan: PlanArgument,
+    model: ModelOption = None,
+    data: Annotated[
+        str, typer.Option(help="wikitext2, a hub dataset, a text/jsonl/parquet file, or self")
+    ] = "wikitext2",
+    windows: Annotated[int, typer.Option(help="evaluation windows", min=1)] = 16,
+    seq_len: Annotated[int, typer.Option(help="tokens in a window", min=2)] = 2048,
+    metric: Annotated[MetricName, typer.Option(help="kl also measures the divergence from the base")] = MetricName.NLL,
+    split: Annotated[SplitName, typer.Option(help="windows that a search uses, or those held out from it")] = (
+        SplitName.HELDOUT
+    ),
+    seed: Annotated[int, typer.Option(help="seed of sampled data", min=0)] = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = DtypeName.AUTO,
+    trust_remote_code: TrustOption = False,
+) -> dict[str, Any]:
+    """Measure a plan's loss against the unmodified model on any data."""
+    from lpsearch.commands.evaluate import evaluate as run_evaluate
+
+    return run_evaluate(
+        plan,
+        model=model,
+        data=data,
+        num_windows=windows,
+        seq_len=seq_len,
+        metric=metric.value,
+        role=split.value,
+        seed=seed,
+        device=device,
+        dtype=dtype.value,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@app.command()
+def generate(
+    plan: PlanArgument,
+    prompt: Annotated[str, typer.Option(help="text to continue")],
+    model: ModelOption = None,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens to generate", min=1)] = 64,
+    compare: Annotated[bool, typer.Option("--compare", help="also generate with the unmodified model")] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = DtypeName.AUTO,
+    trust_remote_code: TrustOption = False,
+) -> dict[str, Any]:
+    """Continue a prompt with a plan applied, greedily, and show the text as it comes."""
+    from lpsearch.commands.generate import generate as run_generate
+
+    return run_generate(
+        plan,
+        prompt=prompt,
+        model=model,
+        max_new_tokens=max_new_tokens,
+        compare=compare,
+        device=device,
+        dtype=dtype.value,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@app.command()
+def profile(
+    model: ModelOption = None,
+    out: Annotated[Path, typer.Option(help="profile file to write")] = Path("profile.json"),
+    batch: Annotated[int, typer.Option(help="sequences decoded together", min=1)] = 1,
+    context: Annotated[int, typer.Option(help="cached tokens of each sequence", min=0)] = 1024,
+    max_group: Annotated[int, typer.Option(help="most layers in a group", min=2)] = 2,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = DtypeName.AUTO,
+) -> dict[str, Any]:
+    """Measure the decode latency of a model's shape at a few depths; needs no weights for a known alias."""
+    from lpsearch.commands.profile import profile as run_profile
+
+    return run_profile(
+        model, out=out, batch_size=batch, context_len=context, max_group=max_group, device=device, dtype=dtype.value
+    )
+
+
+@app.command()
+def models() -> dict[str, Any]:
+    """List the aliases that --model takes."""
+    from lpsearch.commands.models import list_models
+
+    return list_models()
+
+
+@plan_app.command("show")
+def plan_show(plan: PlanArgument) -> dict[str, Any]:
+    """Print a plan: its groups, its model and what was measured."""
+    from lpsearch.commands.plan import show_plan
+
+    return show_plan(plan)
+
+
+@plan_app.command("validate")
+def plan_validate(plan: PlanArgument, model: ModelOption = None) -> dict[str, Any]:
+    """Check a plan file, and with --model that it is for that model."""
+    from lpsearch.commands.plan import validate_plan
+
+    return validate_plan(plan, model=model)
+
+
+@plan_app.command("diff")
+def plan_diff(first: PlanArgument, second: PlanArgument) -> dict[str, Any]:
+    """Print the joins in which two plans differ."""
+    from lpsearch.commands.plan import diff_plans
+
+    return diff_plans(first, second)
+
+
+@plan_app.command("pick")
+def plan_pick(
+    study_dir: Annotated[Path, typer.Argument(help="directory that optimize wrote", metavar="STUDY_DIR")],
+    max_delta: Annotated[float | None, typer.Option(help="largest loss, in nats per token")] = None,
+    min_speedup: Annotated[float | None, typer.Option(help="smallest speed-up")] = None,
+) -> dict[str, Any]:
+    """Pick the deepest plan of a study's front within a loss, or the best one beyond a speed-up."""
+    from lpsearch.commands.plan import pick_plan
+
+    return pick_plan(study_dir, max_delta=max_delta, min_speedup=min_speedup)
+
+
+@plan_app.command("schema")
+def plan_schema() -> dict[str, Any]:
+    """Print the JSON Schema of the plan file."""
+    from lpsearch.plan import build_plan_schema
+
+    return build_plan_schema()
+
+
+@cache_app.command("show")
+def cache_show() -> dict[str, Any]:
+    """Print where the cache is and what it holds."""
+    from lpsearch.commands.cache import show_cache
+
+    return show_cache()
+
+
+@cache_app.command("clear")
+def cache_clear() -> dict[str, Any]:
+    """Delete the cache; everything in it can be made again."""
+    from lpsearch.commands.cache import clear_cache
+
+    return clear_cache()
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+
+    Args:
+        argv: the arguments; None takes the process's own.
+    """
+    configure_logging()
+    arguments = None if argv is None else list(argv)
+    run_command(lambda: app(args=arguments, prog_name="lpsearch", standalone_mode=False))

@@ -1,0 +1,164 @@
+"""What the commands that run a model share: the device, the model a plan is for, and its data windows."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from lpsearch.errors import ConfigError, PlanError
+from lpsearch.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from lpsearch.data import Windows
+    from lpsearch.models import LoadedModel, ModelSource
+
+__all__ = [
+    "describe_device",
+    "load_for_search",
+    "load_model_of_plan",
+    "resolve_device",
+    "resolve_dtype",
+    "settle_dtype",
+]
+
+logger = logging.getLogger(__name__)
+
+_WEIGHTS_SHARE = 0.7
+"""Share of the free memory that weights may take during the check of a dtype; activations take the rest."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that a name means; ``auto`` is the first GPU if there is one.
+
+    Raises:
+        ConfigError: for a name that torch does not know or a device that is not there.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device {name}: not a device of this machine ({reason}); try cpu or auto") from None
+    return device
+
+
+def describe_device(device: torch.device) -> str:
+    """Return the name under which results on a device are recorded, e.g. ``NVIDIA H100 80GB HBM3`` or ``cpu``."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype that a name means on a device; ``auto`` is bfloat16 where the device is fast at it."""
+    import torch
+
+    from lpsearch.evaluation import choose_dtype
+
+    if name == "auto":
+        return choose_dtype(device)
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"--dtype {name}: not a dtype; choose auto, float32, bfloat16 or float16")
+    return dtype
+
+
+def load_model_of_plan(
+    plan: Plan, *, model: str | None, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
+) -> LoadedModel:
+    """Load the model that a plan is for.
+
+    Args:
+        plan: a plan read from a file.
+        model: what to load instead of the model that the plan names, e.g. a local copy of it.
+        device: where to.
+        dtype: of the weights.
+        trust_remote_code: run the model's own Python code from the hub.
+
+    Raises:
+        PlanError: if the plan names no model, or is for another one.
+        ModelError: if there is no such model.
+        SourceError: if it cannot be fetched.
+    """
+    from lpsearch.models import load_model, resolve_source
+    from lpsearch.transform import check_plan_model
+
+    if plan.metadata is None:
+        raise PlanError("the plan names no model; give --model")
+    identity = plan.metadata.model
+    source = resolve_source(model) if model else resolve_source(identity.id, revision=identity.revision)
+    logger.info("loading %s on %s", source.id, describe_device(device))
+    loaded = load_model(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    check_plan_model(plan, loaded.model)
+    return loaded
+
+
+def load_for_search(source: ModelSource, *, device: torch.device, dtype: str, trust_remote_code: bool) -> LoadedModel:
+    """Load a model in the dtype of a search, or in float32 where an automatic dtype is yet to be checked against it.
+
+    Args:
+        source: the model.
+        device: where to.
+        dtype: name of the dtype, or ``auto``.
+        trust_remote_code: run the model's own Python code from the hub.
+
+    Raises:
+        ModelError: if there is no such model.
+        SourceError: if it cannot be fetched.
+    """
+    import torch
+
+    from lpsearch.models import load_model
+
+    loaded_dtype = resolve_dtype(dtype, device)
+    if dtype == "auto" and loaded_dtype != torch.float32 and _fits_in_float32(source, device):
+        loaded_dtype = torch.float32
+    logger.info("loading %s on %s", source.id, describe_device(device))
+    return load_model(source, device=device, dtype=loaded_dtype, trust_remote_code=trust_remote_code)
+
+
+def settle_dtype(model: PreTrainedModel, *, dtype: str, device: torch.device, windows: Windows) -> str:
+    """Cast a model that :func:`load_for_search` loaded to the dtype of the search, if that keeps its loss.
+
+    Args:
+        model: the unmodified model.
+        dtype: name of the dtype, or ``auto``.
+        device: where the model is.
+        windows: what to compare its loss on.
+
+    Returns:
+        Name of the dtype that the model is in now.
+    """
+    import torch
+
+    from lpsearch.evaluation import apply_dtype
+
+    target = resolve_dtype(dtype, device)
+    if model.dtype == torch.float32 and target != torch.float32:
+        check = apply_dtype(model, dtype=target, windows=windows)
+        logger.info("%s instead of float32 moves the baseline by %+.5f nats per token", target, check.nll_difference)
+    elif dtype == "auto" and target != torch.float32:
+        logger.info("%s is not checked against float32, for which there is no room on %s", target, device)
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _fits_in_float32(source: ModelSource, device: torch.device) -> bool:
+    """Say whether the float32 weights of a model, and a bfloat16 copy, leave room on a device."""
+    import psutil
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from lpsearch.models import load_geometry
+
+    build: Any = AutoModelForCausalLM.from_config
+    with torch.device("meta"):
+        num_parameters = build(load_geometry(source)).num_parameters()
+    free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return bool(6 * num_parameters < _WEIGHTS_SHARE * free_bytes)

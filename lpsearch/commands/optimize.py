@@ -1,0 +1,327 @@
+"""``lpsearch optimize``: from a model's name to the front of plans, resumable at any point.
+
+What can be refused cheaply is refused first; a study's record decides where the user said nothing; everything that was
+measured is in the database before it is used.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import optuna
+
+from lpsearch.commands.console import stderr_console
+from lpsearch.commands.loading import describe_device, load_for_search, resolve_device, settle_dtype
+from lpsearch.commands.progress import build_front_table, show_search, show_steps
+from lpsearch.commands.results import MeasuredFront, build_summary, write_front
+from lpsearch.config import OptimizeConfig, ResolvedConfig, slug_of_model
+from lpsearch.errors import FamilyError, StudyError
+from lpsearch.models import ModelSource, resolve_source
+from lpsearch.plan import Plan, load_plan
+from lpsearch.search import (
+    FIXED_SETTINGS,
+    JoinSpace,
+    Split,
+    StudyResult,
+    StudyStore,
+    compare_settings,
+    evaluate_stored_plan,
+    run_study,
+)
+from lpsearch.search.locks import HeldElsewhereError, hold_file_lock
+
+if TYPE_CHECKING:
+    import torch
+
+    from lpsearch.data import Windows
+    from lpsearch.evaluation import ModelEvaluator
+    from lpsearch.evaluation.losses import WindowLosses
+    from lpsearch.latency import LatencyModel
+    from lpsearch.models import LoadedModel
+
+__all__ = ["optimize"]
+
+logger = logging.getLogger(__name__)
+
+_NEEDED_BYTES = 64 << 20
+"""Room for a study of some hundred trials with its windows and plan files."""
+
+_STUDY_FILES = ("study.db", "study.db-wal", "study.db-shm", "front.json", "plans", "report.html")
+
+_SPLITS: tuple[Split, ...] = ("proxy", "heldout")
+
+
+def optimize(config: ResolvedConfig, *, fresh: bool, show_progress: bool) -> dict[str, Any]:
+    """Search a model's plans until the budget, then write the front and its plans.
+
+    Args:
+        config: what was asked for, and which of it by name.
+        fresh: move an existing study aside first.
+        show_progress: show the live display and the final table.
+
+    Returns:
+        The JSON object of the last line: study, out, trials, baseline_nll, front.
+
+    Raises:
+        UsageError: for input that cannot be used.
+        ResumeError: if the study was begun with other settings.
+        StudyError: if the study cannot be read or written.
+        SourceError: if model or data cannot be fetched.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # it reports every trial, on a handler of its own
+    values = config.values
+    source = resolve_source(values.model)
+    enqueued = [load_plan(path) for path in values.enqueue]
+    device = resolve_device(values.device)
+    out = values.out or Path("studies") / slug_of_model(values.model)
+    _prepare_directory(out)
+    if fresh:
+        _move_aside(out)
+    url = values.storage or f"sqlite:///{(out / 'study.db').absolute()}"
+    with StudyStore(url, study_name=values.study or slug_of_model(values.model)) as store, store.hold_lock():
+        if fresh:
+            store.move_aside()
+        recorded = store.load_settings()
+        if recorded is not None:
+            values, source = _follow_record(recorded, config, source)
+        with show_steps("loading the model", enabled=show_progress):
+            loaded = load_for_search(
+                source,
+                device=device,
+                dtype=values.dtype,
+                trust_remote_code=values.trust_remote_code,
+            )
+        windows = _begin_or_resume(store, recorded, values, loaded, device=device, show_progress=show_progress)
+        latency_model = _get_latency_model(store, values, loaded, show_progress=show_progress)
+        result = _search(store, values, loaded, windows["proxy"], latency_model, enqueued, show_progress=show_progress)
+        front = MeasuredFront(
+            study_name=store.study_name,
+            seed=values.seed,
+            loaded=loaded,
+            device_name=describe_device(device),
+            result=result,
+            windows=windows,
+            heldout_losses=_evaluate_heldout(store, loaded, windows["heldout"], result, show_progress=show_progress),
+            latency_model=latency_model,
+        )
+        store.save_front(write_front(front, out))
+    if show_progress:
+        title = f"{store.study_name}: the front of {len(result.records)} plans"
+        title += ", which are all there are" if result.exact else ""
+        stderr_console().print(build_front_table(result.front, title=title, heldout=front.heldout_deltas))
+    return build_summary(front, out)
+
+
+def _prepare_directory(out: Path) -> None:
+    """Make the directory of a study, and see that it can be written and has room.
+
+    Raises:
+        StudyError: if not.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".lpsearch-write-test"
+        probe.write_bytes(b"\0" * 4096)
+        probe.unlink()
+        free_bytes = shutil.disk_usage(out).free
+    except OSError as error:
+        raise StudyError(f"{out}: cannot be written ({error}); choose another directory with --out") from None
+    if free_bytes < _NEEDED_BYTES:
+        raise StudyError(
+            f"{out}: {free_bytes >> 20} MiB free, a study needs {_NEEDED_BYTES >> 20} MiB; "
+            "free some space or choose another directory with --out"
+        )
+
+
+def _move_aside(out: Path) -> None:
+    """Move the files of an existing study into a directory of its own beside them; nothing is deleted."""
+    try:
+        with hold_file_lock(out / "study.db.lock"):
+            present = [out / name for name in _STUDY_FILES if (out / name).exists()]
+            if not present:
+                return
+            aside = out / time.strftime("before-%Y-%m-%dT%H-%M-%S")
+            aside.mkdir()
+            for path in present:
+                path.rename(aside / path.name)
+    except HeldElsewhereError as error:
+        raise StudyError(f"{out}: the study is being run by process {error.holder}; wait for it or end it") from None
+    logger.info("moved the old study to %s", aside)
+
+
+def _follow_record(
+    recorded: Mapping[str, Any], config: ResolvedConfig, source: ModelSource
+) -> tuple[OptimizeConfig, ModelSource]:
+    """Continue a study: what the user named must agree with its record, the rest is taken from it.
+
+    Raises:
+        ResumeError: for a setting that was named and differs.
+    """
+    values = config.values
+    requested = {name: getattr(values, name) for name in FIXED_SETTINGS if name in config.explicit}
+    if requested.get("dtype") == "auto":
+        del requested["dtype"]
+    compare_settings(recorded, {**requested, "model": source.id, "sampler": values.sampler})
+    kept = {*FIXED_SETTINGS, "heldout", "seed"} & {*OptimizeConfig.model_fields} - config.explicit - {"model"}
+    kept.add("dtype")  # settled when the study was begun
+    updates = {name: recorded[name] for name in kept if name in recorded}
+    return values.model_copy(update=updates), ModelSource.from_dict(recorded["source"])
+
+
+def _begin_or_resume(
+    store: StudyStore,
+    recorded: Mapping[str, Any] | None,
+    values: OptimizeConfig,
+    loaded: LoadedModel,
+    *,
+    device: torch.device,
+    show_progress: bool,
+) -> dict[Split, Windows]:
+    """Record what a study is begun with, or check that the model is still the same; return its windows."""
+    from lpsearch.data import Windows
+
+    identity = {"fingerprint": loaded.identity.fingerprint, "num_layers": loaded.identity.num_layers}
+    stored = {}
+    if recorded is not None:
+        compare_settings(recorded, identity)
+        stored = {split: store.load_windows(split) for split in _SPLITS}
+    windows = {split: Windows(kept.input_ids, kept.spec) for split, kept in stored.items() if kept is not None}
+    is_new = len(windows) < len(_SPLITS)  # a study that was killed before it had all of its windows has no trials
+    if is_new:
+        windows = _build_windows(values, loaded, show_progress=show_progress)
+    if recorded is None:
+        dtype = settle_dtype(loaded.model, dtype=values.dtype, device=device, windows=windows["proxy"])
+        settings = values.model_dump(mode="json", include={*FIXED_SETTINGS, "heldout", "sampler", "seed"})
+        source = {"model": loaded.source.id, "source": loaded.source.to_dict()}
+        store.save_settings({**settings, **identity, **source, "dtype": dtype})
+    if is_new:
+        for split in _SPLITS:
+            store.save_windows(split, input_ids=windows[split].input_ids, spec=windows[split].spec)
+    return windows
+
+
+def _build_windows(values: OptimizeConfig, loaded: LoadedModel, *, show_progress: bool) -> dict[Split, Windows]:
+    from lpsearch.data import build_windows
+
+    windows: dict[Split, Windows] = {}
+    for split in _SPLITS:
+        with show_steps(f"preparing {split} windows", enabled=show_progress) as on_progress:
+            windows[split] = build_windows(
+                values.heldout if split == "heldout" and values.heldout else values.data,
+                tokenizer=loaded.tokenizer,
+                num_windows=values.windows,
+                seq_len=values.seq_len,
+                role=split,
+                seed=values.seed,
+                model=loaded.model,
+                after=windows.get("proxy"),
+                on_progress=on_progress,
+            )
+    return windows
+
+
+def _get_latency_model(
+    store: StudyStore, values: OptimizeConfig, loaded: LoadedModel, *, show_progress: bool
+) -> LatencyModel | None:
+    """Return the latency model of the study: from a file, from its own record, or measured now and recorded."""
+    from lpsearch.latency import LatencyModel, LatencyProfile, check_profile_geometry, load_profile, measure_profile
+
+    if values.latency == "off":
+        return None
+    model = loaded.model
+    if values.latency != "auto":
+        profile = load_profile(values.latency)
+        check_profile_geometry(profile, model.config)
+        store.save_latency_profile(profile.model_dump(mode="json"))
+        return LatencyModel(profile)
+    document = store.load_latency_profile()
+    if document is not None:
+        recorded = LatencyProfile.model_validate(document)
+        if max(recorded.cost_ms) >= values.max_group:
+            return LatencyModel(recorded)
+    try:
+        with show_steps("measuring latency", enabled=show_progress) as on_step:
+            profile = measure_profile(
+                model.config,
+                device=model.device,
+                dtype=model.dtype,
+                max_group=values.max_group,
+                on_progress=lambda share: on_step(round(1000 * share), 1000),
+            )
+    except FamilyError as error:
+        if values.objective == "latency":
+            raise
+        logger.warning("latency is off: %s", error)
+        return None
+    store.save_latency_profile(profile.model_dump(mode="json"))
+    return LatencyModel(profile)
+
+
+def _search(
+    store: StudyStore,
+    values: OptimizeConfig,
+    loaded: LoadedModel,
+    windows: Windows,
+    latency_model: LatencyModel | None,
+    enqueued: list[Plan],
+    *,
+    show_progress: bool,
+) -> StudyResult:
+    """Evaluate plans until the budget."""
+    from lpsearch.evaluation import ModelEvaluator
+
+    evaluator = ModelEvaluator(model=loaded.model, windows=windows, metric=values.metric)
+    _warn_of_odd_baseline(store, evaluator, loaded)
+    with show_search(enabled=show_progress) as on_trial:
+        return run_study(
+            evaluator=evaluator,
+            space=JoinSpace(loaded.identity.num_layers, values.max_group, values.freeze),
+            budget=values.budget,
+            store=store,
+            sampler=values.sampler,
+            seed=values.seed,
+            metric=values.metric,
+            objective=values.objective,
+            estimate_latency_ms=None if latency_model is None else latency_model.estimate_latency_ms,
+            enqueue=enqueued,
+            timeout_s=values.timeout,
+            on_trial=on_trial,
+        )
+
+
+def _warn_of_odd_baseline(store: StudyStore, evaluator: ModelEvaluator, loaded: LoadedModel) -> None:
+    """Say so where the unmodified model reads its text worse than any healthy one would."""
+    from lpsearch.models import check_baseline_nll
+
+    losses = evaluate_stored_plan(store, evaluator, Plan.baseline(loaded.identity.num_layers)).losses
+    windows = evaluator.windows
+    if windows.spec == "self":  # sampled at temperature 1, which is harder to predict than people's text
+        return
+    texts = loaded.tokenizer.batch_decode(windows.input_ids, skip_special_tokens=True)
+    warning = check_baseline_nll(
+        sum(losses.nll_nats_per_token) / windows.num_windows,
+        num_tokens=windows.num_windows * losses.tokens_per_window,
+        num_bytes=sum(len(text.encode()) for text in texts),
+    )
+    if warning is not None:
+        logger.warning("%s", warning)
+
+
+def _evaluate_heldout(
+    store: StudyStore, loaded: LoadedModel, windows: Windows, result: StudyResult, *, show_progress: bool
+) -> dict[Plan, WindowLosses]:
+    """Evaluate the front on windows that the search never saw: the best of many noisy values is optimistic."""
+    from lpsearch.evaluation import ModelEvaluator
+
+    evaluator = ModelEvaluator(model=loaded.model, windows=windows)
+    losses = {}
+    with show_steps("checking the front on held-out windows", enabled=show_progress) as on_step:
+        for index, record in enumerate(result.front):
+            on_step(index, len(result.front))
+            losses[record.plan] = evaluate_stored_plan(store, evaluator, record.plan, split="heldout").losses
+    return losses

@@ -1,0 +1,122 @@
+"""``lpsearch plan``: look at plan files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lpsearch.errors import StudyError, UsageError
+from lpsearch.plan import load_plan
+
+__all__ = ["diff_plans", "pick_plan", "show_plan", "validate_plan"]
+
+
+def show_plan(path: Path) -> dict[str, Any]:
+    """Return the content of a plan file.
+
+    Raises:
+        PlanError: if it is not a valid plan.
+    """
+    return load_plan(path).to_file_dict()
+
+
+def validate_plan(path: Path, *, model: str | None) -> dict[str, Any]:
+    """Check a plan file, and that it is for a model if one is named.
+
+    Args:
+        path: the plan file.
+        model: alias, hub id, directory or ``.gguf`` file; None checks the file alone.
+
+    Raises:
+        PlanError: if it is not a valid plan, or one for another model.
+    """
+    plan = load_plan(path)
+    if model is not None:
+        import torch
+
+        from lpsearch.models import load_model, resolve_source
+        from lpsearch.transform import check_plan_model
+
+        loaded = load_model(resolve_source(model), device="cpu", dtype=torch.float32)
+        check_plan_model(plan, loaded.model)
+    return {"plan": str(path), "valid": True, "num_layers": plan.num_layers, "depth": plan.depth, "model": model}
+
+
+def diff_plans(first: Path, second: Path) -> dict[str, Any]:
+    """Return the joins that only one of two plans has.
+
+    Raises:
+        PlanError: if either is not a valid plan.
+        UsageError: if they are for models of different depth.
+    """
+    plans = load_plan(first), load_plan(second)
+    if plans[0].num_layers != plans[1].num_layers:
+        raise UsageError(
+            f"{first} is for {plans[0].num_layers} layers and {second} for {plans[1].num_layers}; "
+            "only plans of one model can be compared"
+        )
+    joins = set(plans[0].joins), set(plans[1].joins)
+    return {
+        "first": str(first),
+        "second": str(second),
+        "joins_only_in_first": sorted(joins[0] - joins[1]),
+        "joins_only_in_second": sorted(joins[1] - joins[0]),
+        "joins_in_both": sorted(joins[0] & joins[1]),
+    }
+
+
+def pick_plan(study_dir: Path, *, max_delta: float | None, min_speedup: float | None) -> dict[str, Any]:
+    """Return the point of a study's front that a user with these limits wants.
+
+    Within a loss it is the point of least depth; among points beyond a speed-up, the one of least loss. The loss is the
+    held-out one where there is one.
+
+    Args:
+        study_dir: directory that ``optimize`` wrote.
+        max_delta: largest loss against the unmodified model, in nats per token.
+        min_speedup: smallest speed-up.
+
+    Raises:
+        UsageError: if neither limit is given, or no point meets them.
+        StudyError: if there is no front.
+    """
+    if max_delta is None and min_speedup is None:
+        raise UsageError("say what you need: --max-delta NATS, --min-speedup X, or both")
+    front = load_front(study_dir)["front"]
+
+    def loss(point: dict[str, Any]) -> float:
+        heldout = point["heldout_delta_nll"]
+        return float(point["delta_nll"] if heldout is None else heldout)
+
+    meeting = [
+        point
+        for point in front
+        if (max_delta is None or loss(point) <= max_delta)
+        and (min_speedup is None or (point["speedup"] is not None and point["speedup"] >= min_speedup))
+    ]
+    if not meeting:
+        raise UsageError(f"no plan of {study_dir} meets that; its front: {json.dumps(front)}")
+    if max_delta is None:
+        chosen = min(meeting, key=loss)
+    else:
+        chosen = max(meeting, key=lambda point: (point["num_joins"], -loss(point)))
+    return {**chosen, "plan": str(study_dir / chosen["plan"])}
+
+
+def load_front(study_dir: Path) -> dict[str, Any]:
+    """Read ``front.json`` of a study.
+
+    Raises:
+        StudyError: if it is not there or not readable.
+    """
+    path = study_dir / "front.json"
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StudyError(f"{path}: no front here; run `lpsearch optimize` with --out {study_dir} first") from None
+    except (OSError, ValueError) as error:
+        raise StudyError(
+            f"{path}: cannot be read: {error}; run the same `lpsearch optimize` again to rewrite it"
+        ) from None
+    return document

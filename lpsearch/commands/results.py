@@ -1,0 +1,245 @@
+"""What ``optimize`` leaves behind: ``front.json`` and one plan file for each of its points."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import platform
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lpsearch.evaluation.losses import PairedDelta, WindowLosses, compute_paired_delta
+from lpsearch.plan import Plan, PlanMetadata, PlanMetrics, Provenance, ProxyMetrics, save_plan, write_json
+from lpsearch.search import PlanRecord, Split, StudyResult
+
+if TYPE_CHECKING:
+    from lpsearch.data import Windows
+    from lpsearch.latency import LatencyModel
+    from lpsearch.models import LoadedModel
+
+__all__ = [
+    "FRONT_SCHEMA_VERSION",
+    "MeasuredFront",
+    "build_proxy_metrics",
+    "build_summary",
+    "read_versions",
+    "write_front",
+]
+
+FRONT_SCHEMA_VERSION = 1
+"""Version of the form of ``front.json``."""
+
+_SUMMARY_FIELDS = (
+    "plan",
+    "num_joins",
+    "depth_reduction",
+    "delta_nll",
+    "heldout_delta_nll",
+    "perplexity",
+    "latency_ms",
+    "speedup",
+)
+_RECORDED_PACKAGES = ("lpsearch", "torch", "transformers", "optuna")
+
+
+@dataclass(frozen=True)
+class MeasuredFront:
+    """The front of a study with all that is known of it.
+
+    Attributes:
+        study_name: name of the Optuna study.
+        seed: seed of the search.
+        loaded: the model.
+        device_name: what evaluated it.
+        result: the study's records and front.
+        windows: what was evaluated on, by split.
+        heldout_losses: losses on the held-out windows of every plan of the front.
+        latency_model: estimates of decode latency; None with latency off.
+    """
+
+    study_name: str
+    seed: int
+    loaded: LoadedModel
+    device_name: str
+    result: StudyResult
+    windows: Mapping[Split, Windows]
+    heldout_losses: Mapping[Plan, WindowLosses]
+    latency_model: LatencyModel | None
+
+    @cached_property
+    def heldout_deltas(self) -> dict[Plan, PairedDelta]:
+        """Held-out loss of every plan of the front against the baseline's."""
+        base = self.heldout_losses[self.result.baseline.plan]
+        return {
+            plan: compute_paired_delta(losses.nll_nats_per_token, base.nll_nats_per_token)
+            for plan, losses in self.heldout_losses.items()
+        }
+
+    @cached_property
+    def plan_names(self) -> dict[Plan, str]:
+        """Path of every plan file relative to the study's directory, stable as the front improves."""
+        num_with = Counter(record.num_joins for record in self.result.front)
+        return {
+            record.plan: f"plans/joins-{record.num_joins:02d}"
+            + (f"-trial-{record.trial}" if num_with[record.num_joins] > 1 else "")
+            + ".json"
+            for record in self.result.front
+        }
+
+
+def write_front(front: MeasuredFront, out: Path) -> dict[str, Any]:
+    """Write the plan files, then ``front.json``; plan files of an earlier front are removed.
+
+    Args:
+        front: what to write.
+        out: directory of the study.
+
+    Returns:
+        The content of ``front.json``.
+
+    Raises:
+        OSError: if a file cannot be written.
+    """
+    directory = out / "plans"
+    directory.mkdir(exist_ok=True)
+    for record in front.result.front:
+        save_plan(
+            dataclasses.replace(record.plan, metadata=_build_metadata(front, record)),
+            out / front.plan_names[record.plan],
+        )
+    document = {
+        "schema_version": FRONT_SCHEMA_VERSION,
+        "study": front.study_name,
+        "model": front.loaded.identity.model_dump(mode="json"),
+        "trials": len(front.result.records),
+        "exact": front.result.exact,
+        "baseline_nll": front.result.baseline.nll,
+        "proxy_tokens": sum(record.proxy_tokens for record in front.result.records),
+        "heldout_tokens": sum(len(x.nll_nats_per_token) * x.tokens_per_window for x in front.heldout_losses.values()),
+        "front": [_build_point(front, record) for record in front.result.front],
+    }
+    write_json(document, out / "front.json")
+    current = {Path(name).name for name in front.plan_names.values()}
+    for path in directory.glob("joins-*.json"):
+        if path.name not in current:
+            path.unlink()
+    return document
+
+
+def build_summary(front: MeasuredFront, out: Path) -> dict[str, Any]:
+    """Build the JSON object that ends the command: study, out, trials, baseline_nll, front."""
+    points = [_build_point(front, record) for record in front.result.front]
+    return {
+        "study": front.study_name,
+        "out": str(out),
+        "trials": len(front.result.records),
+        "baseline_nll": front.result.baseline.nll,
+        "front": [{name: point[name] for name in _SUMMARY_FIELDS} for point in points],
+    }
+
+
+def build_proxy_metrics(
+    *,
+    losses: WindowLosses,
+    base_losses: WindowLosses,
+    windows: Windows,
+    dtype: str,
+    device_name: str,
+) -> ProxyMetrics:
+    """Build the entry of a plan file for losses on some windows.
+
+    Args:
+        losses: of the plan.
+        base_losses: of the unmodified model on the same windows.
+        windows: what was evaluated on.
+        dtype: dtype of the weights.
+        device_name: what evaluated it.
+    """
+    num_windows = len(losses.nll_nats_per_token)
+    nll = math.fsum(losses.nll_nats_per_token) / num_windows
+    paired = compute_paired_delta(losses.nll_nats_per_token, base_losses.nll_nats_per_token)
+    kl = losses.kl_nats_per_token
+    return ProxyMetrics(
+        nll=nll,
+        delta_nll=paired.delta,
+        delta_nll_se=paired.standard_error,
+        perplexity=math.exp(nll),
+        kl_nats_per_token=None if kl is None else math.fsum(kl) / num_windows,
+        data=windows.spec,
+        windows=num_windows,
+        seq_len=windows.seq_len,
+        num_tokens=num_windows * losses.tokens_per_window,
+        dtype=dtype,
+        device=device_name,
+    )
+
+
+def read_versions() -> dict[str, str]:
+    """Return the versions of what produces results."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _RECORDED_PACKAGES}}
+
+
+def _build_metadata(front: MeasuredFront, record: PlanRecord) -> PlanMetadata:
+    """Build what a plan file says besides the groups."""
+    dtype = str(front.loaded.model.dtype).removeprefix("torch.")
+    windows = front.windows["proxy"]
+    proxy = ProxyMetrics(
+        nll=record.nll,
+        delta_nll=record.delta_nll,
+        delta_nll_se=record.delta_nll_se,
+        perplexity=record.perplexity,
+        kl_nats_per_token=record.kl_nats_per_token,
+        data=windows.spec,
+        windows=windows.num_windows,
+        seq_len=windows.seq_len,
+        num_tokens=record.proxy_tokens,
+        dtype=dtype,
+        device=front.device_name,
+    )
+    heldout = build_proxy_metrics(
+        losses=front.heldout_losses[record.plan],
+        base_losses=front.heldout_losses[front.result.baseline.plan],
+        windows=front.windows["heldout"],
+        dtype=dtype,
+        device_name=front.device_name,
+    )
+    latency = None if front.latency_model is None else front.latency_model.build_metrics(record.plan)
+    return PlanMetadata(
+        model=front.loaded.identity,
+        metrics=PlanMetrics(proxy=proxy, heldout=heldout, latency=latency),
+        provenance=Provenance(
+            study=front.study_name,
+            trial=record.trial,
+            seed=front.seed,
+            versions=read_versions(),
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        ),
+    )
+
+
+def _build_point(front: MeasuredFront, record: PlanRecord) -> dict[str, Any]:
+    """Build the entry of one point of the front."""
+    heldout = front.heldout_deltas[record.plan]
+    latency = front.latency_model
+    return {
+        "plan": front.plan_names[record.plan],
+        "num_joins": record.num_joins,
+        "depth_reduction": record.depth_reduction,
+        "delta_nll": record.delta_nll,
+        "delta_nll_se": record.delta_nll_se,
+        "heldout_delta_nll": heldout.delta,
+        "heldout_delta_nll_se": heldout.standard_error,
+        "kl_nats_per_token": record.kl_nats_per_token,
+        "perplexity": record.perplexity,
+        "latency_ms": None if latency is None else latency.estimate_latency_ms(record.plan),
+        "speedup": None if latency is None else latency.estimate_speedup(record.plan),
+        "groups": [list(group) for group in record.plan.groups],
+        "origin": record.origin,
+        "trial": record.trial,
+    }

@@ -1,0 +1,72 @@
+"""Running the command line, in this process or in one that can be killed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lpsearch.commands.app import main
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended: its exit code, the JSON object of its last line, and what it said on stderr."""
+
+    exit_code: int
+    document: dict[str, Any]
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run_lpsearch(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Return a function that runs ``lpsearch ARGUMENTS`` in this process, with a cache of its own."""
+    import signal
+
+    monkeypatch.setenv("LPSEARCH_CACHE", str(tmp_path / "cache"))
+    handler = signal.getsignal(signal.SIGTERM)
+    loggers = {
+        name: (logging.getLogger(name).level, logging.getLogger(name).handlers[:]) for name in ("lpsearch", "optuna")
+    }
+
+    def run(*arguments: object) -> Outcome:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        stdout, stderr = capfd.readouterr()
+        return Outcome(int(caught.value.code or 0), json.loads(stdout.splitlines()[-1]), stdout, stderr)
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+    for name, (level, handlers) in loggers.items():
+        logging.getLogger(name).setLevel(level)
+        logging.getLogger(name).handlers[:] = handlers
+    logging.getLogger("lpsearch").propagate = True
+
+
+@pytest.fixture
+def start_lpsearch() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Return a function that starts ``lpsearch ARGUMENTS`` as a process; what still runs at the end is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: object) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "lpsearch", *map(str, arguments)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()

@@ -1,0 +1,314 @@
+"""``lpsearch optimize`` from end to end, on a tiny model that really runs."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+import pytest
+
+from lpsearch.plan import Plan, load_plan, save_plan
+from tests.commands.conftest import Run
+
+SUMMARY_FIELDS = [
+    "plan",
+    "num_joins",
+    "depth_reduction",
+    "delta_nll",
+    "heldout_delta_nll",
+    "perplexity",
+    "latency_ms",
+    "speedup",
+]
+
+
+@pytest.fixture
+def arguments(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> list[object]:
+    """Return a search of the tiny model's 13 plans that takes seconds."""
+    return [
+        *("optimize", "--model", tiny_model_dir, "--data", text_file, "--windows", 3, "--seq-len", 24),
+        *("--latency", "off", "--dtype", "float32", "--device", "cpu", "--out", tmp_path / "study"),
+    ]
+
+
+def test_search_leaves_a_front_whose_plans_hold_what_they_promise(
+    run_lpsearch: Run, arguments: list, tmp_path: Path
+) -> None:
+    out = tmp_path / "study"
+    outcome = run_lpsearch(*arguments, "--budget", 10)
+    assert outcome.exit_code == 0, outcome.stderr
+    assert outcome.stdout.count("\n") == 1, "stdout carries the JSON line alone"
+    document = outcome.document
+    assert list(document) == ["study", "out", "trials", "baseline_nll", "front"]
+    assert (document["study"], document["out"], document["trials"]) == ("tiny-llama0", str(out), 10)
+    assert [list(point) for point in document["front"]] == [SUMMARY_FIELDS] * len(document["front"])
+    baseline, *others = document["front"]
+    assert (baseline["num_joins"], baseline["depth_reduction"], baseline["delta_nll"]) == (0, 0, 0)
+    assert baseline["latency_ms"] is None
+    assert others, "ten of thirteen plans hold some with joins"
+    for better, worse in itertools.pairwise(others):
+        assert better["num_joins"] < worse["num_joins"]
+        assert better["delta_nll"] < worse["delta_nll"]
+    front_file = json.loads((out / "front.json").read_text(encoding="utf-8"))
+    assert [point["plan"] for point in front_file["front"]] == [point["plan"] for point in document["front"]]
+    assert {path.name for path in (out / "plans").iterdir()} == {
+        Path(point["plan"]).name for point in document["front"]
+    }
+    for point in document["front"]:
+        plan = load_plan(out / point["plan"])
+        assert plan.num_joins == point["num_joins"]
+        metrics = plan.metadata.metrics
+        assert metrics.proxy.delta_nll == point["delta_nll"]
+        assert metrics.heldout.delta_nll == point["heldout_delta_nll"]
+        assert point["perplexity"] == pytest.approx(math.exp(metrics.proxy.nll))
+
+
+def test_study_is_what_other_tools_expect(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
+    run_lpsearch(*arguments, "--budget", 8, "--study", "named")
+    study = optuna.load_study(study_name="named", storage=f"sqlite:///{tmp_path}/study/study.db")
+    assert study.metric_names == ["depth_reduction", "perplexity"]
+    assert [direction.name for direction in study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    assert len(study.trials) == 8
+    for trial in study.trials:
+        assert list(trial.params) == [f"join_{i:03d}" for i in range(5)]
+        plan = Plan.from_groups(json.loads(trial.user_attrs["groups"]))
+        assert plan.num_joins == trial.user_attrs["num_joins"]
+        assert trial.values[0] == plan.depth_reduction
+        assert trial.user_attrs["proxy_tokens"] == 3 * 23
+    assert study.trials[0].user_attrs["origin"] == "baseline"
+
+
+def test_evaluate_repeats_the_values_of_a_plan(
+    run_lpsearch: Run, arguments: list, text_file: Path, tmp_path: Path
+) -> None:
+    document = run_lpsearch(*arguments, "--budget", 8).document
+    point = document["front"][-1]
+    outcome = run_lpsearch(
+        *("evaluate", tmp_path / "study" / point["plan"], "--data", text_file, "--windows", 3, "--seq-len", 24),
+        *("--split", "proxy", "--dtype", "float32", "--device", "cpu"),
+    )
+    assert outcome.exit_code == 0, outcome.stderr
+    assert outcome.document["delta_nll"] == pytest.approx(point["delta_nll"], abs=1e-6)
+    assert outcome.document["baseline_nll"] == pytest.approx(document["baseline_nll"], abs=1e-6)
+    assert {"nll", "delta_nll", "delta_nll_se"} <= outcome.document.keys()
+
+
+def test_generate_and_pick_take_a_plan_of_the_front(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
+    run_lpsearch(*arguments, "--budget", 8)
+    picked = run_lpsearch("plan", "pick", tmp_path / "study", "--max-delta", 1000)
+    assert picked.exit_code == 0
+    assert picked.document["num_joins"] == max(p.num_joins for p in _load_plans(tmp_path / "study"))
+    outcome = run_lpsearch(
+        *("generate", picked.document["plan"], "--prompt", "The square of 12 is", "--max-new-tokens", 5, "--compare"),
+        *("--dtype", "float32", "--device", "cpu"),
+    )
+    assert outcome.exit_code == 0, outcome.stderr
+    assert outcome.document["new_tokens"] == outcome.document["base"]["new_tokens"] == 5
+    assert outcome.document["text"] != outcome.document["base"]["text"], "random layers in parallel give another text"
+    nothing = run_lpsearch("plan", "pick", tmp_path / "study", "--max-delta", -1000)
+    assert nothing.exit_code == 2
+
+
+def test_the_same_command_resumes(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
+    first = run_lpsearch(*arguments, "--budget", 7)
+    again = run_lpsearch(*arguments, "--budget", 7)
+    assert again.document == first.document
+    more = run_lpsearch(*arguments, "--budget", 100)
+    assert more.document["trials"] == 13, "all plans of six layers in pairs"
+    assert json.loads((tmp_path / "study" / "front.json").read_text(encoding="utf-8"))["exact"]
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path}/study/study.db")
+    groups = [trial.user_attrs["groups"] for trial in study.trials]
+    assert len(groups) == len(set(groups)) == 13
+
+
+def test_resuming_keeps_what_the_study_was_begun_with(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
+    assert run_lpsearch(*arguments, "--budget", 2).exit_code == 0
+    model = arguments[2]
+    bare = run_lpsearch(*("optimize", "--model", model, "--budget", 3, "--latency", "off", "--out", tmp_path / "study"))
+    assert bare.exit_code == 0, bare.stderr
+    assert load_plan(tmp_path / "study/plans/joins-00.json").metadata.metrics.proxy.windows == 3
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "shown"),
+    [
+        ("--windows", 4, "--windows was 3, now 4"),
+        ("--seq-len", 30, "--seq-len was 24, now 30"),
+        ("--max-group", 3, "--max-group was 2, now 3"),
+        ("--metric", "kl", "--metric was nll, now kl"),
+        ("--dtype", "bfloat16", "--dtype was float32, now bfloat16"),
+        ("--data", "self", "now self"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused(
+    run_lpsearch: Run, arguments: list, option: str, value: object, shown: str
+) -> None:
+    assert run_lpsearch(*arguments, "--budget", 2).exit_code == 0
+    outcome = run_lpsearch(*arguments, "--budget", 3, option, value)
+    assert outcome.exit_code == 2
+    assert shown in outcome.document["error"]["message"]
+
+
+def test_fresh_moves_the_old_study_aside(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
+    run_lpsearch(*arguments, "--budget", 3)
+    before = hashlib.sha256((tmp_path / "study/study.db").read_bytes()).hexdigest()
+    outcome = run_lpsearch(*arguments, "--budget", 2, "--windows", 2, "--fresh")
+    assert outcome.exit_code == 0, outcome.stderr
+    assert outcome.document["trials"] == 2
+    (aside,) = (tmp_path / "study").glob("before-*")
+    assert hashlib.sha256((aside / "study.db").read_bytes()).hexdigest() == before
+    assert (aside / "front.json").is_file()
+    assert (aside / "plans").is_dir()
+
+
+def test_self_sampled_data_kl_and_measured_latency(run_lpsearch: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
+    outcome = run_lpsearch(
+        *("optimize", "--model", tiny_model_dir, "--data", "self", "--windows", 3, "--seq-len", 16, "--metric", "kl"),
+        *("--budget", 8, "--out", tmp_path / "study", "--device", "cpu"),
+    )
+    assert outcome.exit_code == 0, outcome.stderr
+    for point in outcome.document["front"]:
+        assert point["latency_ms"] > 0
+        assert point["speedup"] > 0
+        plan = load_plan(tmp_path / "study" / point["plan"])
+        assert plan.metadata.metrics.latency.kind == "estimated"
+        assert plan.metadata.metrics.proxy.kl_nats_per_token >= 0
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path}/study/study.db")
+    assert study.metric_names == ["depth_reduction", "kl_nats_per_token"]
+    assert all(trial.user_attrs["latency_ms"] > 0 for trial in study.trials)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_search_goes_on_where_it_stopped(
+    run_lpsearch: Run,
+    start_lpsearch: Callable[..., subprocess.Popen],
+    arguments: list,
+    tmp_path: Path,
+    how: signal.Signals,
+) -> None:
+    process = start_lpsearch(*arguments, "--budget", 13)
+    for line in process.stderr:
+        if "trial 4/13" in line:
+            break
+    process.send_signal(how)
+    stdout, stderr = process.communicate(timeout=60)
+    if how != signal.SIGKILL:
+        assert process.returncode == 130, stderr
+        assert json.loads(stdout.splitlines()[-1])["error"]["type"] == "Interrupted"
+    storage = f"sqlite:///{tmp_path}/study/study.db"
+    complete = optuna.trial.TrialState.COMPLETE
+    kept = optuna.load_study(study_name=None, storage=storage).get_trials(states=(complete,))
+    assert len(kept) >= 4
+    assert run_lpsearch(*arguments, "--budget", 13).document["trials"] == 13
+    study = optuna.load_study(study_name=None, storage=storage)
+    trials = study.get_trials(states=(complete,))
+    assert [trial.values for trial in trials[: len(kept)]] == [trial.values for trial in kept]
+    assert len({trial.user_attrs["groups"] for trial in trials}) == len(trials) == 13
+    assert not study.get_trials(states=(optuna.trial.TrialState.RUNNING,))
+
+
+def test_a_second_search_of_the_same_study_is_refused(
+    run_lpsearch: Run, start_lpsearch: Callable[..., subprocess.Popen], arguments: list
+) -> None:
+    process = start_lpsearch(*arguments, "--budget", 13)
+    for line in process.stderr:
+        if "trial 1/13" in line:
+            break
+    process.send_signal(signal.SIGSTOP)
+    try:
+        outcome = run_lpsearch(*arguments, "--budget", 13)
+    finally:
+        process.send_signal(signal.SIGCONT)
+    assert outcome.exit_code == 1
+    assert f"process {process.pid}" in outcome.document["error"]["message"]
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "exit_code", "message"),
+    [
+        (["--model", "llama2-7"], 2, "did you mean llama2-7b"),
+        (["--model", "./no/such/model"], 2, "no such model directory"),
+        (["--budget", "0"], 2, "--budget"),
+        (["--data", "./no/such/text.txt"], 2, "no such file"),
+        (["--windows", "100000"], 2, "too short"),
+        (["--seq-len", "4096"], 2, "at most 128 tokens"),
+        (["--max-group", "1"], 2, "--max-group"),
+        (["--freeze", "99"], 2, "frozen layer 99 does not exist"),
+        (["--device", "tpu"], 2, "--device tpu"),
+        (["--latency", "./no/profile.json"], 2, "no such file"),
+        (["--storage", "nonsense"], 2, "not a database URL"),
+        (["--out", "/proc/study"], 1, "cannot be written"),
+    ],
+)
+def test_bad_input_is_named(
+    run_lpsearch: Run, arguments: list, changed: list[str], exit_code: int, message: str
+) -> None:
+    outcome = run_lpsearch(*arguments, *changed)
+    assert outcome.exit_code == exit_code, outcome.stderr
+    assert message in outcome.document["error"]["message"]
+    assert "Traceback" not in outcome.stderr
+
+
+def test_empty_data_are_named(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    outcome = run_lpsearch(*arguments, "--data", tmp_path / "empty.txt")
+    assert outcome.exit_code == 2
+    assert "holds no text" in outcome.document["error"]["message"]
+
+
+def test_a_plan_of_another_model_is_refused(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
+    run_lpsearch(*arguments, "--budget", 2)
+    plan = load_plan(tmp_path / "study/plans/joins-00.json")
+    identity = plan.metadata.model.model_copy(update={"fingerprint": "0" * 16 + "-" + "0" * 16})
+    other = Plan(plan.groups, plan.metadata.model_copy(update={"model": identity}))
+    save_plan(other, tmp_path / "other.json")
+    outcome = run_lpsearch("generate", tmp_path / "other.json", "--prompt", "The", "--device", "cpu")
+    assert outcome.exit_code == 2
+    assert "fingerprint" in outcome.document["error"]["message"]
+
+
+def test_a_corrupt_study_is_named_and_left_untouched(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
+    run_lpsearch(*arguments, "--budget", 4)
+    database = tmp_path / "study/study.db"
+    content = bytearray(database.read_bytes())
+    content[4096:8192] = b"\xff" * 4096
+    database.write_bytes(content)
+    outcome = run_lpsearch(*arguments, "--budget", 5)
+    assert outcome.exit_code == 1
+    assert str(database) in outcome.document["error"]["message"]
+    assert database.read_bytes() == bytes(content)
+
+
+def test_a_full_disk_loses_nothing(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a small file system is not permitted here")
+    try:
+        assert run_lpsearch(*arguments, "--out", disk / "study", "--budget", 3).exit_code == 0
+        filler = disk / "filler"
+        free_bytes = shutil.disk_usage(disk).free
+        filler.write_bytes(b"\0" * free_bytes)
+        outcome = run_lpsearch(*arguments, "--out", disk / "study", "--budget", 13)
+        assert outcome.exit_code == 1
+        filler.unlink()
+        assert run_lpsearch(*arguments, "--out", disk / "study", "--budget", 13).document["trials"] == 13
+    finally:
+        time.sleep(0.1)
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def _load_plans(study: Path) -> list[Plan]:
+    return [load_plan(path) for path in (study / "plans").iterdir()]
