@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lpsearch.versions import __version__ as __version__
+
 if TYPE_CHECKING:
     from lpsearch.plan import Plan, load_plan, save_plan
     from lpsearch.search import run_study
@@ -22,8 +24,6 @@ __all__ = [
     "save_plan",
     "undo_plan",
 ]
-
-__version__ = "0.1.0"
 
 _MODULE_OF = {
     "Plan": "lpsearch.plan",

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, NoReturn
 
 import typer
@@ -21,13 +22,17 @@ __all__ = ["configure_logging", "run_command", "stderr_console"]
 
 logger = logging.getLogger(__name__)
 
+_LOG_WIDTH = 140
+"""Columns of tables where stderr is no terminal."""
+
 # Newer versions of typer carry their own copy of click, so the base of its errors is found through one of them.
 _ParserError: type[Any] = typer.BadParameter.__mro__[2]
 
 
+@cache
 def stderr_console() -> Console:
-    """Return a console on stderr, so that stdout carries nothing but results."""
-    return Console(stderr=True, highlight=False)
+    """Return the console on stderr, one for logs and displays so that they do not write over each other."""
+    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _LOG_WIDTH)
 
 
 def configure_logging(*, verbose: bool = False, quiet: bool = False) -> None:

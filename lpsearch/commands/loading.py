@@ -143,7 +143,8 @@ def settle_dtype(model: PreTrainedModel, *, dtype: str, device: torch.device, wi
     target = resolve_dtype(dtype, device)
     if model.dtype == torch.float32 and target != torch.float32:
         check = apply_dtype(model, dtype=target, windows=windows)
-        logger.info("%s instead of float32 moves the baseline by %+.5f nats per token", target, check.nll_difference)
+        if check.dtype == target:
+            logger.info("%s moves the baseline by %+.4f nats per token from float32", target, check.nll_difference)
     elif dtype == "auto" and target != torch.float32:
         logger.info("%s is not checked against float32, for which there is no room on %s", target, device)
     return str(model.dtype).removeprefix("torch.")

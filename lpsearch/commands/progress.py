@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
+from rich import box
 from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -107,31 +108,33 @@ def build_front_table(
         title: what stands above it.
         heldout: held-out loss of each plan, where it is known.
     """
-    table = Table(title=title, title_justify="left")
-    columns = ["joins", "less depth", "delta nll", "+-"]
-    columns += ["held out"] if heldout is not None else []
-    for column in [*columns, "perplexity", "ms/token", "speed-up"]:
-        table.add_column(column, justify="right")
-    table.add_column("pairs and groups", overflow="fold")
-    baseline = front[0] if front else None
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    base_ms = front[0].latency_ms
+    columns = ["joins", "less depth", "delta nll"] + (["held out"] if heldout is not None else []) + ["perplexity"]
+    for column in columns + (["ms/token", "speed-up"] if base_ms is not None else []):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("layers together", overflow="fold", ratio=1)
     for record in front:
         cells = [
             str(record.num_joins),
             f"{record.depth_reduction:.1%}",
-            f"{record.delta_nll:.4f}",
-            "" if record.delta_nll_se is None else f"{record.delta_nll_se:.4f}",
+            _format_delta(record.delta_nll, record.delta_nll_se),
         ]
         if heldout is not None:
-            cells.append(f"{heldout[record.plan].delta:.4f}" if record.plan in heldout else "")
+            paired = heldout.get(record.plan)
+            cells.append("" if paired is None else _format_delta(paired.delta, paired.standard_error))
         cells.append(f"{record.perplexity:.2f}")
-        if record.latency_ms is None or baseline is None or baseline.latency_ms is None:
-            cells += ["", ""]
-        else:
-            cells += [f"{record.latency_ms:.2f}", f"{baseline.latency_ms / record.latency_ms:.3f}x"]
+        if base_ms is not None:
+            latency_ms = record.latency_ms
+            cells += ["", ""] if latency_ms is None else [f"{latency_ms:.2f}", f"{base_ms / latency_ms:.3f}x"]
         groups = [group for group in record.plan.groups if len(group) > 1]
-        cells.append(" ".join("+".join(map(str, group)) for group in groups))
+        cells.append(" ".join(f"{group[0]}-{group[-1]}" for group in groups))
         table.add_row(*cells)
     return table
+
+
+def _format_delta(delta: float, standard_error: float | None) -> str:
+    return f"{delta:.3f}" if not standard_error else f"{delta:.3f} ±{standard_error:.3f}"
 
 
 def _describe(update: TrialUpdate) -> str:

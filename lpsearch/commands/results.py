@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import platform
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lpsearch.evaluation.losses import PairedDelta, WindowLosses, compute_paired_delta
 from lpsearch.plan import Plan, PlanMetadata, PlanMetrics, Provenance, ProxyMetrics, save_plan, write_json
 from lpsearch.search import PlanRecord, Split, StudyResult
+from lpsearch.versions import read_versions
 
 if TYPE_CHECKING:
     from lpsearch.data import Windows
@@ -28,7 +27,6 @@ __all__ = [
     "MeasuredFront",
     "build_proxy_metrics",
     "build_summary",
-    "read_versions",
     "write_front",
 ]
 
@@ -45,7 +43,6 @@ _SUMMARY_FIELDS = (
     "latency_ms",
     "speedup",
 )
-_RECORDED_PACKAGES = ("lpsearch", "torch", "transformers", "optuna")
 
 
 @dataclass(frozen=True)
@@ -178,11 +175,6 @@ def build_proxy_metrics(
         dtype=dtype,
         device=device_name,
     )
-
-
-def read_versions() -> dict[str, str]:
-    """Return the versions of what produces results."""
-    return {"python": platform.python_version(), **{name: version(name) for name in _RECORDED_PACKAGES}}
 
 
 def _build_metadata(front: MeasuredFront, record: PlanRecord) -> PlanMetadata:

@@ -13,7 +13,6 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -24,6 +23,7 @@ from lpsearch.errors import LpsearchError
 from lpsearch.latency.model import fit_group_costs
 from lpsearch.latency.profile import LatencyProfile, MeasuredPoint, ProfileGeometry
 from lpsearch.latency.shapes import ShapeModel, cache_size, can_widen, layer_sizes, select_layers
+from lpsearch.versions import read_versions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -108,7 +108,7 @@ def measure_profile(
         device=_name_device(device),
         num_threads=torch.get_num_threads(),
         dtype=str(dtype).removeprefix("torch."),
-        versions={name: version(name) for name in ("lpsearch", "torch", "transformers")},
+        versions=read_versions(),
         geometry=ProfileGeometry.from_config(config),
         num_layers_measured=num_layers,
         batch_size=batch_size,

@@ -42,8 +42,10 @@ def list_aliases() -> tuple[Alias, ...]:
 
 
 def find_alias(name: str) -> Alias | None:
-    """Return the alias of that name, or None."""
-    return _read_aliases().get(name)
+    """Return the alias of that name, or the one of a packaged model whose package has it; else None."""
+    aliases = _read_aliases()
+    packaged = (alias for alias in aliases.values() if alias.kind == "package" and alias.id == name)
+    return aliases.get(name) or next(packaged, None)
 
 
 def suggest_aliases(name: str) -> list[str]:

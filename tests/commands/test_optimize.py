@@ -18,6 +18,7 @@ import pytest
 
 from lpsearch.plan import Plan, load_plan, save_plan
 from tests.commands.conftest import Run
+from tests.tolerances import FLOAT32_LOSS
 
 SUMMARY_FIELDS = [
     "plan",
@@ -312,3 +313,17 @@ def test_a_full_disk_loses_nothing(run_lpsearch: Run, arguments: list, tmp_path:
 
 def _load_plans(study: Path) -> list[Plan]:
     return [load_plan(path) for path in (study / "plans").iterdir()]
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_what_the_cpu_finds(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
+    on_cpu = run_lpsearch(*arguments, "--budget", 13).document
+    outcome = run_lpsearch(
+        *(*arguments, "--budget", 13, "--device", "cuda", "--latency", "auto", "--out", tmp_path / "gpu")
+    )
+    assert outcome.exit_code == 0, outcome.stderr
+    on_gpu = outcome.document
+    assert [point["num_joins"] for point in on_gpu["front"]] == [point["num_joins"] for point in on_cpu["front"]]
+    for gpu_point, cpu_point in zip(on_gpu["front"], on_cpu["front"], strict=True):
+        assert gpu_point["delta_nll"] == pytest.approx(cpu_point["delta_nll"], abs=FLOAT32_LOSS)
+        assert gpu_point["latency_ms"] > 0

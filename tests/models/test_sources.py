@@ -89,3 +89,9 @@ def test_resolving_imports_no_torch() -> None:
         "list_aliases(); assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules), 'too much'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("alias", ["smollm2-135m", "gemma3-270m", "llama2-7b"])
+def test_what_a_plan_records_of_a_source_leads_back_to_it(alias: str) -> None:
+    source = resolve_source(alias)
+    assert resolve_source(source.id, revision=source.revision) == source
