@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
+from sqlalchemy.engine import URL
 
 from lpsearch.commands.console import stderr_console
 from lpsearch.commands.loading import describe_device, load_for_search, resolve_device, settle_dtype
@@ -82,8 +83,12 @@ def optimize(config: ResolvedConfig, *, fresh: bool, show_progress: bool) -> dic
     _prepare_directory(out)
     if fresh:
         _move_aside(out)
-    url = values.storage or f"sqlite:///{(out / 'study.db').absolute()}"
-    with StudyStore(url, study_name=values.study or slug_of_model(values.model)) as store, store.hold_lock():
+    # Built, not formatted: a directory's name may hold what means something else in a URL.
+    own_url = URL.create("sqlite", database=str((out / "study.db").absolute())).render_as_string()
+    with (
+        StudyStore(values.storage or own_url, study_name=values.study or slug_of_model(values.model)) as store,
+        store.hold_lock(),
+    ):
         if fresh:
             store.move_aside()
         recorded = store.load_settings()
