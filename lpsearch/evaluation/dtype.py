@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DtypeCheck", "apply_dtype", "choose_dtype"]
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _TOLERANCE_NATS_PER_TOKEN = 0.01
 _CHECKED_TOKENS = 2048
@@ -94,7 +94,7 @@ def apply_dtype(
         return DtypeCheck(dtype, dtype, difference)
     for name, parameter in model.named_parameters():
         parameter.data = originals[name]
-    _logger.warning(
+    logger.warning(
         "the baseline's NLL in %s is %+.4f nats/token off float32's (at most %.4f is accepted): staying in float32",
         str(dtype).removeprefix("torch."),
         difference,
