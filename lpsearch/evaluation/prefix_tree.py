@@ -82,6 +82,7 @@ class PrefixTree(Generic[State]):
         self._held: dict[Boundary[State], None] = {}
         self._held_bytes = 0
         self._num_plans = 0
+        self._longest_group = 2
         self._last_groups: Sequence[tuple[int, ...]] | None = None
         # What was seen: the count and the plan number that it was last brought up to.
         self._counts: dict[Hashable, tuple[float, int]] = {}
@@ -206,12 +207,21 @@ class PrefixTree(Generic[State]):
         if groups != self._last_groups:  # the batches of one plan are one moment
             self._num_plans += 1
             self._last_groups = groups
+            self._longest_group = max(self._longest_group, *map(len, groups))
         for key in (batch, *((batch, group) for group in groups), *((batch, group[0]) for group in groups)):
             self._counts[key] = (self._read_count(key) + 1, self._num_plans)
 
     def _read_count(self, key: Hashable) -> float:
         count, counted_at = self._counts.get(key, (0.0, self._num_plans))
         return count * float(0.5 ** ((self._num_plans - counted_at) / HALF_LIFE_PLANS))
+
+    def _compute_chance(self, count: float, started: float) -> float:
+        """Return the chance of a group where the plans that start one there are ``started``.
+
+        The chances of all groups that may start there add up to 1. If they added up to more, a boundary whose branches
+        are all held would seem worse than useless, and those that most plans share would be given up first.
+        """
+        return (count + UNSEEN_COUNT) / (started + self._longest_group * UNSEEN_COUNT)
 
     def _walk(self) -> Iterator[tuple[Boundary[State], float, Boundary[State] | None]]:
         """Yield every boundary held, the chance that a plan begins with it, and the boundary held above it."""
@@ -227,7 +237,7 @@ class PrefixTree(Generic[State]):
                     key = (batch, group)
                     if key not in chances:
                         started = self._read_count((batch, boundary.num_layers))
-                        chances[key] = (self._read_count(key) + UNSEEN_COUNT) / (started + 2 * UNSEEN_COUNT)
+                        chances[key] = self._compute_chance(self._read_count(key), started)
                     stack.append((child, chance * chances[key], above))
 
 

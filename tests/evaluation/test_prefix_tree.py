@@ -96,10 +96,11 @@ def _compute_chance(groups: tuple[tuple[int, ...], ...], seen: list[Plan]) -> fl
     ages = {plan: age for age, plan in enumerate(reversed(seen))}
     weights = {plan: 0.5 ** (age / HALF_LIFE_PLANS) for plan, age in ages.items()}
     chance = sum(weights.values())
+    longest_group = max(2, *(plan.max_group for plan in seen))
     for group in groups:
         count = sum(weight for plan, weight in weights.items() if group in plan.groups)
         started = sum(weight for plan, weight in weights.items() if group[0] in [g[0] for g in plan.groups])
-        chance *= (count + UNSEEN_COUNT) / (started + 2 * UNSEEN_COUNT)
+        chance *= (count + UNSEEN_COUNT) / (started + longest_group * UNSEEN_COUNT)
     return chance
 
 
@@ -113,10 +114,11 @@ def _compute_savings(held: set[tuple[tuple[int, ...], ...]], seen: list[Plan]) -
     return savings
 
 
-def test_what_is_given_up_costs_the_least_expected_savings():
+@pytest.mark.parametrize("max_group", [2, 3])
+def test_what_is_given_up_costs_the_least_expected_savings(max_group):
     budget = 6
     tree: PrefixTree[tuple[tuple[int, ...], ...]] = PrefixTree(budget_bytes=budget)
-    plans = list(dict.fromkeys(_draw_plans(40, max_group=2, seed=5)))
+    plans = list(dict.fromkeys(_draw_plans(40, max_group=max_group, seed=5)))
     for index, plan in enumerate(plans):
         seen = plans[: index + 1]
         held = set(tree.list_states())
