@@ -104,7 +104,7 @@ def apply_dtype(
 
 
 def _evaluate_baseline(model: PreTrainedModel, windows: Windows, num_tokens: int) -> float:
-    evaluator = ModelEvaluator(model=model, windows=windows)
+    evaluator = ModelEvaluator(model=model, windows=windows, cache_bytes=0)
     baseline = Plan.baseline(model.config.get_text_config().num_hidden_layers)
     num_windows = min(windows.num_windows, -(-num_tokens // windows.seq_len))
     losses = evaluator.evaluate_windows(baseline, range(num_windows))
