@@ -20,13 +20,13 @@ from optuna.trial import FrozenTrial, TrialState
 from lpsearch.errors import ConfigError
 from lpsearch.plan import Plan
 from lpsearch.search.pairset import Observation, PairsetProposer
-from lpsearch.search.proposers import Proposer, RandomProposer, WindowProposer
+from lpsearch.search.proposers import EvolutionProposer, Proposer, RandomProposer, WindowProposer
 from lpsearch.search.records import Metric, read_record
 from lpsearch.search.space import JoinSpace
 
 __all__ = ["SAMPLER_NAMES", "ProposerSampler", "RepairingSampler", "build_sampler"]
 
-SAMPLER_NAMES = ("nsga2", "pairset", "random", "tpe", "window")
+SAMPLER_NAMES = ("evolution", "nsga2", "pairset", "random", "tpe", "window")
 
 MAX_REDRAWS = 16
 """Draws of an Optuna sampler that may repeat a known plan before a random unknown one takes their place."""
@@ -51,6 +51,8 @@ def build_sampler(
     history = _History(space=space, metric=metric)
     if name == "pairset":
         return ProposerSampler(PairsetProposer(space=space, budget=budget, seed=seed), history)
+    if name == "evolution":
+        return ProposerSampler(EvolutionProposer(space=space, seed=seed), history)
     if name == "random":
         return ProposerSampler(RandomProposer(space=space, seed=seed), history)
     if name == "window":

@@ -24,7 +24,7 @@ from tests.search.evaluators import BASE_NLL, SyntheticEvaluator, TableEvaluator
 
 NUM_LAYERS = 10
 SPACE = JoinSpace(NUM_LAYERS)
-STATELESS = ("pairset", "random", "window")
+STATELESS = ("evolution", "pairset", "random", "window")
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_contract_of_every_sampler(url, sampler):
         assert trial.user_attrs["latency_ms"] == 1.0 + plan.depth
         assert trial.user_attrs["proxy_tokens"] == 3 * 63
         assert trial.user_attrs["origin"] in {
-            "baseline", "scan", "programme", "surrogate", "random", "window", "nsga2", "tpe"
+            "baseline", "scan", "programme", "surrogate", "random", "window", "mutation", "nsga2", "tpe"
         }  # fmt: skip
         assert trial.values == pytest.approx([plan.depth_reduction, math.exp(sum(losses) / 3)])
         assert (record.plan, record.trial) == (plan, trial.number)
@@ -322,7 +322,7 @@ def test_another_sampler_may_continue_and_says_so(url, caplog):
     ("options", "error", "message"),
     [
         ({"budget": 0}, ConfigError, "at least 1"),
-        ({"sampler": "magic"}, ConfigError, "choose one of nsga2, pairset"),
+        ({"sampler": "magic"}, ConfigError, "choose one of evolution, nsga2, pairset"),
         ({"metric": "bleu"}, ConfigError, "nll, kl"),
         ({"objective": "width"}, ConfigError, "depth, latency"),
         ({"enqueue": [Plan.baseline(4)]}, PlanError, "4 layers, the model 10"),
