@@ -101,6 +101,7 @@ class Coordinator:
                 seed=seed,
                 metric=metric,
                 num_trials=len(self._study.get_trials(deepcopy=False)),
+                estimate_latency_ms=estimate_latency_ms if objective == "latency" else None,
             )
             self._finished = read_finished(self._study)
         self._num_resumed = len(self._finished)

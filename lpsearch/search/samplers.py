@@ -7,7 +7,7 @@ stopped, and neither ever asks for a plan that is finished or running.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,14 @@ MAX_REDRAWS = 16
 
 
 def build_sampler(
-    name: str, *, space: JoinSpace, budget: int | None, seed: int, metric: Metric = "nll", num_trials: int = 0
+    name: str,
+    *,
+    space: JoinSpace,
+    budget: int | None,
+    seed: int,
+    metric: Metric = "nll",
+    num_trials: int = 0,
+    estimate_latency_ms: Callable[[Plan], float] | None = None,
 ) -> BaseSampler:
     """Build a sampler for ask-and-tell on a study over ``space.distributions``.
 
@@ -44,13 +51,15 @@ def build_sampler(
         seed: decides every draw.
         metric: the loss that plans are compared by.
         num_trials: trials that the study already has, so that Optuna's samplers do not repeat their first draws.
+        estimate_latency_ms: latency in ms that ``pairset`` compares plans by; None compares by depth.
 
     Raises:
         ConfigError: for an unknown name.
     """
     history = _History(space=space, metric=metric)
     if name == "pairset":
-        return ProposerSampler(PairsetProposer(space=space, budget=budget, seed=seed), history)
+        pairset = PairsetProposer(space=space, budget=budget, seed=seed, estimate_latency_ms=estimate_latency_ms)
+        return ProposerSampler(pairset, history)
     if name == "evolution":
         return ProposerSampler(EvolutionProposer(space=space, seed=seed), history)
     if name == "random":
