@@ -58,7 +58,7 @@ class OptimizeConfig(BaseModel):
     max_group: int = Field(default=2, ge=2)
     metric: Literal["nll", "kl"] = "nll"
     objective: Literal["depth", "latency"] = "depth"
-    sampler: Literal["pairset", "nsga2", "tpe", "random", "window"] = "pairset"
+    sampler: Literal["pairset", "evolution", "nsga2", "tpe", "random", "window"] = "pairset"
     seed: int = Field(default=0, ge=0)
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

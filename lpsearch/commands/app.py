@@ -33,6 +33,7 @@ class SamplerName(StrEnum):
     """Search methods that ``--sampler`` takes."""
 
     PAIRSET = "pairset"
+    EVOLUTION = "evolution"
     NSGA2 = "nsga2"
     TPE = "tpe"
     RANDOM = "random"

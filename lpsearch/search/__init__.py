@@ -5,12 +5,13 @@ from __future__ import annotations
 from lpsearch.search.evaluations import StoredEvaluation, evaluate_stored_plan
 from lpsearch.search.front import build_front
 from lpsearch.search.opening import load_records
+from lpsearch.search.outcome import StudyResult, TrialUpdate
 from lpsearch.search.records import PlanRecord
 from lpsearch.search.samplers import SAMPLER_NAMES, build_sampler
 from lpsearch.search.settings import FIXED_SETTINGS, compare_settings
 from lpsearch.search.space import JoinSpace
 from lpsearch.search.store import Split, StoredWindows, StudyStore
-from lpsearch.search.study import StudyResult, TrialUpdate, run_study
+from lpsearch.search.study import run_study
 
 __all__ = [
     "FIXED_SETTINGS",

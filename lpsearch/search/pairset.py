@@ -6,6 +6,8 @@
    surrogate's mean and of draws from it, by the dynamic programme then exchanges of joins, and the neighbours of the
    best plans so far.
 
+Where plans are compared by time, strata of what they save take the place of the numbers of joins.
+
 The proposer keeps no state: any process that sees the same observations proposes the same plan.
 """
 
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +32,7 @@ from lpsearch.search.programme import (
     solve_programme,
 )
 from lpsearch.search.space import JoinSpace
+from lpsearch.search.strata import build_strata
 from lpsearch.search.surrogate import Surrogate
 
 __all__ = ["Observation", "PairsetProposer", "Proposal"]
@@ -57,8 +60,8 @@ REACH_JOINS = 4
 NUM_DRAWS = 4
 NUM_EXCHANGES = 24
 MAX_EXCHANGE_STEPS = 6
-INCUMBENTS_PER_COUNT = 2
-CANDIDATES_PER_COUNT = 16
+INCUMBENTS_PER_STRATUM = 2
+CANDIDATES_PER_STRATUM = 16
 ENUMERABLE_PLANS = 256
 
 
@@ -98,15 +101,24 @@ class PairsetProposer:
         space: the plans to search.
         budget: evaluations of the whole study, the baseline included; None when unknown.
         seed: decides the draws and nothing else.
+        estimate_latency_ms: latency that plans are compared by, additive over groups; None compares by depth.
     """
 
-    def __init__(self, *, space: JoinSpace, budget: int | None, seed: int) -> None:
-        """Store the settings; nothing is computed before the first proposal."""
+    def __init__(
+        self,
+        *,
+        space: JoinSpace,
+        budget: int | None,
+        seed: int,
+        estimate_latency_ms: Callable[[Plan], float] | None = None,
+    ) -> None:
+        """Store the settings and lay the strata."""
         self._space = space
         self._seed = seed
         self._num_joins = space.num_layers - 1
-        self._max_joins = space.max_joins
-        self._useful_joins = min(self._max_joins, max(1, space.num_layers // 3))
+        self._strata = build_strata(space, estimate_latency_ms)
+        self._max_stratum = self._strata.num_strata
+        self._useful_stratum = min(self._max_stratum, max(1, space.num_layers // 3))
         scan = _order_coarse_to_fine(space.free_joins)
         budget = 4 * (len(scan) + 1) if budget is None else budget
         if len(scan) + 1 > FULL_SCAN_SHARE * budget:
@@ -170,26 +182,26 @@ class PairsetProposer:
         taken: Collection[tuple[int, ...]],
         pending: Collection[Plan],
     ) -> Proposal | None:
-        """Return the best candidate: the programme's where a number of joins is yet untried, else by improvement."""
+        """Return the best candidate: the programme's where a stratum is yet untried, else by improvement."""
         candidates = self._list_candidates(surrogate, evaluated, taken)
         if not len(candidates):
             return None
-        counts = candidates.sum(axis=1)
+        strata = self._strata.classify(candidates)
         mean = surrogate.estimate_mean(candidates)
-        horizon = self._useful_joins if len(taken) < DEEP_AFTER * self._num_joins else self._max_joins
-        tried = {len(joins) for joins in taken}
-        for count in range(2, horizon + 1):
-            rows = np.flatnonzero(counts == count)
-            if count not in tried and len(rows):
+        horizon = self._useful_stratum if len(taken) < DEEP_AFTER * self._num_joins else self._max_stratum
+        tried = set(self._strata.classify(_stack_joins(taken, self._num_joins)).tolist())
+        for stratum in range(1, horizon + 1):
+            rows = np.flatnonzero(strata == stratum)
+            if stratum not in tried and len(rows):
                 return self._build_proposal(_list_joins(candidates[rows[mean[rows].argmin()]]), "programme")
-        kept = _find_least_by_count(mean, counts, CANDIDATES_PER_COUNT)
-        candidates, counts, mean = candidates[kept], counts[kept], mean[kept]
+        kept = _find_least_by_stratum(mean, strata, CANDIDATES_PER_STRATUM)
+        candidates, strata, mean = candidates[kept], strata[kept], mean[kept]
         gain = _compute_expected_improvement(
             mean,
             surrogate.estimate_standard_deviation(candidates, mean),
-            counts,
+            strata,
             front=self._estimate_front(surrogate, evaluated, pending),
-            weights=np.where(np.arange(self._max_joins + 1) <= self._useful_joins, 1.0, DEEP_WEIGHT),
+            weights=np.where(np.arange(self._max_stratum + 1) <= self._useful_stratum, 1.0, DEEP_WEIGHT),
         )
         return self._build_proposal(_list_joins(candidates[gain.argmax()]), "surrogate")
 
@@ -203,10 +215,10 @@ class PairsetProposer:
         mean_costs = surrogate.mean_costs
         costs = mean_costs.concatenate(surrogate.draw_costs(NUM_DRAWS, self._build_rng(taken)))
         cheapest = self._solve(costs)
-        useful = cheapest[:, : self._useful_joins]
+        useful = cheapest[:, : self._useful_stratum]
         descended = exchange_joins(costs, useful, space=self._space, width=NUM_EXCHANGES, max_steps=MAX_EXCHANGE_STEPS)
         incumbents = evaluated.joined[
-            _find_least_by_count(evaluated.delta_nll, evaluated.joined.sum(axis=1), INCUMBENTS_PER_COUNT)
+            _find_least_by_stratum(evaluated.delta_nll, self._strata.classify(evaluated.joined), INCUMBENTS_PER_STRATUM)
         ]
         centres = np.concatenate([incumbents, descended[0]])[None]
         neighbours, _ = list_exchanges(mean_costs, centres, space=self._space, width=NUM_EXCHANGES)
@@ -216,22 +228,26 @@ class PairsetProposer:
         return _drop_taken(candidates[find_valid(candidates, self._space)], taken)
 
     def _solve(self, costs: PlanCosts) -> BoolArray:
-        """Return (batch, max_joins, num_joins): the cheapest plan with 1, 2, ... joins, far products ignored."""
+        """Return (batch, num_strata, num_joins): the cheapest plan of each stratum, far products ignored."""
+        units, num_strata = self._strata.units, self._max_stratum
         result = solve_programme(
             build_group_costs(costs.join_costs, max_group=self._space.max_group),
             free_joins=self._space.free_joins,
-            max_joins=self._max_joins,
+            max_saving=(num_strata + 1) * units - 1,
             product_costs=costs.build_bands(REACH_JOINS),
+            group_units=self._strata.group_units,
         )
-        return result.joined[:, 1:]
+        best = result.cost.reshape(-1, num_strata + 1, units).argmin(axis=2)
+        joined = result.joined.reshape(-1, num_strata + 1, units, self._num_joins)
+        return np.take_along_axis(joined, best[:, :, None, None], axis=2)[:, 1:, 0]
 
     def _estimate_front(self, surrogate: Surrogate, evaluated: _Evaluated, pending: Collection[Plan]) -> FloatArray:
-        """Return (max_joins + 1,): the least loss with at least k joins, pending plans at what is expected of them."""
-        front = np.full(self._max_joins + 1, WORST_DELTA_NATS)
+        """Return (num_strata + 1,): the least loss of plans that save so much, pending ones at what is expected."""
+        front = np.full(self._max_stratum + 1, WORST_DELTA_NATS)
         front[0] = 0.0
-        np.minimum.at(front, evaluated.joined.sum(axis=1), evaluated.delta_nll)
+        np.minimum.at(front, self._strata.classify(evaluated.joined), evaluated.delta_nll)
         joined = _stack_joins((plan.joins for plan in pending), self._num_joins)
-        np.minimum.at(front, joined.sum(axis=1), surrogate.estimate_mean(joined))
+        np.minimum.at(front, self._strata.classify(joined), surrogate.estimate_mean(joined))
         return np.minimum.accumulate(front[::-1])[::-1]
 
     def _propose_any(self, taken: Collection[tuple[int, ...]]) -> Proposal | None:
@@ -288,21 +304,21 @@ class _Evaluated:
 
 
 def _compute_expected_improvement(
-    mean: FloatArray, deviation: FloatArray, counts: IntArray, *, front: FloatArray, weights: FloatArray
+    mean: FloatArray, deviation: FloatArray, strata: IntArray, *, front: FloatArray, weights: FloatArray
 ) -> FloatArray:
-    """Return (plans,): the expected fall of the weighted front; a plan with k joins bears on every j <= k."""
+    """Return (plans,): the expected fall of the weighted front; a plan bears on its stratum and those below."""
     fall = front[None, :] - mean[:, None]
     standard = fall / deviation[:, None]
     gain = fall * ndtr(standard) + deviation[:, None] * np.exp(-0.5 * standard**2) / np.sqrt(2 * np.pi)
-    bears = (np.arange(len(front)) > 0) & (np.arange(len(front)) <= counts[:, None])
+    bears = (np.arange(len(front)) > 0) & (np.arange(len(front)) <= strata[:, None])
     return np.asarray((gain * bears) @ weights)
 
 
-def _find_least_by_count(values: FloatArray, counts: IntArray, per_count: int) -> IntArray:
-    """Return the indices of the least few values of every count."""
-    order = np.lexsort((values, counts))
-    rank = np.arange(len(order)) - np.searchsorted(counts[order], counts[order])
-    return order[rank < per_count]
+def _find_least_by_stratum(values: FloatArray, strata: IntArray, per_stratum: int) -> IntArray:
+    """Return the indices of the least few values of every stratum."""
+    order = np.lexsort((values, strata))
+    rank = np.arange(len(order)) - np.searchsorted(strata[order], strata[order])
+    return order[rank < per_stratum]
 
 
 def _drop_taken(joined: BoolArray, taken: Iterable[tuple[int, ...]]) -> BoolArray:

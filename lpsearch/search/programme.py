@@ -1,9 +1,10 @@
 """Minimising a quadratic cost over plans: an exact dynamic programme, and exchanges of joins where it cannot reach.
 
 The programme's cost of a plan is a sum of group costs plus, where asked for, a sum over pairs of joins at most
-``reach`` apart. It solves for every number of joins at once, whatever the size of the groups (Bellman's recursion over
-joins; the state is what later costs depend on: the last ``reach`` joins and how long the open group is). Interactions
-of joins farther apart are left to :func:`exchange_joins`, a descent by swaps.
+``reach`` apart. It solves at once for every number of joins, or for every whole number of units that groups save,
+whatever the size of the groups (Bellman's recursion over joins; the state is what later costs depend on: the last
+``reach`` joins and how long the open group is). Interactions of joins farther apart are left to
+:func:`exchange_joins`, a descent by swaps.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ class ProgrammeResult:
     """Cheapest plans of a batch of cost functions.
 
     Attributes:
-        joined: (batch, max_joins + 1, num_joins) whether each join is set in the plan with that many joins.
-        cost: (batch, max_joins + 1) its cost; infinite where no plan has that many joins.
+        joined: (batch, max_saving + 1, num_joins) whether each join is set in the plan that saves so much.
+        cost: (batch, max_saving + 1) its cost; infinite where no plan saves so much.
     """
 
     joined: BoolArray
@@ -118,44 +119,47 @@ def solve_programme(
     group_costs: FloatArray,
     *,
     free_joins: Sequence[int],
-    max_joins: int,
+    max_saving: int,
     product_costs: FloatArray | None = None,
+    group_units: IntArray | None = None,
 ) -> ProgrammeResult:
-    """Minimise the cost of a plan exactly, for every number of joins up to ``max_joins``.
+    """Minimise the cost of a plan exactly, for every saving from 0 to ``max_saving``.
 
     Args:
         group_costs: (batch, max_group - 1, num_joins); entry [b, m, i] is the cost of the group of m + 2 layers that
             begins at layer i. A layer alone costs nothing. Groups that overrun the model are ignored.
         free_joins: the joins that may be set.
-        max_joins: largest number of joins to solve for.
+        max_saving: largest saving to solve for.
         product_costs: (batch, reach, num_joins); entry [b, d, i] is added when joins i and i + d + 1 are both set.
+        group_units: (max_group - 1, num_joins) whole units that a group saves; None saves one for each join. The
+            savings of a plan's groups, added from the first layer on, never pass below 0 or above ``max_saving``.
 
     Returns:
-        The cheapest plan for each number of joins; ties go to the same plan in every run.
+        The cheapest plan for each saving; ties go to the same plan in every run.
     """
     batch, most_joined, num_joins = group_costs.shape
     reach = 0 if product_costs is None else product_costs.shape[1]
     states = _build_states(most_joined + 1, reach)
     num_states = len(states.run)
     free = set(free_joins)
+    step_units = _compute_step_units(group_units, states, num_joins)
 
-    # best[b, s, k]: least cost of the joins read so far that end in state s with k set; the extra state stays infinite.
-    best = np.full((batch, num_states + 1, max_joins + 1), np.inf)
+    # best[b, s, k]: least cost of the joins read so far that end in state s and save k; the extra state stays infinite.
+    best = np.full((batch, num_states + 1, max_saving + 1), np.inf)
     best[:, 0, 0] = 0.0
-    choices = np.zeros((num_joins, batch, num_states, max_joins + 1), dtype=np.int16)
+    choices = np.zeros((num_joins, batch, num_states, max_saving + 1), dtype=np.int16)
     for join in range(num_joins):
-        entered = best.copy()
-        entered[:, :, 1:] = best[:, :, :-1]
-        entered[:, :, 0] = np.inf
+        entered = np.full_like(best, np.inf)
         if join in free:
-            entered[:, :-1] += _compute_step_costs(group_costs, product_costs, states, join)[:, :, None]
-        else:
-            entered[:] = np.inf
-        # (batch, states, sources, max_joins + 1)
+            saved = np.arange(max_saving + 1) - step_units[:, join, None]  # (states, max_saving + 1), before the join
+            shifted = best[:, np.arange(num_states)[:, None], saved.clip(0, max_saving)]
+            step = _compute_step_costs(group_costs, product_costs, states, join)
+            entered[:, :-1] = np.where((saved >= 0) & (saved <= max_saving), shifted + step[:, :, None], np.inf)
+        # (batch, states, sources, max_saving + 1)
         options = np.where(states.by_join[None, :, None, None], entered[:, states.sources], best[:, states.sources])
         choices[join] = options.argmin(axis=2)
         best[:, :-1] = options.min(axis=2)
-    return _trace_back(best[:, :-1], choices, states)
+    return _trace_back(best[:, :-1], choices, states, step_units)
 
 
 def find_valid(joined: BoolArray, space: JoinSpace) -> BoolArray:
@@ -264,21 +268,30 @@ def _compute_step_costs(
     return step
 
 
-def _trace_back(best: FloatArray, choices: NDArray[np.int16], states: _States) -> ProgrammeResult:
+def _compute_step_units(group_units: IntArray | None, states: _States, num_joins: int) -> IntArray:
+    """Return (states, num_joins): what setting a join adds to the saving in each state."""
+    if group_units is None:
+        return np.ones((len(states.run), num_joins), dtype=np.int64)
+    start = np.maximum(np.arange(num_joins) - states.run[:, None], 0)
+    within = np.minimum(states.run, len(group_units) - 1)[:, None]  # a full group is no source of a set join
+    return np.asarray(group_units[within, start] - np.where(within > 0, group_units[within - 1, start], 0))
+
+
+def _trace_back(best: FloatArray, choices: NDArray[np.int16], states: _States, step_units: IntArray) -> ProgrammeResult:
     """Follow the recorded choices from the last join to the first."""
-    num_joins, batch, _, num_counts = choices.shape
+    num_joins, batch, _, num_savings = choices.shape
     rows = np.arange(batch)[:, None]
     cost = best.min(axis=1)
-    state = best.argmin(axis=1)  # (batch, max_joins + 1)
-    count = np.broadcast_to(np.arange(num_counts), (batch, num_counts)).copy()
-    joined = np.zeros((batch, num_counts, num_joins), dtype=bool)
+    state = best.argmin(axis=1)  # (batch, max_saving + 1)
+    saving = np.broadcast_to(np.arange(num_savings), (batch, num_savings)).copy()
+    joined = np.zeros((batch, num_savings, num_joins), dtype=bool)
     alive = np.isfinite(cost)
     for join in reversed(range(num_joins)):
         is_set = states.by_join[state] & alive
         joined[:, :, join] = is_set
-        source = states.sources[state, choices[join, rows, state, count]]
+        source = states.sources[state, choices[join, rows, state, saving]]
         state = np.where(alive, source, 0)
-        count = count - is_set
+        saving = saving - np.where(is_set, step_units[state, join], 0)
     return ProgrammeResult(joined=joined, cost=cost)
 
 

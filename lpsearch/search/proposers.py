@@ -1,16 +1,29 @@
-"""Baselines to compare a search with: stratified random plans, and the contiguous windows of the published method."""
+"""Baselines to compare a search with: stratified random plans, evolution, and the published contiguous windows."""
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence, Set
 from typing import Protocol
 
 from lpsearch.plan import Plan
 from lpsearch.search.pairset import Observation, Proposal
 from lpsearch.search.space import JoinSpace
 
-__all__ = ["Proposer", "RandomProposer", "WindowProposer"]
+__all__ = ["EvolutionProposer", "Proposer", "RandomProposer", "WindowProposer"]
+
+GENERATION_PLANS = 4
+"""Offspring of a generation, and random plans of the first one, for each number of joins."""
+
+SURVIVORS = 1
+"""Plans of least loss that have offspring."""
+
+MAX_SWITCHES = 3
+"""Most exchanges in a mutation."""
+
+MAX_REDRAWS = 16
+"""Mutations that may repeat a known plan before a random unknown one takes their place."""
 
 
 class Proposer(Protocol):
@@ -20,7 +33,7 @@ class Proposer(Protocol):
         """Choose a plan that is neither observed nor pending; None when the space has no other.
 
         Args:
-            observations: every evaluated plan.
+            observations: every evaluated plan, in the order of the trials.
             pending: plans that are being evaluated.
         """
 
@@ -44,22 +57,67 @@ class RandomProposer:
         """Draw a plan that is neither observed nor pending; None when the space has no other."""
         taken = {observation.plan for observation in observations}.union(pending)
         rng = random.Random(f"{self._seed}:{len(taken)}")
-        num_taken = [0] * (self._space.max_joins + 1)
-        for plan in taken:
-            if self._space.is_valid(plan.joins):
-                num_taken[plan.num_joins] += 1
-        open_strata = [k for k, count in enumerate(self._space.plan_counts) if num_taken[k] < count]
-        if not open_strata:
+        strata = _find_open_strata(self._space, taken)
+        return Proposal(_draw_untaken(self._space, rng.choice(strata), taken, rng), "random") if strata else None
+
+
+class EvolutionProposer:
+    """Evolves plans by level-switch mutation, for every number of joins on its own.
+
+    This is the search of EvoPress (Sieberling et al., arXiv 2410.14649, section 3) over pairs or larger groups: a
+    mutation exchanges a few joins for others, so that their number stays; the first generation is random; the plan of
+    least loss so far is the parent of the next generation. Its survivors are not staged: every plan is evaluated on
+    all tokens. The numbers of joins take turns, so that each has about as many evaluations.
+
+    Args:
+        space: the plans to choose from.
+        seed: decides the draws.
+    """
+
+    def __init__(self, *, space: JoinSpace, seed: int) -> None:
+        """Store the settings."""
+        self._space = space
+        self._seed = seed
+
+    def propose(self, observations: Sequence[Observation], pending: Collection[Plan]) -> Proposal | None:
+        """Mutate a parent of the number of joins whose turn it is; None when the space has no other plan."""
+        taken = {observation.plan for observation in observations}.union(pending)
+        rng = random.Random(f"{self._seed}:{len(taken)}")
+        strata = _find_open_strata(self._space, taken)
+        if not strata:
             return None
-        fewest = min(num_taken[k] for k in open_strata)
-        num_joins = rng.choice([k for k in open_strata if num_taken[k] == fewest])
-        if 2 * num_taken[num_joins] >= self._space.plan_counts[num_joins]:
-            untaken = [plan for plan in self._space.enumerate_plans_with(num_joins) if plan not in taken]
-            return Proposal(rng.choice(untaken), "random")
-        while True:  # at least half of the stratum is untaken, so two draws are expected at most
-            plan = self._space.draw_plan(num_joins, rng)
+        num_joins = strata[0]
+        num_taken = sum(plan.num_joins == num_joins for plan in taken)
+        # A generation descends from what was known when it began, whichever of its plans are finished by now.
+        num_before = num_taken // GENERATION_PLANS * GENERATION_PLANS
+        before = [item for item in observations if self._is_member(item.plan, num_joins)][:num_before]
+        parents = sorted(before, key=lambda item: (math.isnan(item.delta_nll), item.delta_nll))[:SURVIVORS]
+        for _ in range(MAX_REDRAWS if parents else 0):
+            plan = self._mutate(rng.choice(parents).plan, rng)
             if plan not in taken:
-                return Proposal(plan, "random")
+                return Proposal(plan, "mutation")
+        return Proposal(_draw_untaken(self._space, num_joins, taken, rng), "random")
+
+    def _is_member(self, plan: Plan, num_joins: int) -> bool:
+        return plan.num_joins == num_joins and self._space.is_valid(plan.joins)
+
+    def _mutate(self, plan: Plan, rng: random.Random) -> Plan:
+        """Exchange one to ``MAX_SWITCHES`` joins, mostly one, as EvoPress draws it."""
+        joins = set(plan.joins)
+        for _ in range(min(rng.randint(1, MAX_SWITCHES), rng.randint(1, MAX_SWITCHES))):
+            joins = self._switch(joins, rng)
+        return Plan.from_joins(plan.num_layers, joins)
+
+    def _switch(self, joins: set[int], rng: random.Random) -> set[int]:
+        """Exchange a random join for another that gives a plan of the space; unchanged where there is none."""
+        for leaving in rng.sample(sorted(joins), len(joins)):
+            rest = joins - {leaving}
+            entering = [
+                join for join in self._space.free_joins if join not in joins and self._space.is_valid(rest | {join})
+            ]
+            if entering:
+                return rest | {rng.choice(entering)}
+        return joins
 
 
 class WindowProposer:
@@ -96,3 +154,25 @@ class WindowProposer:
                 joins = range(first, first + num_layers - 1)
                 if free.issuperset(joins):
                     yield Plan.from_joins(space.num_layers, space.repair(joins))
+
+
+def _find_open_strata(space: JoinSpace, taken: Set[Plan]) -> list[int]:
+    """Return the numbers of joins with the fewest taken plans among those that have untaken ones, ascending."""
+    num_taken = [0] * (space.max_joins + 1)
+    for plan in taken:
+        if space.is_valid(plan.joins):
+            num_taken[plan.num_joins] += 1
+    untaken = [k for k, count in enumerate(space.plan_counts) if num_taken[k] < count]
+    fewest = min((num_taken[k] for k in untaken), default=0)
+    return [k for k in untaken if num_taken[k] == fewest]
+
+
+def _draw_untaken(space: JoinSpace, num_joins: int, taken: Set[Plan], rng: random.Random) -> Plan:
+    """Draw uniformly among the plans with ``num_joins`` joins that are not taken; there is one."""
+    num_taken = sum(plan.num_joins == num_joins and space.is_valid(plan.joins) for plan in taken)
+    if 2 * num_taken >= space.plan_counts[num_joins]:
+        return rng.choice([plan for plan in space.enumerate_plans_with(num_joins) if plan not in taken])
+    while True:  # at least half of them are untaken, so two draws are expected at most
+        plan = space.draw_plan(num_joins, rng)
+        if plan not in taken:
+            return plan

@@ -7,7 +7,7 @@ stopped, and neither ever asks for a plan that is finished or running.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,20 +20,27 @@ from optuna.trial import FrozenTrial, TrialState
 from lpsearch.errors import ConfigError
 from lpsearch.plan import Plan
 from lpsearch.search.pairset import Observation, PairsetProposer
-from lpsearch.search.proposers import Proposer, RandomProposer, WindowProposer
+from lpsearch.search.proposers import EvolutionProposer, Proposer, RandomProposer, WindowProposer
 from lpsearch.search.records import Metric, read_record
 from lpsearch.search.space import JoinSpace
 
 __all__ = ["SAMPLER_NAMES", "ProposerSampler", "RepairingSampler", "build_sampler"]
 
-SAMPLER_NAMES = ("nsga2", "pairset", "random", "tpe", "window")
+SAMPLER_NAMES = ("evolution", "nsga2", "pairset", "random", "tpe", "window")
 
 MAX_REDRAWS = 16
 """Draws of an Optuna sampler that may repeat a known plan before a random unknown one takes their place."""
 
 
 def build_sampler(
-    name: str, *, space: JoinSpace, budget: int | None, seed: int, metric: Metric = "nll", num_trials: int = 0
+    name: str,
+    *,
+    space: JoinSpace,
+    budget: int | None,
+    seed: int,
+    metric: Metric = "nll",
+    num_trials: int = 0,
+    estimate_latency_ms: Callable[[Plan], float] | None = None,
 ) -> BaseSampler:
     """Build a sampler for ask-and-tell on a study over ``space.distributions``.
 
@@ -44,13 +51,17 @@ def build_sampler(
         seed: decides every draw.
         metric: the loss that plans are compared by.
         num_trials: trials that the study already has, so that Optuna's samplers do not repeat their first draws.
+        estimate_latency_ms: latency in ms that ``pairset`` compares plans by; None compares by depth.
 
     Raises:
         ConfigError: for an unknown name.
     """
     history = _History(space=space, metric=metric)
     if name == "pairset":
-        return ProposerSampler(PairsetProposer(space=space, budget=budget, seed=seed), history)
+        pairset = PairsetProposer(space=space, budget=budget, seed=seed, estimate_latency_ms=estimate_latency_ms)
+        return ProposerSampler(pairset, history)
+    if name == "evolution":
+        return ProposerSampler(EvolutionProposer(space=space, seed=seed), history)
     if name == "random":
         return ProposerSampler(RandomProposer(space=space, seed=seed), history)
     if name == "window":

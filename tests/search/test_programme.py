@@ -38,7 +38,7 @@ def test_programme_equals_brute_force(space: JoinSpace, reach: int, seed: int) -
     group_costs = rng.normal(size=(2, space.max_group - 1, num_joins))
     product_costs = rng.normal(size=(2, reach, num_joins)) if reach else None
     result = solve_programme(
-        group_costs, free_joins=space.free_joins, max_joins=space.max_joins + 1, product_costs=product_costs
+        group_costs, free_joins=space.free_joins, max_saving=space.max_joins + 1, product_costs=product_costs
     )
     for row in range(2):
         costs = {
@@ -50,6 +50,36 @@ def test_programme_equals_brute_force(space: JoinSpace, reach: int, seed: int) -
             assert tuple(np.flatnonzero(result.joined[row, count])) == best.joins
             assert result.cost[row, count] == pytest.approx(costs[best], abs=1e-9)
         assert result.cost[row, space.max_joins + 1] == np.inf
+
+
+@settings(max_examples=60, deadline=None)
+@given(space=_spaces(), reach=st.integers(0, 2), seed=st.integers(0, 2**32 - 1))
+def test_programme_over_units_equals_brute_force(space: JoinSpace, reach: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    num_joins = space.num_layers - 1
+    group_costs = rng.normal(size=(2, space.max_group - 1, num_joins))
+    product_costs = rng.normal(size=(2, reach, num_joins)) if reach else None
+    group_units = rng.integers(0, 4, size=(space.max_group - 1, num_joins))
+    max_saving = 4 * space.num_layers
+    result = solve_programme(
+        group_costs,
+        free_joins=space.free_joins,
+        max_saving=max_saving,
+        product_costs=product_costs,
+        group_units=group_units,
+    )
+    best = np.full((2, max_saving + 1), np.inf)
+    for plan in space.enumerate_plans():
+        saving = sum(group_units[len(group) - 2, group[0]] for group in plan.groups if len(group) > 1)
+        for row in range(2):
+            products = None if product_costs is None else product_costs[row]
+            best[row, saving] = min(best[row, saving], _sum_costs(plan, group_costs[row], products))
+    np.testing.assert_allclose(result.cost, best, atol=1e-9)
+    for row, saving in np.argwhere(np.isfinite(best)):
+        plan = Plan.from_joins(space.num_layers, np.flatnonzero(result.joined[row, saving]).tolist())
+        assert space.is_valid(plan.joins)
+        products = None if product_costs is None else product_costs[row]
+        assert _sum_costs(plan, group_costs[row], products) == pytest.approx(best[row, saving], abs=1e-9)
 
 
 @pytest.mark.parametrize("max_group", [2, 3, 9])

@@ -24,7 +24,7 @@ from tests.search.evaluators import BASE_NLL, SyntheticEvaluator, TableEvaluator
 
 NUM_LAYERS = 10
 SPACE = JoinSpace(NUM_LAYERS)
-STATELESS = ("pairset", "random", "window")
+STATELESS = ("evolution", "pairset", "random", "window")
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_contract_of_every_sampler(url, sampler):
         assert trial.user_attrs["latency_ms"] == 1.0 + plan.depth
         assert trial.user_attrs["proxy_tokens"] == 3 * 63
         assert trial.user_attrs["origin"] in {
-            "baseline", "scan", "programme", "surrogate", "random", "window", "nsga2", "tpe"
+            "baseline", "scan", "programme", "surrogate", "random", "window", "mutation", "nsga2", "tpe"
         }  # fmt: skip
         assert trial.values == pytest.approx([plan.depth_reduction, math.exp(sum(losses) / 3)])
         assert (record.plan, record.trial) == (plan, trial.number)
@@ -197,6 +197,95 @@ def test_kill_minus_nine_mid_run(url):
     assert kept.isdisjoint(plan.to_groups_json() for plan in list_plans(evaluator))
     assert len(evaluator.calls) == 20 - len(kept)
     assert len(load_trials(url, [TrialState.RUNNING])) == 0
+
+
+SLOW_RUN = """
+import sys, time
+from lpsearch.search import JoinSpace, StudyStore, run_study
+from tests.search.evaluators import SyntheticEvaluator
+
+class Evaluator(SyntheticEvaluator):
+    def evaluate_windows(self, plan, window_indices):
+        if len(self.calls) == 3:
+            print("slow", flush=True)
+            for _ in range(30_000):
+                time.sleep(0.01)
+        return super().evaluate_windows(plan, window_indices)
+
+with StudyStore(sys.argv[1], study_name="demo") as store:
+    run_study(evaluator=Evaluator(10), space=JoinSpace(10), budget=60, store=store)
+"""
+
+
+def test_ctrl_c_ends_an_evaluation_of_minutes_and_loses_only_it(url):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_RUN, url],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    with process:
+        assert process.stdout.readline().strip() == "slow"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "KeyboardInterrupt" in errors
+    assert load_trials(url, [TrialState.RUNNING]) == []
+    rest = SyntheticEvaluator(NUM_LAYERS)
+    assert len(run(url, rest, budget=6).records) == 6
+    assert len(rest.calls) == 3
+
+
+def test_trials_are_asked_and_told_while_their_neighbour_is_evaluated(url):
+    """Each evaluation waits for the tell before it and the ask after it, which a sequential search would never do."""
+    told = []
+
+    class Evaluator(SyntheticEvaluator):
+        def evaluate_windows(self, plan, window_indices):
+            number = len(self.calls)
+            deadline = time.monotonic() + 60
+            while len(told) < number or (0 < number < 11 and num_asked[0] < number + 2):
+                assert time.monotonic() < deadline, "nothing happened while this plan was evaluated"
+                time.sleep(0.002)
+            return super().evaluate_windows(plan, window_indices)
+
+    num_asked = [0]
+    ask = optuna.Study.ask
+
+    def count_asks(*args, **kwargs):
+        trial = ask(*args, **kwargs)
+        num_asked[0] += 1
+        return trial
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optuna.Study, "ask", count_asks)
+        result = run(url, Evaluator(NUM_LAYERS), budget=12, on_trial=told.append)
+    assert [update.record for update in told] == list(result.records)
+    assert num_asked == [12]
+
+
+@pytest.mark.parametrize("sampler", ["evolution", "pairset"])
+def test_search_does_not_depend_on_how_long_evaluations_take(tmp_path, sampler):
+    plans = []
+    for index, delay_s in enumerate((0.0, 0.1)):
+        evaluator = SyntheticEvaluator(NUM_LAYERS, delay_s=delay_s)
+        result = run(f"sqlite:///{tmp_path / f'{index}.db'}", evaluator, budget=20, sampler=sampler)
+        plans.append([record.plan for record in result.records])
+    assert plans[0] == plans[1]
+
+
+def test_failed_evaluation_leaves_no_trial_running(url):
+    class Evaluator(SyntheticEvaluator):
+        def evaluate_windows(self, plan, window_indices):
+            if len(self.calls) == 4:
+                raise MemoryError("no room")
+            return super().evaluate_windows(plan, window_indices)
+
+    with pytest.raises(MemoryError, match="no room"):
+        run(url, Evaluator(NUM_LAYERS), budget=16)
+    states = [trial.state for trial in load_trials(url)]
+    assert states == [TrialState.COMPLETE] * 4 + [TrialState.FAIL] * 2
 
 
 def test_plan_that_was_evaluated_but_not_told_is_finished_without_evaluation(url):
@@ -322,7 +411,7 @@ def test_another_sampler_may_continue_and_says_so(url, caplog):
     ("options", "error", "message"),
     [
         ({"budget": 0}, ConfigError, "at least 1"),
-        ({"sampler": "magic"}, ConfigError, "choose one of nsga2, pairset"),
+        ({"sampler": "magic"}, ConfigError, "choose one of evolution, nsga2, pairset"),
         ({"metric": "bleu"}, ConfigError, "nll, kl"),
         ({"objective": "width"}, ConfigError, "depth, latency"),
         ({"enqueue": [Plan.baseline(4)]}, PlanError, "4 layers, the model 10"),

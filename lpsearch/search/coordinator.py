@@ -1,0 +1,339 @@
+"""The search itself: one coordinator that asks for plans, has them evaluated, keeps what it learns and resumes.
+
+While a plan is evaluated, the coordinator tells the trial before it and asks for the trial after it, so that the
+device hardly waits. A sampler therefore sees one trial pending whenever it is asked; that never depends on which of
+the two was quicker, so a search is repeatable.
+
+Losses go into the store's own tables before the next evaluation begins, and a plan is never evaluated on a window
+twice. A process that dies at any moment therefore loses at most the evaluation it was in. Only the coordinator's
+thread touches the database.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import suppress
+from dataclasses import dataclass
+
+import optuna
+from optuna.trial import TrialState
+
+from lpsearch.errors import ConfigError, StudyError
+from lpsearch.evaluation.losses import PlanEvaluator, WindowLosses, compute_paired_delta
+from lpsearch.plan import Plan
+from lpsearch.search.front import Objective, build_front
+from lpsearch.search.opening import open_study, read_finished, record_settings
+from lpsearch.search.outcome import StudyResult, TrialUpdate
+from lpsearch.search.records import Metric, PlanRecord, build_attributes
+from lpsearch.search.samplers import build_sampler
+from lpsearch.search.space import JoinSpace
+from lpsearch.search.store import StudyStore
+
+__all__ = ["Coordinator"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A trial between its ask and its tell.
+
+    Attributes:
+        trial: what Optuna handed out.
+        plan: what it stands for.
+        origin: what proposed it.
+        missing_windows: windows that the store has no losses on.
+    """
+
+    trial: optuna.Trial
+    plan: Plan
+    origin: str
+    missing_windows: list[int]
+
+
+class Coordinator:
+    """The one process that asks and tells; see :func:`lpsearch.search.run_study` for the arguments.
+
+    Args:
+        executor: runs the evaluations. One is submitted at a time.
+    """
+
+    def __init__(
+        self,
+        *,
+        executor: Executor,
+        evaluator: PlanEvaluator,
+        space: JoinSpace,
+        budget: int,
+        store: StudyStore,
+        sampler: str,
+        seed: int,
+        metric: Metric,
+        objective: Objective,
+        estimate_latency_ms: Callable[[Plan], float] | None,
+        on_trial: Callable[[TrialUpdate], None] | None,
+    ) -> None:
+        """Open the study and read what it has finished."""
+        self._executor = executor
+        self._evaluator = evaluator
+        self._space = space
+        self._budget = budget
+        self._store = store
+        self._metric: Metric = metric
+        self._objective: Objective = objective
+        self._estimate_latency_ms = estimate_latency_ms
+        self._on_trial = on_trial
+        self._began_at = time.monotonic()
+        self._num_new_tokens = 0
+        record_settings(store, space, metric, objective, sampler, seed)
+        with store.translate_errors():
+            self._study = open_study(store, metric, objective)
+            self._study.sampler = build_sampler(
+                sampler,
+                space=space,
+                budget=budget,
+                seed=seed,
+                metric=metric,
+                num_trials=len(self._study.get_trials(deepcopy=False)),
+                estimate_latency_ms=estimate_latency_ms if objective == "latency" else None,
+            )
+            self._finished = read_finished(self._study)
+        self._num_resumed = len(self._finished)
+        self._enumerates = space.count_plans() <= budget
+        self._open_trials: list[optuna.Trial] = []
+        self._queue: deque[tuple[Plan, str]] = deque()
+        self._num_waiting = 0
+
+    def run(self, enqueue: Sequence[Plan], timeout_s: float | None) -> StudyResult:
+        """Finish trials until the budget, the timeout or the end of the space."""
+        self._queue = self._build_queue(enqueue)
+        self._num_waiting = self._count_trials(TrialState.WAITING)
+        try:
+            self._base_losses = self._evaluate_baseline()
+            timed_out = self._run_trials(math.inf if timeout_s is None else timeout_s)
+        except BaseException:
+            # Ctrl-C included. If the database itself fails, the next run finds these trials running and fails them.
+            with suppress(StudyError):
+                for trial in tuple(self._open_trials):
+                    self._fail(trial)
+            raise
+        records = tuple(sorted(self._finished.values(), key=lambda record: record.trial))
+        return StudyResult(
+            records=records,
+            front=tuple(self._build_front()),
+            exact=sum(self._space.is_valid(record.plan.joins) for record in records) == self._space.count_plans(),
+            num_resumed=self._num_resumed,
+            num_new=len(records) - self._num_resumed,
+            num_new_tokens=self._num_new_tokens,
+            timed_out=timed_out,
+            elapsed_s=self._get_elapsed_s(),
+        )
+
+    def _run_trials(self, timeout_s: float) -> bool:
+        """Run the trials, each asked for and told while a neighbour is evaluated; return whether time ran out."""
+        running: _Job | None = None
+        future: Future[WindowLosses] | None = None
+        while True:
+            following = None if self._is_late(timeout_s, running) else self._ask(running)
+            if running is not None and future is not None:
+                self._keep_losses(running.plan, running.missing_windows, future.result())
+            if following is not None and self._is_late(timeout_s, running):
+                self._fail(following.trial)
+                following = None
+            if following is not None:
+                future = self._submit(following.plan, following.missing_windows)
+            if running is not None:
+                self._tell(running)
+            if following is None:
+                return len(self._finished) < self._get_reachable() and self._is_late(timeout_s, running)
+            running = following
+
+    def _is_late(self, timeout_s: float, running: _Job | None) -> bool:
+        """Say whether no further trial may begin; the first one of a study always may."""
+        return (running is not None or bool(self._finished)) and self._get_elapsed_s() >= timeout_s
+
+    def _get_reachable(self) -> int:
+        """Return the number of finished plans at which the study ends."""
+        return min(self._budget, self._space.count_plans())
+
+    # ---- Asking ------------------------------------------------------------------------------------------------------
+
+    def _build_queue(self, enqueue: Sequence[Plan]) -> deque[tuple[Plan, str]]:
+        """List what comes before the sampler: baseline, plans that a killed run left, enqueued, or the whole space."""
+        queue = deque([(Plan.baseline(self._space.num_layers), "baseline")])
+        queue.extend(self._recover_orphans())
+        queue.extend((plan, "enqueued") for plan in enqueue)
+        if self._enumerates:
+            queue.extend((plan, "enumeration") for plan in self._space.enumerate_plans())
+        return queue
+
+    def _recover_orphans(self) -> Iterator[tuple[Plan, str]]:
+        """Fail the trials that a dead process left running, and yield the plans that were asked for but not told.
+
+        Taking them up again keeps their work, and has an interrupted search go on as if it had never stopped.
+        """
+        origins: dict[str, str] = {}
+        orphans: dict[Plan, None] = {}
+        with self._store.translate_errors():
+            for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.FAIL)):
+                groups = trial.user_attrs.get("groups")
+                if groups is not None:
+                    origins[groups] = trial.user_attrs.get("origin", "enqueued")
+                    orphans[Plan.from_groups(json.loads(groups))] = None
+                if trial.state == TrialState.RUNNING:
+                    logger.info("trial %d was left running by a process that ended; its plan is next", trial.number)
+                    self._study.tell(trial.number, state=TrialState.FAIL)
+        evaluated = self._store.list_evaluated_plans(num_windows=self._evaluator.num_windows, split="proxy")
+        for plan in dict.fromkeys([*evaluated, *orphans]):
+            if self._space.is_valid(plan.joins):  # layers may have been frozen since
+                yield plan, origins.get(plan.to_groups_json(), "enqueued")
+
+    def _ask(self, running: _Job | None) -> _Job | None:
+        """Ask for a plan that is neither finished nor running; None when the study needs no more."""
+        taken = {*self._finished} if running is None else {*self._finished, running.plan}
+        while len(taken) < self._budget:
+            while self._queue and self._queue[0][0] in taken:
+                self._queue.popleft()
+            if not self._queue and not self._num_waiting and self._enumerates:
+                return None
+            # Optuna hands out waiting trials first: those of a run that was killed between enqueueing and asking.
+            if self._num_waiting:
+                self._num_waiting -= 1
+            elif self._queue:
+                plan, origin = self._queue[0]
+                with self._store.translate_errors():
+                    self._study.enqueue_trial(self._space.build_params(plan), user_attrs={"origin": origin})
+            with self._store.translate_errors():
+                trial = self._study.ask(dict(self._space.distributions))
+            self._open_trials.append(trial)
+            plan = self._space.build_plan(trial.params)
+            if plan not in taken:
+                return self._open_job(trial, plan)
+            self._fail(trial)  # only a waiting trial can repeat a plan
+        return None
+
+    def _open_job(self, trial: optuna.Trial, plan: Plan) -> _Job:
+        with self._store.translate_errors():
+            # Noted before the work, so that a later process knows what this one was doing.
+            trial.set_user_attr("groups", plan.to_groups_json())
+            attributes = self._store.optuna_storage.get_trial(trial._trial_id).user_attrs
+        return _Job(trial, plan, attributes.get("origin", "enqueued"), self._find_missing_windows(plan))
+
+    # ---- Evaluating --------------------------------------------------------------------------------------------------
+
+    def _evaluate_baseline(self) -> WindowLosses:
+        """Return the losses of the unmodified model, which every other is relative to."""
+        plan = Plan.baseline(self._space.num_layers)
+        missing_windows = self._find_missing_windows(plan)
+        future = self._submit(plan, missing_windows)
+        if future is not None:
+            self._keep_losses(plan, missing_windows, future.result())
+        losses = self._load_losses(plan)
+        if not all(map(math.isfinite, losses.nll_nats_per_token)):
+            raise StudyError(
+                f"{self._store.where}: the unmodified model's loss is not finite, so nothing can be compared with "
+                "it; check the model's weights, or try --dtype float32"
+            )
+        if self._metric == "kl" and losses.kl_nats_per_token is None:
+            raise ConfigError("metric kl needs an evaluator that measures KL to the unmodified model")
+        return losses
+
+    def _find_missing_windows(self, plan: Plan) -> list[int]:
+        evaluated = self._store.find_evaluated_windows(plan, split="proxy")
+        return [window_idx for window_idx in range(self._evaluator.num_windows) if window_idx not in evaluated]
+
+    def _submit(self, plan: Plan, missing_windows: list[int]) -> Future[WindowLosses] | None:
+        """Begin an evaluation; None where the store has all losses."""
+        if not missing_windows:
+            return None
+        return self._executor.submit(self._evaluator.evaluate_windows, plan, missing_windows)
+
+    def _keep_losses(self, plan: Plan, window_indices: list[int], losses: WindowLosses) -> None:
+        self._store.record_losses(plan, window_indices, losses, split="proxy")
+        self._num_new_tokens += losses.tokens_per_window * len(window_indices)
+
+    def _load_losses(self, plan: Plan) -> WindowLosses:
+        losses = self._store.load_losses(plan, num_windows=self._evaluator.num_windows, split="proxy")
+        assert losses is not None
+        return losses
+
+    # ---- Telling -----------------------------------------------------------------------------------------------------
+
+    def _tell(self, job: _Job) -> None:
+        """Tell the values of an evaluated plan."""
+        record = self._build_record(job)
+        with self._store.translate_errors():
+            for name, value in build_attributes(record).items():
+                job.trial.set_user_attr(name, value)
+            self._study.tell(job.trial, self._build_values(record))
+        self._open_trials.remove(job.trial)
+        self._finished[job.plan] = record
+        if self._on_trial is not None:
+            self._on_trial(
+                TrialUpdate(
+                    record=record,
+                    num_finished=len(self._finished),
+                    num_new=len(self._finished) - self._num_resumed,
+                    budget=self._get_reachable(),
+                    front=self._build_front(),
+                    elapsed_s=self._get_elapsed_s(),
+                )
+            )
+
+    def _fail(self, trial: optuna.Trial) -> None:
+        with self._store.translate_errors():
+            self._study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+        self._open_trials.remove(trial)
+
+    def _build_record(self, job: _Job) -> PlanRecord:
+        losses = self._load_losses(job.plan)
+        delta, delta_se = _compute_delta(losses.nll_nats_per_token, self._base_losses.nll_nats_per_token)
+        kl, kl_se = None, None
+        if losses.kl_nats_per_token is not None:
+            kl, kl_se = _compute_delta(losses.kl_nats_per_token, [0.0] * len(losses.kl_nats_per_token))
+        elif self._metric == "kl":
+            kl = math.nan  # measured, and finite on no window
+        num_windows = len(losses.nll_nats_per_token)
+        return PlanRecord(
+            plan=job.plan,
+            trial=job.trial.number,
+            nll=math.fsum(losses.nll_nats_per_token) / num_windows,
+            delta_nll=delta,
+            delta_nll_se=delta_se,
+            kl_nats_per_token=kl,
+            kl_se=kl_se,
+            latency_ms=None if self._estimate_latency_ms is None else self._estimate_latency_ms(job.plan),
+            proxy_tokens=num_windows * losses.tokens_per_window,
+            origin=job.origin,
+        )
+
+    def _build_values(self, record: PlanRecord) -> list[float]:
+        saving = record.depth_reduction if self._objective == "depth" else record.latency_ms
+        loss = record.perplexity if self._metric == "nll" else record.get_cost("kl")
+        assert saving is not None
+        return [saving, loss]
+
+    def _build_front(self) -> list[PlanRecord]:
+        # A study may hold plans of a former run whose space was larger, e.g. before a layer was frozen.
+        records = [record for record in self._finished.values() if self._space.is_valid(record.plan.joins)]
+        return build_front(records, metric=self._metric, objective=self._objective)
+
+    def _count_trials(self, state: TrialState) -> int:
+        with self._store.translate_errors():
+            return len(self._study.get_trials(deepcopy=False, states=(state,)))
+
+    def _get_elapsed_s(self) -> float:
+        return time.monotonic() - self._began_at
+
+
+def _compute_delta(losses: Sequence[float], base_losses: Sequence[float]) -> tuple[float, float | None]:
+    if not all(map(math.isfinite, losses)):
+        return math.nan, None
+    paired = compute_paired_delta(losses, base_losses)
+    return paired.delta, paired.standard_error

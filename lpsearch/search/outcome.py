@@ -1,0 +1,61 @@
+"""What a study says while it runs and when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lpsearch.search.records import PlanRecord
+
+__all__ = ["StudyResult", "TrialUpdate"]
+
+
+@dataclass(frozen=True)
+class TrialUpdate:
+    """Progress after one finished trial.
+
+    Attributes:
+        record: the plan that just finished.
+        num_finished: distinct finished plans of the study so far.
+        num_new: those of them that this run finished.
+        budget: distinct finished plans at which the study ends; less than was asked for if the space is smaller.
+        front: the best front so far, the baseline first.
+        elapsed_s: seconds since this run began.
+    """
+
+    record: PlanRecord
+    num_finished: int
+    num_new: int
+    budget: int
+    front: Sequence[PlanRecord]
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What a study knows when a run ends.
+
+    Attributes:
+        records: every finished plan, in the order of the trials, the baseline included.
+        front: the baseline, then every plan that no other beats, fewest joins first.
+        exact: every plan of the space is finished, so the front is the best there is on the proxy.
+        num_resumed: plans that were finished before this run.
+        num_new: plans that this run finished.
+        num_new_tokens: tokens that this run evaluated.
+        timed_out: the run ended by ``timeout_s`` before the budget.
+        elapsed_s: seconds that this run took.
+    """
+
+    records: tuple[PlanRecord, ...]
+    front: tuple[PlanRecord, ...]
+    exact: bool
+    num_resumed: int
+    num_new: int
+    num_new_tokens: int
+    timed_out: bool
+    elapsed_s: float
+
+    @property
+    def baseline(self) -> PlanRecord:
+        """The unmodified model."""
+        return self.front[0]

@@ -1,0 +1,123 @@
+"""Measure what a study costs beside its evaluations: asking, telling, storing and bookkeeping.
+
+Evaluations only sleep, so whatever the study takes beyond the sum of their times is overhead. That includes opening
+the database and the first ask, which nothing can hide.
+
+    python studies/search_overhead.py --layers 32 --trials 200 --seconds 0.5
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+
+from lpsearch.evaluation.losses import WindowLosses
+from lpsearch.plan import Plan
+from lpsearch.search import SAMPLER_NAMES, JoinSpace, StudyStore, run_study
+
+BASE_NLL = 3.0
+
+
+class SleepingEvaluator:
+    """Takes a fixed time for a loss that grows with the joins.
+
+    Args:
+        num_layers: layers of the model.
+        num_windows: windows that it holds.
+        seconds: duration of an evaluation.
+    """
+
+    def __init__(self, num_layers: int, *, num_windows: int, seconds: float) -> None:
+        """Draw the costs of the joins."""
+        self.num_windows = num_windows
+        self.busy_s = 0.0
+        self._costs = np.random.default_rng(0).gamma(1.0, 0.05, num_layers - 1)
+        self._seconds = seconds
+
+    def evaluate_windows(self, plan: Plan, window_indices: Sequence[int]) -> WindowLosses:
+        """Sleep, and return the same loss for every window but for a shift."""
+        began_at = time.perf_counter()
+        time.sleep(self._seconds)
+        total = float(self._costs[list(plan.joins)].sum())
+        loss = BASE_NLL + total + 0.1 * total**2
+        losses = WindowLosses(tuple(loss + 0.01 * i for i in window_indices), None, 2047)
+        self.busy_s += time.perf_counter() - began_at
+        return losses
+
+
+def measure_overhead(
+    sampler: str, *, num_layers: int, max_group: int, num_trials: int, num_windows: int, seconds: float
+) -> dict[str, Any]:
+    """Run one study in a database of its own.
+
+    Returns:
+        The sampler with its wall and evaluation time in s, and what lies between in ms a trial and as a share.
+    """
+    evaluator = SleepingEvaluator(num_layers, num_windows=num_windows, seconds=seconds)
+    with tempfile.TemporaryDirectory(prefix="lpsearch-overhead-") as directory:
+        began_at = time.perf_counter()
+        with StudyStore(f"sqlite:///{Path(directory) / 'study.db'}", study_name="overhead") as store:
+            result = run_study(
+                evaluator=evaluator,
+                space=JoinSpace(num_layers, max_group),
+                budget=num_trials,
+                store=store,
+                sampler=sampler,
+            )
+        wall_s = time.perf_counter() - began_at
+    overhead_s = wall_s - evaluator.busy_s
+    return {
+        "sampler": sampler,
+        "layers": num_layers,
+        "trials": len(result.records),
+        "evaluation_s": evaluator.busy_s,
+        "wall_s": wall_s,
+        "overhead_ms_per_trial": 1e3 * overhead_s / len(result.records),
+        "overhead_share": overhead_s / wall_s,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a row and a JSON line for each sampler."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--max-group", type=int, default=2)
+    parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=0.5, help="duration of an evaluation")
+    parser.add_argument("--samplers", default="pairset", help=f"with commas between, of {', '.join(SAMPLER_NAMES)}")
+    options = parser.parse_args(arguments)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    print(f"{'sampler':10s} {'trials':>6s} {'evaluating':>11s} {'wall':>9s} {'overhead/trial':>15s} {'share':>7s}")
+    summaries = []
+    for sampler in options.samplers.split(","):
+        summary = measure_overhead(
+            sampler,
+            num_layers=options.layers,
+            max_group=options.max_group,
+            num_trials=options.trials,
+            num_windows=options.windows,
+            seconds=options.seconds,
+        )
+        summaries.append(summary)
+        print(
+            f"{sampler:10s} {summary['trials']:6d} {summary['evaluation_s']:9.2f} s {summary['wall_s']:7.2f} s "
+            f"{summary['overhead_ms_per_trial']:12.1f} ms {summary['overhead_share']:7.2%}",
+            flush=True,
+        )
+    for summary in summaries:
+        print(json.dumps(summary))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
