@@ -67,7 +67,7 @@ class OptimizeConfig(BaseModel):
     latency: str = "auto"
     study: str | None = None
     out: Path | None = None
-    storage: str | None = None
+    storage: str | None = Field(default=None, min_length=1)
     timeout: float | None = Field(default=None, gt=0)
     trust_remote_code: bool = False
 

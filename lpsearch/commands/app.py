@@ -145,16 +145,14 @@ def optimize(
 def evaluate(
     plan: PlanArgument,
     model: ModelOption = None,
-    data: Annotated[
-        str, typer.Option(help="wikitext2, a hub dataset, a text/jsonl/parquet file, or self")
-    ] = "wikitext2",
-    windows: Annotated[int, typer.Option(help="evaluation windows", min=1)] = 16,
-    seq_len: Annotated[int, typer.Option(help="tokens in a window", min=2)] = 2048,
+    data: Annotated[str | None, typer.Option(help="as for optimize; default: what the plan was checked on")] = None,
+    windows: Annotated[int | None, typer.Option(help="evaluation windows; default: as many as there", min=1)] = None,
+    seq_len: Annotated[int | None, typer.Option(help="tokens in a window; default: as many as there", min=2)] = None,
     metric: Annotated[MetricName, typer.Option(help="kl also measures the divergence from the base")] = MetricName.NLL,
     split: Annotated[SplitName, typer.Option(help="windows that a search uses, or those held out from it")] = (
         SplitName.HELDOUT
     ),
-    seed: Annotated[int, typer.Option(help="seed of sampled data", min=0)] = 0,
+    seed: Annotated[int | None, typer.Option(help="seed of sampled data; default: the study's", min=0)] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = DtypeName.AUTO,
     trust_remote_code: TrustOption = False,

@@ -35,14 +35,13 @@ def stderr_console() -> Console:
     return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _LOG_WIDTH)
 
 
-def configure_logging(*, verbose: bool = False, quiet: bool = False) -> None:
+def configure_logging(*, quiet: bool = False) -> None:
     """Send this package's log to stderr, and keep the libraries under it to their warnings.
 
     Args:
-        verbose: show debugging messages.
         quiet: show warnings only.
     """
-    level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
+    level = logging.WARNING if quiet else logging.INFO
     handler: logging.Handler
     if sys.stderr.isatty():
         handler = RichHandler(console=stderr_console(), show_path=False, show_time=False, markup=False)
@@ -74,13 +73,24 @@ def _run(command: Callable[[], Any]) -> int:
     except LpsearchError as error:
         return _fail(type(error).__name__, str(error), error.exit_code)
     except _ParserError as error:
-        return _fail("UsageError", error.format_message(), EXIT_USAGE)
+        return _fail("UsageError", error.format_message() or "name a command; --help lists them", EXIT_USAGE)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("Interrupted", "interrupted; the same command goes on from here", EXIT_INTERRUPTED)
+        return _fail(
+            "Interrupted",
+            "interrupted; a search goes on where it stopped when the same command is given",
+            EXIT_INTERRUPTED,
+        )
     except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM}:
+        mend = {
+            errno.ENOSPC: "free some space",
+            errno.EDQUOT: "free some space",
+            errno.EACCES: "choose a place that can be written with --out",
+            errno.EROFS: "choose a place that can be written with --out",
+            errno.EPERM: "choose a place that can be written with --out",
+        }.get(error.errno or 0)
+        if mend is None:
             logger.exception("unexpected failure")
-        return _fail("OSError", f"{error}; free space or choose another --out", EXIT_FAILED)
+        return _fail("OSError", str(error) if mend is None else f"{error}; {mend}", EXIT_FAILED)
     except Exception as error:
         if _is_out_of_memory(error):
             message = (
@@ -112,7 +122,9 @@ def _print_json(document: Mapping[str, Any]) -> None:
 
 def _is_out_of_memory(error: Exception) -> bool:
     torch = sys.modules.get("torch")
-    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's word for it on a CPU
 
 
 def _interrupt(signum: int, frame: object) -> NoReturn:

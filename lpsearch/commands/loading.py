@@ -118,7 +118,8 @@ def load_for_search(source: ModelSource, *, device: torch.device, dtype: str, tr
     from lpsearch.models import load_model
 
     loaded_dtype = resolve_dtype(dtype, device)
-    if dtype == "auto" and loaded_dtype != torch.float32 and _fits_in_float32(source, device):
+    # A repository with code of its own has no geometry that could be told before it is loaded.
+    if dtype == "auto" and loaded_dtype != torch.float32 and not trust_remote_code and _fits_in_float32(source, device):
         loaded_dtype = torch.float32
     logger.info("loading %s on %s", source.id, describe_device(device))
     return load_model(source, device=device, dtype=loaded_dtype, trust_remote_code=trust_remote_code)

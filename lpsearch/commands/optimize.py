@@ -8,25 +8,31 @@ from __future__ import annotations
 
 import logging
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
+from pydantic import ValidationError
+from sqlalchemy.engine import URL
 
 from lpsearch.commands.console import stderr_console
 from lpsearch.commands.loading import describe_device, load_for_search, resolve_device, settle_dtype
 from lpsearch.commands.progress import build_front_table, show_search, show_steps
 from lpsearch.commands.results import MeasuredFront, build_summary, write_front
 from lpsearch.config import OptimizeConfig, ResolvedConfig, slug_of_model
-from lpsearch.errors import FamilyError, StudyError
+from lpsearch.errors import ConfigError, FamilyError, PlanError, ResumeError, StudyError
+from lpsearch.latency.profile import LatencyProfile, load_profile
 from lpsearch.models import ModelSource, resolve_source
+from lpsearch.models.aliases import find_alias
 from lpsearch.plan import Plan, load_plan
 from lpsearch.search import (
     FIXED_SETTINGS,
     JoinSpace,
     Split,
+    StoredWindows,
     StudyResult,
     StudyStore,
     compare_settings,
@@ -51,9 +57,24 @@ logger = logging.getLogger(__name__)
 _NEEDED_BYTES = 64 << 20
 """Room for a study of some hundred trials with its windows and plan files."""
 
-_STUDY_FILES = ("study.db", "study.db-wal", "study.db-shm", "front.json", "plans", "report.html")
+_STUDY_FILES = ("study.db-wal", "study.db-shm", "study.db", "front.json", "plans", "report.html")
 
 _SPLITS: tuple[Split, ...] = ("proxy", "heldout")
+
+_RECORDED_OPTIONS = (
+    "data",
+    "heldout",
+    "windows",
+    "seq_len",
+    "max_group",
+    "metric",
+    "objective",
+    "sampler",
+    "seed",
+    "dtype",
+    "freeze",
+)
+"""Options that a study records; where the user names none of these, a resumed study keeps its own."""
 
 
 def optimize(config: ResolvedConfig, *, fresh: bool, show_progress: bool) -> dict[str, Any]:
@@ -77,18 +98,34 @@ def optimize(config: ResolvedConfig, *, fresh: bool, show_progress: bool) -> dic
     values = config.values
     source = resolve_source(values.model)
     enqueued = [load_plan(path) for path in values.enqueue]
+    if values.latency not in ("auto", "off"):
+        load_profile(values.latency)
     device = resolve_device(values.device)
     out = values.out or Path("studies") / slug_of_model(values.model)
     _prepare_directory(out)
     if fresh:
+        _check_new_study(values)
         _move_aside(out)
-    url = values.storage or f"sqlite:///{(out / 'study.db').absolute()}"
-    with StudyStore(url, study_name=values.study or slug_of_model(values.model)) as store, store.hold_lock():
+    # Built, not formatted: a directory's name may hold what means something else in a URL.
+    own_url = URL.create("sqlite", database=str((out / "study.db").absolute())).render_as_string()
+    with (
+        StudyStore(values.storage or own_url, study_name=values.study or slug_of_model(values.model)) as store,
+        store.hold_lock(),
+    ):
         if fresh:
             store.move_aside()
+        if values.storage is None:
+            _adopt_study(store, is_named=values.study is not None)
         recorded = store.load_settings()
         if recorded is not None:
             values, source = _follow_record(recorded, config, source)
+        elif (out / "front.json").exists():
+            raise StudyError(
+                f"{out}: holds the results of a study that {store.where} does not hold; put its study.db back, add "
+                "--fresh to move the results aside, or name another directory with --out"
+            )
+        else:
+            _check_new_study(values)
         with show_steps("loading the model", enabled=show_progress):
             loaded = load_for_search(
                 source,
@@ -96,6 +133,13 @@ def optimize(config: ResolvedConfig, *, fresh: bool, show_progress: bool) -> dic
                 dtype=values.dtype,
                 trust_remote_code=values.trust_remote_code,
             )
+        for path, plan in zip(values.enqueue, enqueued, strict=True):
+            from lpsearch.transform import check_plan_model
+
+            try:
+                check_plan_model(plan, loaded.model)
+            except PlanError as error:
+                raise PlanError(f"--enqueue {path}: {error}") from None
         windows = _begin_or_resume(store, recorded, values, loaded, device=device, show_progress=show_progress)
         latency_model = _get_latency_model(store, values, loaded, show_progress=show_progress)
         result = _search(store, values, loaded, windows["proxy"], latency_model, enqueued, show_progress=show_progress)
@@ -106,14 +150,17 @@ def optimize(config: ResolvedConfig, *, fresh: bool, show_progress: bool) -> dic
             device_name=describe_device(device),
             result=result,
             windows=windows,
-            heldout_losses=_evaluate_heldout(store, loaded, windows["heldout"], result, show_progress=show_progress),
+            heldout_losses=_evaluate_heldout(
+                store, values, loaded, windows["heldout"], result, show_progress=show_progress
+            ),
             latency_model=latency_model,
         )
         store.save_front(write_front(front, out))
     if show_progress:
         title = f"{store.study_name}: the front of {len(result.records)} plans"
         title += ", which are all there are" if result.exact else ""
-        stderr_console().print(build_front_table(result.front, title=title, heldout=front.heldout_deltas))
+        title += f"; the time of {values.timeout} s is over" if result.timed_out else ""
+        stderr_console().print(build_front_table(front.records, title=title, heldout=front.heldout_deltas))
     return build_summary(front, out)
 
 
@@ -125,9 +172,8 @@ def _prepare_directory(out: Path) -> None:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".lpsearch-write-test"
-        probe.write_bytes(b"\0" * 4096)
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=out) as probe:
+            probe.write(b"\0" * 4096)
         free_bytes = shutil.disk_usage(out).free
     except OSError as error:
         raise StudyError(f"{out}: cannot be written ({error}); choose another directory with --out") from None
@@ -145,8 +191,7 @@ def _move_aside(out: Path) -> None:
             present = [out / name for name in _STUDY_FILES if (out / name).exists()]
             if not present:
                 return
-            aside = out / time.strftime("before-%Y-%m-%dT%H-%M-%S")
-            aside.mkdir()
+            aside = Path(tempfile.mkdtemp(prefix=time.strftime("before-%Y-%m-%dT%H-%M-%S-"), dir=out))
             for path in present:
                 path.rename(aside / path.name)
     except HeldElsewhereError as error:
@@ -166,11 +211,48 @@ def _follow_record(
     requested = {name: getattr(values, name) for name in FIXED_SETTINGS if name in config.explicit}
     if requested.get("dtype") == "auto":
         del requested["dtype"]
-    compare_settings(recorded, {**requested, "model": source.id, "sampler": values.sampler})
-    kept = {*FIXED_SETTINGS, "heldout", "seed"} & {*OptimizeConfig.model_fields} - config.explicit - {"model"}
-    kept.add("dtype")  # settled when the study was begun
-    updates = {name: recorded[name] for name in kept if name in recorded}
+    if "sampler" in config.explicit:
+        requested["sampler"] = values.sampler
+    compare_settings(recorded, {**requested, "model": source.id})
+    if "seed" in config.explicit and values.seed != recorded["seed"]:
+        logger.warning("the study keeps the seed that it was begun with, %d", recorded["seed"])
+    kept = {*_RECORDED_OPTIONS} - config.explicit | {"dtype", "seed"}  # these were settled when the study was begun
+    updates = {name: recorded[name] for name in kept}
+    updates["freeze"] = tuple(updates.get("freeze", values.freeze))
     return values.model_copy(update=updates), ModelSource.from_dict(recorded["source"])
+
+
+def _adopt_study(store: StudyStore, *, is_named: bool) -> None:
+    """Keep to one study a ``study.db``: take the name of the one it holds, unless the user gave another.
+
+    Raises:
+        ResumeError: if the user did.
+    """
+    held = store.list_studies()
+    if not held or store.study_name in held:
+        return
+    if is_named:
+        raise ResumeError(
+            f"{store.where} holds the study {held[-1]!r}, not {store.study_name!r}; leave --study out, add --fresh to "
+            "move the old study aside, or name another directory with --out"
+        )
+    store.study_name = held[-1]
+
+
+def _check_new_study(values: OptimizeConfig) -> None:
+    """Refuse what can be refused before a model is loaded.
+
+    Raises:
+        UsageError: for data that are not there, or layers that the geometry of an alias does not have.
+        SourceError: for a dataset out of reach.
+    """
+    from lpsearch.data import check_text_source
+
+    check_text_source(values.data, role="proxy")
+    check_text_source(values.heldout or values.data, role="heldout")
+    alias = find_alias(values.model)
+    if alias is not None:
+        JoinSpace(alias.num_layers, values.max_group, values.freeze)
 
 
 def _begin_or_resume(
@@ -182,26 +264,33 @@ def _begin_or_resume(
     device: torch.device,
     show_progress: bool,
 ) -> dict[Split, Windows]:
-    """Record what a study is begun with, or check that the model is still the same; return its windows."""
+    """Record what a study is begun with, or check that the model is still the same; return its windows.
+
+    Raises:
+        ResumeError: if the model is not the one that the study was begun with.
+        StudyError: if the study has lost its windows.
+    """
     from lpsearch.data import Windows
 
     identity = {"fingerprint": loaded.identity.fingerprint, "num_layers": loaded.identity.num_layers}
-    stored = {}
+    JoinSpace(loaded.identity.num_layers, values.max_group, values.freeze)
     if recorded is not None:
         compare_settings(recorded, identity)
         stored = {split: store.load_windows(split) for split in _SPLITS}
-    windows = {split: Windows(kept.input_ids, kept.spec) for split, kept in stored.items() if kept is not None}
-    is_new = len(windows) < len(_SPLITS)  # a study that was killed before it had all of its windows has no trials
-    if is_new:
-        windows = _build_windows(values, loaded, show_progress=show_progress)
-    if recorded is None:
-        dtype = settle_dtype(loaded.model, dtype=values.dtype, device=device, windows=windows["proxy"])
-        settings = values.model_dump(mode="json", include={*FIXED_SETTINGS, "heldout", "sampler", "seed"})
-        source = {"model": loaded.source.id, "source": loaded.source.to_dict()}
-        store.save_settings({**settings, **identity, **source, "dtype": dtype})
-    if is_new:
-        for split in _SPLITS:
-            store.save_windows(split, input_ids=windows[split].input_ids, spec=windows[split].spec)
+        windows = {split: Windows(kept.input_ids, kept.spec) for split, kept in stored.items() if kept is not None}
+        if len(windows) < len(_SPLITS):
+            raise StudyError(
+                f"{store.where}: the study has lost its windows; restore a copy, or begin one with --fresh"
+            )
+        return windows
+    windows = _build_windows(values, loaded, show_progress=show_progress)
+    dtype = settle_dtype(loaded.model, dtype=values.dtype, device=device, windows=windows["proxy"])
+    options = values.model_dump(mode="json", include={*_RECORDED_OPTIONS})
+    source = {"model": loaded.source.id, "source": loaded.source.to_dict()}
+    store.begin(
+        {**options, **identity, **source, "dtype": dtype},
+        {split: StoredWindows(built.input_ids, built.spec) for split, built in windows.items()},
+    )
     return windows
 
 
@@ -229,21 +318,27 @@ def _get_latency_model(
     store: StudyStore, values: OptimizeConfig, loaded: LoadedModel, *, show_progress: bool
 ) -> LatencyModel | None:
     """Return the latency model of the study: from a file, from its own record, or measured now and recorded."""
-    from lpsearch.latency import LatencyModel, LatencyProfile, check_profile_geometry, load_profile, measure_profile
+    from lpsearch.latency import LatencyModel, check_profile_geometry, measure_profile
 
     if values.latency == "off":
+        if values.objective == "latency":
+            raise ConfigError("--objective latency needs a latency to optimise; drop --latency off")
         return None
     model = loaded.model
+    recorded = _load_recorded_profile(store)
     if values.latency != "auto":
         profile = load_profile(values.latency)
         check_profile_geometry(profile, model.config)
-        store.save_latency_profile(profile.model_dump(mode="json"))
+        if recorded is not None and values.objective == "latency" and profile != recorded:
+            raise ResumeError(
+                f"--latency {values.latency}: the study optimises the latency of another profile, and its trials "
+                "cannot be compared with new ones; leave --latency out, or begin a study with --fresh"
+            )
+        if profile != recorded:
+            store.save_latency_profile(profile.model_dump(mode="json"))
         return LatencyModel(profile)
-    document = store.load_latency_profile()
-    if document is not None:
-        recorded = LatencyProfile.model_validate(document)
-        if max(recorded.cost_ms) >= values.max_group:
-            return LatencyModel(recorded)
+    if recorded is not None and max(recorded.cost_ms) >= values.max_group:
+        return LatencyModel(recorded)
     try:
         with show_steps("measuring latency", enabled=show_progress) as on_step:
             profile = measure_profile(
@@ -260,6 +355,18 @@ def _get_latency_model(
         return None
     store.save_latency_profile(profile.model_dump(mode="json"))
     return LatencyModel(profile)
+
+
+def _load_recorded_profile(store: StudyStore) -> LatencyProfile | None:
+    """Return the latency profile of the study; None if it has none that this version reads."""
+    document = store.load_latency_profile()
+    if document is None:
+        return None
+    try:
+        return LatencyProfile.model_validate(document)
+    except ValidationError:
+        logger.warning("the study's latency profile is of another version; measuring again")
+        return None
 
 
 def _search(
@@ -313,12 +420,18 @@ def _warn_of_odd_baseline(store: StudyStore, evaluator: ModelEvaluator, loaded: 
 
 
 def _evaluate_heldout(
-    store: StudyStore, loaded: LoadedModel, windows: Windows, result: StudyResult, *, show_progress: bool
+    store: StudyStore,
+    values: OptimizeConfig,
+    loaded: LoadedModel,
+    windows: Windows,
+    result: StudyResult,
+    *,
+    show_progress: bool,
 ) -> dict[Plan, WindowLosses]:
     """Evaluate the front on windows that the search never saw: the best of many noisy values is optimistic."""
     from lpsearch.evaluation import ModelEvaluator
 
-    evaluator = ModelEvaluator(model=loaded.model, windows=windows)
+    evaluator = ModelEvaluator(model=loaded.model, windows=windows, metric=values.metric)
     losses = {}
     with show_steps("checking the front on held-out windows", enabled=show_progress) as on_step:
         for index, record in enumerate(result.front):

@@ -108,11 +108,16 @@ def load_front(study_dir: Path) -> dict[str, Any]:
     """Read ``front.json`` of a study.
 
     Raises:
+        UsageError: if there is no such directory.
         StudyError: if it is not there or not readable.
     """
     path = study_dir / "front.json"
+    if not study_dir.is_dir():
+        raise UsageError(f"{study_dir}: no such directory; give one that `lpsearch optimize` wrote")
     try:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(document, dict) or not isinstance(document.get("front"), list):
+            raise ValueError("not the front of a study")
     except FileNotFoundError:
         raise StudyError(f"{path}: no front here; run `lpsearch optimize` with --out {study_dir} first") from None
     except (OSError, ValueError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -12,9 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lpsearch.errors import LpsearchError
 from lpsearch.evaluation.losses import PairedDelta, WindowLosses, compute_paired_delta
 from lpsearch.plan import Plan, PlanMetadata, PlanMetrics, Provenance, ProxyMetrics, save_plan, write_json
 from lpsearch.search import PlanRecord, Split, StudyResult
+from lpsearch.search.records import compute_perplexity
 from lpsearch.versions import read_versions
 
 if TYPE_CHECKING:
@@ -71,12 +74,22 @@ class MeasuredFront:
 
     @cached_property
     def heldout_deltas(self) -> dict[Plan, PairedDelta]:
-        """Held-out loss of every plan of the front against the baseline's."""
+        """Held-out loss against the baseline's, of every plan of the front whose loss is finite there."""
         base = self.heldout_losses[self.result.baseline.plan]
         return {
             plan: compute_paired_delta(losses.nll_nats_per_token, base.nll_nats_per_token)
             for plan, losses in self.heldout_losses.items()
+            if all(map(math.isfinite, losses.nll_nats_per_token))
         }
+
+    @cached_property
+    def records(self) -> list[PlanRecord]:
+        """The front with the latencies of this front's latency model, whichever the trials were noted with."""
+        estimate = None if self.latency_model is None else self.latency_model.estimate_latency_ms
+        return [
+            dataclasses.replace(record, latency_ms=None if estimate is None else estimate(record.plan))
+            for record in self.result.front
+        ]
 
     @cached_property
     def plan_names(self) -> dict[Plan, str]:
@@ -103,6 +116,7 @@ def write_front(front: MeasuredFront, out: Path) -> dict[str, Any]:
     Raises:
         OSError: if a file cannot be written.
     """
+    former = _read_plan_names(out)
     directory = out / "plans"
     directory.mkdir(exist_ok=True)
     for record in front.result.front:
@@ -122,10 +136,8 @@ def write_front(front: MeasuredFront, out: Path) -> dict[str, Any]:
         "front": [_build_point(front, record) for record in front.result.front],
     }
     write_json(document, out / "front.json")
-    current = {Path(name).name for name in front.plan_names.values()}
-    for path in directory.glob("joins-*.json"):
-        if path.name not in current:
-            path.unlink()
+    for name in former - {*front.plan_names.values()}:
+        (out / name).unlink(missing_ok=True)
     return document
 
 
@@ -157,7 +169,12 @@ def build_proxy_metrics(
         windows: what was evaluated on.
         dtype: dtype of the weights.
         device_name: what evaluated it.
+
+    Raises:
+        LpsearchError: if a loss is not finite.
     """
+    if not all(map(math.isfinite, (*losses.nll_nats_per_token, *base_losses.nll_nats_per_token))):
+        raise LpsearchError(f"a loss on {windows.spec} is not finite in {dtype}; use --dtype float32 or bfloat16")
     num_windows = len(losses.nll_nats_per_token)
     nll = math.fsum(losses.nll_nats_per_token) / num_windows
     paired = compute_paired_delta(losses.nll_nats_per_token, base_losses.nll_nats_per_token)
@@ -166,7 +183,7 @@ def build_proxy_metrics(
         nll=nll,
         delta_nll=paired.delta,
         delta_nll_se=paired.standard_error,
-        perplexity=math.exp(nll),
+        perplexity=compute_perplexity(nll),
         kl_nats_per_token=None if kl is None else math.fsum(kl) / num_windows,
         data=windows.spec,
         windows=num_windows,
@@ -175,6 +192,15 @@ def build_proxy_metrics(
         dtype=dtype,
         device=device_name,
     )
+
+
+def _read_plan_names(out: Path) -> set[str]:
+    """Return the plan files of the front that stands in a directory; other files there are the user's."""
+    try:
+        document = json.loads((out / "front.json").read_text(encoding="utf-8"))
+        return {f"plans/{Path(point['plan']).name}" for point in document["front"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def _build_metadata(front: MeasuredFront, record: PlanRecord) -> PlanMetadata:
@@ -194,13 +220,15 @@ def _build_metadata(front: MeasuredFront, record: PlanRecord) -> PlanMetadata:
         dtype=dtype,
         device=front.device_name,
     )
-    heldout = build_proxy_metrics(
-        losses=front.heldout_losses[record.plan],
-        base_losses=front.heldout_losses[front.result.baseline.plan],
-        windows=front.windows["heldout"],
-        dtype=dtype,
-        device_name=front.device_name,
-    )
+    heldout = None
+    if record.plan in front.heldout_deltas:
+        heldout = build_proxy_metrics(
+            losses=front.heldout_losses[record.plan],
+            base_losses=front.heldout_losses[front.result.baseline.plan],
+            windows=front.windows["heldout"],
+            dtype=dtype,
+            device_name=front.device_name,
+        )
     latency = None if front.latency_model is None else front.latency_model.build_metrics(record.plan)
     return PlanMetadata(
         model=front.loaded.identity,
@@ -217,7 +245,7 @@ def _build_metadata(front: MeasuredFront, record: PlanRecord) -> PlanMetadata:
 
 def _build_point(front: MeasuredFront, record: PlanRecord) -> dict[str, Any]:
     """Build the entry of one point of the front."""
-    heldout = front.heldout_deltas[record.plan]
+    heldout = front.heldout_deltas.get(record.plan)
     latency = front.latency_model
     return {
         "plan": front.plan_names[record.plan],
@@ -225,8 +253,8 @@ def _build_point(front: MeasuredFront, record: PlanRecord) -> dict[str, Any]:
         "depth_reduction": record.depth_reduction,
         "delta_nll": record.delta_nll,
         "delta_nll_se": record.delta_nll_se,
-        "heldout_delta_nll": heldout.delta,
-        "heldout_delta_nll_se": heldout.standard_error,
+        "heldout_delta_nll": None if heldout is None else heldout.delta,
+        "heldout_delta_nll_se": None if heldout is None else heldout.standard_error,
         "kl_nats_per_token": record.kl_nats_per_token,
         "perplexity": record.perplexity,
         "latency_ms": None if latency is None else latency.estimate_latency_ms(record.plan),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lpsearch.data.texts import check_text_source
 from lpsearch.data.windows import Windows, build_windows
 
-__all__ = ["Windows", "build_windows"]
+__all__ = ["Windows", "build_windows", "check_text_source"]

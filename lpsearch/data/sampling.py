@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["load_or_sample_windows", "sample_tokens"]
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _MAX_BATCH_SIZE = 32
 
@@ -61,11 +61,12 @@ def load_or_sample_windows(
     """
     dtype = str(model.dtype).removeprefix("torch.")
     provenance = {"role": role, "seed": seed, "dtype": dtype, "fingerprint": fingerprint_model(model)}
-    key = "-".join(str(part) for part in (*provenance.values(), num_windows, seq_len))
+    # Not by dtype: a search samples before it settles one, and its plans are evaluated on the same windows later.
+    key = "-".join(str(part) for part in (role, seed, provenance["fingerprint"], num_windows, seq_len))
     path = cache_directory() / "windows" / f"self-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
     input_ids = _load_cached(path, (num_windows, seq_len))
     if input_ids is None:
-        _logger.info("sampling %d %s windows of %d tokens from the model", num_windows, role, seq_len)
+        logger.info("sampling %d %s windows of %d tokens from the model", num_windows, role, seq_len)
         input_ids = sample_tokens(
             model=model,
             first_token=_find_first_token(model, tokenizer),
@@ -154,10 +155,10 @@ def _load_cached(path: Path, shape: tuple[int, int]) -> npt.NDArray[np.int32] | 
     except FileNotFoundError:
         return None
     except (OSError, ValueError, EOFError) as error:
-        _logger.warning("%s cannot be read (%s); sampling the windows again", path, error)
+        logger.warning("%s cannot be read (%s); sampling the windows again", path, error)
         return None
     if input_ids.shape != shape or input_ids.dtype != np.int32:
-        _logger.warning("%s holds other windows than its name says; sampling them again", path)
+        logger.warning("%s holds other windows than its name says; sampling them again", path)
         return None
     return input_ids
 
@@ -171,6 +172,6 @@ def _store(path: Path, input_ids: npt.NDArray[np.int32]) -> None:
             np.save(stream, input_ids)
         temporary.replace(path)
     except OSError as error:
-        _logger.warning("sampled windows were not cached: %s", error)
+        logger.warning("sampled windows were not cached: %s", error)
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from lpsearch.errors import DataError, SourceError
 
-__all__ = ["TextSource", "resolve_text", "undo_wikitext_marks"]
+__all__ = ["TextSource", "check_text_source", "resolve_text", "undo_wikitext_marks"]
 
 _TEXT_SUFFIXES = frozenset({".jsonl", ".json", ".parquet", ".txt"})
 _READ_CHARACTERS = 1 << 16
@@ -83,6 +83,23 @@ def resolve_text(spec: str, *, role: Literal["proxy", "heldout"]) -> TextSource:
         raise DataError(f"{spec!r} is not a dataset; write ID, ID:CONFIG, ID:CONFIG:SPLIT or ID:CONFIG:SPLIT:COLUMN")
     config, split_name, column = ([option or None for option in options] + [None] * 3)[:3]
     return TextSource(spec, "hub", identifier, column, config, split_name)
+
+
+def check_text_source(spec: str, *, role: Literal["proxy", "heldout"]) -> None:
+    """Check soon that a specification names something that is there: a file, or a dataset that the hub has.
+
+    Raises:
+        DataError: as :func:`resolve_text`, or for a dataset that does not exist.
+        SourceError: for a dataset that is gated or out of reach.
+    """
+    if spec == "self":
+        return
+    source = resolve_text(spec, role=role)
+    if source.kind == "hub":
+        import datasets
+
+        if not datasets.config.HF_HUB_OFFLINE:
+            _check_hub_reachable(source.location)
 
 
 def undo_wikitext_marks(text: str) -> str:
@@ -233,9 +250,11 @@ def _check_hub_reachable(dataset_id: str) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+    from lpsearch.models.hub import call_within
+
     api = HfApi()
     try:
-        api.dataset_info(dataset_id, timeout=_HUB_PROBE_TIMEOUT_S)
+        call_within(_HUB_PROBE_TIMEOUT_S, lambda: api.dataset_info(dataset_id, timeout=_HUB_PROBE_TIMEOUT_S))
     except GatedRepoError:
         raise SourceError(
             f"dataset {dataset_id} is gated; accept its terms at {api.endpoint}/datasets/{dataset_id} and log in with "

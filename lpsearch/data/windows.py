@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Windows", "build_windows"]
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _CHARACTERS_PER_TOKEN = 6  # of the first guess; English text has about 4, and too low a guess only tokenises again
 _CUT_MARGIN_TOKENS = 32  # tokens at the end of a cut text are not those of the whole text
@@ -214,5 +214,5 @@ def _tokenize_start(
     if not text.strip():
         raise DataError(f"{spec} holds no text; give a file or dataset that does")
     if plain != start:
-        _logger.info("%s: undid the word-level marks of WikiText (@-@, @,@, @.@, <unk>)", spec)
+        logger.info("%s: undid the word-level marks of WikiText (@-@, @,@, @.@, <unk>)", spec)
     return tokens[:num_tokens]

@@ -9,8 +9,10 @@ if TYPE_CHECKING:
     from lpsearch.evaluation.dtype import DtypeCheck, apply_dtype, choose_dtype
     from lpsearch.evaluation.evaluator import ModelEvaluator
     from lpsearch.evaluation.losses import PairedDelta, PlanEvaluator, WindowLosses, compute_paired_delta
+    from lpsearch.evaluation.prefix_cache import CacheUsage
 
 __all__ = [
+    "CacheUsage",
     "DtypeCheck",
     "ModelEvaluator",
     "PairedDelta",
@@ -22,6 +24,7 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "CacheUsage": "prefix_cache",
     "DtypeCheck": "dtype",
     "ModelEvaluator": "evaluator",
     "PairedDelta": "losses",

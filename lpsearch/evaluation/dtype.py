@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DtypeCheck", "apply_dtype", "choose_dtype"]
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _TOLERANCE_NATS_PER_TOKEN = 0.01
 _CHECKED_TOKENS = 2048
@@ -94,7 +94,7 @@ def apply_dtype(
         return DtypeCheck(dtype, dtype, difference)
     for name, parameter in model.named_parameters():
         parameter.data = originals[name]
-    _logger.warning(
+    logger.warning(
         "the baseline's NLL in %s is %+.4f nats/token off float32's (at most %.4f is accepted): staying in float32",
         str(dtype).removeprefix("torch."),
         difference,
@@ -104,7 +104,7 @@ def apply_dtype(
 
 
 def _evaluate_baseline(model: PreTrainedModel, windows: Windows, num_tokens: int) -> float:
-    evaluator = ModelEvaluator(model=model, windows=windows)
+    evaluator = ModelEvaluator(model=model, windows=windows, cache_bytes=0)
     baseline = Plan.baseline(model.config.get_text_config().num_hidden_layers)
     num_windows = min(windows.num_windows, -(-num_tokens // windows.seq_len))
     losses = evaluator.evaluate_windows(baseline, range(num_windows))

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from lpsearch.data import Windows
 from lpsearch.errors import FamilyError, LpsearchError
 from lpsearch.evaluation.losses import WindowLosses
+from lpsearch.evaluation.prefix_cache import CacheUsage, PrefixCache, choose_cache_bytes
+from lpsearch.models.families import get_decoder_layers
 from lpsearch.plan import Plan
 from lpsearch.transform import applied_plan
 
@@ -35,12 +37,20 @@ class ModelEvaluator:
     base model's last hidden states are kept (``hidden_size`` numbers a token, about a hundredth of the logits) and its
     logits are computed again beside the plan's, which costs one more head and no second run of the layers.
 
+    Hidden states at the group boundaries of earlier plans are kept, so a plan runs only the layers after the longest
+    beginning that it shares with one of them, on the same batch of windows; its losses are bit for bit those without
+    the cache. Ask for the same windows in the same order to profit. The weights must stay as they are: after changing
+    them in place, build another evaluator.
+
     Args:
         model: the unmodified model, in eval mode; a plan is applied to it in place during an evaluation.
         windows: what to evaluate on.
         metric: ``kl`` to measure KL(base || plan) as well.
         batch_size: windows in a forward pass; None takes 4096 tokens on a CPU and 16384 on a GPU. Results depend on it
             through rounding only.
+        cache_bytes: most bytes of hidden states to keep; 0 runs every layer of every plan. None takes half of the free
+            memory of a GPU, and on a CPU at most 2 GiB and a quarter of what is available.
+        cache_location: where to keep them: beside the weights, or in pinned host memory.
 
     Raises:
         FamilyError: if the model's head cannot be run apart from its layers.
@@ -53,6 +63,8 @@ class ModelEvaluator:
         windows: Windows,
         metric: Literal["nll", "kl"] = "nll",
         batch_size: int | None = None,
+        cache_bytes: int | None = None,
+        cache_location: Literal["device", "host"] = "device",
     ) -> None:
         """Check that the model's head can be run apart from its layers."""
         self._model = model
@@ -62,6 +74,9 @@ class ModelEvaluator:
         self._batch_size = batch_size or max(1, batch_tokens // windows.seq_len)
         self._base_hidden_states: dict[int, torch.Tensor] = {}  # by window, each (seq - 1, hidden)
         self._check_head()
+        if cache_bytes is None:
+            cache_bytes = choose_cache_bytes(model.device, location=cache_location)
+        self._cache = PrefixCache(model=model, budget_bytes=cache_bytes, location=cache_location)
 
     @property
     def num_windows(self) -> int:
@@ -72,6 +87,11 @@ class ModelEvaluator:
     def windows(self) -> Windows:
         """The windows themselves."""
         return self._windows
+
+    @property
+    def cache_usage(self) -> CacheUsage:
+        """Layers that ran, layers that would have run without the cache, and what the cache holds."""
+        return self._cache.usage
 
     @torch.inference_mode()
     def evaluate_windows(self, plan: Plan, window_indices: Sequence[int]) -> WindowLosses:
@@ -92,21 +112,7 @@ class ModelEvaluator:
         for index in window_indices:
             if not 0 <= index < self.num_windows:
                 raise IndexError(f"window {index} is outside [0, {self.num_windows})")
-        try:
-            if self._metric == "kl":
-                self._remember_base(window_indices)
-            losses: list[tuple[float, float | None]] = []
-            with applied_plan(self._model, plan):
-                for batch in self._split(window_indices):
-                    hidden_states = self._run_decoder(batch)
-                    losses += [
-                        self._compute_losses(index, row) for index, row in zip(batch, hidden_states, strict=True)
-                    ]
-        except torch.OutOfMemoryError as error:
-            raise LpsearchError(
-                f"{self._model.device} ran out of memory on {self._batch_size} windows of {self._windows.seq_len} "
-                f"tokens ({str(error).splitlines()[0]}); lower --seq-len, or use --dtype bfloat16 or a larger device"
-            ) from None
+        losses = self._evaluate_in_memory(plan, window_indices)
         divergences = tuple(kl for _, kl in losses if kl is not None)
         return WindowLosses(
             nll_nats_per_token=tuple(nll for nll, _ in losses),
@@ -114,20 +120,51 @@ class ModelEvaluator:
             tokens_per_window=self._windows.seq_len - 1,
         )
 
+    def _evaluate_in_memory(self, plan: Plan, window_indices: Sequence[int]) -> list[tuple[float, float | None]]:
+        """Evaluate, and again with a smaller cache where the device runs out of memory."""
+        while True:
+            try:
+                return self._evaluate(plan, window_indices)
+            except torch.OutOfMemoryError as error:
+                message = str(error).splitlines()[0]
+            # Outside the handler, whose traceback holds on to the tensors of the failed forward.
+            if not self._cache.halve():
+                raise LpsearchError(
+                    f"{self._model.device} ran out of memory on {self._batch_size} windows of {self._windows.seq_len} "
+                    f"tokens ({message}); lower --seq-len, or use --dtype bfloat16 or a larger device"
+                )
+
+    def _evaluate(self, plan: Plan, window_indices: Sequence[int]) -> list[tuple[float, float | None]]:
+        if self._metric == "kl":
+            self._remember_base(window_indices)
+        losses: list[tuple[float, float | None]] = []
+        with applied_plan(self._model, plan):
+            for batch in self._split(window_indices):
+                hidden_states = self._run_decoder(plan, batch)
+                losses += [self._compute_losses(index, row) for index, row in zip(batch, hidden_states, strict=True)]
+        return losses
+
     def _split(self, window_indices: Sequence[int]) -> Iterator[list[int]]:
         for start in range(0, len(window_indices), self._batch_size):
             yield list(window_indices[start : start + self._batch_size])
 
     def _remember_base(self, window_indices: Sequence[int]) -> None:
         missing = [index for index in window_indices if index not in self._base_hidden_states]
+        baseline = Plan.baseline(len(get_decoder_layers(self._model)))
         for batch in self._split(missing):
-            for index, row in zip(batch, self._run_decoder(batch), strict=True):
+            for index, row in zip(batch, self._run_decoder(baseline, batch), strict=True):
                 self._base_hidden_states[index] = row.clone()
 
-    def _run_decoder(self, window_indices: Sequence[int]) -> torch.Tensor:
-        """Return the last hidden states at the predicting positions, ``(batch, seq - 1, hidden)``."""
+    def _run_decoder(self, plan: Plan, window_indices: Sequence[int]) -> torch.Tensor:
+        """Return the last hidden states at the predicting positions, ``(batch, seq - 1, hidden)``.
+
+        Args:
+            plan: the plan that the model is under.
+            window_indices: the windows of one batch.
+        """
         input_ids = self._input_ids(window_indices)
-        return cast(torch.Tensor, _run_decoder(self._model, input_ids).last_hidden_state)[:, :-1]
+        with self._cache.shortcut(plan, window_indices, seq_len=self._windows.seq_len):
+            return cast(torch.Tensor, _run_decoder(self._model, input_ids).last_hidden_state)[:, :-1]
 
     def _input_ids(self, window_indices: Sequence[int]) -> torch.Tensor:
         rows = self._windows.input_ids[list(window_indices)]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["measure_profile"]
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _STEPS_PER_BLOCK = 3
 _MAX_BLOCKS = 60
@@ -120,7 +120,7 @@ def measure_profile(
         check_error=max(errors, default=None),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    _logger.info("latency on %s: overhead %.3f ms, groups %s", profile.device, profile.overhead_ms, profile.cost_ms)
+    logger.info("latency on %s: overhead %.3f ms, groups %s", profile.device, profile.overhead_ms, profile.cost_ms)
     return profile
 
 
@@ -235,7 +235,7 @@ def _count_fitting_layers(
             f"context {context_len} need {needed_gb:.1f} GB; measure a smaller batch or context, or use --latency off"
         )
     if fitting < num_layers:
-        _logger.warning("latency is measured on %d of %d layers, which fit into memory", fitting, num_layers)
+        logger.warning("latency is measured on %d of %d layers, which fit into memory", fitting, num_layers)
     return int(fitting)
 
 

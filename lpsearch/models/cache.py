@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["cache_directory"]
+__all__ = ["CACHE_PARTS", "cache_directory"]
+
+CACHE_PARTS = ("converted", "packages", "windows")
+"""Folders that lpsearch makes in its cache; whatever else is there is not its own."""
 
 
 def cache_directory() -> Path:

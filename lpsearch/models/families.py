@@ -35,7 +35,7 @@ __all__ = [
     "run_group",
 ]
 
-_LOGGER = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 TESTED_FAMILIES = (
     "cohere",
@@ -306,7 +306,7 @@ def check_family(model: nn.Module) -> None:
         for module in in_training:
             module.training = True
     _PASSED.update(block.layer for block in blocks)
-    _LOGGER.debug("%s: %d decoder layers passed the self-test", _name(model), len(blocks))
+    logger.debug("%s: %d decoder layers passed the self-test", _name(model), len(blocks))
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ implementation), so that it is equal for a GGUF file, the same model saved as a 
 
 *weights* hashes sixteen elements, evenly spread, of every parameter of the decoder layers, in the order of layers and
 names, rounded to bfloat16. It is therefore equal whether the model was loaded in float32 or bfloat16, and whether a
-plan is applied or not. float16 has other roundings and a smaller range, so its weights part differs:
-:func:`fingerprints_match` then compares geometries only. On the meta device there are no weights, and the part is
-zeros.
+plan is applied or not. A model in float16 has lost what would tell, and one on the meta device has no weights: there
+the part is zeros, and :func:`fingerprints_match` compares geometries only.
 """
 
 from __future__ import annotations
@@ -58,20 +57,13 @@ def fingerprint_geometry(config: PretrainedConfig) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:_HASH_DIGITS]
 
 
-def fingerprints_match(first: str, second: str, *, dtype: torch.dtype) -> bool:
-    """Say whether two fingerprints can be of the same model.
-
-    Args:
-        first: one fingerprint.
-        second: the other.
-        dtype: dtype that either model was loaded in, if that is neither float32 nor bfloat16; else one of these.
-    """
+def fingerprints_match(first: str, second: str) -> bool:
+    """Say whether two fingerprints can be of the same model; one without weights is compared by geometry alone."""
     geometry, _, weights = first.partition("-")
     other_geometry, _, other_weights = second.partition("-")
     if geometry != other_geometry:
         return False
-    weights_compare = dtype in (torch.float32, torch.bfloat16) and _NO_WEIGHTS not in (weights, other_weights)
-    return weights == other_weights or not weights_compare
+    return weights == other_weights or _NO_WEIGHTS in (weights, other_weights)
 
 
 @torch.no_grad()
@@ -82,7 +74,8 @@ def _hash_weights(model: PreTrainedModel) -> str:
         for layer in get_decoder_layers(model)
         for _, parameter in sorted(layer.named_parameters(), key=lambda item: item[0])
     ]
-    if any(parameter.is_meta for parameter in parameters):
+    comparable = (torch.float32, torch.bfloat16)  # float16 lost what bfloat16 would have kept, or kept too much
+    if any(parameter.is_meta or parameter.dtype not in comparable for parameter in parameters):
         return _NO_WEIGHTS
     samples_of_device: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
     order = []

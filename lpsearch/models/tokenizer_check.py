@@ -84,6 +84,8 @@ def check_baseline_nll(nll_nats_per_token: float, *, num_tokens: int, num_bytes:
     """
     if not math.isfinite(nll_nats_per_token):
         return f"the unmodified model's loss is {nll_nats_per_token}: the weights or the dtype do not suit each other"
+    if num_bytes == 0:
+        return "the windows hold special tokens only, no text; give other data"
     bits_per_byte = nll_nats_per_token * num_tokens / (num_bytes * math.log(2))
     if bits_per_byte > _HIGHEST_BITS_PER_BYTE:
         return (

@@ -320,7 +320,9 @@ class Coordinator:
         return [saving, loss]
 
     def _build_front(self) -> list[PlanRecord]:
-        return build_front(self._finished.values(), metric=self._metric, objective=self._objective)
+        # A study may hold plans of a former run whose space was larger, e.g. before a layer was frozen.
+        records = [record for record in self._finished.values() if self._space.is_valid(record.plan.joins)]
+        return build_front(records, metric=self._metric, objective=self._objective)
 
     def _count_trials(self, state: TrialState) -> int:
         with self._store.translate_errors():

@@ -53,7 +53,7 @@ GROUP_SCAN_SHARE = 0.25
 DEEP_AFTER = 4
 """Evaluations a join after which plans of more than a third less depth are looked for as well."""
 
-DEEP_WEIGHT = 0.1
+DEEP_WEIGHT = 0.01
 """Weight of these in the front, whose losses are many times larger."""
 
 REACH_JOINS = 4

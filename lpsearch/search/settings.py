@@ -18,6 +18,7 @@ FIXED_SETTINGS = (
     "fingerprint",
     "num_layers",
     "data",
+    "heldout",
     "windows",
     "seq_len",
     "dtype",

@@ -102,6 +102,29 @@ class StudyStore:
             ).one_or_none()
         return None if row is None else json.loads(row.settings)
 
+    def list_studies(self) -> list[str]:
+        """Return the names of the studies in the database, the oldest first."""
+        table = db.studies_table
+        with self._transaction() as connection:
+            return list(connection.execute(select(table.c.name).order_by(table.c.id)).scalars())
+
+    def begin(self, settings: Mapping[str, Any], windows: Mapping[Split, StoredWindows]) -> None:
+        """Begin the study with its settings and windows, all or nothing.
+
+        Args:
+            settings: what it is begun with; JSON values only.
+            windows: what it evaluates on.
+        """
+        document = json.dumps(settings, sort_keys=True)
+        with self._transaction() as connection:
+            values = {"name": self.study_name, "settings": document, "created_at": time.time()}
+            key = connection.execute(insert(db.studies_table).values(values)).inserted_primary_key
+            assert key is not None
+            study_id = key[0]
+            for split, kept in windows.items():
+                row = _build_windows_row(kept.input_ids, kept.spec)
+                connection.execute(insert(db.windows_table).values(study_id=study_id, split=split, **row))
+
     def save_settings(self, settings: Mapping[str, Any]) -> None:
         """Begin the study with these settings, or replace those recorded; JSON values only."""
         document = json.dumps(settings, sort_keys=True)
@@ -163,9 +186,7 @@ class StudyStore:
         Raises:
             StudyError: if the study already has other windows, since its losses belong to those.
         """
-        blob = np.ascontiguousarray(input_ids, dtype="<i4").tobytes()
-        num_windows, seq_len = input_ids.shape
-        content_hash = _hash_windows(blob, num_windows, seq_len)
+        row = _build_windows_row(input_ids, spec)
         table = db.windows_table
         study_id = self.study_id
         with self._transaction() as connection:
@@ -173,18 +194,8 @@ class StudyStore:
                 select(table.c.content_hash).where(table.c.study_id == study_id, table.c.split == split)
             ).scalar_one_or_none()
             if recorded is None:
-                connection.execute(
-                    insert(table).values(
-                        study_id=study_id,
-                        split=split,
-                        spec=spec,
-                        num_windows=num_windows,
-                        seq_len=seq_len,
-                        content_hash=content_hash,
-                        input_ids=blob,
-                    )
-                )
-        if recorded not in (None, content_hash):
+                connection.execute(insert(table).values(study_id=study_id, split=split, **row))
+        if recorded not in (None, row["content_hash"]):
             raise StudyError(
                 f"{self.where}: study {self.study_name!r} already has other {split} windows; "
                 "its losses belong to those, so load them, or begin a fresh study"
@@ -387,6 +398,18 @@ class StudyStore:
 
 def _hash_plan(plan: Plan) -> str:
     return hashlib.sha256(plan.to_groups_json().encode()).hexdigest()
+
+
+def _build_windows_row(input_ids: npt.NDArray[np.integer[Any]], spec: str) -> dict[str, Any]:
+    blob = np.ascontiguousarray(input_ids, dtype="<i4").tobytes()
+    num_windows, seq_len = input_ids.shape
+    return {
+        "spec": spec,
+        "num_windows": num_windows,
+        "seq_len": seq_len,
+        "content_hash": _hash_windows(blob, num_windows, seq_len),
+        "input_ids": blob,
+    }
 
 
 def _hash_windows(blob: bytes, num_windows: int, seq_len: int) -> str:

@@ -37,7 +37,7 @@ from lpsearch.plan import Plan
 
 __all__ = ["applied_plan", "apply_plan", "check_plan_model", "undo_plan"]
 
-_LOGGER = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _Model = TypeVar("_Model", bound=PreTrainedModel)
 
@@ -120,7 +120,7 @@ def check_plan_model(plan: Plan, model: PreTrainedModel) -> None:
     if meant_for is None:
         return
     fingerprint = fingerprint_model(model)
-    if not fingerprints_match(fingerprint, meant_for.fingerprint, dtype=model.dtype):
+    if not fingerprints_match(fingerprint, meant_for.fingerprint):
         raise PlanError(
             f"{name} this model ({type(model).__name__}) has other weights or another geometry: its fingerprint is "
             f"{fingerprint}, expected {meant_for.fingerprint}; load {meant_for.id}"
@@ -244,4 +244,4 @@ def _replace_application(model: PreTrainedModel, plan: Plan | None) -> None:
     for group in groups:
         for position, block in enumerate(group.blocks):
             block.layer.__dict__["forward"] = _Slot(application, group, position)
-    _LOGGER.debug("%s runs %d layers in %d groups", type(model).__name__, plan.num_layers, plan.depth)
+    logger.debug("%s runs %d layers in %d groups", type(model).__name__, plan.num_layers, plan.depth)

@@ -88,19 +88,29 @@ def test_study_is_what_other_tools_expect(run_lpsearch: Run, arguments: list, tm
     assert study.trials[0].user_attrs["origin"] == "baseline"
 
 
-def test_evaluate_repeats_the_values_of_a_plan(
-    run_lpsearch: Run, arguments: list, text_file: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("split", ["proxy", "heldout"])
+def test_evaluate_repeats_the_values_of_a_plan(run_lpsearch: Run, arguments: list, tmp_path: Path, split: str) -> None:
     document = run_lpsearch(*arguments, "--budget", 8).document
     point = document["front"][-1]
+    outcome = run_lpsearch("evaluate", tmp_path / "study" / point["plan"], "--split", split, "--device", "cpu")
+    assert outcome.exit_code == 0, outcome.stderr
+    expected = point["delta_nll" if split == "proxy" else "heldout_delta_nll"]
+    assert outcome.document["delta_nll"] == pytest.approx(expected, abs=1e-6)
+    assert outcome.document["windows"] == 3
+    assert outcome.document["dtype"] == "float32"
+    assert {"nll", "delta_nll", "delta_nll_se"} <= outcome.document.keys()
+
+
+def test_evaluate_on_other_data(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
+    point = run_lpsearch(*arguments, "--budget", 8).document["front"][-1]
+    (tmp_path / "other.txt").write_text("Nothing is as it was, they said. " * 99, encoding="utf-8")
     outcome = run_lpsearch(
-        *("evaluate", tmp_path / "study" / point["plan"], "--data", text_file, "--windows", 3, "--seq-len", 24),
-        *("--split", "proxy", "--dtype", "float32", "--device", "cpu"),
+        *("evaluate", tmp_path / "study" / point["plan"], "--data", tmp_path / "other.txt"),
+        *("--windows", 2, "--seq-len", 16, "--metric", "kl", "--device", "cpu"),
     )
     assert outcome.exit_code == 0, outcome.stderr
-    assert outcome.document["delta_nll"] == pytest.approx(point["delta_nll"], abs=1e-6)
-    assert outcome.document["baseline_nll"] == pytest.approx(document["baseline_nll"], abs=1e-6)
-    assert {"nll", "delta_nll", "delta_nll_se"} <= outcome.document.keys()
+    assert outcome.document["num_tokens"] == 2 * 15
+    assert outcome.document["kl_nats_per_token"] > 0
 
 
 def test_generate_and_pick_take_a_plan_of_the_front(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
@@ -148,6 +158,8 @@ def test_resuming_keeps_what_the_study_was_begun_with(run_lpsearch: Run, argumen
         ("--metric", "kl", "--metric was nll, now kl"),
         ("--dtype", "bfloat16", "--dtype was float32, now bfloat16"),
         ("--data", "self", "now self"),
+        ("--heldout", "self", "--heldout was null, now self"),
+        ("--study", "another", "holds the study 'tiny-llama0', not 'another'"),
     ],
 )
 def test_resuming_with_other_settings_is_refused(
@@ -157,6 +169,98 @@ def test_resuming_with_other_settings_is_refused(
     outcome = run_lpsearch(*arguments, "--budget", 3, option, value)
     assert outcome.exit_code == 2
     assert shown in outcome.document["error"]["message"]
+
+
+def test_another_model_in_the_same_directory_is_refused(
+    run_lpsearch: Run, arguments: list, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    assert run_lpsearch(*arguments, "--budget", 2).exit_code == 0
+    before = (tmp_path / "study/front.json").read_bytes()
+    shutil.copytree(tiny_model_dir, tmp_path / "copy")
+    outcome = run_lpsearch(*arguments, "--budget", 3, "--model", tmp_path / "copy")
+    assert outcome.exit_code == 2
+    assert f"--model was {tiny_model_dir}, now {tmp_path}/copy" in outcome.document["error"]["message"]
+    assert (tmp_path / "study/front.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("is_empty", [False, True])
+def test_results_without_their_study_are_not_overwritten(
+    run_lpsearch: Run, arguments: list, tmp_path: Path, is_empty: bool
+) -> None:
+    assert run_lpsearch(*arguments, "--budget", 3).exit_code == 0
+    (tmp_path / "study/study.db").unlink()
+    if is_empty:
+        (tmp_path / "study/study.db").touch()
+    outcome = run_lpsearch(*arguments, "--budget", 3)
+    assert outcome.exit_code == 1
+    assert "put its study.db back" in outcome.document["error"]["message"]
+
+
+def test_a_resumed_study_keeps_sampler_seed_and_frozen_layers(
+    run_lpsearch: Run, arguments: list, tmp_path: Path
+) -> None:
+    assert run_lpsearch(*arguments, "--budget", 3, "--sampler", "random", "--seed", 5, "--freeze", "0-1").exit_code == 0
+    assert run_lpsearch(*arguments, "--budget", 5, "--seed", 6).exit_code == 0
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path}/study/study.db")
+    assert {trial.user_attrs["origin"] for trial in study.trials} <= {"baseline", "random", "enumeration"}
+    assert not any(trial.params["join_000"] or trial.params["join_001"] for trial in study.trials)
+    assert load_plan(tmp_path / "study/plans/joins-00.json").metadata.provenance.seed == 5
+
+
+def test_a_layer_that_is_frozen_later_leaves_the_front(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
+    run_lpsearch(*arguments, "--budget", 13)
+    document = run_lpsearch(*arguments, "--budget", 13, "--freeze", "2,3").document
+    assert len(document["front"]) > 1
+    for point in document["front"]:
+        groups = load_plan(tmp_path / "study" / point["plan"]).groups
+        assert (2,) in groups
+        assert (3,) in groups
+
+
+def test_files_of_the_user_among_the_plans_stay(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
+    run_lpsearch(*arguments, "--budget", 3)
+    mine = tmp_path / "study/plans/joins-01-mine.json"
+    shutil.copy(tmp_path / "study/plans/joins-00.json", mine)
+    run_lpsearch(*arguments, "--budget", 13)
+    assert mine.is_file()
+
+
+def test_latencies_of_another_profile_are_not_mixed(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
+    model = arguments[2]
+    made = run_lpsearch(*("profile", "--model", model, "--out", tmp_path / "a.json", "--context", 8, "--device", "cpu"))
+    assert made.exit_code == 0, made.stderr
+    other = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    other["cost_ms"] = {size: 10 * cost + 1 for size, cost in other["cost_ms"].items()}
+    (tmp_path / "b.json").write_text(json.dumps(other), encoding="utf-8")
+    by_latency = [*arguments, "--budget", 4, "--objective", "latency", "--latency"]
+    assert run_lpsearch(*by_latency, tmp_path / "a.json").exit_code == 0
+    refused = run_lpsearch(*by_latency, tmp_path / "b.json")
+    assert refused.exit_code == 2
+    assert "latency of another profile" in refused.document["error"]["message"]
+    assert run_lpsearch(*arguments, "--latency", "off").exit_code == 2
+
+
+def test_a_directory_may_have_any_name(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
+    out = tmp_path / "a?b=c d%41#e"
+    assert run_lpsearch(*arguments, "--budget", 2, "--out", out).exit_code == 0
+    assert (out / "study.db").is_file()
+
+
+def test_an_enqueued_plan_comes_first_and_must_be_of_this_model(
+    run_lpsearch: Run, arguments: list, tmp_path: Path
+) -> None:
+    plans = tmp_path / "study/plans"
+    deepest = run_lpsearch(*arguments, "--budget", 13).document["front"][-1]["plan"]
+    enqueue = ["--enqueue", tmp_path / "study" / deepest, "--out", tmp_path / "other"]
+    assert run_lpsearch(*arguments, "--budget", 2, *enqueue).exit_code == 0
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path}/other/study.db")
+    assert study.trials[1].user_attrs["groups"] == load_plan(tmp_path / "study" / deepest).to_groups_json()
+    plan = load_plan(plans / "joins-00.json")
+    identity = plan.metadata.model.model_copy(update={"fingerprint": "1" * 16 + "-" + "1" * 16})
+    save_plan(Plan(plan.groups, plan.metadata.model_copy(update={"model": identity})), tmp_path / "foreign.json")
+    outcome = run_lpsearch(*arguments, "--budget", 3, "--enqueue", tmp_path / "foreign.json", "--out", tmp_path / "new")
+    assert outcome.exit_code == 2
+    assert "--enqueue" in outcome.document["error"]["message"]
 
 
 def test_fresh_moves_the_old_study_aside(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:

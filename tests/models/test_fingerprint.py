@@ -12,8 +12,6 @@ from transformers import AutoModelForCausalLM
 from lpsearch.models import fingerprint_model, fingerprints_match, get_decoder_layers
 from tests.tiny_models import FAMILIES, build_tiny_model
 
-FLOAT32 = torch.float32
-
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equal_in_float32_and_bfloat16(family: str) -> None:
@@ -23,7 +21,7 @@ def test_equal_in_float32_and_bfloat16(family: str) -> None:
     assert len(geometry) == len(weights) == 16
     assert fingerprint_model(copy.deepcopy(model).to(torch.bfloat16)) == fingerprint
     assert fingerprint_model(build_tiny_model(family, seed=1)).split("-")[0] == geometry
-    assert not fingerprints_match(fingerprint, fingerprint_model(build_tiny_model(family, seed=1)), dtype=FLOAT32)
+    assert not fingerprints_match(fingerprint, fingerprint_model(build_tiny_model(family, seed=1)))
 
 
 def test_equal_after_saving(tmp_path: Path) -> None:
@@ -63,13 +61,13 @@ def test_float16_and_meta_compare_geometries_only() -> None:
     model = build_tiny_model("llama")
     fingerprint = fingerprint_model(model)
     half = fingerprint_model(copy.deepcopy(model).to(torch.float16))
-    assert fingerprints_match(fingerprint, half, dtype=torch.float16)
+    assert fingerprints_match(fingerprint, half)
     with torch.device("meta"):
         empty = fingerprint_model(AutoModelForCausalLM.from_config(model.config))
     assert empty == fingerprint.split("-")[0] + "-" + "0" * 16
-    assert fingerprints_match(fingerprint, empty, dtype=FLOAT32)
+    assert fingerprints_match(fingerprint, empty)
     other = fingerprint_model(build_tiny_model("llama", num_layers=5))
-    assert not fingerprints_match(fingerprint, other, dtype=torch.float16)
+    assert not fingerprints_match(fingerprint, other)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,207 @@
+"""Running a plan from the longest beginning that an earlier plan shared: hidden states kept at group boundaries.
+
+The model runs its own ordinary forward. Layers before the boundary get a ``forward`` that returns its input, the last
+of them one that returns the kept hidden states, so embedding, masks, rotary embeddings, final norm and head stay the
+model's own whatever its family, and every layer that does run sees the same bits as in a whole run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from lpsearch.evaluation.prefix_tree import Boundary, PrefixTree
+from lpsearch.models.families import get_decoder_layers
+from lpsearch.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["CacheUsage", "PrefixCache", "choose_cache_bytes"]
+
+_logger = logging.getLogger(__name__)
+
+_DEVICE_SHARE = 0.5
+"""Share of the free device memory: the rest is for activations, logits and what the user starts beside it."""
+
+_HOST_SHARE = 0.25
+_MAX_CPU_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class CacheUsage:
+    """What a prefix cache saved and holds.
+
+    Attributes:
+        layers_run: decoder layers that ran, one layer on one window counted once.
+        layers_asked: decoder layers that the same evaluations run without a cache.
+        num_boundaries: states held, each of one batch.
+        held_bytes: bytes of these states.
+        budget_bytes: most bytes to hold.
+    """
+
+    layers_run: int = 0
+    layers_asked: int = 0
+    num_boundaries: int = 0
+    held_bytes: int = 0
+    budget_bytes: int = 0
+
+
+def choose_cache_bytes(device: torch.device, *, location: Literal["device", "host"] = "device") -> int:
+    """Choose a budget: half of the free memory of a GPU; of a machine's own a quarter, with a CPU model at most 2 GiB.
+
+    Args:
+        device: where the model is, loaded.
+        location: where the states are to be kept.
+    """
+    if device.type == "cuda" and location == "device":
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        unused_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(_DEVICE_SHARE * (free_bytes + unused_bytes))
+    available_bytes = int(_HOST_SHARE * psutil.virtual_memory().available)
+    return available_bytes if device.type == "cuda" else min(_MAX_CPU_BYTES, available_bytes)
+
+
+class PrefixCache:
+    """Hidden states of one model at the group boundaries of the plans that it ran.
+
+    The states are those of the weights that computed them; after a change of weights call :meth:`clear`. Nothing is
+    copied to keep a state on the device: it is the very tensor that a layer returned, which no layer of a family that
+    passed :func:`~lpsearch.models.check_family` writes to.
+
+    Args:
+        model: the model, under whichever plan it is to run.
+        budget_bytes: most bytes of states to keep; 0 keeps none.
+        location: ``device`` beside the weights, ``host`` in pinned memory, copied while the next layers run. For a
+            model on the CPU they are the same.
+    """
+
+    def __init__(
+        self, *, model: PreTrainedModel, budget_bytes: int, location: Literal["device", "host"] = "device"
+    ) -> None:
+        """Begin empty."""
+        self._model = model
+        self._tree: PrefixTree[Tensor] = PrefixTree(budget_bytes=budget_bytes)
+        self._hidden_size = int(model.config.get_text_config().hidden_size)
+        copied = location == "host" and model.device.type == "cuda"
+        self._copies = torch.cuda.Stream(model.device) if copied else None  # type: ignore[no-untyped-call]
+        self._counts = CacheUsage()
+
+    @property
+    def usage(self) -> CacheUsage:
+        """What was saved so far and what is held now."""
+        return replace(
+            self._counts,
+            num_boundaries=len(self._tree),
+            held_bytes=self._tree.held_bytes,
+            budget_bytes=self._tree.budget_bytes,
+        )
+
+    def clear(self, *, budget_bytes: int | None = None) -> None:
+        """Forget every state.
+
+        Args:
+            budget_bytes: a new budget; None leaves it.
+        """
+        self._tree.clear(budget_bytes=budget_bytes)
+
+    def halve(self) -> bool:
+        """Make room after the device ran out of memory; false if there was nothing to give."""
+        held_bytes = self._tree.held_bytes
+        if self._copies is not None or not held_bytes:
+            return False
+        self.clear(budget_bytes=held_bytes // 2)
+        _logger.warning(
+            "%s ran out of memory; the prefix cache keeps at most %.1f GiB from now on",
+            self._model.device,
+            held_bytes / 2 / 2**30,
+        )
+        return True
+
+    @contextmanager
+    def shortcut(self, plan: Plan, batch: Sequence[int], *, seq_len: int) -> Iterator[None]:
+        """Let one forward of the block run only the groups after the plan's longest kept beginning.
+
+        Args:
+            plan: the plan that is applied to the model.
+            batch: the windows that run together, which name the batch: the same windows in the same order are the
+                same batch, with the same bits.
+            seq_len: tokens of each window.
+        """
+        layers = list(get_decoder_layers(self._model))
+        state_bytes = len(batch) * seq_len * self._hidden_size * self._model.dtype.itemsize
+        with self._tree.visit(tuple(batch), plan.groups, state_bytes=state_bytes) as visit, ExitStack() as stack:
+            num_skipped = 0
+            if visit.resume is not None and visit.state is not None:
+                num_skipped = visit.resume.num_layers
+                stack.enter_context(_skipping(layers[:num_skipped], self._load(visit.state)))
+            for boundary in visit.keep:
+                hook = _Keep(self, boundary)
+                stack.enter_context(_hooked(layers[boundary.num_layers - 1], hook))
+            yield
+        self._counts = replace(
+            self._counts,
+            layers_run=self._counts.layers_run + (len(layers) - num_skipped) * len(batch),
+            layers_asked=self._counts.layers_asked + len(layers) * len(batch),
+        )
+
+    def keep(self, boundary: Boundary[Tensor], hidden_states: Tensor) -> None:
+        """Keep the hidden states ``(batch, seq, hidden)`` at a boundary that a visit asked for."""
+        if self._copies is not None:
+            host = torch.empty(hidden_states.shape, dtype=hidden_states.dtype, pin_memory=True)
+            self._copies.wait_stream(torch.cuda.current_stream(hidden_states.device))
+            with torch.cuda.stream(self._copies):
+                host.copy_(hidden_states, non_blocking=True)
+            hidden_states.record_stream(self._copies)
+            hidden_states = host
+        self._tree.hold(boundary, hidden_states, nbytes=hidden_states.nbytes)
+
+    def _load(self, state: Tensor) -> Tensor:
+        if self._copies is None:
+            return state
+        torch.cuda.current_stream(self._model.device).wait_stream(self._copies)
+        return state.to(self._model.device, non_blocking=True)
+
+
+@dataclass(frozen=True, eq=False)
+class _Keep:
+    """Forward hook of the last layer of a group: keeps what it returns."""
+
+    cache: PrefixCache
+    boundary: Boundary[Tensor]
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self.cache.keep(self.boundary, output)
+
+
+@contextmanager
+def _hooked(layer: nn.Module, hook: _Keep) -> Iterator[None]:
+    handle = layer.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _skipping(layers: Sequence[nn.Module], hidden_states: Tensor) -> Iterator[None]:
+    """Let layers return their input, and the last of them ``hidden_states``."""
+    replaced = [layer.__dict__.get("forward") for layer in layers]
+    for layer in layers:
+        layer.__dict__["forward"] = lambda hidden_states, **layer_kwargs: hidden_states
+    layers[-1].__dict__["forward"] = lambda _, **layer_kwargs: hidden_states
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, replaced, strict=True):
+            if forward is None:
+                del layer.__dict__["forward"]
+            else:
+                layer.__dict__["forward"] = forward

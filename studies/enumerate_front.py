@@ -1,0 +1,406 @@
+"""Evaluate every plan of a model on fixed windows, and keep the losses as a table that searches can be replayed on.
+
+Plans share prefixes, and each prefix is run once: a space of pairs costs 1.6 layers and one pair a plan, whatever the
+depth. Prefixes wait in one pool a layer, and always the deepest pool that fills a batch is run. So the walk is depth
+first, few hidden states exist at a time, and the device sees batches large enough for its full speed without any
+captured graph. The output head, half of the work of a small model, runs on batches of whole plans.
+
+The table has the arrays ``mask`` (integers; bit i set: layers i and i + 1 are joined), ``nll`` float32 in nats per
+token, ``L`` (number of layers) and ``about`` (JSON: what was measured on what). With ``--layers A-B`` only layers A to
+B are grouped, both included; replay such a table with the other layers frozen, or with ``--renumber`` as one of a model
+of those layers alone.
+
+    python studies/enumerate_front.py --model smollm2-135m --data wikitext2 --windows 4 --seq-len 512 --layers 2-28 \
+        --device cuda --out smollm2-135m.npz
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lpsearch.config import parse_layer_list
+from lpsearch.data import Windows, build_windows
+from lpsearch.errors import ConfigError, LpsearchError
+from lpsearch.models import load_model, resolve_source
+from lpsearch.models.families import DecoderBlock, build_blocks, check_family, get_decoder, run_group
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
+_LOGIT_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
+_REPORT_EVERY_S = 15.0
+
+
+@dataclass(frozen=True)
+class Space:
+    """The plans to walk.
+
+    Attributes:
+        num_layers: of the model.
+        first_layer: first layer that may be grouped.
+        stop_layer: one more than the last layer that may be grouped.
+        max_group: most layers in a group.
+        max_joins: most joins of a plan; None for no limit.
+    """
+
+    num_layers: int
+    first_layer: int
+    stop_layer: int
+    max_group: int = 2
+    max_joins: int | None = None
+
+    def list_group_sizes(self, layer_idx: int) -> list[int]:
+        """Return the sizes that a group beginning at a layer may have."""
+        if layer_idx < self.first_layer:
+            return [1]
+        return [1, *range(2, min(self.max_group, self.stop_layer - layer_idx) + 1)]
+
+    def count_plans(self) -> int:
+        """Count the plans, the baseline included."""
+        max_joins = self.num_layers if self.max_joins is None else self.max_joins
+        counts = [[0] * (max_joins + 1) for _ in range(self.num_layers + 1)]
+        counts[0][0] = 1
+        for layer_idx in range(self.num_layers):
+            for size in self.list_group_sizes(layer_idx):
+                for num_joins in range(max_joins + 2 - size):
+                    counts[layer_idx + size][num_joins + size - 1] += counts[layer_idx][num_joins]
+        return sum(counts[-1])
+
+
+@dataclass
+class _Pool:
+    """Prefixes that end at the same layer: their masks, and their hidden states (plans, windows, seq, hidden)."""
+
+    chunks: deque[tuple[list[int], Tensor]] = field(default_factory=deque)
+    size: int = 0
+
+    def push(self, masks: list[int], hidden_states: Tensor) -> None:
+        """Add prefixes."""
+        self.chunks.append((masks, hidden_states))
+        self.size += len(masks)
+
+    def take(self, count: int) -> tuple[list[int], Tensor]:
+        """Remove up to ``count`` prefixes."""
+        masks: list[int] = []
+        parts = []
+        while self.chunks and len(masks) < count:
+            chunk_masks, hidden_states = self.chunks.popleft()
+            room = count - len(masks)
+            if len(chunk_masks) > room:
+                self.chunks.appendleft((chunk_masks[room:], hidden_states[room:]))
+            masks += chunk_masks[:room]
+            parts.append(hidden_states[:room])
+        self.size -= len(masks)
+        return masks, parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@torch.inference_mode()
+def enumerate_losses(
+    model: PreTrainedModel,
+    windows: Windows,
+    space: Space,
+    *,
+    batch_plans: int | None = None,
+    compile_loss: bool = False,
+    on_progress: Callable[[int], None] | None = None,
+) -> dict[int, float]:
+    """Return the mean loss in nats per token of every plan of a space, by its mask.
+
+    Args:
+        model: the unmodified model, in eval mode.
+        windows: what to evaluate on.
+        space: which plans.
+        batch_plans: prefixes in a forward of a layer; None takes 2048 tokens on a CPU and 65536 on a GPU.
+        compile_loss: compile what follows the head, so that its float32 logits never exist in memory.
+        on_progress: called with the number of plans done.
+    """
+    check_family(model)
+    blocks = build_blocks(model)
+    input_ids = torch.tensor(windows.input_ids, dtype=torch.long, device=model.device)  # (windows, seq)
+    head_bytes = input_ids.numel() * model.config.get_text_config().vocab_size * model.dtype.itemsize
+    head_plans = max(1, _LOGIT_BYTES[model.device.type] // head_bytes)
+    layer_plans = batch_plans or max(1, _BATCH_TOKENS[model.device.type] // windows.input_ids.size)
+    batch_sizes = [layer_plans] * space.num_layers + [head_plans]
+    embedded, layer_kwargs = _capture(model, input_ids)
+    compute_losses = torch.compile(_compute_losses, dynamic=True) if compile_loss else _compute_losses
+    pools = [_Pool() for _ in range(space.num_layers + 1)]
+    pools[0].push([0], embedded[None])
+    losses: dict[int, float] = {}
+    pending: deque[tuple[list[int], Tensor]] = deque()
+    while (layer_idx := _choose_pool(pools, batch_sizes)) is not None:
+        masks, hidden_states = pools[layer_idx].take(batch_sizes[layer_idx])
+        if layer_idx == space.num_layers:
+            pending.append((masks, compute_losses(_run_head(model, hidden_states), input_ids)))
+            if len(pending) > 1:  # the device stays one batch ahead of what is read from it
+                _collect(pending.popleft(), losses, on_progress)
+            continue
+        for size in space.list_group_sizes(layer_idx):
+            bits = sum(1 << i for i in range(layer_idx, layer_idx + size - 1))
+            kept = _find_within(masks, size - 1, space.max_joins)
+            if kept:
+                group = slice(layer_idx, layer_idx + size)
+                inputs = hidden_states if len(kept) == len(masks) else hidden_states[kept]
+                outputs = _run_layers(blocks[group], inputs, layer_kwargs[group])
+                pools[layer_idx + size].push([masks[row] | bits for row in kept], outputs)
+    for batch in pending:
+        _collect(batch, losses, on_progress)
+    return losses
+
+
+def _choose_pool(pools: Sequence[_Pool], batch_sizes: Sequence[int]) -> int | None:
+    """Return the deepest pool that fills a batch, else the shallowest that holds anything, else None."""
+    waiting = [layer_idx for layer_idx, pool in enumerate(pools) if pool.size]
+    full = [layer_idx for layer_idx in waiting if pools[layer_idx].size >= batch_sizes[layer_idx]]
+    return full[-1] if full else min(waiting, default=None)
+
+
+def _find_within(masks: Sequence[int], added_joins: int, max_joins: int | None) -> list[int]:
+    """Return the rows whose plans may have that many joins more."""
+    if max_joins is None:
+        return list(range(len(masks)))
+    return [row for row, mask in enumerate(masks) if mask.bit_count() + added_joins <= max_joins]
+
+
+def _run_layers(
+    blocks: Sequence[DecoderBlock], hidden_states: Tensor, layer_kwargs: Sequence[Mapping[str, Any]]
+) -> Tensor:
+    """Run one group on (plans, windows, seq, hidden); a layer alone runs as it is."""
+    rows = hidden_states.flatten(0, 1)  # (plans * windows, seq, hidden)
+    outputs = blocks[0].layer(rows, **layer_kwargs[0]) if len(blocks) == 1 else run_group(blocks, rows, layer_kwargs)
+    return outputs.view(hidden_states.shape)
+
+
+def _compute_losses(logits: Tensor, input_ids: Tensor) -> Tensor:
+    """Return (plans,) mean losses in nats per token of logits (plans, windows, seq, vocab)."""
+    scores = logits[:, :, :-1].float()
+    targets = input_ids[:, 1:, None].expand(scores.shape[0], -1, -1, 1)  # (plans, windows, seq - 1, 1)
+    losses = torch.logsumexp(scores, dim=-1) - torch.gather(scores, -1, targets)[..., 0]
+    return losses.double().mean(dim=(1, 2))
+
+
+def _collect(
+    batch: tuple[list[int], Tensor], losses: dict[int, float], on_progress: Callable[[int], None] | None
+) -> None:
+    losses.update(zip(batch[0], batch[1].tolist(), strict=True))
+    if on_progress is not None:
+        on_progress(len(losses))
+
+
+def _capture(model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Return the first layer's input (windows, seq, hidden), and each layer's own keyword arguments.
+
+    The arguments are those of a forward of one window, so that masks and rotary embeddings, the same for all windows,
+    broadcast over a batch of any size.
+    """
+    layers: Any = get_decoder(model).layers
+    layer_kwargs: list[dict[str, Any]] = []
+    inputs: list[Tensor] = []
+
+    def note_kwargs(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        layer_kwargs.append(kwargs)
+
+    def note_input(layer: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        inputs.append(args[0])
+
+    handles = [layer.register_forward_pre_hook(note_kwargs, with_kwargs=True) for layer in layers]
+    try:
+        model.base_model(input_ids=input_ids[:1], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    handle = layers[0].register_forward_pre_hook(note_input)
+    try:
+        for row in input_ids:
+            model.base_model(input_ids=row[None], use_cache=False)
+    finally:
+        handle.remove()
+    return torch.cat(inputs), layer_kwargs
+
+
+def _run_head(model: PreTrainedModel, hidden_states: Tensor) -> Tensor:
+    """Run what follows the layers, final norm and head as the family has them.
+
+    For the time being every layer of the model returns the hidden states that are given.
+
+    Args:
+        model: the unmodified model.
+        hidden_states: the last layer's outputs, (plans, windows, seq, hidden).
+
+    Returns:
+        Logits, (plans, windows, seq, vocab).
+    """
+    rows = hidden_states.flatten(0, 1)  # (plans * windows, seq, hidden)
+    layers: Any = get_decoder(model).layers
+    try:
+        for layer in layers:
+            layer.__dict__["forward"] = lambda *args, **kwargs: rows
+        placeholder = torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)
+        logits: Tensor = model(input_ids=placeholder, use_cache=False).logits
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+    return logits.view(*hidden_states.shape[:3], -1)
+
+
+def save_table(
+    path: Path, losses: Mapping[int, float], space: Space, *, about: Mapping[str, Any], renumber: bool
+) -> None:
+    """Write a table.
+
+    Args:
+        path: of the ``.npz`` file.
+        losses: by mask.
+        space: the plans.
+        about: what was measured on what, in JSON's types.
+        renumber: count layers from the first that may be grouped, and only to the last.
+    """
+    shift = space.first_layer if renumber else 0
+    num_layers = space.stop_layer - space.first_layer if renumber else space.num_layers
+    masks = sorted(losses)
+    dtype = np.int32 if num_layers <= 32 else np.int64
+    np.savez_compressed(
+        path,
+        mask=np.array([mask >> shift for mask in masks], dtype=dtype),
+        nll=np.array([losses[mask] for mask in masks], dtype=np.float32),
+        L=np.int64(num_layers),
+        about=np.array(json.dumps(about)),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make a table, and return the exit code."""
+    options = _build_parser().parse_args(arguments)
+    try:
+        print(json.dumps(_run(options)))
+    except LpsearchError as error:
+        print(f"enumerate_front: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _run(options: argparse.Namespace) -> dict[str, Any]:
+    if options.out.suffix != ".npz" or not options.out.parent.is_dir():
+        raise ConfigError(f"--out {options.out}: name an .npz file in a directory that exists")
+    try:
+        device = torch.device(options.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {options.device}: not a device of this machine ({error})") from None
+    loaded = load_model(resolve_source(options.model), device=device, dtype=getattr(torch, options.dtype))
+    space = _build_space(options, loaded.identity.num_layers)
+    windows = build_windows(
+        options.data,
+        tokenizer=loaded.tokenizer,
+        num_windows=options.windows,
+        seq_len=options.seq_len,
+        model=loaded.model,
+    )
+    num_plans = space.count_plans()
+    print(f"{options.model}: {num_plans} plans of layers {space.first_layer} to {space.stop_layer - 1}", flush=True)
+    began_at = time.monotonic()
+    losses = enumerate_losses(
+        loaded.model,
+        windows,
+        space,
+        batch_plans=options.batch_plans,
+        compile_loss=device.type == "cuda",
+        on_progress=_Reporter(num_plans, began_at),
+    )
+    elapsed_s = time.monotonic() - began_at
+    about = {
+        "model": loaded.identity.model_dump(),
+        "data": windows.spec,
+        "windows": windows.num_windows,
+        "seq_len": windows.seq_len,
+        "windows_sha256": windows.sha256,
+        "dtype": options.dtype,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "layers": [space.first_layer, space.stop_layer],
+        "max_group": space.max_group,
+        "max_joins": space.max_joins,
+        "torch": torch.__version__,
+    }
+    save_table(options.out, losses, space, about=about, renumber=options.renumber)
+    _print_front(losses)
+    return {
+        "table": str(options.out),
+        "plans": len(losses),
+        "baseline_nll": losses[0],
+        "elapsed_s": elapsed_s,
+        "plans_per_s": len(losses) / elapsed_s,
+        **about,
+    }
+
+
+def _build_space(options: argparse.Namespace, num_layers: int) -> Space:
+    try:
+        layers = parse_layer_list(options.layers or f"0-{num_layers - 1}")
+    except ValueError as error:
+        raise ConfigError(f"--layers: {error}") from None
+    if len(layers) < 2 or layers != tuple(range(layers[0], layers[-1] + 1)) or layers[-1] >= num_layers:
+        raise ConfigError(
+            f"--layers {options.layers}: the model has layers 0 to {num_layers - 1}; name a range of at least two"
+        )
+    if options.max_group < 2 or (options.max_joins is not None and options.max_joins < 1):
+        raise ConfigError("--max-group must be at least 2 and --max-joins at least 1")
+    return Space(num_layers, layers[0], layers[-1] + 1, options.max_group, options.max_joins)
+
+
+@dataclass
+class _Reporter:
+    """Says on stderr, now and then, how many plans are done."""
+
+    num_plans: int
+    began_at: float
+    reported_at: float = 0.0
+
+    def __call__(self, num_done: int) -> None:
+        now = time.monotonic()
+        if now - self.reported_at >= _REPORT_EVERY_S:
+            self.reported_at = now
+            rate = num_done / (now - self.began_at)
+            print(f"{num_done} of {self.num_plans} plans, {rate:.0f} plans/s", file=sys.stderr, flush=True)
+
+
+def _print_front(losses: Mapping[int, float]) -> None:
+    best: dict[int, int] = {}
+    for mask in sorted(losses, key=losses.__getitem__):
+        best.setdefault(mask.bit_count(), mask)
+    print(f"{'joins':>5} {'delta_nll':>10}  best plan")
+    for num_joins, mask in sorted(best.items()):
+        joins = [i for i in range(mask.bit_length()) if mask >> i & 1]
+        print(f"{num_joins:>5} {losses[mask] - losses[0]:>10.4f}  {joins}")
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Evaluate every plan of a model, and keep the losses as a table.")
+    parser.add_argument("--model", required=True, help="alias, hub id, directory or .gguf file")
+    parser.add_argument("--data", required=True, help="as for lpsearch optimize")
+    parser.add_argument("--windows", type=int, required=True, help="number of windows")
+    parser.add_argument("--seq-len", type=int, required=True, help="tokens in a window")
+    parser.add_argument("--out", type=Path, required=True, help="the .npz file to write")
+    parser.add_argument("--layers", help="layers that may be grouped, e.g. 2-28 (both included; default: all)")
+    parser.add_argument("--max-joins", type=int, help="leave out plans with more joins")
+    parser.add_argument("--max-group", type=int, default=2, help="most layers in a group (default: 2)")
+    parser.add_argument("--renumber", action="store_true", help="count layers from the first that may be grouped")
+    parser.add_argument("--batch-plans", type=int, help="prefixes in a forward of a layer")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""Tables of tiny models against evaluating each plan by itself."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lpsearch.data import Windows
+from lpsearch.evaluation import ModelEvaluator
+from lpsearch.plan import Plan
+from studies import enumerate_front, search_regret
+from studies.enumerate_front import Space
+from tests.tiny_models import VOCAB_SIZE, build_tiny_model
+from tests.tolerances import FLOAT32_LOSS
+
+NUM_LAYERS = 6
+
+
+def list_masks(space: Space) -> set[int]:
+    """All sets of joins between the layers of a space whose runs are short enough, one after the other."""
+    masks = set()
+    for bits in itertools.product("01", repeat=space.num_layers - 1):
+        joins = [i for i, bit in enumerate(bits) if bit == "1"]
+        inside = all(space.first_layer <= i < space.stop_layer - 1 for i in joins)
+        short = all(len(run) < space.max_group for run in "".join(bits).split("0"))
+        if inside and short and (space.max_joins is None or len(joins) <= space.max_joins):
+            masks.add(sum(1 << i for i in joins))
+    return masks
+
+
+def build_random_windows() -> Windows:
+    rng = np.random.default_rng(0)
+    return Windows(rng.integers(3, VOCAB_SIZE, (3, 16), dtype=np.int32), "random")
+
+
+@pytest.mark.parametrize(
+    ("family", "space"),
+    [
+        ("llama", Space(NUM_LAYERS, 0, NUM_LAYERS)),
+        ("llama", Space(NUM_LAYERS, 1, 5, max_group=3)),
+        ("gemma2", Space(NUM_LAYERS, 1, NUM_LAYERS, max_joins=2)),
+        ("gpt_neox", Space(NUM_LAYERS, 0, 5)),
+        ("cohere", Space(NUM_LAYERS, 2, NUM_LAYERS)),
+    ],
+)
+@pytest.mark.parametrize("batch_plans", [1, 3, 64])
+def test_losses_are_those_of_each_plan_by_itself(family: str, space: Space, batch_plans: int):
+    model = build_tiny_model(family, num_layers=NUM_LAYERS)
+    windows = build_random_windows()
+    losses = enumerate_front.enumerate_losses(model, windows, space, batch_plans=batch_plans)
+    assert set(losses) == list_masks(space)
+    assert len(losses) == space.count_plans()
+    evaluator = ModelEvaluator(model=model, windows=windows)
+    for mask, nll in losses.items():
+        plan = Plan.from_joins(NUM_LAYERS, [i for i in range(NUM_LAYERS - 1) if mask >> i & 1])
+        expected = evaluator.evaluate_windows(plan, range(windows.num_windows)).nll_nats_per_token
+        assert nll == pytest.approx(sum(expected) / len(expected), abs=FLOAT32_LOSS)
+
+
+def test_leaves_the_model_as_it_was():
+    model = build_tiny_model("llama")
+    ids = torch.tensor(build_random_windows().input_ids, dtype=torch.long)
+    before = model(input_ids=ids).logits
+    enumerate_front.enumerate_losses(model, build_random_windows(), Space(NUM_LAYERS, 0, NUM_LAYERS))
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert not any("forward" in layer.__dict__ for layer in model.model.layers)
+
+
+@pytest.mark.parametrize("renumber", [False, True])
+def test_writes_a_table_that_can_be_replayed(
+    renumber: bool, tiny_model_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "table.npz"
+    arguments = ["--model", str(tiny_model_dir), "--data", str(text_file), "--windows", "2", "--seq-len", "24"]
+    arguments += ["--layers", "1-4", "--dtype", "float32", "--device", "cpu", "--out", str(out)]
+    assert enumerate_front.main([*arguments, *(["--renumber"] if renumber else [])]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (document["plans"], document["layers"]) == (5, [1, 5])
+    table = search_regret.load_table(out, frozen_layers=() if renumber else (0, 5))
+    assert table.space.num_layers == (4 if renumber else NUM_LAYERS)
+    assert set(table.masks.tolist()) == {mask << (not renumber) for mask in (0, 1, 2, 4, 5)}
+    assert table.nll_of_mask[0] == pytest.approx(document["baseline_nll"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [("--layers", "3-9"), ("--layers", "1,3"), ("--max-group", "1"), ("--out", "nowhere/table.npz")]
+)
+def test_impossible_options_are_refused(
+    options: tuple[str, str], tiny_model_dir: Path, text_file: Path, tmp_path: Path
+):
+    arguments = ["--model", str(tiny_model_dir), "--data", str(text_file), "--windows", "1", "--seq-len", "8"]
+    arguments += ["--device", "cpu", "--out", str(tmp_path / "table.npz"), *options]
+    assert enumerate_front.main(arguments) == 2
+
+
+@pytest.mark.gpu
+def test_losses_on_a_gpu_are_those_of_each_plan_by_itself():
+    model = build_tiny_model("llama", num_layers=NUM_LAYERS).to("cuda")
+    windows = build_random_windows()
+    space = Space(NUM_LAYERS, 0, NUM_LAYERS)
+    losses = enumerate_front.enumerate_losses(model, windows, space, batch_plans=4, compile_loss=True)
+    evaluator = ModelEvaluator(model=model, windows=windows)
+    for mask, nll in losses.items():
+        plan = Plan.from_joins(NUM_LAYERS, [i for i in range(NUM_LAYERS - 1) if mask >> i & 1])
+        expected = evaluator.evaluate_windows(plan, range(windows.num_windows)).nll_nats_per_token
+        assert nll == pytest.approx(sum(expected) / len(expected), abs=FLOAT32_LOSS)
