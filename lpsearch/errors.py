@@ -17,6 +17,7 @@ __all__ = [
     "SourceError",
     "StudyError",
     "UsageError",
+    "first_line",
 ]
 
 EXIT_DONE = 0
@@ -67,3 +68,9 @@ class PlanError(UsageError):
 
 class ResumeError(UsageError):
     """A study continued with settings that differ from those it was begun with."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its kind if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

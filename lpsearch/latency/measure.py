@@ -120,9 +120,9 @@ def measure_profile(
         check_error=max(errors, default=None),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    costs = ", ".join(f"{cost:.3f} ms for a group of {size}" for size, cost in profile.cost_ms.items())
+    described = ", ".join(f"{cost:.3f} ms for a group of {size}" for size, cost in profile.cost_ms.items())
     checked = "" if profile.check_error is None else f"; {profile.check_error:.1%} off on a depth that was not fitted"
-    logger.info("latency on %s: overhead %.3f ms, %s%s", profile.device, profile.overhead_ms, costs, checked)
+    logger.info("latency on %s: overhead %.3f ms, %s%s", profile.device, profile.overhead_ms, described, checked)
     return profile
 
 

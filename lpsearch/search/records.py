@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial
 
 from lpsearch.plan import Plan
 
-__all__ = ["Metric", "PlanRecord", "build_attributes", "compute_perplexity", "read_record"]
+__all__ = ["Metric", "PlanRecord", "build_attributes", "compute_perplexity", "finite_or_none", "read_record"]
 
 Metric = Literal["nll", "kl"]
 
@@ -83,14 +83,14 @@ def build_attributes(record: PlanRecord) -> dict[str, Any]:
     attributes: dict[str, Any] = {
         "groups": record.plan.to_groups_json(),
         "num_joins": record.num_joins,
-        "nll": _finite_or_none(record.nll),
-        "delta_nll": _finite_or_none(record.delta_nll),
-        "delta_nll_se": _finite_or_none(record.delta_nll_se),
+        "nll": finite_or_none(record.nll),
+        "delta_nll": finite_or_none(record.delta_nll),
+        "delta_nll_se": finite_or_none(record.delta_nll_se),
         "proxy_tokens": record.proxy_tokens,
     }
     if record.kl_nats_per_token is not None:
-        attributes["kl_nats_per_token"] = _finite_or_none(record.kl_nats_per_token)
-        attributes["kl_se"] = _finite_or_none(record.kl_se)
+        attributes["kl_nats_per_token"] = finite_or_none(record.kl_nats_per_token)
+        attributes["kl_se"] = finite_or_none(record.kl_se)
     if record.latency_ms is not None:
         attributes["latency_ms"] = record.latency_ms
     return attributes
@@ -114,8 +114,9 @@ def read_record(trial: FrozenTrial) -> PlanRecord:
     )
 
 
-def _finite_or_none(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+def finite_or_none(value: float | None) -> float | None:
+    """Return a number as a database or JSON can hold it: None where it is not finite."""
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def _number_or_nan(attributes: Mapping[str, Any], name: str) -> float:

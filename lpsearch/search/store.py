@@ -22,6 +22,7 @@ from lpsearch.evaluation.losses import WindowLosses
 from lpsearch.plan import Plan
 from lpsearch.search import database as db
 from lpsearch.search.locks import Claim, HeldElsewhereError, hold_claim, hold_file_lock
+from lpsearch.search.records import finite_or_none
 
 __all__ = ["Split", "StoredWindows", "StudyStore"]
 
@@ -248,8 +249,8 @@ class StudyStore:
                         "plan_id": plan_id,
                         "split": split,
                         "window_idx": int(window_idx),
-                        "nll_nats_per_token": _finite_or_none(nll),
-                        "kl_nats_per_token": _finite_or_none(kl),
+                        "nll_nats_per_token": finite_or_none(nll),
+                        "kl_nats_per_token": finite_or_none(kl),
                         "num_tokens": losses.tokens_per_window,
                     }
                     for window_idx, nll, kl in zip(window_indices, losses.nll_nats_per_token, kl_values, strict=True)
@@ -414,10 +415,6 @@ def _build_windows_row(input_ids: npt.NDArray[np.integer[Any]], spec: str) -> di
 
 def _hash_windows(blob: bytes, num_windows: int, seq_len: int) -> str:
     return hashlib.sha256(f"{num_windows}x{seq_len}:".encode() + blob).hexdigest()
-
-
-def _finite_or_none(value: float | None) -> float | None:
-    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def _number_or_nan(value: float | None) -> float:
