@@ -7,29 +7,24 @@ measured is in the database before it is used.
 from __future__ import annotations
 
 import logging
-import shutil
-import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
 from pydantic import ValidationError
-from sqlalchemy.engine import URL
 
 from lpsearch.commands.console import stderr_console
 from lpsearch.commands.loading import describe_device, load_for_search, resolve_device, settle_dtype
 from lpsearch.commands.progress import build_front_table, show_search, show_steps
 from lpsearch.commands.results import MeasuredFront, build_summary, write_front
+from lpsearch.commands.studies import RECORDED_OPTIONS, check_new_study, follow_record, open_study_store
 from lpsearch.config import OptimizeConfig, ResolvedConfig, slug_of_model
 from lpsearch.errors import ConfigError, FamilyError, PlanError, ResumeError, StudyError
 from lpsearch.latency.profile import LatencyProfile, load_profile
-from lpsearch.models import ModelSource, resolve_source
-from lpsearch.models.aliases import find_alias
+from lpsearch.models import resolve_source
 from lpsearch.plan import Plan, load_plan
 from lpsearch.search import (
-    FIXED_SETTINGS,
     JoinSpace,
     Split,
     StoredWindows,
@@ -39,7 +34,6 @@ from lpsearch.search import (
     evaluate_stored_plan,
     run_study,
 )
-from lpsearch.search.locks import HeldElsewhereError, hold_file_lock
 
 if TYPE_CHECKING:
     import torch
@@ -54,27 +48,7 @@ __all__ = ["optimize"]
 
 logger = logging.getLogger(__name__)
 
-_NEEDED_BYTES = 64 << 20
-"""Room for a study of some hundred trials with its windows and plan files."""
-
-_STUDY_FILES = ("study.db-wal", "study.db-shm", "study.db", "front.json", "plans", "report.html")
-
 _SPLITS: tuple[Split, ...] = ("proxy", "heldout")
-
-_RECORDED_OPTIONS = (
-    "data",
-    "heldout",
-    "windows",
-    "seq_len",
-    "max_group",
-    "metric",
-    "objective",
-    "sampler",
-    "seed",
-    "dtype",
-    "freeze",
-)
-"""Options that a study records; where the user names none of these, a resumed study keeps its own."""
 
 
 def optimize(config: ResolvedConfig, *, fresh: bool, show_progress: bool) -> dict[str, Any]:
@@ -102,30 +76,12 @@ def optimize(config: ResolvedConfig, *, fresh: bool, show_progress: bool) -> dic
         load_profile(values.latency)
     device = resolve_device(values.device)
     out = values.out or Path("studies") / slug_of_model(values.model)
-    _prepare_directory(out)
-    if fresh:
-        _check_new_study(values)
-        _move_aside(out)
-    # Built, not formatted: a directory's name may hold what means something else in a URL.
-    own_url = URL.create("sqlite", database=str((out / "study.db").absolute())).render_as_string()
-    with (
-        StudyStore(values.storage or own_url, study_name=values.study or slug_of_model(values.model)) as store,
-        store.hold_lock(),
-    ):
-        if fresh:
-            store.move_aside()
-        if values.storage is None:
-            _adopt_study(store, is_named=values.study is not None)
+    with open_study_store(values, out, fresh=fresh) as store:
         recorded = store.load_settings()
         if recorded is not None:
-            values, source = _follow_record(recorded, config, source)
-        elif (out / "front.json").exists():
-            raise StudyError(
-                f"{out}: holds the results of a study that {store.where} does not hold; put its study.db back, add "
-                "--fresh to move the results aside, or name another directory with --out"
-            )
+            values, source = follow_record(recorded, config, source)
         else:
-            _check_new_study(values)
+            check_new_study(values, store, out)
         with show_steps("loading the model", enabled=show_progress):
             loaded = load_for_search(
                 source,
@@ -164,97 +120,6 @@ def optimize(config: ResolvedConfig, *, fresh: bool, show_progress: bool) -> dic
     return build_summary(front, out)
 
 
-def _prepare_directory(out: Path) -> None:
-    """Make the directory of a study, and see that it can be written and has room.
-
-    Raises:
-        StudyError: if not.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out) as probe:
-            probe.write(b"\0" * 4096)
-        free_bytes = shutil.disk_usage(out).free
-    except OSError as error:
-        raise StudyError(f"{out}: cannot be written ({error}); choose another directory with --out") from None
-    if free_bytes < _NEEDED_BYTES:
-        raise StudyError(
-            f"{out}: {free_bytes >> 20} MiB free, a study needs {_NEEDED_BYTES >> 20} MiB; "
-            "free some space or choose another directory with --out"
-        )
-
-
-def _move_aside(out: Path) -> None:
-    """Move the files of an existing study into a directory of its own beside them; nothing is deleted."""
-    try:
-        with hold_file_lock(out / "study.db.lock"):
-            present = [out / name for name in _STUDY_FILES if (out / name).exists()]
-            if not present:
-                return
-            aside = Path(tempfile.mkdtemp(prefix=time.strftime("before-%Y-%m-%dT%H-%M-%S-"), dir=out))
-            for path in present:
-                path.rename(aside / path.name)
-    except HeldElsewhereError as error:
-        raise StudyError(f"{out}: the study is being run by process {error.holder}; wait for it or end it") from None
-    logger.info("moved the old study to %s", aside)
-
-
-def _follow_record(
-    recorded: Mapping[str, Any], config: ResolvedConfig, source: ModelSource
-) -> tuple[OptimizeConfig, ModelSource]:
-    """Continue a study: what the user named must agree with its record, the rest is taken from it.
-
-    Raises:
-        ResumeError: for a setting that was named and differs.
-    """
-    values = config.values
-    requested = {name: getattr(values, name) for name in FIXED_SETTINGS if name in config.explicit}
-    if requested.get("dtype") == "auto":
-        del requested["dtype"]
-    if "sampler" in config.explicit:
-        requested["sampler"] = values.sampler
-    compare_settings(recorded, {**requested, "model": source.id})
-    if "seed" in config.explicit and values.seed != recorded["seed"]:
-        logger.warning("the study keeps the seed that it was begun with, %d", recorded["seed"])
-    kept = {*_RECORDED_OPTIONS} - config.explicit | {"dtype", "seed"}  # these were settled when the study was begun
-    updates = {name: recorded[name] for name in kept}
-    updates["freeze"] = tuple(updates.get("freeze", values.freeze))
-    return values.model_copy(update=updates), ModelSource.from_dict(recorded["source"])
-
-
-def _adopt_study(store: StudyStore, *, is_named: bool) -> None:
-    """Keep to one study a ``study.db``: take the name of the one it holds, unless the user gave another.
-
-    Raises:
-        ResumeError: if the user did.
-    """
-    held = store.list_studies()
-    if not held or store.study_name in held:
-        return
-    if is_named:
-        raise ResumeError(
-            f"{store.where} holds the study {held[-1]!r}, not {store.study_name!r}; leave --study out, add --fresh to "
-            "move the old study aside, or name another directory with --out"
-        )
-    store.study_name = held[-1]
-
-
-def _check_new_study(values: OptimizeConfig) -> None:
-    """Refuse what can be refused before a model is loaded.
-
-    Raises:
-        UsageError: for data that are not there, or layers that the geometry of an alias does not have.
-        SourceError: for a dataset out of reach.
-    """
-    from lpsearch.data import check_text_source
-
-    check_text_source(values.data, role="proxy")
-    check_text_source(values.heldout or values.data, role="heldout")
-    alias = find_alias(values.model)
-    if alias is not None:
-        JoinSpace(alias.num_layers, values.max_group, values.freeze)
-
-
 def _begin_or_resume(
     store: StudyStore,
     recorded: Mapping[str, Any] | None,
@@ -285,7 +150,7 @@ def _begin_or_resume(
         return windows
     windows = _build_windows(values, loaded, show_progress=show_progress)
     dtype = settle_dtype(loaded.model, dtype=values.dtype, device=device, windows=windows["proxy"])
-    options = values.model_dump(mode="json", include={*_RECORDED_OPTIONS})
+    options = values.model_dump(mode="json", include={*RECORDED_OPTIONS})
     source = {"model": loaded.source.id, "source": loaded.source.to_dict()}
     store.begin(
         {**options, **identity, **source, "dtype": dtype},

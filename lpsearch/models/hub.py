@@ -30,7 +30,7 @@ __all__ = ["ANSWER_LIMIT_S", "call_within", "fetch_config", "fetch_snapshot"]
 
 logger = logging.getLogger(__name__)
 
-ANSWER_LIMIT_S = 7.0
+ANSWER_LIMIT_S = 6.0
 """Seconds within which the hub must have said whether it has a model; a download may then take as long as it takes.
 
 With the imports, a command that asks in vain ends within 15 seconds.
