@@ -107,7 +107,7 @@ def follow_record(
     if "seed" in config.explicit and values.seed != recorded["seed"]:
         logger.warning("the study keeps the seed that it was begun with, %d", recorded["seed"])
     kept = {*RECORDED_OPTIONS} - config.explicit | {"dtype", "seed"}  # these were settled when the study was begun
-    updates = {name: recorded[name] for name in kept}
+    updates = {name: recorded[name] for name in kept if name in recorded}
     updates["freeze"] = tuple(updates.get("freeze", values.freeze))
     return values.model_copy(update=updates), ModelSource.from_dict(recorded["source"])
 
