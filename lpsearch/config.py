@@ -44,6 +44,7 @@ class OptimizeConfig(BaseModel):
         out: directory of everything written; None takes ``studies/<model>``.
         storage: SQLAlchemy URL; None takes ``study.db`` inside ``out``.
         timeout: seconds after which no further trial starts.
+        staged: evaluate a plan on few windows first, and on all of them only while it may be on the front.
         trust_remote_code: run the model's own Python code from the hub.
     """
 
@@ -69,6 +70,7 @@ class OptimizeConfig(BaseModel):
     out: Path | None = None
     storage: str | None = Field(default=None, min_length=1)
     timeout: float | None = Field(default=None, gt=0)
+    staged: bool = True
     trust_remote_code: bool = False
 
     @field_validator("freeze", mode="before")

@@ -105,6 +105,10 @@ def optimize(
     out: Annotated[Path | None, typer.Option(help="directory of the results; default studies/MODEL")] = None,
     storage: Annotated[str | None, typer.Option(help="database URL; default study.db in --out", metavar="URL")] = None,
     timeout: Annotated[float | None, typer.Option(help="seconds after which no further trial starts")] = None,
+    staged: Annotated[
+        bool | None,
+        typer.Option("--staged/--unstaged", help="few windows first, all for plans near the front; default: staged"),
+    ] = None,
     trust_remote_code: TrustOption = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="move an existing study aside and begin a new one")] = False,
     config: Annotated[Path | None, typer.Option(help="TOML file with the names of these options")] = None,
@@ -132,6 +136,7 @@ def optimize(
         "out": out,
         "storage": storage,
         "timeout": timeout,
+        "staged": staged,
         "trust_remote_code": trust_remote_code or None,
     }
     configure_logging(quiet=quiet)

@@ -115,6 +115,7 @@ def optimize(config: ResolvedConfig, *, fresh: bool, show_progress: bool) -> dic
     if show_progress:
         title = f"{store.study_name}: the front of {len(result.records)} plans"
         title += ", which are all there are" if result.exact else ""
+        title += f" ({result.proxy_tokens:,} tokens, {result.share_evaluated:.0%} of all windows)"
         title += f"; the time of {values.timeout} s is over" if result.timed_out else ""
         stderr_console().print(build_front_table(front.records, title=title, heldout=front.heldout_deltas))
     return build_summary(front, out)
@@ -262,6 +263,7 @@ def _search(
             estimate_latency_ms=None if latency_model is None else latency_model.estimate_latency_ms,
             enqueue=enqueued,
             timeout_s=values.timeout,
+            staged=values.staged,
             on_trial=on_trial,
         )
 

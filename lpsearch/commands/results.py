@@ -131,7 +131,7 @@ def write_front(front: MeasuredFront, out: Path) -> dict[str, Any]:
         "trials": len(front.result.records),
         "exact": front.result.exact,
         "baseline_nll": front.result.baseline.nll,
-        "proxy_tokens": sum(record.proxy_tokens for record in front.result.records),
+        "proxy_tokens": front.result.proxy_tokens,
         "heldout_tokens": sum(len(x.nll_nats_per_token) * x.tokens_per_window for x in front.heldout_losses.values()),
         "front": [_build_point(front, record) for record in front.result.front],
     }

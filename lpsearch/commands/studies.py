@@ -41,6 +41,7 @@ RECORDED_OPTIONS = (
     "seed",
     "dtype",
     "freeze",
+    "staged",
 )
 """Options that a study records; where the user names none of these, a resumed study keeps its own."""
 

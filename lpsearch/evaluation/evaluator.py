@@ -14,6 +14,7 @@ from lpsearch.data import Windows
 from lpsearch.errors import FamilyError, LpsearchError
 from lpsearch.evaluation.losses import WindowLosses
 from lpsearch.evaluation.prefix_cache import CacheUsage, PrefixCache, choose_cache_bytes
+from lpsearch.evaluation.shards import split_windows
 from lpsearch.models.families import get_decoder_layers
 from lpsearch.plan import Plan
 from lpsearch.transform import applied_plan
@@ -46,8 +47,8 @@ class ModelEvaluator:
         model: the unmodified model, in eval mode; a plan is applied to it in place during an evaluation.
         windows: what to evaluate on.
         metric: ``kl`` to measure KL(base || plan) as well.
-        batch_size: windows in a forward pass; None takes 4096 tokens on a CPU and 16384 on a GPU. Results depend on it
-            through rounding only.
+        batch_size: most windows in a forward pass; None takes 4096 tokens on a CPU and 16384 on a GPU. Results depend
+            on it through rounding only.
         cache_bytes: most bytes of hidden states to keep; 0 runs every layer of every plan. None takes half of the free
             memory of a GPU, and on a CPU at most 2 GiB and a quarter of what is available.
         cache_location: where to keep them: beside the weights, or in pinned host memory.
@@ -137,16 +138,19 @@ class ModelEvaluator:
     def _evaluate(self, plan: Plan, window_indices: Sequence[int]) -> list[tuple[float, float | None]]:
         if self._metric == "kl":
             self._remember_base(window_indices)
-        losses: list[tuple[float, float | None]] = []
+        losses: dict[int, tuple[float, float | None]] = {}
         with applied_plan(self._model, plan):
             for batch in self._split(window_indices):
                 hidden_states = self._run_decoder(plan, batch)
-                losses += [self._compute_losses(index, row) for index, row in zip(batch, hidden_states, strict=True)]
-        return losses
+                for index, row in zip(batch, hidden_states, strict=True):
+                    losses[index] = self._compute_losses(index, row)
+        return [losses[index] for index in window_indices]
 
     def _split(self, window_indices: Sequence[int]) -> Iterator[list[int]]:
-        for start in range(0, len(window_indices), self._batch_size):
-            yield list(window_indices[start : start + self._batch_size])
+        """Yield the batches; none crosses a shard, so a search in stages runs the batches of a whole evaluation."""
+        for shard in split_windows(window_indices, self.num_windows):
+            for start in range(0, len(shard), self._batch_size):
+                yield shard[start : start + self._batch_size]
 
     def _remember_base(self, window_indices: Sequence[int]) -> None:
         missing = [index for index in window_indices if index not in self._base_hidden_states]

@@ -4,9 +4,13 @@ While a plan is evaluated, the coordinator tells the trial before it and asks fo
 device hardly waits. A sampler therefore sees one trial pending whenever it is asked; that never depends on which of
 the two was quicker, so a search is repeatable.
 
-Losses go into the store's own tables before the next evaluation begins, and a plan is never evaluated on a window
-twice. A process that dies at any moment therefore loses at most the evaluation it was in. Only the coordinator's
-thread touches the database.
+A plan is evaluated in stages: on few windows first, on more only while it may still be on the front
+(:mod:`lpsearch.search.ledger`). Its trial is told once, after its own stages; a plan that the final front turns out to
+need whole gets its other windows at the end, in the store's own tables.
+
+Losses go into these tables before the next evaluation begins, and a plan is never evaluated on a window twice. A
+process that dies at any moment therefore loses at most the stage it was in. Only the coordinator's thread touches the
+database.
 """
 
 from __future__ import annotations
@@ -25,9 +29,10 @@ import optuna
 from optuna.trial import TrialState
 
 from lpsearch.errors import ConfigError, StudyError
-from lpsearch.evaluation.losses import PlanEvaluator, WindowLosses, compute_paired_delta
+from lpsearch.evaluation.losses import PlanEvaluator, WindowLosses
 from lpsearch.plan import Plan
-from lpsearch.search.front import Objective, build_front
+from lpsearch.search.front import Objective, build_front, find_rival
+from lpsearch.search.ledger import Ledger
 from lpsearch.search.opening import open_study, read_finished, record_settings
 from lpsearch.search.outcome import StudyResult, TrialUpdate
 from lpsearch.search.records import Metric, PlanRecord, build_attributes
@@ -48,13 +53,26 @@ class _Job:
         trial: what Optuna handed out.
         plan: what it stands for.
         origin: what proposed it.
-        missing_windows: windows that the store has no losses on.
     """
 
     trial: optuna.Trial
     plan: Plan
     origin: str
-    missing_windows: list[int]
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """An evaluation that runs.
+
+    Attributes:
+        plan: the plan.
+        window_indices: windows of one shard.
+        future: their losses.
+    """
+
+    plan: Plan
+    window_indices: list[int]
+    future: Future[WindowLosses]
 
 
 class Coordinator:
@@ -77,6 +95,7 @@ class Coordinator:
         metric: Metric,
         objective: Objective,
         estimate_latency_ms: Callable[[Plan], float] | None,
+        staged: bool,
         on_trial: Callable[[TrialUpdate], None] | None,
     ) -> None:
         """Open the study and read what it has finished."""
@@ -106,6 +125,11 @@ class Coordinator:
             self._finished = read_finished(self._study)
         self._num_resumed = len(self._finished)
         self._enumerates = space.count_plans() <= budget
+        # An enumeration ends with a front that is exact, not one that is most likely right.
+        self._ledger = Ledger(
+            store, num_windows=evaluator.num_windows, metric=metric, staged=staged and not self._enumerates
+        )
+        self._finished = {plan: self._ledger.refresh(record) for plan, record in self._finished.items()}
         self._open_trials: list[optuna.Trial] = []
         self._queue: deque[tuple[Plan, str]] = deque()
         self._num_waiting = 0
@@ -115,8 +139,9 @@ class Coordinator:
         self._queue = self._build_queue(enqueue)
         self._num_waiting = self._count_trials(TrialState.WAITING)
         try:
-            self._base_losses = self._evaluate_baseline()
+            self._evaluate_baseline()
             timed_out = self._run_trials(math.inf if timeout_s is None else timeout_s)
+            self._settle_front()
         except BaseException:
             # Ctrl-C included. If the database itself fails, the next run finds these trials running and fails them.
             with suppress(StudyError):
@@ -124,10 +149,12 @@ class Coordinator:
                     self._fail(trial)
             raise
         records = tuple(sorted(self._finished.values(), key=lambda record: record.trial))
+        is_whole = all(self._ledger.is_complete(record.plan) for record in records)
+        is_exhausted = sum(self._space.is_valid(record.plan.joins) for record in records) == self._space.count_plans()
         return StudyResult(
             records=records,
             front=tuple(self._build_front()),
-            exact=sum(self._space.is_valid(record.plan.joins) for record in records) == self._space.count_plans(),
+            exact=is_exhausted and is_whole,
             num_resumed=self._num_resumed,
             num_new=len(records) - self._num_resumed,
             num_new_tokens=self._num_new_tokens,
@@ -138,16 +165,17 @@ class Coordinator:
     def _run_trials(self, timeout_s: float) -> bool:
         """Run the trials, each asked for and told while a neighbour is evaluated; return whether time ran out."""
         running: _Job | None = None
-        future: Future[WindowLosses] | None = None
+        stage: _Stage | None = None
         while True:
             following = None if self._is_late(timeout_s, running) else self._ask(running)
-            if running is not None and future is not None:
-                self._keep_losses(running.plan, running.missing_windows, future.result())
+            while stage is not None:
+                self._finish_stage(stage)
+                stage = self._begin_stage(stage.plan)
             if following is not None and self._is_late(timeout_s, running):
                 self._fail(following.trial)
                 following = None
             if following is not None:
-                future = self._submit(following.plan, following.missing_windows)
+                stage = self._begin_stage(following.plan)
             if running is not None:
                 self._tell(running)
             if following is None:
@@ -223,45 +251,70 @@ class Coordinator:
             # Noted before the work, so that a later process knows what this one was doing.
             trial.set_user_attr("groups", plan.to_groups_json())
             attributes = self._store.optuna_storage.get_trial(trial._trial_id).user_attrs
-        return _Job(trial, plan, attributes.get("origin", "enqueued"), self._find_missing_windows(plan))
+        return _Job(trial, plan, attributes.get("origin", "enqueued"))
 
     # ---- Evaluating --------------------------------------------------------------------------------------------------
 
-    def _evaluate_baseline(self) -> WindowLosses:
-        """Return the losses of the unmodified model, which every other is relative to."""
+    def _begin_stage(self, plan: Plan, *, is_whole: bool = False) -> _Stage | None:
+        """Begin the next evaluation of a plan; None where it needs no more.
+
+        Args:
+            plan: the plan.
+            is_whole: evaluate it on all windows, whatever its rival.
+        """
+        rival = None if is_whole or not plan.num_joins else self._find_rival(plan)
+        window_indices = self._ledger.find_next_windows(plan, rival=rival)
+        if not window_indices:
+            return None
+        future = self._executor.submit(self._evaluator.evaluate_windows, plan, window_indices)
+        return _Stage(plan, window_indices, future)
+
+    def _finish_stage(self, stage: _Stage) -> None:
+        losses = stage.future.result()
+        self._ledger.keep(stage.plan, stage.window_indices, losses)
+        self._num_new_tokens += losses.tokens_per_window * len(stage.window_indices)
+
+    def _evaluate_whole(self, plan: Plan) -> None:
+        stage = self._begin_stage(plan, is_whole=True)
+        while stage is not None:
+            self._finish_stage(stage)
+            stage = self._begin_stage(plan, is_whole=True)
+
+    def _find_rival(self, plan: Plan) -> Plan | None:
+        rival = find_rival(
+            self._build_front(),
+            depth=plan.depth,
+            latency_ms=None if self._estimate_latency_ms is None else self._estimate_latency_ms(plan),
+            metric=self._metric,
+            objective=self._objective,
+        )
+        return None if rival is None else rival.plan
+
+    def _evaluate_baseline(self) -> None:
+        """Evaluate the unmodified model on all windows; every other loss is relative to it."""
         plan = Plan.baseline(self._space.num_layers)
-        missing_windows = self._find_missing_windows(plan)
-        future = self._submit(plan, missing_windows)
-        if future is not None:
-            self._keep_losses(plan, missing_windows, future.result())
-        losses = self._load_losses(plan)
-        if not all(map(math.isfinite, losses.nll_nats_per_token)):
+        self._evaluate_whole(plan)
+        measurement = self._ledger.measure(plan)
+        if not math.isfinite(measurement.nll):
             raise StudyError(
                 f"{self._store.where}: the unmodified model's loss is not finite, so nothing can be compared with "
                 "it; check the model's weights, or try --dtype float32"
             )
-        if self._metric == "kl" and losses.kl_nats_per_token is None:
+        if self._metric == "kl" and not math.isfinite(measurement.kl_nats_per_token or 0.0):
             raise ConfigError("metric kl needs an evaluator that measures KL to the unmodified model")
-        return losses
 
-    def _find_missing_windows(self, plan: Plan) -> list[int]:
-        evaluated = self._store.find_evaluated_windows(plan, split="proxy")
-        return [window_idx for window_idx in range(self._evaluator.num_windows) if window_idx not in evaluated]
-
-    def _submit(self, plan: Plan, missing_windows: list[int]) -> Future[WindowLosses] | None:
-        """Begin an evaluation; None where the store has all losses."""
-        if not missing_windows:
-            return None
-        return self._executor.submit(self._evaluator.evaluate_windows, plan, missing_windows)
-
-    def _keep_losses(self, plan: Plan, window_indices: list[int], losses: WindowLosses) -> None:
-        self._store.record_losses(plan, window_indices, losses, split="proxy")
-        self._num_new_tokens += losses.tokens_per_window * len(window_indices)
-
-    def _load_losses(self, plan: Plan) -> WindowLosses:
-        losses = self._store.load_losses(plan, num_windows=self._evaluator.num_windows, split="proxy")
-        assert losses is not None
-        return losses
+    def _settle_front(self) -> None:
+        """Evaluate on all windows what looks as if it were on the front, until all of the front was."""
+        while True:
+            believed = build_front(
+                self._list_valid(), metric=self._metric, objective=self._objective, include_partial=True
+            )
+            partial = [record for record in believed if not self._ledger.is_complete(record.plan)]
+            if not partial:
+                return
+            for record in partial:
+                self._evaluate_whole(record.plan)
+                self._finished[record.plan] = self._ledger.refresh(record)
 
     # ---- Telling -----------------------------------------------------------------------------------------------------
 
@@ -292,25 +345,11 @@ class Coordinator:
         self._open_trials.remove(trial)
 
     def _build_record(self, job: _Job) -> PlanRecord:
-        losses = self._load_losses(job.plan)
-        delta, delta_se = _compute_delta(losses.nll_nats_per_token, self._base_losses.nll_nats_per_token)
-        kl, kl_se = None, None
-        if losses.kl_nats_per_token is not None:
-            kl, kl_se = _compute_delta(losses.kl_nats_per_token, [0.0] * len(losses.kl_nats_per_token))
-        elif self._metric == "kl":
-            kl = math.nan  # measured, and finite on no window
-        num_windows = len(losses.nll_nats_per_token)
-        return PlanRecord(
-            plan=job.plan,
+        return self._ledger.build_record(
+            job.plan,
             trial=job.trial.number,
-            nll=math.fsum(losses.nll_nats_per_token) / num_windows,
-            delta_nll=delta,
-            delta_nll_se=delta_se,
-            kl_nats_per_token=kl,
-            kl_se=kl_se,
-            latency_ms=None if self._estimate_latency_ms is None else self._estimate_latency_ms(job.plan),
-            proxy_tokens=num_windows * losses.tokens_per_window,
             origin=job.origin,
+            latency_ms=None if self._estimate_latency_ms is None else self._estimate_latency_ms(job.plan),
         )
 
     def _build_values(self, record: PlanRecord) -> list[float]:
@@ -320,9 +359,11 @@ class Coordinator:
         return [saving, loss]
 
     def _build_front(self) -> list[PlanRecord]:
-        # A study may hold plans of a former run whose space was larger, e.g. before a layer was frozen.
-        records = [record for record in self._finished.values() if self._space.is_valid(record.plan.joins)]
-        return build_front(records, metric=self._metric, objective=self._objective)
+        return build_front(self._list_valid(), metric=self._metric, objective=self._objective)
+
+    def _list_valid(self) -> list[PlanRecord]:
+        """Return the finished plans of the space; a former run's may have been larger, before a layer was frozen."""
+        return [record for record in self._finished.values() if self._space.is_valid(record.plan.joins)]
 
     def _count_trials(self, state: TrialState) -> int:
         with self._store.translate_errors():
@@ -330,10 +371,3 @@ class Coordinator:
 
     def _get_elapsed_s(self) -> float:
         return time.monotonic() - self._began_at
-
-
-def _compute_delta(losses: Sequence[float], base_losses: Sequence[float]) -> tuple[float, float | None]:
-    if not all(map(math.isfinite, losses)):
-        return math.nan, None
-    paired = compute_paired_delta(losses, base_losses)
-    return paired.delta, paired.standard_error

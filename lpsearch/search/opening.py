@@ -12,6 +12,7 @@ from optuna.trial import TrialState
 from lpsearch.errors import ResumeError, StudyError
 from lpsearch.plan import Plan
 from lpsearch.search.front import Objective
+from lpsearch.search.ledger import Ledger
 from lpsearch.search.records import Metric, PlanRecord, read_record
 from lpsearch.search.settings import compare_settings
 from lpsearch.search.space import JoinSpace
@@ -79,6 +80,8 @@ def read_finished(study: optuna.Study) -> dict[Plan, PlanRecord]:
 def load_records(store: StudyStore) -> list[PlanRecord]:
     """Return every finished plan of a study in the order of the trials, each once; evaluates nothing.
 
+    A plan that was evaluated on further windows after its trial was told has the values of all of them.
+
     Raises:
         StudyError: if there is no such study or its database fails.
     """
@@ -87,4 +90,10 @@ def load_records(store: StudyStore) -> list[PlanRecord]:
             study = optuna.load_study(study_name=store.study_name, storage=store.optuna_storage)
         except KeyError:
             raise StudyError(f"{store.where}: holds no study {store.study_name!r}") from None
-        return list(read_finished(study).values())
+        records = list(read_finished(study).values())
+    if not records:
+        return []
+    window_indices, _ = store.load_known_losses(Plan.baseline(records[0].plan.num_layers), split="proxy")
+    metric = (store.load_settings() or {}).get("metric", "nll")
+    ledger = Ledger(store, num_windows=len(window_indices), metric=metric, staged=False)
+    return [ledger.refresh(record) for record in records]

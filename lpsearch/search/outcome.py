@@ -59,3 +59,13 @@ class StudyResult:
     def baseline(self) -> PlanRecord:
         """The unmodified model."""
         return self.front[0]
+
+    @property
+    def proxy_tokens(self) -> int:
+        """Tokens behind the losses of all finished plans, earlier runs included."""
+        return sum(record.proxy_tokens for record in self.records)
+
+    @property
+    def share_evaluated(self) -> float:
+        """``proxy_tokens`` relative to evaluating every plan on all windows."""
+        return self.proxy_tokens / (len(self.records) * self.baseline.proxy_tokens)

@@ -72,13 +72,13 @@ class Observation:
     Attributes:
         plan: the plan.
         delta_nll: its loss minus the baseline's in nats per token; infinite or not a number for a broken plan.
-        standard_error: of ``delta_nll`` over windows; None for a single window. The search optimises the loss on the
-            study's own windows, where it is exact, so this does not enter.
+        sampling_error: standard error of ``delta_nll`` as an estimate of the loss on all of the study's windows; 0 for
+            a plan that was evaluated on all of them, where it is exact.
     """
 
     plan: Plan
     delta_nll: float
-    standard_error: float | None
+    sampling_error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,11 @@ class PairsetProposer:
         if group is not None:
             return self._build_proposal(group, "scan")
         surrogate = Surrogate(
-            joined=evaluated.joined, delta_nll=evaluated.delta_nll, join_means=join_means, measured=measured
+            joined=evaluated.joined,
+            delta_nll=evaluated.delta_nll,
+            sampling_error=evaluated.sampling_error,
+            join_means=join_means,
+            measured=measured,
         )
         return self._propose_candidate(surrogate, evaluated, taken, pending) or self._propose_any(taken)
 
@@ -273,21 +277,25 @@ class _Evaluated:
     Attributes:
         joined: (plans, num_joins) which joins each sets.
         delta_nll: (plans,) finite, at most ``WORST_DELTA_NATS``.
+        sampling_error: (plans,) standard errors of ``delta_nll``; 0 where it is exact.
     """
 
     joined: BoolArray
     delta_nll: FloatArray
+    sampling_error: FloatArray
 
     @classmethod
     def from_observations(cls, observations: Iterable[Observation], num_joins: int) -> _Evaluated:
-        losses: dict[tuple[int, ...], float] = {}
+        losses: dict[tuple[int, ...], tuple[float, float]] = {}
         for observation in observations:
             joins, loss = observation.plan.joins, observation.delta_nll
             if joins:
                 loss = min(loss, WORST_DELTA_NATS) if np.isfinite(loss) else WORST_DELTA_NATS
-                losses[joins] = min(loss, losses.get(joins, loss))
+                measured = (loss, observation.sampling_error)
+                losses[joins] = min(measured, losses.get(joins, measured))
         ordered = sorted(losses)
-        return cls(_stack_joins(ordered, num_joins), np.array([losses[joins] for joins in ordered], dtype=np.float64))
+        values = np.array([losses[joins] for joins in ordered], dtype=np.float64).reshape(-1, 2)
+        return cls(_stack_joins(ordered, num_joins), values[:, 0], values[:, 1])
 
     def estimate_join_costs(self) -> tuple[FloatArray, BoolArray]:
         """Return (num_joins,) costs of the joins alone, interpolated where not measured, and which were measured."""

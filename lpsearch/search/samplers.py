@@ -7,6 +7,7 @@ stopped, and neither ever asks for a plan that is finished or running.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from lpsearch.errors import ConfigError
 from lpsearch.plan import Plan
 from lpsearch.search.pairset import Observation, PairsetProposer
 from lpsearch.search.proposers import EvolutionProposer, Proposer, RandomProposer, WindowProposer
-from lpsearch.search.records import Metric, read_record
+from lpsearch.search.records import Metric, PlanRecord, read_record
 from lpsearch.search.space import JoinSpace
 
 __all__ = ["SAMPLER_NAMES", "ProposerSampler", "RepairingSampler", "build_sampler"]
@@ -95,29 +96,31 @@ class _History:
     def __init__(self, *, space: JoinSpace, metric: Metric) -> None:
         self.space = space
         self._metric = metric
-        self._observations: dict[tuple[str, int], Observation] = {}
+        self._records: dict[tuple[str, int], PlanRecord] = {}
 
     def read(self, study: optuna.Study, *, asking: FrozenTrial) -> _Known:
         """Return what is known, the trial that is being asked for left out."""
-        observations, pending = [], []
+        records, pending = [], []
         trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING))
         for trial in trials:
             if trial.state == TrialState.COMPLETE:
-                observations.append(self._observe(study.study_name, trial))
+                records.append(self._read_record(study.study_name, trial))
             elif trial.number != asking.number and (plan := self._find_plan(trial)) is not None:
                 pending.append(plan)
-        return _Known(observations, pending)
+        num_tokens = max((record.proxy_tokens for record in records), default=0)  # the baseline's: all there are
+        return _Known([self._observe(record, num_tokens) for record in records], pending)
 
-    def _observe(self, study_name: str, trial: FrozenTrial) -> Observation:
+    def _read_record(self, study_name: str, trial: FrozenTrial) -> PlanRecord:
         key = (study_name, trial.number)
-        if key not in self._observations:
-            record = read_record(trial)
-            self._observations[key] = Observation(
-                plan=record.plan,
-                delta_nll=record.get_cost(self._metric),
-                standard_error=record.get_cost_se(self._metric),
-            )
-        return self._observations[key]
+        if key not in self._records:
+            self._records[key] = read_record(trial)
+        return self._records[key]
+
+    def _observe(self, record: PlanRecord, num_tokens: int) -> Observation:
+        # Windows are drawn without replacement: the error that is left falls to zero where all are there.
+        share_missing = 1 - record.proxy_tokens / num_tokens
+        standard_error = record.get_cost_se(self._metric) or 0.0
+        return Observation(record.plan, record.get_cost(self._metric), standard_error * math.sqrt(share_missing))
 
     def _find_plan(self, trial: FrozenTrial) -> Plan | None:
         if "groups" in trial.user_attrs:

@@ -259,37 +259,41 @@ class StudyStore:
 
     def find_evaluated_windows(self, plan: Plan, *, split: Split) -> set[int]:
         """Return the windows on which a plan has losses."""
-        table = db.evaluations_table
-        study_id = self.study_id
-        with self._transaction() as connection:
-            plan_id = self._find_plan_id(connection, study_id, plan)
-            rows = connection.execute(
-                select(table.c.window_idx).where(table.c.plan_id == plan_id, table.c.split == split)
-            )
-            return set(rows.scalars())
+        return set(self.load_known_losses(plan, split=split)[0])
 
     def load_losses(self, plan: Plan, *, num_windows: int, split: Split) -> WindowLosses | None:
         """Return the losses of a plan on windows 0 to ``num_windows - 1``; None unless it has all of them.
 
         A loss that was not finite comes back as nan.
         """
+        window_indices, losses = self.load_known_losses(plan, split=split, num_windows=num_windows)
+        return losses if len(window_indices) == num_windows else None
+
+    def load_known_losses(
+        self, plan: Plan, *, split: Split, num_windows: int | None = None
+    ) -> tuple[list[int], WindowLosses]:
+        """Return the windows that a plan has losses on, ascending, and these losses; nan where one was not finite.
+
+        Args:
+            plan: the plan.
+            split: which windows.
+            num_windows: look at windows 0 to ``num_windows - 1`` only; None at all of them.
+        """
         table = db.evaluations_table
         study_id = self.study_id
         with self._transaction() as connection:
             plan_id = self._find_plan_id(connection, study_id, plan)
-            rows = connection.execute(
-                select(table)
-                .where(table.c.plan_id == plan_id, table.c.split == split, table.c.window_idx < num_windows)
-                .order_by(table.c.window_idx)
-            ).all()
-        if len(rows) != num_windows:
-            return None
+            chosen = select(table).where(table.c.plan_id == plan_id, table.c.split == split)
+            if num_windows is not None:
+                chosen = chosen.where(table.c.window_idx < num_windows)
+            rows = connection.execute(chosen.order_by(table.c.window_idx)).all()
         has_kl = any(row.kl_nats_per_token is not None for row in rows)
-        return WindowLosses(
+        losses = WindowLosses(
             nll_nats_per_token=tuple(_number_or_nan(row.nll_nats_per_token) for row in rows),
             kl_nats_per_token=tuple(_number_or_nan(row.kl_nats_per_token) for row in rows) if has_kl else None,
-            tokens_per_window=rows[0].num_tokens,
+            tokens_per_window=rows[0].num_tokens if rows else 0,
         )
+        return [row.window_idx for row in rows], losses
 
     def list_evaluated_plans(self, *, num_windows: int, split: Split) -> list[Plan]:
         """Return the plans that have losses on windows 0 to ``num_windows - 1``, in the order they came."""

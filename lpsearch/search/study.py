@@ -32,6 +32,7 @@ def run_study(
     estimate_latency_ms: Callable[[Plan], float] | None = None,
     enqueue: Sequence[Plan] = (),
     timeout_s: float | None = None,
+    staged: bool = True,
     on_trial: Callable[[TrialUpdate], None] | None = None,
 ) -> StudyResult:
     """Search a space of plans until the study has ``budget`` distinct finished plans; begun studies are resumed.
@@ -54,6 +55,8 @@ def run_study(
         estimate_latency_ms: latency of a plan in ms, noted on every trial; None with latency off.
         enqueue: plans to evaluate first.
         timeout_s: seconds after which no further trial begins; the baseline always does.
+        staged: evaluate a plan on few windows first, and on all of them only while it may be on the front. With fewer
+            than 8 windows, and where the space is enumerated, every plan is evaluated on all of them.
         on_trial: called after every trial that this run finishes.
 
     Raises:
@@ -75,6 +78,7 @@ def run_study(
             metric=metric,
             objective=objective,
             estimate_latency_ms=estimate_latency_ms,
+            staged=staged,
             on_trial=on_trial,
         )
         return coordinator.run(enqueue, timeout_s)

@@ -6,8 +6,9 @@ x_i says whether join i is set. b_i has the measured cost of the join alone as i
 alone also disturb each other more, so products are scaled by u_i u_j, where u_i^2 is the cost of join i. On that scale
 interactions share a mean g, vary smoothly over both layers (G: a neighbour's interaction is much the same), and have a
 part of their own (E), larger for joins at most ``NEAR_JOINS`` apart. The misfit grows with the loss, so that ruined
-plans, whose loss saturates, hardly count. The strengths of the parts are those of most evidence (Rasmussen and
-Williams, Gaussian Processes for Machine Learning, sections 2.2 and 5.4).
+plans, whose loss saturates, hardly count; a loss on some of the windows has its sampling error beside it. The strengths
+of the parts are those of most evidence (Rasmussen and Williams, Gaussian Processes for Machine Learning, sections 2.2
+and 5.4).
 """
 
 from __future__ import annotations
@@ -95,17 +96,25 @@ class Surrogate:
     Args:
         joined: (plans, num_joins) which joins each evaluated plan sets.
         delta_nll: (plans,) finite losses in nats per token.
+        sampling_error: (plans,) their standard errors; 0 where a loss is exact.
         join_means: (num_joins,) prior means of the join costs.
         measured: (num_joins,) whether that mean was measured on the join alone.
     """
 
     def __init__(
-        self, *, joined: BoolArray, delta_nll: FloatArray, join_means: FloatArray, measured: BoolArray
+        self,
+        *,
+        joined: BoolArray,
+        delta_nll: FloatArray,
+        sampling_error: FloatArray,
+        join_means: FloatArray,
+        measured: BoolArray,
     ) -> None:
         """Fit; see the class."""
         num_joins = len(join_means)
         self._joined = joined.astype(np.float64)
         self._delta_nll = delta_nll
+        self._sampling_error = sampling_error
         self._join_means = join_means
         self._typical_cost = max(float(np.median(np.abs(join_means))), 1e-6)
         low, high = (factor * self._typical_cost for factor in COST_RANGE)
@@ -113,6 +122,8 @@ class Surrogate:
         self._scale = np.sqrt(np.clip(join_means, low, high))
         strength = np.where(measured, MEASURED_STRENGTH, UNMEASURED_STRENGTH)
         self._join_variance = (strength * np.maximum(np.abs(join_means), low)) ** 2
+        single = np.flatnonzero(joined.sum(axis=1) == 1)
+        np.add.at(self._join_variance, joined[single].argmax(axis=1), sampling_error[single] ** 2)
         distance = np.abs(np.subtract.outer(np.arange(num_joins), np.arange(num_joins)))
         self._smoothing = np.exp(-distance / LENGTH_LAYERS)
         near = np.exp(-(distance - 1) / NEAR_FADE_JOINS) * (distance <= NEAR_JOINS)
@@ -197,10 +208,11 @@ class Surrogate:
         return best[1], best[2]
 
     def _compute_noise(self, misfit: float) -> FloatArray:
-        """Return (observations,) standard deviations of the misfit."""
+        """Return (observations,) standard deviations of misfit and sampling error together."""
         single = self._joined.sum(axis=1) <= 1
         loss = np.maximum(self._delta_nll, self._least_loss)
-        return np.asarray(np.where(single, SINGLE_MISFIT, misfit) * loss * (1 + loss / SATURATION_NATS))
+        noise = np.where(single, SINGLE_MISFIT, misfit) * loss * (1 + loss / SATURATION_NATS)
+        return np.asarray(np.hypot(noise, self._sampling_error))
 
     def _compute_count_features(self, joined: FloatArray) -> FloatArray:
         """Return (plans, 3): the sum of u_i u_j x_i x_j, the pairs and the triples of joins, each by its strength."""

@@ -24,6 +24,7 @@ class SyntheticEvaluator:
         num_windows: windows that it holds.
         broken_join: plans with this join have a loss that is not a number.
         fail_at: raise KeyboardInterrupt at this call, counted from 0.
+        easy_windows: on so many windows from the first a plan loses a fifth of what it loses on the others.
         delay_s: sleep at every call.
     """
 
@@ -34,6 +35,7 @@ class SyntheticEvaluator:
         num_windows: int = 3,
         broken_join: int | None = None,
         fail_at: int | None = None,
+        easy_windows: int = 0,
         delay_s: float = 0.0,
     ) -> None:
         rng = np.random.default_rng(7)
@@ -43,6 +45,7 @@ class SyntheticEvaluator:
         self.calls: list[tuple[Plan, tuple[int, ...]]] = []
         self._broken_join = broken_join
         self._fail_at = fail_at
+        self._easy_windows = easy_windows
         self._delay_s = delay_s
 
     def compute_delta(self, plan: Plan) -> float:
@@ -55,7 +58,12 @@ class SyntheticEvaluator:
         self.calls.append((plan, tuple(window_indices)))
         time.sleep(self._delay_s)
         delta = float("nan") if self._broken_join in plan.joins else self.compute_delta(plan)
-        nll = tuple(BASE_NLL + 0.1 * i + delta + float(sum(self.wobble[i][list(plan.joins)])) for i in window_indices)
+        nll = tuple(
+            BASE_NLL
+            + 0.1 * i
+            + (0.2 if i < self._easy_windows else 1.0) * (delta + float(sum(self.wobble[i][list(plan.joins)])))
+            for i in window_indices
+        )
         return WindowLosses(nll, tuple(abs(delta) for _ in window_indices), 63)
 
 

@@ -58,7 +58,7 @@ def _run(
         if not running:
             break
         plan = running.pop(0)
-        observations.append(Observation(plan, landscape(plan), None))
+        observations.append(Observation(plan, landscape(plan)))
     return observations, origins
 
 
@@ -163,4 +163,4 @@ def test_plans_of_another_space_are_passed_over() -> None:
     observations, _ = _run(space, _build_landscape(8, 0), budget=12)
     proposer = PairsetProposer(space=space, budget=20, seed=0)
     expected = proposer.propose(observations, ())
-    assert proposer.propose([*observations, Observation(outsider, -1.0, None)], [outsider]) == expected
+    assert proposer.propose([*observations, Observation(outsider, -1.0)], [outsider]) == expected

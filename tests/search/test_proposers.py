@@ -36,7 +36,7 @@ def search(proposer, measure, *, budget, workers=1):
         if not running:
             break
         plan = running.pop(0)
-        observations.append(Observation(plan, measure(plan), None))
+        observations.append(Observation(plan, measure(plan)))
     return observations, origins
 
 
@@ -97,5 +97,5 @@ def test_a_proposal_is_decided_by_what_is_known():
         observations, _ = search(build(space=space, seed=2), measure, budget=30)
         first = build(space=space, seed=2).propose(observations, [])
         assert first == build(space=space, seed=2).propose(list(observations), ())
-        outsider = Observation(Plan.from_joins(12, [0, 1, 2, 3]), -1.0, None)
+        outsider = Observation(Plan.from_joins(12, [0, 1, 2, 3]), -1.0)
         assert build(space=space, seed=2).propose([outsider, *observations], []) is not None

@@ -93,7 +93,7 @@ def test_search_finds_the_front_of_time_where_layers_differ(max_group):
         observations: list[Observation] = []
         while len(observations) < 90:
             proposal = proposer.propose(observations, ())
-            observations.append(Observation(proposal.plan, measure(proposal.plan), None))
+            observations.append(Observation(proposal.plan, measure(proposal.plan)))
         assert len({item.plan for item in observations}) == 90
         found = find_best(
             [item.delta_nll for item in observations], [estimate(item.plan) for item in observations], targets

@@ -98,6 +98,87 @@ def test_contract_of_every_sampler(url, sampler):
         assert tuple(load_records(store)) == result.records
 
 
+def list_whole(evaluator):
+    """Return the plans that were evaluated on all windows, and on some of them."""
+    seen = {}
+    for plan, windows in evaluator.calls:
+        seen.setdefault(plan, []).extend(windows)
+    assert all(len(set(windows)) == len(windows) for windows in seen.values())
+    whole = {plan for plan, windows in seen.items() if len(windows) == evaluator.num_windows}
+    return whole, seen.keys() - whole
+
+
+@pytest.mark.parametrize("sampler", SAMPLER_NAMES)
+def test_staged_search_looks_at_few_windows_first(tmp_path, sampler):
+    evaluators = {staged: SyntheticEvaluator(NUM_LAYERS, num_windows=16) for staged in (True, False)}
+    url = f"sqlite:///{tmp_path / 'True.db'}"
+    results = {
+        staged: run(f"sqlite:///{tmp_path / f'{staged}.db'}", evaluator, budget=20, sampler=sampler, staged=staged)
+        for staged, evaluator in evaluators.items()
+    }
+    assert list_whole(evaluators[False])[1] == set()
+    assert results[False].num_new_tokens == 20 * 16 * 63
+    whole, partial = list_whole(evaluators[True])
+    assert partial
+    assert results[True].num_new_tokens < results[False].num_new_tokens
+    assert {len(windows) for _, windows in evaluators[True].calls} <= {4, 8}  # shards
+    assert whole >= {record.plan for record in results[True].front}
+
+    trials = load_trials(url)
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 20
+    reference = SyntheticEvaluator(NUM_LAYERS, num_windows=16)
+    base = reference.evaluate_windows(Plan.baseline(NUM_LAYERS), range(16)).nll_nats_per_token
+    for trial, record in zip(trials, results[True].records, strict=True):
+        seen = range(record.proxy_tokens // 63)
+        losses = reference.evaluate_windows(record.plan, seen).nll_nats_per_token
+        paired = compute_paired_delta(losses, base[: len(losses)])
+        assert record.delta_nll == pytest.approx(paired.delta, abs=1e-12)
+        assert record.delta_nll_se == pytest.approx(paired.standard_error, abs=1e-12)
+        assert record.nll == pytest.approx(sum(base) / 16 + paired.delta)
+        assert (record.plan in whole) == (len(seen) == 16)
+        assert trial.user_attrs["proxy_tokens"] <= record.proxy_tokens
+    with StudyStore(url, study_name="demo") as store:
+        assert tuple(load_records(store)) == results[True].records
+    again = SyntheticEvaluator(NUM_LAYERS, num_windows=16)
+    resumed = run(url, again, budget=20, sampler=sampler)
+    assert again.calls == []
+    assert resumed.records == results[True].records
+    assert resumed.front == results[True].front
+
+
+def test_what_looks_good_on_few_windows_is_evaluated_whole_for_the_final_front(url):
+    """On the first shard every plan loses next to nothing, so a plan that stops there looks better than all others."""
+    evaluator = SyntheticEvaluator(NUM_LAYERS, num_windows=16, easy_windows=4)
+    result = run(url, evaluator, budget=20)
+    whole, partial = list_whole(evaluator)
+    assert whole >= {record.plan for record in result.front}
+    told = {trial.user_attrs["groups"]: trial.user_attrs["proxy_tokens"] for trial in load_trials(url)}
+    settled = [plan for plan in whole if told[plan.to_groups_json()] < 16 * 63]
+    assert settled
+    everything = [record.delta_nll for record in result.records if record.plan in whole]
+    for record in result.records:
+        if record.plan in partial:
+            rivals = [r.delta_nll for r in result.front if r.num_joins >= record.num_joins]
+            assert min(rivals) <= record.delta_nll
+    assert len(everything) + len(partial) == 20
+
+
+def test_interrupted_stages_are_neither_lost_nor_repeated(tmp_path):
+    whole = SyntheticEvaluator(NUM_LAYERS, num_windows=16)
+    expected = run(f"sqlite:///{tmp_path / 'whole.db'}", whole, budget=12)
+    for fail_at in range(0, len(whole.calls), 3):
+        url = f"sqlite:///{tmp_path / f'{fail_at}.db'}"
+        interrupted = SyntheticEvaluator(NUM_LAYERS, num_windows=16, fail_at=fail_at)
+        with pytest.raises(KeyboardInterrupt):
+            run(url, interrupted, budget=12)
+        rest = SyntheticEvaluator(NUM_LAYERS, num_windows=16)
+        result = run(url, rest, budget=12)
+        assert interrupted.calls + rest.calls == whole.calls
+        assert [record.plan for record in result.records] == [record.plan for record in expected.records]
+        fronts = [[(record.plan, record.delta_nll) for record in r.front] for r in (result, expected)]
+        assert fronts[0] == fronts[1]
+
+
 def test_objectives_are_named(url):
     run(url, SyntheticEvaluator(NUM_LAYERS), budget=1)
     storage = optuna.storages.RDBStorage(url)
