@@ -66,8 +66,9 @@ class EvolutionProposer:
 
     This is the search of EvoPress (Sieberling et al., arXiv 2410.14649, section 3) over pairs or larger groups: a
     mutation exchanges a few joins for others, so that their number stays; the first generation is random; the plan of
-    least loss so far is the parent of the next generation. Its survivors are not staged: every plan is evaluated on
-    all tokens. The numbers of joins take turns, so that each has about as many evaluations.
+    least loss so far is the parent of the next generation. Its selection in stages, more tokens for fewer survivors, is
+    the study's own: an offspring that loses on the first windows is evaluated on no others. The numbers of joins take
+    turns, so that each has about as many evaluations.
 
     Args:
         space: the plans to choose from.
