@@ -38,12 +38,15 @@ class JoinSpace:
         """Refuse impossible spaces and put the frozen layers in order.
 
         Raises:
-            ConfigError: for no layers, groups of fewer than two layers, or a frozen layer that does not exist.
+            ConfigError: for no layers, groups of fewer than two layers or more than there are, or a frozen layer that
+                does not exist.
         """
         if self.num_layers < 1:
             raise ConfigError(f"num_layers is {self.num_layers}; a model has at least one layer")
         if self.max_group < 2:
             raise ConfigError(f"max_group is {self.max_group}; a group that saves depth has at least 2 layers")
+        if self.max_group > max(2, self.num_layers):
+            raise ConfigError(f"max_group is {self.max_group}; the model has only {self.num_layers} layers")
         for layer_idx in self.frozen_layers:
             if not 0 <= layer_idx < self.num_layers:
                 raise ConfigError(

@@ -349,6 +349,7 @@ def test_a_second_search_of_the_same_study_is_refused(
         (["--windows", "100000"], 2, "too short"),
         (["--seq-len", "4096"], 2, "at most 128 tokens"),
         (["--max-group", "1"], 2, "--max-group"),
+        (["--max-group", "99"], 2, "the model has only"),
         (["--freeze", "99"], 2, "frozen layer 99 does not exist"),
         (["--device", "tpu"], 2, "--device tpu"),
         (["--latency", "./no/profile.json"], 2, "no such file"),

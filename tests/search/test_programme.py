@@ -18,7 +18,7 @@ from lpsearch.search.space import JoinSpace
 def _spaces(draw: st.DrawFn) -> JoinSpace:
     num_layers = draw(st.integers(1, 9))
     frozen = draw(st.lists(st.integers(0, num_layers - 1), max_size=2))
-    return JoinSpace(num_layers, draw(st.integers(2, 10)), tuple(frozen))
+    return JoinSpace(num_layers, draw(st.integers(2, max(2, num_layers))), tuple(frozen))
 
 
 def _sum_costs(plan: Plan, group_costs: np.ndarray, product_costs: np.ndarray | None) -> float:

@@ -93,6 +93,7 @@ def test_draws_are_uniform_over_plans_with_as_many_joins():
     [
         ({"num_layers": 0}, "at least one layer"),
         ({"num_layers": 4, "max_group": 1}, "at least 2 layers"),
+        ({"num_layers": 4, "max_group": 5}, "only 4 layers"),
         ({"num_layers": 4, "frozen_layers": (4,)}, "layers 0 to 3"),
     ],
 )
