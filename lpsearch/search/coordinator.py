@@ -304,12 +304,17 @@ class Coordinator:
             raise ConfigError("metric kl needs an evaluator that measures KL to the unmodified model")
 
     def _settle_front(self) -> None:
-        """Evaluate on all windows what looks as if it were on the front, until all of the front was."""
+        """Evaluate on all windows what looks as if it were on the front, until all of the front was.
+
+        An enumeration gives them to every plan, also to those that a smaller budget had stopped.
+        """
         while True:
-            believed = build_front(
-                self._list_valid(), metric=self._metric, objective=self._objective, include_partial=True
-            )
-            partial = [record for record in believed if not self._ledger.is_complete(record.plan)]
+            candidates = self._list_valid()
+            if not self._enumerates:
+                candidates = build_front(
+                    candidates, metric=self._metric, objective=self._objective, include_partial=True
+                )
+            partial = [record for record in candidates if not self._ledger.is_complete(record.plan)]
             if not partial:
                 return
             for record in partial:

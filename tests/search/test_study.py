@@ -163,6 +163,15 @@ def test_what_looks_good_on_few_windows_is_evaluated_whole_for_the_final_front(u
     assert len(everything) + len(partial) == 20
 
 
+def test_an_enumeration_completes_what_a_smaller_budget_had_stopped(url):
+    evaluator = SyntheticEvaluator(6, num_windows=16)
+    space = JoinSpace(6)
+    assert not run(url, evaluator, space=space, budget=10).exact
+    assert list_whole(evaluator)[1]
+    assert run(url, evaluator, space=space, budget=50).exact
+    assert len(list_whole(evaluator)[0]) == space.count_plans()
+
+
 def test_interrupted_stages_are_neither_lost_nor_repeated(tmp_path):
     whole = SyntheticEvaluator(NUM_LAYERS, num_windows=16)
     expected = run(f"sqlite:///{tmp_path / 'whole.db'}", whole, budget=12)
