@@ -28,12 +28,12 @@ BASE_NLL = 3.0
 
 
 class SleepingEvaluator:
-    """Takes a fixed time for a loss that grows with the joins.
+    """Takes a fixed time a window for a loss that grows with the joins.
 
     Args:
         num_layers: layers of the model.
         num_windows: windows that it holds.
-        seconds: duration of an evaluation.
+        seconds: duration of an evaluation on all windows.
     """
 
     def __init__(self, num_layers: int, *, num_windows: int, seconds: float) -> None:
@@ -44,18 +44,26 @@ class SleepingEvaluator:
         self._seconds = seconds
 
     def evaluate_windows(self, plan: Plan, window_indices: Sequence[int]) -> WindowLosses:
-        """Sleep, and return the same loss for every window but for a shift."""
+        """Sleep, and return the same loss for every window but for a shift and some noise."""
         began_at = time.perf_counter()
-        time.sleep(self._seconds)
+        time.sleep(self._seconds * len(window_indices) / self.num_windows)
         total = float(self._costs[list(plan.joins)].sum())
         loss = BASE_NLL + total + 0.1 * total**2
-        losses = WindowLosses(tuple(loss + 0.01 * i for i in window_indices), None, 2047)
+        noise = np.random.default_rng(sum(1 << i for i in plan.joins)).normal(0.0, 0.05 * total, self.num_windows)
+        losses = WindowLosses(tuple(loss + 0.01 * i + float(noise[i]) for i in window_indices), None, 2047)
         self.busy_s += time.perf_counter() - began_at
         return losses
 
 
 def measure_overhead(
-    sampler: str, *, num_layers: int, max_group: int, num_trials: int, num_windows: int, seconds: float
+    sampler: str,
+    *,
+    num_layers: int,
+    max_group: int,
+    num_trials: int,
+    num_windows: int,
+    seconds: float,
+    staged: bool,
 ) -> dict[str, Any]:
     """Run one study in a database of its own.
 
@@ -72,6 +80,7 @@ def measure_overhead(
                 budget=num_trials,
                 store=store,
                 sampler=sampler,
+                staged=staged,
             )
         wall_s = time.perf_counter() - began_at
     overhead_s = wall_s - evaluator.busy_s
@@ -79,6 +88,7 @@ def measure_overhead(
         "sampler": sampler,
         "layers": num_layers,
         "trials": len(result.records),
+        "staged": staged,
         "evaluation_s": evaluator.busy_s,
         "wall_s": wall_s,
         "overhead_ms_per_trial": 1e3 * overhead_s / len(result.records),
@@ -93,7 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-group", type=int, default=2)
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=0.5, help="duration of an evaluation")
+    parser.add_argument("--seconds", type=float, default=0.5, help="duration of an evaluation on all windows")
+    parser.add_argument("--unstaged", action="store_true", help="evaluate every plan on all windows")
     parser.add_argument("--samplers", default="pairset", help=f"with commas between, of {', '.join(SAMPLER_NAMES)}")
     options = parser.parse_args(arguments)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -107,6 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             num_trials=options.trials,
             num_windows=options.windows,
             seconds=options.seconds,
+            staged=not options.unstaged,
         )
         summaries.append(summary)
         print(
