@@ -38,6 +38,7 @@ from torch import Tensor
 if not __package__:  # run as a file: the package of the scripts is found from the directory above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lpsearch.commands.loading import describe_device, resolve_device
 from lpsearch.config import parse_layer_list
 from lpsearch.data import Windows
 from lpsearch.errors import ConfigError, LpsearchError
@@ -293,11 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> dict[str, Any]:
     if options.out.suffix != ".npz" or not options.out.parent.is_dir():
         raise ConfigError(f"--out {options.out}: name an .npz file in a directory that exists")
-    try:
-        device = torch.device(options.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {options.device}: not a device of this machine ({error})") from None
+    device = resolve_device(options.device)
     loaded = load_model(resolve_source(options.model), device=device, dtype=getattr(torch, options.dtype))
     space = _build_space(options, loaded.identity.num_layers)
     windows = get_windows(options.data, loaded, num_windows=options.windows, seq_len=options.seq_len)
@@ -320,7 +317,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         "seq_len": windows.seq_len,
         "windows_sha256": windows.sha256,
         "dtype": options.dtype,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": describe_device(device),
         "layers": [space.first_layer, space.stop_layer],
         "max_group": space.max_group,
         "max_joins": space.max_joins,
@@ -394,7 +391,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-group", type=int, default=2, help="most layers in a group (default: 2)")
     parser.add_argument("--renumber", action="store_true", help="count layers from the first that may be grouped")
     parser.add_argument("--batch-plans", type=int, help="prefixes in a forward of a layer")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    parser.add_argument("--device", default="auto", help="torch device")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
     return parser
 
