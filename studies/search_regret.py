@@ -13,9 +13,9 @@ was evaluated on all of them is found: ``mean_windows_evaluated`` says what a st
 evaluated on all windows at once.
 
 ``--checkpoints 60,100,200`` reports what one replay of 200 evaluations had found after 60 and 100 of them: its anytime
-curve at these points. That is not the result of a study with a budget of 60: a sampler may spread its evaluations over
-its budget, as ``evolution`` does, and a staged search completes what stands on its front at the end. For ``pairset``
-the budget matters only where it is too small for the scan of all single groups, which is then thinned.
+curve at these points. With ``--unstaged`` that is what studies with budgets of 60 and 100 find, unless the budget is so
+small that ``pairset`` thins its scan of all single groups. A staged study completes the windows of its front when its
+budget is spent, which the first points of a longer one have not seen: give each budget a replay of its own.
 
 With ``--freeze``, the frozen layers count for nothing: k ends at a third of the others, and the references are those of
 the plans that leave them alone. ``--jobs N`` replays in N processes, which changes nothing but the time of asks.
@@ -299,8 +299,9 @@ def _run(options: argparse.Namespace) -> int:
     if options.plot is not None:
         title = f"{options.table.name}: {options.seeds} seeds"
         options.plot.write_text(build_figure(curves, title=title).to_html(include_plotlyjs=True), encoding="utf-8")
+    about = {"table": options.table.name, "replayed_budget": budget, "staged": not options.unstaged}
     for summary in summaries:
-        print(json.dumps({"table": options.table.name, "replayed_budget": budget, **summary}), flush=True)
+        print(json.dumps({**about, **summary}), flush=True)
     return 0
 
 

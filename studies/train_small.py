@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--batch", type=int, default=128, help="sequences of a step")
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="torch device")
     parser.add_argument("--out", type=Path, required=True, help="directory to write the model to")

@@ -223,7 +223,7 @@ def test_prints_one_json_line_a_sampler_and_writes_the_curve(
     summaries = [json.loads(line) for line in capsys.readouterr().out.splitlines()[-5:]]
     assert [summary["sampler"] for summary in summaries] == ["pairset", "random", "window", "nsga2", "tpe"]
     for summary in summaries:
-        assert (summary["budget"], summary["seeds"]) == (15, 2)
+        assert (summary["budget"], summary["seeds"], summary["staged"]) == (15, 2, True)
         assert summary["mean_regret_nats"] == pytest.approx(np.mean(summary["regret_by_k"]))
         assert summary["ci95"][0] <= summary["mean_regret_nats"] <= summary["ci95"][1]
         assert len(summary["regret_by_k"]) == 3
