@@ -6,12 +6,16 @@ first, few hidden states exist at a time, and the device sees batches large enou
 captured graph. The output head, half of the work of a small model, runs on batches of whole plans.
 
 The table has the arrays ``mask`` (integers; bit i set: layers i and i + 1 are joined), ``nll`` float32 in nats per
-token, ``L`` (number of layers) and ``about`` (JSON: what was measured on what). With ``--layers A-B`` only layers A to
-B are grouped, both included; replay such a table with the other layers frozen, or with ``--renumber`` as one of a model
-of those layers alone.
+token, ``L`` (number of layers) and ``about`` (JSON: what was measured on what); with ``--by-window`` also
+``window_nll`` float32 (plans, windows), so that a search that begins with few windows can be replayed. With ``--layers
+A-B`` only layers A to B are grouped, both included; replay such a table with the other layers frozen, or with
+``--renumber`` as one of a model of those layers alone. ``--data`` takes a text, as ``lpsearch optimize`` does, or
+tokens that ``windows_file.py`` wrote.
 
     python studies/enumerate_front.py --model smollm2-135m --data wikitext2 --windows 4 --seq-len 512 --layers 2-28 \
         --device cuda --out smollm2-135m.npz
+    python studies/enumerate_front.py --model smollm2-135m --data windows.npz --layers 4-27 --renumber --by-window \
+        --device cuda --out smollm2-135m-by-window.npz
 """
 
 from __future__ import annotations
@@ -28,13 +32,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+if not __package__:  # run as a file: the package of the scripts is found from the directory above
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lpsearch.commands.loading import describe_device, resolve_device
 from lpsearch.config import parse_layer_list
-from lpsearch.data import Windows, build_windows
+from lpsearch.data import Windows
 from lpsearch.errors import ConfigError, LpsearchError
 from lpsearch.models import load_model, resolve_source
 from lpsearch.models.families import DecoderBlock, build_blocks, check_family, get_decoder, run_group
+from studies.tables import PlanLosses, save_table
+from studies.windows_file import get_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -116,8 +127,8 @@ def enumerate_losses(
     batch_plans: int | None = None,
     compile_loss: bool = False,
     on_progress: Callable[[int], None] | None = None,
-) -> dict[int, float]:
-    """Return the mean loss in nats per token of every plan of a space, by its mask.
+) -> PlanLosses:
+    """Return the losses of every plan of a space.
 
     Args:
         model: the unmodified model, in eval mode.
@@ -138,14 +149,14 @@ def enumerate_losses(
     compute_losses = torch.compile(_compute_losses, dynamic=True) if compile_loss else _compute_losses
     pools = [_Pool() for _ in range(space.num_layers + 1)]
     pools[0].push([0], embedded[None])
-    losses: dict[int, float] = {}
+    done = _Collector(on_progress)
     pending: deque[tuple[list[int], Tensor]] = deque()
     while (layer_idx := _choose_pool(pools, batch_sizes)) is not None:
         masks, hidden_states = pools[layer_idx].take(batch_sizes[layer_idx])
         if layer_idx == space.num_layers:
             pending.append((masks, compute_losses(_run_head(model, hidden_states), input_ids)))
             if len(pending) > 1:  # the device stays one batch ahead of what is read from it
-                _collect(pending.popleft(), losses, on_progress)
+                done.collect(*pending.popleft())
             continue
         for size in space.list_group_sizes(layer_idx):
             bits = sum(1 << i for i in range(layer_idx, layer_idx + size - 1))
@@ -156,8 +167,8 @@ def enumerate_losses(
                 outputs = _run_layers(blocks[group], inputs, layer_kwargs[group])
                 pools[layer_idx + size].push([masks[row] | bits for row in kept], outputs)
     for batch in pending:
-        _collect(batch, losses, on_progress)
-    return losses
+        done.collect(*batch)
+    return done.build_losses()
 
 
 def _choose_pool(pools: Sequence[_Pool], batch_sizes: Sequence[int]) -> int | None:
@@ -184,19 +195,33 @@ def _run_layers(
 
 
 def _compute_losses(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """Return (plans,) mean losses in nats per token of logits (plans, windows, seq, vocab)."""
+    """Return (plans, windows) losses in nats per token of logits (plans, windows, seq, vocab)."""
     scores = logits[:, :, :-1].float()
     targets = input_ids[:, 1:, None].expand(scores.shape[0], -1, -1, 1)  # (plans, windows, seq - 1, 1)
     losses = torch.logsumexp(scores, dim=-1) - torch.gather(scores, -1, targets)[..., 0]
-    return losses.double().mean(dim=(1, 2))
+    return losses.double().mean(dim=2)
 
 
-def _collect(
-    batch: tuple[list[int], Tensor], losses: dict[int, float], on_progress: Callable[[int], None] | None
-) -> None:
-    losses.update(zip(batch[0], batch[1].tolist(), strict=True))
-    if on_progress is not None:
-        on_progress(len(losses))
+class _Collector:
+    """Reads the losses of batches of plans from the device."""
+
+    def __init__(self, on_progress: Callable[[int], None] | None) -> None:
+        self._on_progress = on_progress
+        self._masks: list[int] = []
+        self._window_nll: list[NDArray[np.float64]] = []
+
+    def collect(self, masks: Sequence[int], window_nll: Tensor) -> None:
+        """Read one batch, (plans, windows)."""
+        self._masks += masks
+        self._window_nll.append(window_nll.cpu().numpy())
+        if self._on_progress is not None:
+            self._on_progress(len(self._masks))
+
+    def build_losses(self) -> PlanLosses:
+        """Return all that was collected."""
+        masks = np.array(self._masks, dtype=np.int64)
+        order = np.argsort(masks)
+        return PlanLosses(masks[order], np.concatenate(self._window_nll)[order])
 
 
 def _capture(model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
@@ -255,31 +280,6 @@ def _run_head(model: PreTrainedModel, hidden_states: Tensor) -> Tensor:
     return logits.view(*hidden_states.shape[:3], -1)
 
 
-def save_table(
-    path: Path, losses: Mapping[int, float], space: Space, *, about: Mapping[str, Any], renumber: bool
-) -> None:
-    """Write a table.
-
-    Args:
-        path: of the ``.npz`` file.
-        losses: by mask.
-        space: the plans.
-        about: what was measured on what, in JSON's types.
-        renumber: count layers from the first that may be grouped, and only to the last.
-    """
-    shift = space.first_layer if renumber else 0
-    num_layers = space.stop_layer - space.first_layer if renumber else space.num_layers
-    masks = sorted(losses)
-    dtype = np.int32 if num_layers <= 32 else np.int64
-    np.savez_compressed(
-        path,
-        mask=np.array([mask >> shift for mask in masks], dtype=dtype),
-        nll=np.array([losses[mask] for mask in masks], dtype=np.float32),
-        L=np.int64(num_layers),
-        about=np.array(json.dumps(about)),
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make a table, and return the exit code."""
     options = _build_parser().parse_args(arguments)
@@ -294,20 +294,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> dict[str, Any]:
     if options.out.suffix != ".npz" or not options.out.parent.is_dir():
         raise ConfigError(f"--out {options.out}: name an .npz file in a directory that exists")
-    try:
-        device = torch.device(options.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {options.device}: not a device of this machine ({error})") from None
+    device = resolve_device(options.device)
     loaded = load_model(resolve_source(options.model), device=device, dtype=getattr(torch, options.dtype))
     space = _build_space(options, loaded.identity.num_layers)
-    windows = build_windows(
-        options.data,
-        tokenizer=loaded.tokenizer,
-        num_windows=options.windows,
-        seq_len=options.seq_len,
-        model=loaded.model,
-    )
+    windows = get_windows(options.data, loaded, num_windows=options.windows, seq_len=options.seq_len)
     num_plans = space.count_plans()
     print(f"{options.model}: {num_plans} plans of layers {space.first_layer} to {space.stop_layer - 1}", flush=True)
     began_at = time.monotonic()
@@ -327,20 +317,22 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         "seq_len": windows.seq_len,
         "windows_sha256": windows.sha256,
         "dtype": options.dtype,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": describe_device(device),
         "layers": [space.first_layer, space.stop_layer],
         "max_group": space.max_group,
         "max_joins": space.max_joins,
         "torch": torch.__version__,
     }
-    save_table(options.out, losses, space, about=about, renumber=options.renumber)
+    renumbered = {"first_layer": space.first_layer, "num_layers": space.stop_layer - space.first_layer}
+    layers = renumbered if options.renumber else {"num_layers": space.num_layers}
+    save_table(options.out, losses, about=about, by_window=options.by_window, **layers)
     _print_front(losses)
     return {
         "table": str(options.out),
-        "plans": len(losses),
-        "baseline_nll": losses[0],
+        "plans": len(losses.masks),
+        "baseline_nll": float(losses.nll[0]),
         "elapsed_s": elapsed_s,
-        "plans_per_s": len(losses) / elapsed_s,
+        "plans_per_s": len(losses.masks) / elapsed_s,
         **about,
     }
 
@@ -375,29 +367,31 @@ class _Reporter:
             print(f"{num_done} of {self.num_plans} plans, {rate:.0f} plans/s", file=sys.stderr, flush=True)
 
 
-def _print_front(losses: Mapping[int, float]) -> None:
-    best: dict[int, int] = {}
-    for mask in sorted(losses, key=losses.__getitem__):
-        best.setdefault(mask.bit_count(), mask)
+def _print_front(losses: PlanLosses) -> None:
+    nll = losses.nll
+    num_joins = np.bitwise_count(losses.masks)
     print(f"{'joins':>5} {'delta_nll':>10}  best plan")
-    for num_joins, mask in sorted(best.items()):
-        joins = [i for i in range(mask.bit_length()) if mask >> i & 1]
-        print(f"{num_joins:>5} {losses[mask] - losses[0]:>10.4f}  {joins}")
+    for count in range(int(num_joins.max()) + 1):
+        rows = np.flatnonzero(num_joins == count)
+        best = rows[np.argmin(np.where(np.isfinite(nll[rows]), nll[rows], np.inf))]
+        mask = int(losses.masks[best])
+        print(f"{count:>5} {nll[best] - nll[0]:>10.4f}  {[i for i in range(mask.bit_length()) if mask >> i & 1]}")
 
 
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Evaluate every plan of a model, and keep the losses as a table.")
     parser.add_argument("--model", required=True, help="alias, hub id, directory or .gguf file")
-    parser.add_argument("--data", required=True, help="as for lpsearch optimize")
-    parser.add_argument("--windows", type=int, required=True, help="number of windows")
-    parser.add_argument("--seq-len", type=int, required=True, help="tokens in a window")
+    parser.add_argument("--data", required=True, help="as for lpsearch optimize, or an .npz windows file")
+    parser.add_argument("--windows", type=int, help="number of windows; needed for a text")
+    parser.add_argument("--seq-len", type=int, help="tokens in a window; needed for a text")
+    parser.add_argument("--by-window", action="store_true", help="keep the loss of every window as well")
     parser.add_argument("--out", type=Path, required=True, help="the .npz file to write")
     parser.add_argument("--layers", help="layers that may be grouped, e.g. 2-28 (both included; default: all)")
     parser.add_argument("--max-joins", type=int, help="leave out plans with more joins")
     parser.add_argument("--max-group", type=int, default=2, help="most layers in a group (default: 2)")
     parser.add_argument("--renumber", action="store_true", help="count layers from the first that may be grouped")
     parser.add_argument("--batch-plans", type=int, help="prefixes in a forward of a layer")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    parser.add_argument("--device", default="auto", help="torch device")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
     return parser
 

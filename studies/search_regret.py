@@ -7,25 +7,36 @@ least such loss of the table, averaged over k. A k for which nothing was found c
 joins; a plan that the table lacks counts as its worst plan of all. Every evaluation is charged, the baseline and the
 single joins included.
 
+A table with ``window_nll`` (plans, windows) is replayed window by window, so that a search may look at few windows of
+most plans. Every plan that it looks at counts as one evaluation, however few its windows were, but only a plan that
+was evaluated on all of them is found: ``mean_windows_evaluated`` says what a study spent. ``--unstaged`` has every plan
+evaluated on all windows at once.
+
+``--checkpoints 60,100,200`` reports what one replay of 200 evaluations had found after 60 and 100 of them: its anytime
+curve at these points. With ``--unstaged`` that is what studies with budgets of 60 and 100 find, unless the budget is so
+small that ``pairset`` thins its scan of all single groups. A staged study completes the windows of its front when its
+budget is spent, which the first points of a longer one have not seen: give each budget a replay of its own.
+
 With ``--freeze``, the frozen layers count for nothing: k ends at a third of the others, and the references are those of
-the plans that leave them alone.
+the plans that leave them alone. ``--jobs N`` replays in N processes, which changes nothing but the time of asks.
 
     python studies/search_regret.py --table TABLE.npz --budget 100 --seeds 10 [--plot regret.html]
+    python studies/search_regret.py --table TABLE.npz --checkpoints 60,100,200 --seeds 10 --jobs 12
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,165 +46,94 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 from scipy import stats
 
+if not __package__:  # run as a file: the package of the scripts is found from the directory above
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from lpsearch.config import parse_layer_list
-from lpsearch.errors import ConfigError, DataError, LpsearchError
+from lpsearch.errors import ConfigError, LpsearchError
 from lpsearch.evaluation.losses import WindowLosses
 from lpsearch.plan import Plan
-from lpsearch.search import SAMPLER_NAMES, JoinSpace, StudyStore, run_study
+from lpsearch.search import SAMPLER_NAMES, StudyStore, run_study
+from studies.tables import Table, load_table
 
 FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
-
-_FORM = "arrays mask (integers, one plan each), nll (floats, as many) and L (number of layers)"
-
-
-@dataclass(frozen=True)
-class Table:
-    """The losses of all plans of a space.
-
-    Attributes:
-        space: the plans that are searched; the table may lack some of them.
-        masks: (plans,) the joins of each plan of the space as bits.
-        nll: (plans,) losses in nats per token; infinite where the table's were not finite.
-        worst_nll: the largest finite loss of the whole table, which also stands for plans that it lacks.
-    """
-
-    space: JoinSpace
-    masks: IntArray
-    nll: FloatArray
-    worst_nll: float
-
-    @cached_property
-    def nll_of_mask(self) -> dict[int, float]:
-        """The loss of each plan by its mask."""
-        return dict(zip(self.masks.tolist(), self.nll.tolist(), strict=True))
-
-    @cached_property
-    def num_joins(self) -> IntArray:
-        """(plans,) the number of joins of each plan."""
-        return np.bitwise_count(self.masks).astype(np.int64)
-
-    @property
-    def max_joins(self) -> int:
-        """The largest number of joins that counts: a third of the layers that are free."""
-        num_free = self.space.num_layers - len(self.space.frozen_layers)
-        return min(num_free // 3, int(self.num_joins.max()))
-
-    @cached_property
-    def least_nll(self) -> FloatArray:
-        """(max_joins,) the least loss of a plan with at least k joins, k from 1."""
-        return np.array([self.nll[self.num_joins >= k].min() for k in range(1, self.max_joins + 1)])
-
-    @cached_property
-    def missing_nll(self) -> FloatArray:
-        """(max_joins,) what counts for a k where nothing was found: the worst plan with exactly k joins, k from 1."""
-        worst = [self.nll[self.num_joins == k] for k in range(1, self.max_joins + 1)]
-        return np.array([values.max() if len(values) else self.worst_nll for values in worst])
-
-
-def load_table(path: Path, *, frozen_layers: Sequence[int] = ()) -> Table:
-    """Read a table.
-
-    Args:
-        path: the ``.npz`` file.
-        frozen_layers: layers that the replayed searches leave alone; plans that touch them are left out.
-
-    Raises:
-        DataError: for a file that is missing or of another form.
-        ConfigError: for a frozen layer that does not exist, or if nothing is left to search.
-    """
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            masks, nll, num_layers = (np.asarray(archive[name]) for name in ("mask", "nll", "L"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such table; make one with studies/enumerate_front.py") from None
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        EOFError,
-        zipfile.BadZipFile,
-    ) as error:
-        raise DataError(f"{path}: not a table ({error}); expected an .npz file with {_FORM}") from None
-    problem = _find_problem(masks, nll, num_layers)
-    if problem:
-        raise DataError(f"{path}: {problem}; expected {_FORM}, each plan once and the baseline (mask 0) among them")
-    masks = masks.astype(np.int64)
-    finite = np.isfinite(nll)
-    worst_nll = float(nll[finite].max())
-    space = JoinSpace(int(num_layers), _find_max_group(masks), tuple(frozen_layers))
-    free_bits = sum(1 << i for i in space.free_joins)
-    kept = (masks & ~free_bits) == 0
-    if kept.sum() < 2:
-        raise ConfigError(f"{path}: holds no plan that leaves layers {list(frozen_layers)} alone; freeze fewer layers")
-    return Table(space, masks[kept], np.where(finite, nll, worst_nll).astype(np.float64)[kept], worst_nll)
-
-
-def _find_problem(masks: NDArray[Any], nll: NDArray[Any], num_layers: NDArray[Any]) -> str | None:
-    """Say what is wrong with the arrays of a table, or None."""
-    if num_layers.ndim != 0 or num_layers.dtype.kind not in "iu" or not 2 <= int(num_layers) <= 63:
-        return f"L is {num_layers!r}, not a number of layers from 2 to 63"
-    if masks.ndim != 1 or masks.dtype.kind not in "iu" or nll.ndim != 1 or nll.dtype.kind != "f":
-        return f"mask is {masks.dtype}{list(masks.shape)} and nll {nll.dtype}{list(nll.shape)}"
-    if len(masks) != len(nll) or len(masks) < 2:
-        return f"it has {len(masks)} masks and {len(nll)} losses"
-    if masks.min() < 0 or int(masks.max()) >= 1 << (int(num_layers) - 1):
-        return f"a mask is outside [0, 2^{int(num_layers) - 1})"
-    if len(np.unique(masks)) != len(masks):
-        return "a plan stands in it twice"
-    if not (masks == 0).any() or not np.isfinite(nll[masks == 0]).all():
-        return "it has no finite loss of the baseline"
-    return None
-
-
-def _find_max_group(masks: IntArray) -> int:
-    """Return the most layers in a group of any plan: the longest run of ones, and one."""
-    max_group, runs = 1, masks
-    while runs.any():
-        max_group += 1
-        runs = runs & (runs >> 1)
-    return max(2, max_group)
 
 
 class TableEvaluator:
     """Reads losses from a table and notes what it was asked for; a :class:`lpsearch.evaluation.PlanEvaluator`.
 
     Attributes:
-        masks: the plans that were evaluated, in order.
+        requests: the plans and windows that were evaluated, in order.
     """
-
-    num_windows = 1
 
     def __init__(self, table: Table) -> None:
         """Begin with nothing evaluated."""
         self._table = table
-        self.masks: list[int] = []
+        self.requests: list[tuple[int, tuple[int, ...]]] = []
+
+    @property
+    def num_windows(self) -> int:
+        """Number of windows of the table."""
+        return self._table.num_windows
 
     def evaluate_windows(self, plan: Plan, window_indices: Sequence[int]) -> WindowLosses:
-        """Return the table's loss for each window, the table's worst for a plan that it lacks."""
+        """Return the table's loss of each window, the table's worst for a plan that it lacks."""
         mask = sum(1 << i for i in plan.joins)
-        self.masks.append(mask)
-        nll = self._table.nll_of_mask.get(mask, self._table.worst_nll)
-        return WindowLosses(tuple(nll for _ in window_indices), None, 1)
+        self.requests.append((mask, tuple(window_indices)))
+        window_nll = self._table.get_window_nll(mask)
+        return WindowLosses(tuple(float(window_nll[index]) for index in window_indices), None, 1)
 
 
 @dataclass(frozen=True)
 class Replay:
-    """One study on a table.
+    """One study on a table. Evaluations are counted by the plans that were begun.
 
     Attributes:
-        masks: the plans that were evaluated, in order.
+        masks: the plans that were evaluated, on however few windows, in the order of their first evaluation.
+        found_after: for each of them the number of evaluations after which all its windows were evaluated; None if
+            they never were.
+        windows_evaluated: after each number of evaluations, the windows evaluated so far, of all plans together.
         asks_ms: time of each ask, sampler and storage together.
     """
 
     masks: tuple[int, ...]
+    found_after: tuple[int | None, ...]
+    windows_evaluated: tuple[int, ...]
     asks_ms: tuple[float, ...]
 
 
-def replay_study(table: Table, *, sampler: str, budget: int, seed: int) -> Replay:
+def build_replay(
+    requests: Sequence[tuple[int, Sequence[int]]], *, num_windows: int, asks_ms: Sequence[float] = ()
+) -> Replay:
+    """Say from what an evaluator was asked for when each plan was begun and when it was found.
+
+    Args:
+        requests: plans and windows, in order.
+        num_windows: windows that make a plan complete.
+        asks_ms: time of each ask.
+    """
+    missing: dict[int, set[int]] = {}
+    found_after: dict[int, int] = {}
+    windows_evaluated: list[int] = []
+    total = 0
+    for mask, window_indices in requests:
+        if mask not in missing:
+            missing[mask] = set(range(num_windows))
+            windows_evaluated.append(total)
+        total += len(window_indices)
+        windows_evaluated[-1] = total
+        missing[mask].difference_update(window_indices)
+        if not missing[mask]:
+            found_after.setdefault(mask, len(missing))
+    return Replay(
+        masks=tuple(missing),
+        found_after=tuple(found_after.get(mask) for mask in missing),
+        windows_evaluated=tuple(windows_evaluated),
+        asks_ms=tuple(asks_ms),
+    )
+
+
+def replay_study(table: Table, *, sampler: str, budget: int, seed: int, staged: bool = True) -> Replay:
     """Run one study whose losses come from a table, in a database of its own.
 
     Args:
@@ -201,13 +141,23 @@ def replay_study(table: Table, *, sampler: str, budget: int, seed: int) -> Repla
         sampler: one of ``lpsearch.search.SAMPLER_NAMES``.
         budget: evaluations, the baseline included.
         seed: of the sampler.
+        staged: let the study begin plans on few windows.
     """
     evaluator = TableEvaluator(table)
+    options: dict[str, Any] = {} if staged else {"staged": False}
     with tempfile.TemporaryDirectory(prefix="lpsearch-replay-", ignore_cleanup_errors=True) as directory:
         url = f"sqlite:///{Path(directory) / 'study.db'}"
         with StudyStore(url, study_name="replay") as store, _time_asks() as asks_ms:
-            run_study(evaluator=evaluator, space=table.space, budget=budget, store=store, sampler=sampler, seed=seed)
-    return Replay(tuple(evaluator.masks), tuple(asks_ms))
+            run_study(
+                evaluator=evaluator,
+                space=table.space,
+                budget=budget,
+                store=store,
+                sampler=sampler,
+                seed=seed,
+                **options,
+            )
+    return build_replay(evaluator.requests, num_windows=table.num_windows, asks_ms=asks_ms)
 
 
 @contextmanager
@@ -229,33 +179,44 @@ def _time_asks() -> Iterator[list[float]]:
         optuna.Study.ask = ask  # type: ignore[method-assign]
 
 
-def compute_regret(table: Table, masks: Sequence[int], budget: int) -> FloatArray:
+def replay_seeds(
+    table: Table, *, sampler: str, budget: int, num_seeds: int, staged: bool = True, executor: Executor | None = None
+) -> list[Replay]:
+    """Run a study for each of the seeds 0, 1, ..., in this process or in those of an executor."""
+    options: dict[str, Any] = {"sampler": sampler, "budget": budget, "staged": staged}
+    if executor is None:
+        return [replay_study(table, seed=seed, **options) for seed in range(num_seeds)]
+    futures = [executor.submit(replay_study, table, seed=seed, **options) for seed in range(num_seeds)]
+    return [future.result() for future in futures]
+
+
+def compute_regret(table: Table, replay: Replay, budget: int) -> FloatArray:
     """Return (budget, max_joins): the regret of each k after each number of evaluations, in nats per token.
 
     Args:
         table: the losses.
-        masks: the evaluated plans, in order; what follows the last of them keeps its regret.
+        replay: the evaluated plans; what follows the last of them keeps its regret.
         budget: evaluations to report.
     """
-    nll = np.array([table.nll_of_mask.get(mask, table.worst_nll) for mask in masks])
-    num_joins = np.array([mask.bit_count() for mask in masks])
-    reaches = num_joins[:, None] >= np.arange(1, table.max_joins + 1)
-    found = np.minimum.accumulate(np.where(reaches, nll[:, None], np.inf))  # (evaluations, max_joins)
-    found = np.where(np.isfinite(found), found, table.missing_nll)
-    padding = np.repeat(found[-1:], max(0, budget - len(found)), axis=0)
-    return np.concatenate([found, padding])[:budget] - table.least_nll
+    found = np.full((max(budget, len(replay.masks)), table.max_joins), np.inf)
+    for mask, found_after in zip(replay.masks, replay.found_after, strict=True):
+        if found_after is not None:
+            reached = found[found_after - 1, : mask.bit_count()]
+            np.minimum(reached, table.get_nll(mask), out=reached)
+    found = np.minimum.accumulate(found)
+    return (np.where(np.isfinite(found), found, table.missing_nll) - table.least_nll)[:budget]
 
 
-def summarise(sampler: str, budget: int, regrets: FloatArray, asks_ms: Sequence[float]) -> dict[str, Any]:
-    """Return what is reported of one sampler.
+def summarise(sampler: str, num_evaluations: int, regrets: FloatArray, replays: Sequence[Replay]) -> dict[str, Any]:
+    """Return what is reported of one sampler after a number of evaluations.
 
     Args:
         sampler: its name.
-        budget: evaluations of each study.
-        regrets: (seeds, budget, max_joins) from :func:`compute_regret`.
-        asks_ms: time of every ask.
+        num_evaluations: reported as the budget.
+        regrets: (seeds, evaluations, max_joins) from :func:`compute_regret`.
+        replays: the studies, one a seed.
     """
-    final = regrets[:, -1]  # (seeds, max_joins)
+    final = regrets[:, num_evaluations - 1]  # (seeds, max_joins)
     means = final.mean(axis=1)
     half_width = None
     if len(means) > 1:
@@ -263,13 +224,14 @@ def summarise(sampler: str, budget: int, regrets: FloatArray, asks_ms: Sequence[
     mean = float(means.mean())
     return {
         "sampler": sampler,
-        "budget": budget,
+        "budget": num_evaluations,
         "seeds": len(means),
         "mean_regret_nats": mean,
         "ci95": None if half_width is None else [mean - half_width, mean + half_width],
         "exact_fraction": float((final == 0).all(axis=1).mean()),
         "regret_by_k": final.mean(axis=0).tolist(),
-        "asks_ms_median": statistics.median(asks_ms),
+        "asks_ms_median": statistics.median(ask for replay in replays for ask in replay.asks_ms[:num_evaluations]),
+        "mean_windows_evaluated": statistics.mean(replay.windows_evaluated[:num_evaluations][-1] for replay in replays),
     }
 
 
@@ -295,7 +257,7 @@ def build_figure(regrets: dict[str, FloatArray], *, title: str) -> go.Figure:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Replay, print the table and the JSON lines, and return the exit code."""
     options = _build_parser().parse_args(arguments)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    _quiet_optuna()
     try:
         return _run(options)
     except LpsearchError as error:
@@ -303,39 +265,74 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
 
 
+def _quiet_optuna() -> None:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
 def _run(options: argparse.Namespace) -> int:
+    samplers, checkpoints, frozen_layers = _check_options(options)
+    budget = checkpoints[-1]
+    table = load_table(options.table, frozen_layers=frozen_layers)
+    print(
+        f"{options.table.name}: {len(table.masks)} plans of {table.space.num_layers} layers on {table.num_windows} "
+        f"windows, k = 1 to {table.max_joins}, budget {budget}, {options.seeds} seeds"
+    )
+    print(
+        f"{'sampler':<10} {'after':>5} {'regret':>9} {'+-':>9} {'exact':>6} {'windows':>8} {'ask ms':>7}  regret by k"
+    )
+    curves: dict[str, FloatArray] = {}
+    summaries = []
+    with _build_executor(options.jobs) as executor:
+        for sampler in samplers:
+            replays = replay_seeds(
+                table,
+                sampler=sampler,
+                budget=budget,
+                num_seeds=options.seeds,
+                staged=not options.unstaged,
+                executor=executor,
+            )
+            curves[sampler] = np.stack([compute_regret(table, replay, budget) for replay in replays])
+            for checkpoint in checkpoints:
+                summaries.append(summarise(sampler, checkpoint, curves[sampler], replays))
+                _print_row(summaries[-1])
+    if options.plot is not None:
+        title = f"{options.table.name}: {options.seeds} seeds"
+        options.plot.write_text(build_figure(curves, title=title).to_html(include_plotlyjs=True), encoding="utf-8")
+    about = {"table": options.table.name, "replayed_budget": budget, "staged": not options.unstaged}
+    for summary in summaries:
+        print(json.dumps({**about, **summary}), flush=True)
+    return 0
+
+
+def _check_options(options: argparse.Namespace) -> tuple[list[str], list[int], tuple[int, ...]]:
+    """Return the samplers, the checkpoints in ascending order and the frozen layers."""
     samplers = options.samplers.split(",")
     unknown = sorted(set(samplers) - set(SAMPLER_NAMES))
     if unknown:
         raise ConfigError(f"--samplers {','.join(unknown)}: unknown; choose among {', '.join(SAMPLER_NAMES)}")
-    if options.budget < 1 or options.seeds < 1:
-        raise ConfigError(f"--budget {options.budget} --seeds {options.seeds}: both must be at least 1")
+    if options.budget is None and options.checkpoints is None:
+        raise ConfigError("give --budget, --checkpoints or both")
     try:
-        frozen_layers = parse_layer_list(options.freeze)
+        checkpoints = {int(part) for part in (options.checkpoints or "").split(",") if part}
+    except ValueError:
+        raise ConfigError(f"--checkpoints {options.checkpoints}: give numbers with commas between") from None
+    checkpoints |= set() if options.budget is None else {options.budget}
+    if not checkpoints or min(checkpoints) < 1 or options.seeds < 1 or options.jobs < 1:
+        raise ConfigError("--budget, --checkpoints, --seeds and --jobs must be at least 1")
+    if options.budget is not None and max(checkpoints) > options.budget:
+        raise ConfigError(f"--checkpoints {options.checkpoints}: none may be above --budget {options.budget}")
+    try:
+        return samplers, sorted(checkpoints), parse_layer_list(options.freeze)
     except ValueError as error:
         raise ConfigError(f"--freeze: {error}") from None
-    table = load_table(options.table, frozen_layers=frozen_layers)
-    print(
-        f"{options.table.name}: {len(table.masks)} plans of {table.space.num_layers} layers, k = 1 to "
-        f"{table.max_joins}, budget {options.budget}, {options.seeds} seeds"
-    )
-    print(f"{'sampler':<10} {'regret':>9} {'+-':>9} {'exact':>6} {'ask ms':>7}  regret by k")
-    curves: dict[str, FloatArray] = {}
-    summaries = []
-    for sampler in samplers:
-        replays = [
-            replay_study(table, sampler=sampler, budget=options.budget, seed=seed) for seed in range(options.seeds)
-        ]
-        curves[sampler] = np.stack([compute_regret(table, replay.masks, options.budget) for replay in replays])
-        asks_ms = [ask_ms for replay in replays for ask_ms in replay.asks_ms]
-        summaries.append(summarise(sampler, options.budget, curves[sampler], asks_ms))
-        _print_row(summaries[-1])
-    if options.plot is not None:
-        title = f"{options.table.name}: {options.seeds} seeds"
-        options.plot.write_text(build_figure(curves, title=title).to_html(include_plotlyjs=True), encoding="utf-8")
-    for summary in summaries:
-        print(json.dumps({"table": options.table.name, **summary}), flush=True)
-    return 0
+
+
+def _build_executor(num_jobs: int) -> ProcessPoolExecutor | nullcontext[None]:
+    if num_jobs == 1:
+        return nullcontext()
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(num_jobs, mp_context=context, initializer=_quiet_optuna)
 
 
 def _print_row(summary: dict[str, Any]) -> None:
@@ -343,8 +340,9 @@ def _print_row(summary: dict[str, Any]) -> None:
     half_width = "" if interval is None else f"{(interval[1] - interval[0]) / 2:.5f}"
     by_k = " ".join(f"{value:.4f}" for value in summary["regret_by_k"])
     print(
-        f"{summary['sampler']:<10} {summary['mean_regret_nats']:>9.5f} {half_width:>9} "
-        f"{summary['exact_fraction']:>6.2f} {summary['asks_ms_median']:>7.1f}  {by_k}",
+        f"{summary['sampler']:<10} {summary['budget']:>5} {summary['mean_regret_nats']:>9.5f} {half_width:>9} "
+        f"{summary['exact_fraction']:>6.2f} {summary['mean_windows_evaluated']:>8.1f} "
+        f"{summary['asks_ms_median']:>7.1f}  {by_k}",
         flush=True,
     )
 
@@ -352,11 +350,14 @@ def _print_row(summary: dict[str, Any]) -> None:
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Replay an exhaustive table through the real study.")
     parser.add_argument("--table", type=Path, required=True, help="the .npz file")
-    parser.add_argument("--budget", type=int, required=True, help="evaluations of a study, the baseline included")
+    parser.add_argument("--budget", type=int, help="evaluations of a study, the baseline included")
+    parser.add_argument("--checkpoints", help="numbers of evaluations to report, e.g. 60,100,200; default: the budget")
     parser.add_argument("--seeds", type=int, required=True, help="studies a sampler, with seeds 0, 1, ...")
     names = ["pairset", *(name for name in SAMPLER_NAMES if name != "pairset")]
     parser.add_argument("--samplers", default=",".join(names), help="names, with commas between (default: all)")
     parser.add_argument("--freeze", default="", help="layers to leave alone, e.g. 0,1,29")
+    parser.add_argument("--jobs", type=int, default=1, help="processes (default: 1)")
+    parser.add_argument("--unstaged", action="store_true", help="evaluate every plan on all windows")
     parser.add_argument("--plot", type=Path, help="write the regret against evaluations as an HTML figure")
     return parser
 

@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from lpsearch.data import Windows
 from lpsearch.evaluation import ModelEvaluator
 from lpsearch.plan import Plan
-from studies import enumerate_front, search_regret
-from studies.enumerate_front import Space
+from studies import enumerate_front
+from studies.enumerate_front import PlanLosses, Space
+from studies.tables import load_table
+from studies.windows_file import save_windows
 from tests.tiny_models import VOCAB_SIZE, build_tiny_model
 from tests.tolerances import FLOAT32_LOSS
 
@@ -38,6 +41,16 @@ def build_random_windows() -> Windows:
     return Windows(rng.integers(3, VOCAB_SIZE, (3, 16), dtype=np.int32), "random")
 
 
+def check_against_each_plan(losses: PlanLosses, model: PreTrainedModel, windows: Windows) -> None:
+    """One plan and one window after the other."""
+    evaluator = ModelEvaluator(model=model, windows=windows, cache_bytes=0)
+    for mask, window_nll, nll in zip(losses.masks.tolist(), losses.window_nll, losses.nll, strict=True):
+        plan = Plan.from_joins(NUM_LAYERS, [i for i in range(NUM_LAYERS - 1) if mask >> i & 1])
+        expected = [evaluator.evaluate_windows(plan, [i]).nll_nats_per_token[0] for i in range(windows.num_windows)]
+        assert window_nll.tolist() == pytest.approx(expected, abs=FLOAT32_LOSS)
+        assert nll == pytest.approx(sum(expected) / len(expected), abs=FLOAT32_LOSS)
+
+
 @pytest.mark.parametrize(
     ("family", "space"),
     [
@@ -53,13 +66,9 @@ def test_losses_are_those_of_each_plan_by_itself(family: str, space: Space, batc
     model = build_tiny_model(family, num_layers=NUM_LAYERS)
     windows = build_random_windows()
     losses = enumerate_front.enumerate_losses(model, windows, space, batch_plans=batch_plans)
-    assert set(losses) == list_masks(space)
-    assert len(losses) == space.count_plans()
-    evaluator = ModelEvaluator(model=model, windows=windows)
-    for mask, nll in losses.items():
-        plan = Plan.from_joins(NUM_LAYERS, [i for i in range(NUM_LAYERS - 1) if mask >> i & 1])
-        expected = evaluator.evaluate_windows(plan, range(windows.num_windows)).nll_nats_per_token
-        assert nll == pytest.approx(sum(expected) / len(expected), abs=FLOAT32_LOSS)
+    assert losses.masks.tolist() == sorted(list_masks(space))
+    assert len(losses.masks) == space.count_plans()
+    check_against_each_plan(losses, model, windows)
 
 
 def test_leaves_the_model_as_it_was():
@@ -81,10 +90,27 @@ def test_writes_a_table_that_can_be_replayed(
     assert enumerate_front.main([*arguments, *(["--renumber"] if renumber else [])]) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (document["plans"], document["layers"]) == (5, [1, 5])
-    table = search_regret.load_table(out, frozen_layers=() if renumber else (0, 5))
+    table = load_table(out, frozen_layers=() if renumber else (0, 5))
     assert table.space.num_layers == (4 if renumber else NUM_LAYERS)
     assert set(table.masks.tolist()) == {mask << (not renumber) for mask in (0, 1, 2, 4, 5)}
-    assert table.nll_of_mask[0] == pytest.approx(document["baseline_nll"], abs=1e-6)
+    assert table.get_nll(0) == pytest.approx(document["baseline_nll"], abs=1e-6)
+
+
+def test_keeps_the_loss_of_every_window(tiny_model_dir: Path, tmp_path: Path):
+    """Windows from a file, of which the first two and their first ten tokens are taken."""
+    windows = build_random_windows()
+    save_windows(tmp_path / "windows.npz", windows)
+    out = tmp_path / "table.npz"
+    arguments = ["--model", str(tiny_model_dir), "--data", str(tmp_path / "windows.npz"), "--windows", "2"]
+    arguments += ["--seq-len", "10", "--by-window", "--dtype", "float32", "--device", "cpu", "--out", str(out)]
+    assert enumerate_front.main(arguments) == 0
+    with np.load(out) as archive:
+        masks, nll, window_nll = archive["mask"], archive["nll"], archive["window_nll"]
+    assert (window_nll.dtype, window_nll.shape) == (np.float32, (len(masks), 2))
+    np.testing.assert_allclose(window_nll.mean(axis=1), nll, rtol=1e-6)
+    losses = PlanLosses(masks.astype(np.int64), window_nll.astype(np.float64))
+    model = build_tiny_model("llama", vocab_size=512)
+    check_against_each_plan(losses, model, Windows(windows.input_ids[:2, :10], "random"))
 
 
 @pytest.mark.parametrize(
@@ -104,8 +130,4 @@ def test_losses_on_a_gpu_are_those_of_each_plan_by_itself():
     windows = build_random_windows()
     space = Space(NUM_LAYERS, 0, NUM_LAYERS)
     losses = enumerate_front.enumerate_losses(model, windows, space, batch_plans=4, compile_loss=True)
-    evaluator = ModelEvaluator(model=model, windows=windows)
-    for mask, nll in losses.items():
-        plan = Plan.from_joins(NUM_LAYERS, [i for i in range(NUM_LAYERS - 1) if mask >> i & 1])
-        expected = evaluator.evaluate_windows(plan, range(windows.num_windows)).nll_nats_per_token
-        assert nll == pytest.approx(sum(expected) / len(expected), abs=FLOAT32_LOSS)
+    check_against_each_plan(losses, model, windows)
