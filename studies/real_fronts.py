@@ -5,7 +5,8 @@ for each number of joins k is found on the same windows as the paper (arXiv 2502
 winner for k is the plan of least loss with at least k joins, of a study or of the windows. Held-out windows then say:
 
 - `spearman`: rank correlation of proxy and held-out delta_nll over a sample of the evaluated plans, stratified by
-  joins, and within each number of joins that has at least 8 of them;
+  joins, over those of them that the search evaluated on all windows (`spearman_whole`), and within each number of joins
+  that has at least 8 of them;
 - `optimism`: mean over k = 1 to L // 3 of held-out minus proxy delta_nll of the winners. Another text shifts all plans,
   so `shift`, the same mean over the sampled plans with as many joins, stands beside it;
 - `front` and `window`: mean held-out delta_nll of the winners over the same k, and what each has cost in evaluations.
@@ -121,22 +122,31 @@ def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
     return float(stats.spearmanr(first, second).statistic)
 
 
-def compare_sample(sample: Sequence[PlanRecord], heldout: DeltaEvaluator) -> dict[str, Any]:
+def compare_sample(sample: Sequence[PlanRecord], heldout: DeltaEvaluator, *, whole_tokens: int) -> dict[str, Any]:
     """Compare proxy and held-out delta_nll of sampled plans.
 
+    Args:
+        sample: the plans.
+        heldout: evaluates them on the held-out windows.
+        whole_tokens: proxy tokens of a plan that the search evaluated on all windows.
+
     Returns:
-        The number of plans, ``spearman`` over all, ``spearman_by_joins`` and ``shift_by_joins``.
+        Numbers of plans, ``spearman`` over all of them, ``spearman_whole``, ``spearman_by_joins``, ``shift_by_joins``.
     """
     pairs: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    whole: list[tuple[float, float]] = []
     for record in sample:
         delta = heldout.get_delta_nll(record.plan)
         if math.isfinite(delta):
             pairs[record.num_joins].append((record.delta_nll, delta))
+            whole += [pairs[record.num_joins][-1]] if record.proxy_tokens == whole_tokens else []
     everything = [pair for group in pairs.values() for pair in group]
     ranked = {k: rank_correlation(group) for k, group in sorted(pairs.items()) if len(group) >= MIN_PLANS_TO_RANK}
     return {
         "plans": len(everything),
+        "whole_plans": len(whole),
         "spearman": rank_correlation(everything) if len(everything) >= MIN_PLANS_TO_RANK else None,
+        "spearman_whole": rank_correlation(whole) if len(whole) >= MIN_PLANS_TO_RANK else None,
         "spearman_by_joins": {k: value for k, value in ranked.items() if value is not None},
         "shift_by_joins": {k: statistics.fmean(b - a for a, b in group) for k, group in sorted(pairs.items())},
     }
@@ -197,7 +207,11 @@ def measure_front(
     result, cost = search_front(loaded, windows, max_group=max_group, budget=budget, seed=seed, cache_bytes=cache_bytes)
     proxy = {record.plan: record.delta_nll for record in result.front if record.num_joins > 0}
     rows = describe_winners(find_winners(proxy, num_layers), proxy, heldout)
-    sample = compare_sample(sample_records(result.records, num_sampled, seed=seed), heldout)
+    sample = compare_sample(
+        sample_records(result.records, num_sampled, seed=seed),
+        heldout,
+        whole_tokens=windows.num_windows * (windows.seq_len - 1),
+    )
     counted = [row for row in rows if row["joins"] <= num_layers // 3]
     shifts = [sample["shift_by_joins"][row["joins"]] for row in counted if row["joins"] in sample["shift_by_joins"]]
     return {
@@ -309,7 +323,9 @@ def _summarise(document: Mapping[str, Any]) -> dict[str, Any]:
             **{name: value for name, value in front.items() if name not in {"winners", "sample"}},
             "spearman": front["sample"]["spearman"],
             "spearman_by_joins": front["sample"]["spearman_by_joins"],
+            "spearman_whole": front["sample"]["spearman_whole"],
             "sampled_plans": front["sample"]["plans"],
+            "whole_plans": front["sample"]["whole_plans"],
         }
         for front in document["fronts"]
     ]
