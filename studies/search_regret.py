@@ -231,7 +231,9 @@ def summarise(sampler: str, num_evaluations: int, regrets: FloatArray, replays: 
         "exact_fraction": float((final == 0).all(axis=1).mean()),
         "regret_by_k": final.mean(axis=0).tolist(),
         "asks_ms_median": statistics.median(ask for replay in replays for ask in replay.asks_ms[:num_evaluations]),
-        "mean_windows_evaluated": statistics.mean(replay.windows_evaluated[:num_evaluations][-1] for replay in replays),
+        "mean_windows_evaluated": statistics.fmean(
+            replay.windows_evaluated[:num_evaluations][-1] for replay in replays
+        ),
     }
 
 
