@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -244,7 +245,7 @@ class Plan:
         """Share of the depth that the plan removes: ``1 - depth / num_layers``."""
         return 1 - self.depth / self.num_layers
 
-    @property
+    @cached_property
     def joins(self) -> tuple[int, ...]:
         """Every i whose layers i and i + 1 share a group, ascending."""
         return tuple(layer_idx for group in self.groups for layer_idx in group[:-1])

@@ -13,7 +13,7 @@ and 5.4).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -192,20 +192,36 @@ class Surrogate:
         return scale
 
     def _choose_strengths(self) -> tuple[_Strengths, FloatArray]:
-        """Return the strengths of most evidence and the Cholesky factor of the observations' covariance."""
+        """Return the strengths of most evidence and the Cholesky factor of the observations' covariance.
+
+        Climbs over the grid of strengths from its middle, one step on one axis at a time: the evidence has one peak
+        where there is much of it, and is flat where there is little.
+        """
         covariances = self._compute_covariances(self._joined, self._joined)
-        best: tuple[float, _Strengths, FloatArray] | None = None
-        for values in product(SMOOTH_STRENGTHS, OWN_STRENGTHS, MISFIT_STRENGTHS):
-            strengths = _Strengths(*values)
-            covariance = covariances.combine(strengths)
-            covariance[np.diag_indices_from(covariance)] += self._compute_noise(strengths.misfit) ** 2
-            factor, _ = cho_factor(covariance, lower=True, overwrite_a=True, check_finite=False)
-            whitened = solve_triangular(factor, self._residual, lower=True, check_finite=False)
-            evidence = -0.5 * float(whitened @ whitened) - float(np.log(np.diag(factor)).sum())
-            if best is None or evidence > best[0]:
-                best = (evidence, strengths, factor)
-        assert best is not None
-        return best[1], best[2]
+        axes = (SMOOTH_STRENGTHS, OWN_STRENGTHS, MISFIT_STRENGTHS)
+        weighed: dict[tuple[int, ...], tuple[float, _Strengths, FloatArray]] = {}
+        place: tuple[int, ...] = tuple(len(axis) // 2 for axis in axes)
+        while True:
+            around = [place, *_list_neighbours(place, [len(axis) for axis in axes])]
+            for point in around:
+                if point not in weighed:
+                    strengths = _Strengths(*(axis[index] for axis, index in zip(axes, point, strict=True)))
+                    weighed[point] = self._weigh_strengths(strengths, covariances)
+            best = max(around, key=lambda point: weighed[point][0])
+            if best == place:
+                return weighed[best][1:]
+            place = best
+
+    def _weigh_strengths(
+        self, strengths: _Strengths, covariances: _Covariances
+    ) -> tuple[float, _Strengths, FloatArray]:
+        """Return the log evidence of strengths but for a constant, the strengths, and the Cholesky factor."""
+        covariance = covariances.combine(strengths)
+        covariance[np.diag_indices_from(covariance)] += self._compute_noise(strengths.misfit) ** 2
+        factor, _ = cho_factor(covariance, lower=True, overwrite_a=True, check_finite=False)
+        whitened = solve_triangular(factor, self._residual, lower=True, check_finite=False)
+        evidence = -0.5 * float(whitened @ whitened) - float(np.log(np.diag(factor)).sum())
+        return evidence, strengths, factor
 
     def _compute_noise(self, misfit: float) -> FloatArray:
         """Return (observations,) standard deviations of misfit and sampling error together."""
@@ -274,3 +290,11 @@ class Surrogate:
         """Add the prior means of the joins and the interactions' common mean."""
         common = COUNT_STRENGTHS[0] * count[:, :1, None] * self._product_scale
         return PlanCosts(costs.join_costs + self._join_means, costs.product_costs + common)
+
+
+def _list_neighbours(place: tuple[int, ...], lengths: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Yield the points of a grid that are one step away on one axis."""
+    for axis, step in product(range(len(place)), (-1, 1)):
+        index = place[axis] + step
+        if 0 <= index < lengths[axis]:
+            yield (*place[:axis], index, *place[axis + 1 :])

@@ -74,7 +74,9 @@ def _run(
 def test_never_repeats_and_exhausts_the_space(
     num_layers: int, max_group: int, frozen: list[int], workers: int, budget: int, seed: int
 ) -> None:
-    space = JoinSpace(num_layers, max_group, tuple(layer for layer in frozen if layer < num_layers))
+    space = JoinSpace(
+        num_layers, min(max_group, max(2, num_layers)), tuple(layer for layer in frozen if layer < num_layers)
+    )
     observations, _ = _run(space, _build_landscape(num_layers, seed), budget=budget, seed=seed, workers=workers)
     assert len(observations) == min(budget, space.count_plans())
 

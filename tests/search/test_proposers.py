@@ -50,7 +50,9 @@ def search(proposer, measure, *, budget, workers=1):
     seed=st.integers(0, 5),
 )
 def test_never_repeats_and_exhausts_the_space(build, num_layers, max_group, frozen, workers, seed):
-    space = JoinSpace(num_layers, max_group, tuple(layer for layer in frozen if layer < num_layers))
+    space = JoinSpace(
+        num_layers, min(max_group, max(2, num_layers)), tuple(layer for layer in frozen if layer < num_layers)
+    )
     proposer = build(space=space, seed=seed)
     observations, _ = search(proposer, lambda plan: math.nan if 2 in plan.joins else 0.1, budget=500, workers=workers)
     plans = [item.plan for item in observations]

@@ -17,10 +17,9 @@ from lpsearch.search.strata import build_strata
 from tests.search.evaluators import SyntheticEvaluator
 
 spaces = st.builds(
-    JoinSpace,
-    num_layers=st.integers(1, 9),
-    max_group=st.integers(2, 5),
-    frozen_layers=st.just(()),
+    lambda num_layers, max_group: JoinSpace(num_layers, min(max_group, max(2, num_layers))),
+    st.integers(1, 9),
+    st.integers(2, 5),
 )
 
 

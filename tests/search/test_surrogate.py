@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -86,6 +88,15 @@ def test_posterior_equals_the_textbook_formula(sampling_error: float) -> None:
     np.testing.assert_allclose(
         fitted.estimate_standard_deviation(unseen, mean), np.sqrt(variance + misfit**2), rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_climbing_finds_the_strengths_of_most_evidence(seed: int) -> None:
+    fitted, joined, _, _ = _build(seed)
+    covariances = fitted._compute_covariances(joined.astype(float), joined.astype(float))
+    grid = itertools.product(module.SMOOTH_STRENGTHS, module.OWN_STRENGTHS, module.MISFIT_STRENGTHS)
+    weighed = [fitted._weigh_strengths(module._Strengths(*values), covariances) for values in grid]
+    assert fitted._strengths == max(weighed, key=lambda item: item[0])[1]
 
 
 def test_learns_interactions() -> None:
