@@ -14,9 +14,5 @@ FLOAT32_LOSS = 2e-5
 FLOAT32_GRADIENTS = 2e-5
 """Largest difference of float32 gradients that differ by the order of a few additions, relative to the largest one."""
 
-RUNTIME_LOGITS = 5e-4
-"""Largest absolute difference of float32 logits of some units between the runtime, with norm weights folded into the
-projections and products summed in another order, and transformers."""
-
 BFLOAT16_LOGITS = 0.05
 """Relative difference (2-norm) of a tiny model's logits in bfloat16 from float32, six layers of rounding apart."""

@@ -93,9 +93,9 @@ class GroupRanks:
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Gather from all ranks."""
-        gathered = tensor.new_empty((self.num_ranks * tensor.shape[0], *tensor.shape[1:]))
-        dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=self._group)
-        return gathered.view(self.num_ranks, *tensor.shape)
+        gathered = tensor.new_empty((self.num_ranks, *tensor.shape))
+        dist.all_gather(list(gathered.unbind(0)), tensor.contiguous(), group=self._group)
+        return gathered
 
     def barrier(self) -> None:
         """Wait for all ranks, and for the device."""
@@ -130,7 +130,7 @@ def run_ranks(
         function: importable by name.
         num_ranks: processes to start.
         backend: ``nccl``, one GPU a rank, or ``gloo``.
-        arguments: what to pass; picklable.
+        arguments: what to pass; picklable, as what comes back, and without tensors, whose memory ends with a rank.
 
     Raises:
         ConfigError: for more ranks than GPUs.
