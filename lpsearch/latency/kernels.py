@@ -23,6 +23,7 @@ __all__ = ["attend_row", "choose_num_splits", "has_kernels", "multiply_row", "pu
 
 _TARGET_BLOCKS = 264
 _MIN_SPLIT = 64
+_MAX_POLLS = 1 << 24  # about ten seconds
 _ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2}
 
 
@@ -95,12 +96,11 @@ if triton is not None:
             up_sums = up.to(tl.float32) * x[None, :]
         squares = x * x
         for start in range(BLOCK_IN, num_in, BLOCK_IN):
+            col_mask = start + cols < num_in
             if EVEN:
-                mask = row_mask[:, None]
-                x = tl.load(x_ptr + start + cols).to(tl.float32)
-            else:
-                mask = row_mask[:, None] & (start + cols < num_in)[None, :]
-                x = tl.load(x_ptr + start + cols, mask=start + cols < num_in, other=0.0).to(tl.float32)
+                col_mask = tl.full([BLOCK_IN], True, dtype=tl.int1)
+            mask = row_mask[:, None] & col_mask[None, :]
+            x = tl.load(x_ptr + start + cols, mask=col_mask, other=0.0).to(tl.float32)
             w = tl.load(w_ptrs + start, mask=mask, other=0.0)
             sums += w.to(tl.float32) * x[None, :]
             if ACTIVATION != 0:
@@ -291,6 +291,7 @@ if triton is not None:
         part,
         RANK: tl.constexpr,
         NUM_RANKS: tl.constexpr,
+        MAX_POLLS: tl.constexpr,
         BLOCK: tl.constexpr,
         PDL: tl.constexpr,
     ):
@@ -315,9 +316,14 @@ if triton is not None:
             if source != RANK:
                 at = buffer_ptr + slot + source * part + offsets
                 got = tl.load(at, mask=mask, other=flag << 32, volatile=True)
-                while tl.max(((got >> 32) != flag).to(tl.int32), axis=0) != 0:
+                missing = tl.max(((got >> 32) != flag).to(tl.int32), axis=0)
+                polls = 0
+                while (missing != 0) & (polls < MAX_POLLS):
                     got = tl.load(at, mask=mask, other=flag << 32, volatile=True)
-                word = (got & 0xFFFFFFFF).to(tl.int32)
+                    missing = tl.max(((got >> 32) != flag).to(tl.int32), axis=0)
+                    polls += 1
+                # A rank that never came leaves no number behind, instead of a device that spins for ever.
+                word = tl.where(missing != 0, 0x7FC07FC0, (got & 0xFFFFFFFF).to(tl.int32))
             low += (word << 16).to(tl.float32, bitcast=True)
             high += (word & -65536).to(tl.float32, bitcast=True)
         low_bits = low.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
@@ -355,6 +361,7 @@ def push_sum(
         buffer.shape[2],
         RANK=rank,
         NUM_RANKS=len(pointers),
+        MAX_POLLS=_MAX_POLLS,
         BLOCK=block,
         num_warps=4,
         **_dependent_launch(),
@@ -452,7 +459,7 @@ def attend_row(
     num_splits = choose_num_splits(batch_size=batch_size, num_kv_heads=num_kv_heads, capacity=longest)
     partial = torch.empty((batch_size, num_heads, num_splits, head_dim), dtype=torch.float32, device=qkv.device)
     weights = torch.empty((batch_size, num_heads, num_splits), dtype=torch.float32, device=qkv.device)
-    block_dim = triton.next_power_of_2(head_dim)
+    block_dim = max(16, triton.next_power_of_2(head_dim))  # the least that a product of tiles takes
     _attend_row_kernel[(num_kv_heads, batch_size, num_splits)](
         qkv,
         keys,

@@ -6,8 +6,11 @@ attention and once for the MLP of a group. NVLink multicast is never used.
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.connection
 import os
 import socket
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
@@ -165,12 +168,10 @@ def run_ranks(
 
 def _collect(connections: list[Any], processes: list[Any]) -> Any:
     """Return the first rank's result once all have reported; raise the message of the first to fail."""
-    from multiprocessing.connection import wait
-
     results: dict[int, Any] = {}
     while len(results) < len(connections):
         waiting = [c for rank, c in enumerate(connections) if rank not in results]
-        for ready in wait(waiting):
+        for ready in multiprocessing.connection.wait(waiting):
             rank = connections.index(ready)
             try:
                 failed, value = ready.recv()  # type: ignore[union-attr]
@@ -199,6 +200,7 @@ def _run_rank(
         "WORLD_SIZE": str(num_ranks),
     }
     torch.set_num_threads(max(1, torch.get_num_threads() // num_ranks))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         group = join_ranks(backend)
         result = function(group, *arguments)
@@ -211,6 +213,14 @@ def _run_rank(
         last = traceback.extract_tb(error.__traceback__)[-1]
         sender.send((True, f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"))
         raise SystemExit(1) from None
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone, however it ended."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _find_free_port() -> int:

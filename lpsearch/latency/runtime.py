@@ -18,7 +18,7 @@ from lpsearch.latency.architecture import Architecture, AttentionKind, Segment, 
 from lpsearch.latency.attention import Rope, attend, norm_heads
 from lpsearch.latency.operations import Operations
 from lpsearch.latency.parallel import OneRank, Ranks
-from lpsearch.latency.weights import DecoderWeights, WideLayer, count_cache_elements, fuse_model
+from lpsearch.latency.weights import DecoderWeights, WideLayer, fuse_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -163,6 +163,22 @@ class Decoder:
     def capture(self) -> None:
         """Capture the step as a CUDA graph; ``tokens`` and the cache entry at the current length are overwritten."""
         self._graph, self._graph_length = capture_graph(self._decode, self._pool), self._length
+
+    def capture_prefill(self, tokens: Tensor) -> Callable[[], object]:
+        """Return a function that reads these prompts and sets the next tokens: what TTFT is the time of.
+
+        Args:
+            tokens: (batch, seq).
+        """
+
+        @torch.inference_mode()
+        def run() -> None:
+            self._length = 0
+            self._choose(self._forward(tokens))
+
+        if self.mode == "eager":
+            return run
+        return capture_graph(run, self._pool).replay
 
     def count_step_bytes(self) -> int:
         """Return the bytes that a step must read on this rank: weights and valid cache entries, each once."""
@@ -378,9 +394,3 @@ def capture_graph(function: Callable[[], None], pool: tuple[int, int] | None = N
     with torch.cuda.graph(graph, pool=pool, stream=stream):
         function()
     return graph
-
-
-def count_cache_arena(architecture: Architecture, *, batch_size: int, capacity: int, num_ranks: int) -> int:
-    """Return the arena elements of all layers' caches on one rank."""
-    layer = count_cache_elements(architecture, batch_size=batch_size, capacity=capacity, num_ranks=num_ranks)
-    return architecture.num_layers * (layer + 64)

@@ -107,3 +107,44 @@ def test_groups_are_named_by_what_their_time_depends_on():
     assert [kind.name for kind in architecture.kinds] == ["sliding", "sliding", "full"] * 2
     assert architecture.describe_group([1, 2, 3]) == "1 full + 2 sliding"
     assert [segment.layers for segment in architecture.split_group([1, 2, 3])] == [(1, 3), (2,)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["graph", "compiled"])
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize(("family", "options"), CASES, ids=IDS)
+def test_captured_steps_are_eager_steps(family, options, batch_size, mode):
+    """Graph against eager bit for bit; fused kernels against transformers in float32."""
+    model = build_tiny_model(family, **options).to("cuda")
+    prompt = build_prompt()[:batch_size].to("cuda")
+    for plan in (PLANS["unmodified"], PLANS["three"]):
+        eager, captured = (
+            build_decoder(model, plan, batch_size=batch_size, capacity=80, mode=m) for m in ("eager", mode)
+        )
+        eager.prefill(prompt)
+        captured.prefill(prompt)
+        tokens = [captured.tokens.clone()]
+        for _ in range(63):
+            eager.step()
+            captured.step()
+            tokens.append(captured.tokens.clone())
+            assert torch.equal(captured.tokens, eager.tokens)
+        logits = captured.decode_logits()
+        tokens = torch.cat(tokens, dim=1)
+        expected = reference_logits(model, plan, prompt, torch.cat([tokens, tokens[:, :1]], dim=1))
+        assert torch.equal(expected[:, :-1].argmax(-1), tokens)
+        torch.testing.assert_close(logits, expected[:, -1], rtol=0, atol=FLOAT32_LOGITS)
+
+
+@pytest.mark.gpu
+def test_fused_steps_in_bfloat16_stay_near_float32():
+    for family in RUNTIME_FAMILIES:
+        model = build_tiny_model(family)
+        prompt = build_prompt()[:1]
+        tokens, expected = continue_greedily(build_decoder(model, PLANS["pairs"], batch_size=1, capacity=24), prompt, 2)
+        rounded = build_tiny_model(family).to("cuda", torch.bfloat16)
+        decoder = build_decoder(rounded, PLANS["pairs"], batch_size=1, capacity=24, mode="compiled")
+        decoder.prefill(prompt.to("cuda"))
+        decoder.tokens.copy_(tokens[:, :1])
+        error = (decoder.decode_logits().cpu().float() - expected[:, 1]).norm() / expected[:, 1].norm()
+        assert error < BFLOAT16_LOGITS, family
