@@ -502,10 +502,16 @@ def attend_row(
 
 
 def _choose_launch(num_out: int, num_in: int, *, gated: bool) -> dict[str, Any]:
-    """Return block sizes by shape."""
+    """Return block sizes by shape: the fastest of a sweep on an H100 (studies/LOG.md).
+
+    Few outputs a block keep the tail short and leave room for many blocks, hence many loads under way.
+    """
     if gated:
-        return {"BLOCK_OUT": 4, "BLOCK_IN": 1024, "num_warps": 8}
-    return {"BLOCK_OUT": 8, "BLOCK_IN": 1024, "num_warps": 8}
+        whole = num_in % 4096 == 0
+        return {"BLOCK_OUT": 1 if whole else 4, "BLOCK_IN": 4096 if whole else 1024, "num_warps": 8 if whole else 4}
+    if num_out >= 6144:
+        return {"BLOCK_OUT": 2, "BLOCK_IN": 1024, "num_warps": 4}
+    return {"BLOCK_OUT": 1, "BLOCK_IN": 2048, "num_warps": 4}
 
 
 def _dependent_launch() -> dict[str, bool]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lpsearch.errors import ConfigError, LpsearchError
 
-__all__ = ["AllReduceKind", "GroupRanks", "OneRank", "Ranks", "join_ranks", "run_ranks"]
+__all__ = ["AllReduceKind", "EmulatedRanks", "GroupRanks", "OneRank", "Ranks", "join_ranks", "run_ranks"]
 
 AllReduceKind = Literal["none", "gloo", "nccl", "one_shot", "push"]
 
@@ -57,8 +57,8 @@ class Ranks(Protocol):
 class OneRank:
     """A model on one device."""
 
-    rank = 0
-    num_ranks = 1
+    rank: int = 0
+    num_ranks: int = 1
     kind: AllReduceKind = "none"
 
     def begin_step(self) -> None:
@@ -74,6 +74,18 @@ class OneRank:
 
     def barrier(self) -> None:
         """Do nothing."""
+
+
+class EmulatedRanks(OneRank):
+    """One rank of several that are not there: its share of the work, without any sums."""
+
+    def __init__(self, num_ranks: int) -> None:
+        """Stand for the first of so many ranks."""
+        self.num_ranks = num_ranks
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Return the tensor once for every rank."""
+        return tensor.expand(self.num_ranks, *tensor.shape)
 
 
 class GroupRanks:

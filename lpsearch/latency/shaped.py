@@ -35,11 +35,12 @@ class ShapedDecoders:
     """Builds decoders of one shape under many plans, which share weights, cache and graph memory and run in turn.
 
     Args:
-        architecture: the shape; plans may select other layers of it, but not more.
+        architecture: the shape.
         batch_size: sequences.
         capacity: tokens that the cache holds.
         device: where to run.
         dtype: of weights and cache.
+        num_layers: most layers that a plan may have; None for the model's.
         ranks: the ranks that share the model.
     """
 
@@ -47,13 +48,14 @@ class ShapedDecoders:
         self,
         architecture: Architecture,
         *,
+        num_layers: int | None = None,
         batch_size: int,
         capacity: int,
         device: torch.device,
         dtype: torch.dtype,
         ranks: Ranks | None = None,
     ) -> None:
-        """Take the memory of the unmodified model.
+        """Take the memory of the unmodified model, or of so many of its layers.
 
         Raises:
             ConfigError: if the ranks do not divide the model.
@@ -64,11 +66,12 @@ class ShapedDecoders:
         self._batch_size, self._capacity = batch_size, capacity
         num_ranks = self.ranks.num_ranks
         architecture.check_ranks(num_ranks)
-        baseline = Plan.baseline(architecture.num_layers)
+        num_layers = num_layers or architecture.num_layers
+        baseline = Plan.baseline(num_layers)
         num_weights = count_weight_elements(architecture, baseline, num_ranks) + _SLACK
         self._weights = Arena(num_elements=num_weights, dtype=dtype, device=device)
         self._caches = Arena(
-            num_elements=architecture.num_layers
+            num_elements=num_layers
             * count_cache_elements(architecture, batch_size=batch_size, capacity=capacity, num_ranks=num_ranks)
             + _SLACK,
             dtype=dtype,
@@ -133,6 +136,7 @@ def count_fitting_layers(
     *,
     batch_size: int,
     capacity: int,
+    num_rows: int,
     dtype: torch.dtype,
     num_ranks: int,
     usable_bytes: int,
@@ -144,6 +148,7 @@ def count_fitting_layers(
         architecture: the shape.
         batch_size: sequences.
         capacity: tokens that the cache holds.
+        num_rows: tokens of all sequences that run at once.
         dtype: of weights and cache.
         num_ranks: ranks that share the model.
         usable_bytes: memory of a rank.
@@ -156,7 +161,9 @@ def count_fitting_layers(
     layer = count_weight_elements(architecture, baseline, num_ranks) // architecture.num_layers
     token = count_cache_elements(architecture, batch_size=1, capacity=1, num_ranks=num_ranks)
     ends = 2 * architecture.vocab_size * architecture.hidden_size
-    working = batch_size * (architecture.vocab_size + 16 * architecture.hidden_size)
+    # What one group's activations take, gate and up the most of it, and float32 copies in plain attention.
+    row = 8 * architecture.hidden_size + 8 * architecture.intermediate_size // num_ranks
+    working = batch_size * 2 * architecture.vocab_size + num_rows * row
     room = usable_bytes // dtype.itemsize - ends - working
     fitting = min(architecture.num_layers, room // (layer + batch_size * capacity * token))
     if fitting >= min(architecture.num_layers, least):

@@ -117,7 +117,7 @@ def choose_ranks(group: dist.ProcessGroup, *, num_elements: int) -> tuple[GroupR
         num_elements: bfloat16 elements of the sums.
 
     Returns:
-        The ranks, and the time of one sum in ms of each kind that was tried, the choice the fastest.
+        The ranks, and the time of one sum in us of each kind that was tried, the choice the fastest.
     """
     plain = GroupRanks(group)
     if plain.kind == "gloo":
@@ -126,7 +126,9 @@ def choose_ranks(group: dist.ProcessGroup, *, num_elements: int) -> tuple[GroupR
     if num_elements <= _MAX_ELEMENTS and _reach_each_other(plain):
         kinds: tuple[AllReduceKind, ...] = ("one_shot", "push")
         candidates |= {kind: SymmetricRanks(group, kind) for kind in kinds}
-    times = {kind: measure_all_reduce_ms(ranks, num_elements=num_elements) for kind, ranks in candidates.items()}
+    times = {
+        kind: 1e3 * measure_all_reduce_ms(ranks, num_elements=num_elements) for kind, ranks in candidates.items()
+    }
     return candidates[min(times, key=lambda kind: times[kind])], times
 
 

@@ -22,6 +22,7 @@ MIN_BLOCKS = 30
 _MAX_BLOCKS = 300
 _BLOCK_S = 0.01
 _MAX_STEPS_PER_BLOCK = 10
+_MAX_WARM_UPS = 500
 _RESAMPLES = 1000
 
 
@@ -73,11 +74,9 @@ def measure_interleaved(
         on_progress: called with the share done.
     """
     ranks = ranks or OneRank()
-    lengths = [_warm_up(step, device, warm_up_s / len(steps)) for step in steps]
+    lengths = [_warm_up(step, device, ranks, warm_up_s / len(steps)) for step in steps]
     counts = [int(min(_MAX_STEPS_PER_BLOCK, max(1, round(_BLOCK_S * 1e3 / length)))) for length in lengths]
-    shared = ranks.all_gather(torch.tensor([*counts, *lengths], dtype=torch.float32, device=device)).amax(0)
-    counts = [int(count) for count in shared[: len(steps)]]  # the same on every rank
-    round_ms = float(sum(n * length for n, length in zip(counts, shared[len(steps) :].tolist(), strict=True)))
+    round_ms = sum(count * length for count, length in zip(counts, lengths, strict=True))
     num_blocks = int(min(_MAX_BLOCKS, max(min_blocks, budget_s * 1e3 / round_ms)))
     times = np.empty((len(steps), num_blocks))
     for block in range(num_blocks):
@@ -106,15 +105,17 @@ def bootstrap_ratio(first: StepTiming, second: StepTiming, *, seed: int = 0) -> 
     return first.median_ms / second.median_ms, float(low), float(high)
 
 
-def _warm_up(step: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Run a step for so long, at least twice, and return the least time in ms."""
-    started = time.perf_counter()
-    least = float("inf")
-    runs = 0
-    while runs < 2 or time.perf_counter() - started < seconds:
-        least = min(least, _time_ms(step, device, 1))
-        runs += 1
-    return least
+def _warm_up(step: Callable[[], object], device: torch.device, ranks: Ranks, seconds: float) -> float:
+    """Run a step for about so long, equally often on every rank, and return its time in ms on the slowest."""
+    step()  # which may compile
+    ranks.barrier()
+    mine = torch.tensor([_time_ms(step, device, 1)], dtype=torch.float32, device=device)
+    length = float(ranks.all_gather(mine).max())
+    for _ in range(int(min(_MAX_WARM_UPS, seconds * 1e3 / length))):
+        step()
+    ranks.barrier()
+    mine = torch.tensor([_time_ms(step, device, 1)], dtype=torch.float32, device=device)
+    return float(ranks.all_gather(mine).max())
 
 
 def _time_ms(step: Callable[[], object], device: torch.device, count: int) -> float:
