@@ -31,7 +31,7 @@ from lpsearch.versions import read_versions
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["Workload", "measure_profile", "measure_workload"]
+__all__ = ["Workload", "measure_profile", "measure_workload", "name_device"]
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def measure_profile(
             )
         )  # fmt: skip
     profile = LatencyProfile(
-        device=_name_device(device),
+        device=name_device(device),
         num_ranks=num_ranks,
         num_threads=torch.get_num_threads(),
         dtype=str(dtype).removeprefix("torch."),
@@ -320,7 +320,8 @@ def _get_usable_bytes(device: torch.device) -> int:
     return min(_MAX_CPU_BYTES, int(_MEMORY_SHARE * psutil.virtual_memory().available))
 
 
-def _name_device(device: torch.device) -> str:
+def name_device(device: torch.device) -> str:
+    """Return the name that a profile gives a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.processor() or platform.machine()})"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lpsearch.errors import ConfigError, LpsearchError
 
-__all__ = ["AllReduceKind", "EmulatedRanks", "GroupRanks", "OneRank", "Ranks", "join_ranks", "run_ranks"]
+__all__ = ["AllReduceKind", "EmulatedRanks", "GroupRanks", "OneRank", "Ranks", "get_torchrun_size", "join_ranks", "run_ranks"]
 
 AllReduceKind = Literal["none", "gloo", "nccl", "one_shot", "push"]
 
@@ -117,6 +117,11 @@ class GroupRanks:
         if self.kind == "nccl":
             torch.cuda.synchronize()
         dist.barrier(group=self._group)
+
+
+def get_torchrun_size() -> int | None:
+    """Return how many ranks ``torchrun`` started, this process among them; None if it did not."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
 def join_ranks(backend: str) -> dist.ProcessGroup:

@@ -161,8 +161,10 @@ class Decoder:
         self._graph.replay()
 
     def capture(self) -> None:
-        """Capture the step as a CUDA graph; ``tokens`` and the cache entry at the current length are overwritten."""
+        """Capture the step as a CUDA graph; the cache entry at the current length is overwritten."""
+        tokens = self.tokens.clone()
         self._graph, self._graph_length = capture_graph(self._decode, self._pool), self._length
+        self.tokens.copy_(tokens)
 
     def capture_prefill(self, tokens: Tensor) -> Callable[[], object]:
         """Return a function that reads these prompts and sets the next tokens: what TTFT is the time of.
@@ -178,7 +180,12 @@ class Decoder:
 
         if self.mode == "eager":
             return run
-        return capture_graph(run, self._pool).replay
+        graph = capture_graph(run, self._pool)
+
+        def replay(held: tuple[Decoder, Tensor] = (self, tokens)) -> None:  # a graph does not keep its memory alive
+            graph.replay()
+
+        return replay
 
     def count_step_bytes(self) -> int:
         """Return the bytes that a step must read on this rank: weights and valid cache entries, each once."""

@@ -8,6 +8,7 @@ Neither uses NVLink multicast.
 
 from __future__ import annotations
 
+import logging
 import statistics
 from typing import Any
 
@@ -20,9 +21,14 @@ from lpsearch.latency.parallel import AllReduceKind, GroupRanks, Ranks
 
 __all__ = ["SymmetricRanks", "choose_ranks", "measure_all_reduce_ms"]
 
+logger = logging.getLogger(__name__)
+
 _MAX_ELEMENTS = 1 << 17
 _NUM_SLOTS = 4
 _SUMS_PER_GRAPH = 64
+_CHECKED_SUMS = 5
+_CHECKED_REPLAYS = 4
+_ROUNDING = 2**-7
 _REPEATS = 20
 
 
@@ -126,10 +132,38 @@ def choose_ranks(group: dist.ProcessGroup, *, num_elements: int) -> tuple[GroupR
     if num_elements <= _MAX_ELEMENTS and _reach_each_other(plain):
         kinds: tuple[AllReduceKind, ...] = ("one_shot", "push")
         candidates |= {kind: SymmetricRanks(group, kind) for kind in kinds}
+    for kind in [kind for kind in candidates if kind != "nccl" and not _agrees(candidates[kind], plain, num_elements)]:
+        logger.warning("%s gives sums on these GPUs that NCCL does not; it is not used", kind)
+        del candidates[kind]
     times = {
         kind: 1e3 * measure_all_reduce_ms(ranks, num_elements=num_elements) for kind, ranks in candidates.items()
     }
     return candidates[min(times, key=lambda kind: times[kind])], times
+
+
+def _agrees(ranks: GroupRanks, plain: GroupRanks, num_elements: int) -> bool:
+    """Tell whether sums in a graph that is replayed are NCCL's but for rounding, on every rank."""
+    from lpsearch.latency.runtime import capture_graph
+
+    generator = torch.Generator().manual_seed(ranks.rank)
+    data = torch.randn((_CHECKED_SUMS, num_elements), generator=generator).to("cuda", torch.bfloat16)
+    found = torch.zeros_like(data)
+
+    def run() -> None:
+        ranks.begin_step()
+        for index in range(_CHECKED_SUMS):
+            found[index].copy_(ranks.all_reduce(data[index].clone()))
+
+    graph = capture_graph(run)
+    agree = True
+    for _ in range(_CHECKED_REPLAYS):
+        data.mul_(-1)  # so that what an earlier replay left behind is wrong
+        ranks.barrier()
+        graph.replay()
+        expected = plain.all_reduce(data.float())
+        error = (found.float() - expected).abs().max() / expected.abs().max()
+        agree = agree and bool(error < _ROUNDING)
+    return bool(plain.all_gather(torch.tensor([float(agree)], device="cuda")).min() > 0)
 
 
 def _reach_each_other(ranks: GroupRanks) -> bool:

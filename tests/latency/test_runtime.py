@@ -49,6 +49,8 @@ def reference_logits(model, plan: Plan, prompt: torch.Tensor, tokens: torch.Tens
 
     If the largest of each is the token that followed, greedy decoding would have chosen the same ones.
     """
+    if model.config.model_type == "gemma2":
+        model.set_attn_implementation("eager")  # older transformers default to one that leaves the softcap out
     with applied_plan(model, plan):
         read = torch.cat([prompt, tokens[:, :-1]], dim=1)
         return model(input_ids=read, use_cache=False).logits[:, prompt.shape[1] - 1 :]
