@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lpsearch.latency.architecture import read_architecture
-from lpsearch.latency.measure import Workload, measure_profile
+from lpsearch.latency.measure import measure_profile
 from lpsearch.latency.model import LatencyModel
 from lpsearch.latency.parallel import EmulatedRanks, OneRank, Ranks, run_ranks
 from lpsearch.latency.runtime import default_mode
@@ -81,7 +81,7 @@ def time_plans(shaped: Any, plans: Any, kind: str, tokens: int, modes: Any, budg
     found = dict(zip(steps, timings, strict=True))
     rows = {}
     for (name, mode), timing in found.items():
-        ratio, low, high = bootstrap_ratio(found["0 %", mode], timing)
+        _, low, high = bootstrap_ratio(found["0 %", mode], timing)
         rows[f"{name} {mode}"] = {
             "ms": timing.median_ms, "p10": timing.p10_ms, "p90": timing.p90_ms,
             "speedup": {other: found["0 %", other].median_ms / timing.median_ms for other in modes},
@@ -122,7 +122,9 @@ def run_part(group: Any, part: str, model: str, seconds: float) -> dict[str, Any
                 plans = {name: plan for name, plan in plans.items() if "," not in name}
             shaped = shape(batch, tokens + 1, ranks)
             rows = time_plans(shaped, plans, kind, tokens, modes, seconds)
-            result["rows"] |= {f"{kind} b{batch} t{tokens} {name}": {**row, "all_reduce": ranks.kind} for name, row in rows.items()}
+            result["rows"] |= {
+                f"{kind} b{batch} t{tokens} {name}": {**row, "all_reduce": ranks.kind} for name, row in rows.items()
+            }
             del shaped
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -143,16 +145,22 @@ def run_part(group: Any, part: str, model: str, seconds: float) -> dict[str, Any
         for decoder in decoders:
             if mode != "eager":
                 decoder.capture()
-        timings = measure_interleaved(
-            [d.run_step for d in decoders], device=device, ranks=ranks, budget_s=seconds / 2
-        )
+        timings = measure_interleaved([d.run_step for d in decoders], device=device, ranks=ranks, budget_s=seconds / 2)
         estimates = [LatencyModel(profile).estimate_latency_ms(plan) for plan in plans.values()]
         errors = [e / t.median_ms - 1 for e, t in zip(estimates, timings, strict=True)]
         result |= {"depths": [p.depth for p in plans.values()], "measured": [t.median_ms for t in timings]}
-        result |= {"estimated": estimates, "mean_error": float(np.mean(np.abs(errors))), "worst": float(np.max(np.abs(errors)))}
+        result |= {
+            "estimated": estimates,
+            "mean_error": float(np.mean(np.abs(errors))),
+            "worst": float(np.max(np.abs(errors))),
+        }
         result["profile"] = profile.model_dump(mode="json")
     elif part == "emulate":
-        plans = {"0 %": Plan.baseline(num_layers), "7 pairs": grouped(num_layers, 7), "13 pairs": grouped(num_layers, 13)}
+        plans = {
+            "0 %": Plan.baseline(num_layers),
+            "7 pairs": grouped(num_layers, 7),
+            "13 pairs": grouped(num_layers, 13),
+        }
         sum_ms = measure_all_reduce_ms(ranks, num_elements=architecture.hidden_size)
         alone = EmulatedRanks(ranks.num_ranks)
         real = time_plans(shape(1, context + 1, ranks), plans, "decode", context, (mode,), seconds)
@@ -188,7 +196,9 @@ def main() -> None:
         else:
             found = run_ranks(run_part, num_ranks=arguments.tp, backend=backend, arguments=options)
         results.append(found)
-        print(part, arguments.model, "tp", arguments.tp, {k: v for k, v in found.items() if k not in ("rows", "profile")})
+        print(
+            part, arguments.model, "tp", arguments.tp, {k: v for k, v in found.items() if k not in ("rows", "profile")}
+        )
         for name, row in found.get("rows", {}).items():
             print(f"  {name:40}", {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

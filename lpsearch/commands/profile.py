@@ -82,9 +82,9 @@ def profile(
     }
     with show_steps(f"measuring {len(workloads)} workloads", enabled=True) as on_step:
         options["on_progress"] = lambda share: on_step(round(1000 * share), 1000)
-        if emulate_tp is not None:
-            given = {"num_ranks": emulate_tp, "all_reduce_us": all_reduce_us}
-            measured: LatencyProfile | None = emulate_profile_on_ranks(config, **given, **options)
+        measured: LatencyProfile | None
+        if emulate_tp is not None and all_reduce_us is not None:
+            measured = emulate_profile_on_ranks(config, num_ranks=emulate_tp, all_reduce_us=all_reduce_us, **options)
         elif tp > 1:
             measured = measure_profile_on_ranks(config, num_ranks=tp, **options)
         else:

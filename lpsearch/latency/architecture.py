@@ -19,7 +19,15 @@ from lpsearch.errors import ConfigError, FamilyError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["RUNTIME_FAMILIES", "Architecture", "AttentionKind", "Segment", "build_rope_table", "read_architecture", "rope_partner"]
+__all__ = [
+    "RUNTIME_FAMILIES",
+    "Architecture",
+    "AttentionKind",
+    "Segment",
+    "build_rope_table",
+    "read_architecture",
+    "rope_partner",
+]
 
 RUNTIME_FAMILIES = (
     "gemma",
@@ -241,13 +249,14 @@ def rope_partner(architecture: Architecture, kind: AttentionKind) -> torch.Tenso
 def _read_kinds(config: Any) -> tuple[AttentionKind, ...]:
     """Return how each layer attends, as transformers builds the masks of the family."""
     family, window = config.model_type, getattr(config, "sliding_window", None)
+    num_layers: int = config.num_hidden_layers
     full = AttentionKind("full", None, "full_attention" if family == "gemma3_text" else None)
     if window is None:
-        return (full,) * config.num_hidden_layers
+        return (full,) * num_layers
     sliding = AttentionKind("sliding", int(window), "sliding_attention" if family == "gemma3_text" else None)
     if family in ("mistral", "phi3"):
-        return (sliding,) * config.num_hidden_layers
-    layer_types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        return (sliding,) * num_layers
+    layer_types = getattr(config, "layer_types", None) or ["full_attention"] * num_layers
     return tuple(sliding if layer_type == "sliding_attention" else full for layer_type in layer_types)
 
 

@@ -30,7 +30,8 @@ class Rope:
         """Rotate (batch, seq, heads, head_dim) from position ``start`` on."""
         cos, sin = self.table[:, start : start + heads.shape[1], None]  # (seq, 1, head_dim) each
         x = heads.float()
-        return (x * cos + x[..., self.partner] * sin).to(heads.dtype)
+        rotated: Tensor = x * cos + x[..., self.partner] * sin
+        return rotated.to(heads.dtype)
 
 
 def norm_heads(heads: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -1,7 +1,7 @@
 """Families that the runtime does not compute: decode steps under transformers' own eager execution.
 
-Mixtures of experts, parallel blocks and others are measured as transformers runs them, with groups fused where a widened
-configuration gives a layer with exactly the members' weights, else layer by layer; the profile says which.
+Mixtures of experts, parallel blocks and others are measured as transformers runs them, with groups fused where a
+widened configuration gives a layer with exactly the members' weights, else layer by layer; the profile says which.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def measure_eager_workload(
         [{f"{size} layer": n for size, n in sizes_of[index].items()} for index in fits],
         [timings[index].median_ms for index in fits],
     )
-    by_size = {size: costs.cost_ms.get(f"{size} layer", size * costs.cost_ms["1 layer"]) for size in range(1, max_group + 1)}
+    by_size = {
+        size: costs.cost_ms.get(f"{size} layer", size * costs.cost_ms["1 layer"]) for size in range(1, max_group + 1)
+    }
     kinds = {
         geometry.describe_group(range(first, first + size)): by_size[size]
         for size in range(1, max_group + 1)

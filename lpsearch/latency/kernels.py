@@ -331,9 +331,7 @@ if triton is not None:
         tl.store(out_ptr + offsets, low_bits | high_bits, mask=mask)
 
 
-def push_sum(
-    partial: Tensor, *, buffer: Tensor, pointers: Tensor, epoch: Tensor, sum_index: int, rank: int
-) -> Tensor:
+def push_sum(partial: Tensor, *, buffer: Tensor, pointers: Tensor, epoch: Tensor, sum_index: int, rank: int) -> Tensor:
     """Add a tensor up over ranks by writing it to all of them.
 
     Args:

@@ -186,6 +186,8 @@ def measure_workload(
         usable_bytes=_get_usable_bytes(device),
         least=min(architecture.num_layers, 2 * max_group),
     )
+    if num_layers < architecture.num_layers:
+        logger.warning("latency is measured on %d of %d layers, which fit", num_layers, architecture.num_layers)
     depths = _choose_depths(architecture, num_layers, max_group)
     with torch.inference_mode():
         shaped = ShapedDecoders(
@@ -256,7 +258,7 @@ def _choose_depths(architecture: Architecture, num_layers: int, max_group: int) 
 
     For each kind of group that consecutive layers can form: as many as fit, and half as many with the first layers
     alone behind them; alone, all and half of the first kind. So overhead and every kind's cost are told apart. Checked
-    on: the model's own layers with a third of them in groups of each size, one size after the other.
+    on: the model's own layers, some alone and some in groups of each size, one size after the other.
     """
     total = architecture.num_layers
     own = tuple(range(num_layers))
@@ -278,17 +280,17 @@ def _choose_depths(architecture: Architecture, num_layers: int, max_group: int) 
             depth = _Depth(layers, plan, "fit")
             if all(depth.count_groups(architecture) != other.count_groups(architecture) for other in depths):
                 depths.append(depth)
-    sizes = list(_alternate(num_layers, max_group))
-    check = _Depth(own, _cut(sizes), "check")
     known = [depth.count_groups(architecture) for depth in depths]
-    return depths + ([check] if check.count_groups(architecture) not in known else [])
+    mixtures = (_Depth(own, _cut(list(_alternate(num_layers, max_group, alone))), "check") for alone in (2, 1, 3, 4))
+    check = next((depth for depth in mixtures if depth.count_groups(architecture) not in known), None)
+    return depths if check is None else [*depths, check]
 
 
-def _alternate(num_layers: int, max_group: int) -> Iterator[int]:
-    """Yield group sizes, 1 1 2 1 1 3 ..., that add up to the layers."""
+def _alternate(num_layers: int, max_group: int, alone: int) -> Iterator[int]:
+    """Yield group sizes, e.g. 1 1 2 1 1 3 ..., that add up to the layers, with so many layers alone in between."""
     left, size = num_layers, 2
     while left:
-        for wanted in (1, 1, size):
+        for wanted in (*[1] * alone, size):
             taken = min(wanted, left)
             left -= taken
             if taken:

@@ -120,9 +120,7 @@ def fit_group_costs(num_groups: Sequence[Mapping[str, int]], latency_ms: Sequenc
 def _order_costs(costs: Mapping[str, float]) -> dict[str, float]:
     """Raise the cost of any group to that of every group that it contains: noise must not make more layers cheaper."""
     members = {kind: _count_members(kind) for kind in costs}
-    return {
-        kind: max(cost for other, cost in costs.items() if not members[other] - members[kind]) for kind in costs
-    }
+    return {kind: max(cost for other, cost in costs.items() if not members[other] - members[kind]) for kind in costs}
 
 
 def _count_members(kind: str) -> Counter[str]:

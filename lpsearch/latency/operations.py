@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -137,4 +137,4 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     # Shapes differ by projection and by group size: more of them than the default limit allows for one function.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
     torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 4096)
-    return cast("Callable[..., Any]", torch.compile(function, dynamic=False, fullgraph=True))
+    return torch.compile(function, dynamic=False, fullgraph=True)

@@ -21,7 +21,16 @@ from torch import Tensor
 
 from lpsearch.errors import ConfigError, LpsearchError
 
-__all__ = ["AllReduceKind", "EmulatedRanks", "GroupRanks", "OneRank", "Ranks", "get_torchrun_size", "join_ranks", "run_ranks"]
+__all__ = [
+    "AllReduceKind",
+    "EmulatedRanks",
+    "GroupRanks",
+    "OneRank",
+    "Ranks",
+    "get_torchrun_size",
+    "join_ranks",
+    "run_ranks",
+]
 
 AllReduceKind = Literal["none", "gloo", "nccl", "one_shot", "push"]
 
@@ -141,9 +150,7 @@ def join_ranks(backend: str) -> dist.ProcessGroup:
     return group
 
 
-def run_ranks(
-    function: Callable[..., Any], *, num_ranks: int, backend: str, arguments: Sequence[Any] = ()
-) -> Any:
+def run_ranks(function: Callable[..., Any], *, num_ranks: int, backend: str, arguments: Sequence[Any] = ()) -> Any:
     """Run ``function(group, *arguments)`` on so many new processes, and return what the first one returns.
 
     Args:
@@ -158,8 +165,8 @@ def run_ranks(
     """
     if backend == "nccl" and num_ranks > torch.cuda.device_count():
         raise ConfigError(
-            f"{num_ranks} ranks need {num_ranks} GPUs, and {torch.cuda.device_count()} are here; choose a smaller --tp, "
-            "or --emulate-tp to estimate from one GPU"
+            f"{num_ranks} ranks need {num_ranks} GPUs, and {torch.cuda.device_count()} are here; "
+            "choose a smaller --tp, or --emulate-tp to estimate from one GPU"
         )
     context = torch.multiprocessing.get_context("spawn")
     port = _find_free_port()
@@ -189,24 +196,32 @@ def _collect(connections: list[Any], processes: list[Any]) -> Any:
     while len(results) < len(connections):
         waiting = [c for rank, c in enumerate(connections) if rank not in results]
         for ready in multiprocessing.connection.wait(waiting):
-            rank = connections.index(ready)
+            rank = next(index for index, c in enumerate(connections) if c is ready)
             try:
-                failed, value = ready.recv()  # type: ignore[union-attr]
+                failed, value = connections[rank].recv()
             except EOFError:
                 processes[rank].join(timeout=10)
                 failed, value = True, f"ended without a word, exit code {processes[rank].exitcode}"
             if failed:
                 for process in processes:
                     process.kill()
-                raise value if isinstance(value, LpsearchError) else LpsearchError(
-                    f"rank {rank} of {len(connections)} failed: {value}"
+                raise (
+                    value
+                    if isinstance(value, LpsearchError)
+                    else LpsearchError(f"rank {rank} of {len(connections)} failed: {value}")
                 )
             results[rank] = value
     return results[0]
 
 
 def _run_rank(
-    sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, num_ranks: int, backend: str, port: int
+    sender: Any,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    rank: int,
+    num_ranks: int,
+    backend: str,
+    port: int,
 ) -> None:
     """Run one rank in its own process and report how it went."""
     os.environ |= {

@@ -87,10 +87,16 @@ def emulate_profile_on_ranks(
 ) -> LatencyProfile:
     """Estimate the profile of ranks that are not there: one rank's work, measured, plus a time for each sum.
 
-    The arguments are those of :func:`measure_profile_on_ranks`, and
-
     Args:
+        config: the model's configuration.
+        num_ranks: ranks that share the model.
         all_reduce_us: time of one sum over the ranks of a decode step's hidden states.
+        device: of the one rank.
+        dtype: of weights and cache.
+        workloads: what to measure.
+        max_group: largest group.
+        budget_s: about how long the timed part of each workload takes.
+        on_progress: called with the share done.
 
     Raises:
         ConfigError: for a prefill, whose sums take another time, or if the ranks do not divide the model.

@@ -7,7 +7,7 @@ projections, kernels and graph as any other plan.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class Decoder:
         mode: RunMode,
         ranks: Ranks | None = None,
         cache_arena: Arena | None = None,
-        pool: tuple[int, int] | None = None,
+        pool: Any = None,
     ) -> None:
         """Take the cache and lay out the rotary tables."""
         device = weights.embedding.device
@@ -79,9 +79,7 @@ class Decoder:
         self._arch = architecture
         self._weights = weights
         self._ranks = ranks or OneRank()
-        self._ops = Operations(
-            fused=mode == "compiled", eps=architecture.norm_eps, activation=architecture.activation
-        )
+        self._ops = Operations(fused=mode == "compiled", eps=architecture.norm_eps, activation=architecture.activation)
         self._capacity = capacity
         self._length = 0
         self._position = torch.zeros((), dtype=torch.int32, device=device)
@@ -238,7 +236,7 @@ class Decoder:
     ) -> Tensor:
         """Multiply by an output projection, add up over ranks, and add to the residual stream."""
         if post is None:
-            # The first rank alone adds the residual, so that the sum over ranks holds it once and nothing is left to do.
+            # The first rank alone adds the residual, so that the sum over ranks holds it once.
             own = residual if self._ranks.rank == 0 else None
             return self._ranks.all_reduce(self._ops.output(rows, weight, bias, own)[0])
         outputs = self._ranks.all_reduce(self._ops.output(rows, weight, bias, None))
@@ -293,8 +291,8 @@ class Decoder:
         arch, rope = self._arch, self._ropes[segment.kind]
         batch = cache.shape[1]
         heads, kv_heads = out.shape[1] // arch.head_dim, cache.shape[2]
-        split = qkv.unflatten(-1, (-1, arch.head_dim)).unflatten(0, (batch, -1))  # (batch, seq, all heads, head_dim)
-        q, k, v = split.split([heads, kv_heads, kv_heads], dim=2)
+        split = qkv.reshape(batch, len(qkv) // batch, -1, arch.head_dim)  # (batch, seq, all heads, head_dim)
+        q, k, v = torch.split(split, [heads, kv_heads, kv_heads], dim=2)
         if arch.qk_norm == "head":
             q = norm_heads(q, layer.q_norm[index], arch.norm_eps)
             k = norm_heads(k, layer.k_norm[index], arch.norm_eps)
@@ -316,13 +314,13 @@ class Decoder:
         arch, ranks = self._arch, self._ranks.num_ranks
         widths = [heads // ranks * arch.head_dim for heads in (arch.num_heads, arch.num_kv_heads, arch.num_kv_heads)]
         counts = [len(segment.layers) * width for segment in layer.segments for width in widths]
-        parts = list(qkv.split(counts, dim=-1))
+        parts = list(torch.split(qkv, counts, dim=-1))
         picked = [(3 * index + part, part) for index in range(len(layer.segments)) for part in (0, 1)]
-        split = {slot: parts[slot].float().unflatten(-1, (-1, widths[part])) for slot, part in picked}
+        split = {slot: parts[slot].float().reshape(len(qkv), -1, widths[part]) for slot, part in picked}
         squares = torch.cat([split[slot].square().sum(-1) for slot, _ in picked], dim=-1)  # (rows, 2 * members)
         squares = self._ranks.all_reduce(squares) / ranks
         counts = [split[slot].shape[1] for slot, _ in picked]
-        for (slot, part), total in zip(picked, squares.split(counts, dim=-1), strict=True):
+        for (slot, part), total in zip(picked, torch.split(squares, counts, dim=-1), strict=True):
             weight = (layer.q_norm, layer.k_norm)[part][slot // 3]
             factor = torch.rsqrt(total / widths[part] + arch.norm_eps)
             parts[slot] = (split[slot] * factor[..., None] * weight.float()).flatten(1).to(qkv.dtype)
@@ -384,14 +382,14 @@ def build_decoder(
     )
 
 
-def capture_graph(function: Callable[[], None], pool: tuple[int, int] | None = None) -> torch.cuda.CUDAGraph:
+def capture_graph(function: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:
     """Run a function a few times on a side stream, as capturing asks for, then capture it.
 
     Args:
         function: its inputs and outputs keep their addresses.
         pool: memory pool to share with graphs that never run at the same time.
     """
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(_WARM_UP_STEPS):

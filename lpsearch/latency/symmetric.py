@@ -106,7 +106,7 @@ def measure_all_reduce_ms(ranks: Ranks, *, num_elements: int) -> float:
     times = []
     for _ in range(_REPEATS):
         ranks.barrier()
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()
         stop.record()
@@ -135,9 +135,7 @@ def choose_ranks(group: dist.ProcessGroup, *, num_elements: int) -> tuple[GroupR
     for kind in [kind for kind in candidates if kind != "nccl" and not _agrees(candidates[kind], plain, num_elements)]:
         logger.warning("%s gives sums on these GPUs that NCCL does not; it is not used", kind)
         del candidates[kind]
-    times = {
-        kind: 1e3 * measure_all_reduce_ms(ranks, num_elements=num_elements) for kind, ranks in candidates.items()
-    }
+    times = {kind: 1e3 * measure_all_reduce_ms(ranks, num_elements=num_elements) for kind, ranks in candidates.items()}
     return candidates[min(times, key=lambda kind: times[kind])], times
 
 

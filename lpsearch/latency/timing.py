@@ -121,7 +121,7 @@ def _warm_up(step: Callable[[], object], device: torch.device, ranks: Ranks, sec
 def _time_ms(step: Callable[[], object], device: torch.device, count: int) -> float:
     """Return the mean time of so many steps in a row."""
     if device.type == "cuda":
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         for _ in range(count):
             step()

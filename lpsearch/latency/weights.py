@@ -124,7 +124,7 @@ def fuse_model(
         rank: this rank.
         num_ranks: ranks that share the model.
     """
-    decoder: Any = model.get_decoder()  # type: ignore[operator]
+    decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
     members = [_read_member(architecture, layer) for layer in decoder.layers]
     layers = []
     with torch.no_grad():
@@ -134,7 +134,7 @@ def fuse_model(
             shapes = _list_shapes(architecture, segments, num_ranks)
             assert {name: tuple(tensor.shape) for name, tensor in fused.items()} == shapes
             layers.append(_assemble(segments, {name: t.to(model.dtype).contiguous() for name, t in fused.items()}))
-        head: Any = model.get_output_embeddings()
+        head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         norm = decoder.norm.weight.float() + architecture.norm_offset
         rows = split_vocabulary(architecture, num_ranks)
         part = head.weight[rank * rows : (rank + 1) * rows]
@@ -193,11 +193,11 @@ def _list_shapes(arch: Architecture, segments: Sequence[Segment], num_ranks: int
 
 
 def _assemble(segments: tuple[Segment, ...], tensors: Mapping[str, Tensor]) -> WideLayer:
-    per_segment = {
-        name: tuple(tensors[f"{name}.{index}"] for index in range(len(segments)) if f"{name}.{index}" in tensors)
-        for name in ("q_norm", "k_norm")
-    }
-    return WideLayer(segments, **{name: t for name, t in tensors.items() if "." not in name}, **per_segment)
+    values: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if "." not in name}
+    for name in ("q_norm", "k_norm"):
+        parts = (f"{name}.{index}" for index in range(len(segments)))
+        values[name] = tuple(tensors[part] for part in parts if part in tensors)
+    return WideLayer(segments, **values)
 
 
 def _read_member(arch: Architecture, layer: Any) -> dict[str, Tensor | None]:

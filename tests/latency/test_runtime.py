@@ -25,7 +25,7 @@ OPTIONS = {
     "qwen3": {"attention_bias": True},
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
 }
-CASES = [(family, {}) for family in RUNTIME_FAMILIES] + [(family, options) for family, options in OPTIONS.items()]
+CASES = [(family, {}) for family in RUNTIME_FAMILIES] + list(OPTIONS.items())
 IDS = [family + ("-options" if options else "") for family, options in CASES]
 
 
