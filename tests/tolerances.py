@@ -13,3 +13,6 @@ FLOAT32_LOSS = 2e-5
 
 FLOAT32_GRADIENTS = 2e-5
 """Largest difference of float32 gradients that differ by the order of a few additions, relative to the largest one."""
+
+BFLOAT16_LOGITS = 0.05
+"""Relative difference (2-norm) of a tiny model's logits in bfloat16 from float32, six layers of rounding apart."""

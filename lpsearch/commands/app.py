@@ -210,17 +210,34 @@ def generate(
 def profile(
     model: ModelOption = None,
     out: Annotated[Path, typer.Option(help="profile file to write")] = Path("profile.json"),
-    batch: Annotated[int, typer.Option(help="sequences decoded together", min=1)] = 1,
-    context: Annotated[int, typer.Option(help="cached tokens of each sequence", min=0)] = 1024,
+    batch: Annotated[str, typer.Option(help="sequences decoded together, e.g. 1,16,64")] = "1",
+    context: Annotated[str, typer.Option(help="cached tokens of each sequence, e.g. 1024,4096")] = "1024",
+    prefill: Annotated[str | None, typer.Option(help="tokens of prompts to time as well, e.g. 2048")] = None,
     max_group: Annotated[int, typer.Option(help="most layers in a group", min=2)] = 2,
     device: DeviceOption = "auto",
     dtype: DtypeOption = DtypeName.AUTO,
+    tp: Annotated[int, typer.Option(help="GPUs that share the model (tensor parallelism)", min=1)] = 1,
+    emulate_tp: Annotated[int | None, typer.Option(help="estimate for so many GPUs from one of them", min=2)] = None,
+    all_reduce_us: Annotated[
+        float | None, typer.Option(help="with --emulate-tp: time of one sum over those GPUs", min=0)
+    ] = None,
 ) -> dict[str, Any]:
-    """Measure the decode latency of a model's shape at a few depths; needs no weights for a known alias."""
+    """Measure the latency of a model's shape at a few depths; needs no weights for a known alias."""
+    from lpsearch.commands.profile import parse_counts
     from lpsearch.commands.profile import profile as run_profile
 
     return run_profile(
-        model, out=out, batch_size=batch, context_len=context, max_group=max_group, device=device, dtype=dtype.value
+        model,
+        out=out,
+        batch_sizes=parse_counts(batch, option="--batch", least=1),
+        context_lens=parse_counts(context, option="--context", least=0),
+        prefill_lens=parse_counts(prefill, option="--prefill", least=1) if prefill else (),
+        max_group=max_group,
+        device=device,
+        dtype=dtype.value,
+        tp=tp,
+        emulate_tp=emulate_tp,
+        all_reduce_us=all_reduce_us,
     )
 
 

@@ -184,7 +184,7 @@ def _get_latency_model(
     store: StudyStore, values: OptimizeConfig, loaded: LoadedModel, *, show_progress: bool
 ) -> LatencyModel | None:
     """Return the latency model of the study: from a file, from its own record, or measured now and recorded."""
-    from lpsearch.latency import LatencyModel, check_profile_geometry, measure_profile
+    from lpsearch.latency import LatencyModel, check_profile_geometry, measure_or_reuse_profile
 
     if values.latency == "off":
         if values.objective == "latency":
@@ -203,11 +203,11 @@ def _get_latency_model(
         if profile != recorded:
             store.save_latency_profile(profile.model_dump(mode="json"))
         return LatencyModel(profile)
-    if recorded is not None and max(recorded.cost_ms) >= values.max_group:
+    if recorded is not None and _covers(LatencyModel(recorded), values.max_group):
         return LatencyModel(recorded)
     try:
         with show_steps("measuring latency", enabled=show_progress) as on_step:
-            profile = measure_profile(
+            profile = measure_or_reuse_profile(
                 model.config,
                 device=model.device,
                 dtype=model.dtype,
@@ -221,6 +221,20 @@ def _get_latency_model(
         return None
     store.save_latency_profile(profile.model_dump(mode="json"))
     return LatencyModel(profile)
+
+
+def _covers(latency_model: LatencyModel, max_group: int) -> bool:
+    """Tell whether every group that a plan may have was measured."""
+    num_layers = latency_model.profile.geometry.num_layers
+    try:
+        for first in range(num_layers):
+            for size in range(2, min(max_group, num_layers - first) + 1):
+                groups = [[i] for i in range(first)] + [list(range(first, first + size))]
+                plan = Plan.from_groups(groups + [[i] for i in range(first + size, num_layers)])
+                latency_model.estimate_latency_ms(plan)
+    except ConfigError:
+        return False
+    return True
 
 
 def _load_recorded_profile(store: StudyStore) -> LatencyProfile | None:

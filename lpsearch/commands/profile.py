@@ -1,72 +1,168 @@
-"""``lpsearch profile``: decode latency of a model's shape on this machine, as a file for another."""
+"""``lpsearch profile``: latency of a model's shape on this machine, as a file for another."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lpsearch.commands.console import stderr_console
 from lpsearch.commands.loading import resolve_device, resolve_dtype
 from lpsearch.commands.progress import show_steps
 from lpsearch.errors import ConfigError
 from lpsearch.plan import Plan
 
-__all__ = ["profile"]
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from lpsearch.latency import LatencyProfile, Workload
+
+__all__ = ["parse_counts", "profile"]
+
+_BUDGET_S = 15.0
 
 
 def profile(
     model: str | None,
     *,
     out: Path,
-    batch_size: int,
-    context_len: int,
+    batch_sizes: tuple[int, ...],
+    context_lens: tuple[int, ...],
+    prefill_lens: tuple[int, ...],
     max_group: int,
     device: str,
     dtype: str,
+    tp: int = 1,
+    emulate_tp: int | None = None,
+    all_reduce_us: float | None = None,
 ) -> dict[str, Any]:
-    """Measure decode steps at a few depths and write the fitted profile.
+    """Measure workloads at a few depths and write the fitted profile.
 
     Args:
         model: alias, hub id, directory or ``.gguf`` file; of an alias only the bundled geometry is needed.
         out: profile file to write.
-        batch_size: sequences decoded together.
-        context_len: cached tokens of each.
+        batch_sizes: sequences decoded together; each with every context length.
+        context_lens: cached tokens of each sequence.
+        prefill_lens: prompts to time as well, one sequence each.
         max_group: most layers in a group.
         device: torch device, or ``auto``.
         dtype: dtype of the weights, or ``auto``.
+        tp: GPUs that share the model.
+        emulate_tp: GPUs that are not there: one stands for them.
+        all_reduce_us: with ``emulate_tp``, time of a sum over them.
 
     Returns:
-        Where the profile is, the baseline's latency and that of the deepest plan.
+        Where the profile is, the first workload's baseline and that of the deepest plan.
     """
     if model is None:
         raise ConfigError("no model was named; give --model ALIAS (`lpsearch models` lists them), a hub id or a path")
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out}: its directory does not exist; make it first")
-    from lpsearch.latency import LatencyModel, measure_profile, save_profile
+    if (emulate_tp is None) != (all_reduce_us is None):
+        raise ConfigError("--emulate-tp and --all-reduce-us go together: how many GPUs, and what a sum over them takes")
+    if emulate_tp is not None and tp != 1:
+        raise ConfigError("--tp measures real GPUs and --emulate-tp estimates; give one of them")
+    from lpsearch.latency import (
+        LatencyModel,
+        emulate_profile_on_ranks,
+        measure_profile,
+        measure_profile_on_ranks,
+        save_profile,
+    )
     from lpsearch.models import load_geometry
 
     target = resolve_device(device)
     config = load_geometry(model)
-    with show_steps("measuring latency", enabled=True) as on_step:
-        measured = measure_profile(
-            config,
-            device=target,
-            dtype=resolve_dtype(dtype, target),
-            batch_size=batch_size,
-            context_len=context_len,
-            max_group=max_group,
-            on_progress=lambda share: on_step(round(1000 * share), 1000),
-        )
+    workloads = _list_workloads(config.get_text_config(), batch_sizes, context_lens, prefill_lens)
+    options: dict[str, Any] = {
+        "device": target,
+        "dtype": resolve_dtype(dtype, target),
+        "workloads": workloads,
+        "max_group": max_group,
+        "budget_s": _BUDGET_S,
+    }
+    with show_steps(f"measuring {len(workloads)} workloads", enabled=True) as on_step:
+        options["on_progress"] = lambda share: on_step(round(1000 * share), 1000)
+        measured: LatencyProfile | None
+        if emulate_tp is not None and all_reduce_us is not None:
+            measured = emulate_profile_on_ranks(config, num_ranks=emulate_tp, all_reduce_us=all_reduce_us, **options)
+        elif tp > 1:
+            measured = measure_profile_on_ranks(config, num_ranks=tp, **options)
+        else:
+            measured = measure_profile(config, **options)
+    if measured is None:  # a rank of torchrun that is not the first
+        return {"profile": None}
     save_profile(measured, out)
-    num_layers = measured.geometry.num_layers
+    stderr_console().print(_build_table(measured, max_group))
     latency_model = LatencyModel(measured)
-    deepest = Plan.from_groups(range(i, min(i + max_group, num_layers)) for i in range(0, num_layers, max_group))
+    deepest = _deepest(measured, max_group)
     return {
         "profile": str(out),
         "device": measured.device,
+        "num_ranks": measured.num_ranks,
+        "emulated": measured.emulated,
         "dtype": measured.dtype,
         "runtime": measured.runtime,
-        "baseline_latency_ms": latency_model.estimate_latency_ms(Plan.baseline(num_layers)),
+        "workloads": len(measured.workloads),
+        "baseline_latency_ms": latency_model.estimate_latency_ms(Plan.baseline(deepest.num_layers)),
         "least_depth": deepest.depth,
         "least_depth_latency_ms": latency_model.estimate_latency_ms(deepest),
-        "check_error": measured.check_error,
+        "check_error": max((w.check_error for w in measured.workloads if w.check_error is not None), default=None),
     }
+
+
+def parse_counts(text: str, *, option: str, least: int) -> tuple[int, ...]:
+    """Parse a list of numbers such as ``1,16,64``.
+
+    Args:
+        text: numbers between commas.
+        option: for the message.
+        least: smallest number that is allowed.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) >= least for part in parts):
+        raise ConfigError(f"{option} {text}: expected whole numbers from {least} between commas, e.g. 1,16,64")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def _list_workloads(
+    config: Any, batch_sizes: tuple[int, ...], context_lens: tuple[int, ...], prefill_lens: tuple[int, ...]
+) -> list[Workload]:
+    """Return the workloads, with contexts cut to what the model reads."""
+    from lpsearch.latency import Workload
+
+    longest = getattr(config, "max_position_embeddings", None) or max(context_lens) + 1
+    contexts = dict.fromkeys(min(tokens, longest - 1) for tokens in context_lens)
+    decodes = [Workload("decode", batch, tokens) for batch in batch_sizes for tokens in contexts]
+    return decodes + [Workload("prefill", 1, min(tokens, longest)) for tokens in prefill_lens]
+
+
+def _deepest(measured: LatencyProfile, max_group: int) -> Plan:
+    num_layers = measured.geometry.num_layers
+    return Plan.from_groups(range(i, min(i + max_group, num_layers)) for i in range(0, num_layers, max_group))
+
+
+def _build_table(measured: LatencyProfile, max_group: int) -> Table:
+    """Lay out each workload: the unmodified model by every way of running it, and the deepest plan against them."""
+    from rich import box
+    from rich.table import Table
+
+    from lpsearch.latency import LatencyModel
+
+    where = f"{measured.num_ranks} x {measured.device}" if measured.num_ranks > 1 else measured.device
+    title = f"{where}, {measured.dtype}, {measured.runtime}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("workload", "unmodified, ms", "fewest groups", "ms", "speed-up against", "off by", "GB/s a GPU"):
+        table.add_column(column, justify="left" if column == "workload" else "right")
+    deepest = _deepest(measured, max_group)
+    for index, workload in enumerate(measured.workloads):
+        time_ms = LatencyModel(measured, index).estimate_latency_ms(deepest)
+        base = ", ".join(f"{mode} {ms:.2f}" for mode, ms in workload.unmodified_ms.items())
+        gains = ", ".join(f"{mode} {ms / time_ms:.2f}x" for mode, ms in workload.unmodified_ms.items())
+        error = "" if workload.check_error is None else f"{workload.check_error:.1%}"
+        speed = "" if workload.achieved_gb_per_s is None else f"{workload.achieved_gb_per_s:.0f}"
+        name = f"{workload.kind} {workload.batch_size} x {workload.context_len}"
+        table.add_row(name, base, str(deepest.depth), f"{time_ms:.2f}", gains, error, speed)
+    return table

@@ -9,25 +9,40 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lpsearch.latency.measure import measure_profile
+    from lpsearch.latency.measure import Workload, measure_profile
     from lpsearch.latency.model import LatencyModel
     from lpsearch.latency.profile import LatencyProfile, check_profile_geometry, load_profile, save_profile
+    from lpsearch.latency.ranked import emulate_profile_on_ranks, measure_profile_on_ranks
+    from lpsearch.latency.reuse import measure_or_reuse_profile
+    from lpsearch.latency.runtime import Decoder, build_decoder
 
 __all__ = [
+    "Decoder",
     "LatencyModel",
     "LatencyProfile",
+    "Workload",
+    "build_decoder",
     "check_profile_geometry",
+    "emulate_profile_on_ranks",
     "load_profile",
+    "measure_or_reuse_profile",
     "measure_profile",
+    "measure_profile_on_ranks",
     "save_profile",
 ]
 
 _MODULE_OF = {
+    "Decoder": "runtime",
     "LatencyModel": "model",
     "LatencyProfile": "profile",
+    "Workload": "measure",
+    "build_decoder": "runtime",
     "check_profile_geometry": "profile",
+    "emulate_profile_on_ranks": "ranked",
     "load_profile": "profile",
+    "measure_or_reuse_profile": "reuse",
     "measure_profile": "measure",
+    "measure_profile_on_ranks": "ranked",
     "save_profile": "profile",
 }
 

@@ -1,4 +1,4 @@
-"""The latency model: a decode step costs a fixed overhead and, for each group, what a group of its size costs.
+"""The latency model: a step costs a fixed overhead and, for each group, what a group of its kind and size costs.
 
 This module imports no torch.
 """
@@ -13,7 +13,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from lpsearch.errors import ConfigError
-from lpsearch.latency.profile import LatencyProfile
+from lpsearch.latency.profile import LatencyProfile, WorkloadProfile
 from lpsearch.plan import LatencyMetrics, Plan
 
 __all__ = ["GroupCosts", "LatencyModel", "fit_group_costs"]
@@ -25,56 +25,64 @@ class GroupCosts:
 
     Attributes:
         overhead_ms: time of a step that no layer causes.
-        cost_ms: time of one group, by its number of layers.
+        cost_ms: time of one group, by its kind, e.g. ``2 full``.
     """
 
     overhead_ms: float
-    cost_ms: Mapping[int, float]
+    cost_ms: Mapping[str, float]
 
-    def estimate_latency_ms(self, num_groups: Mapping[int, int]) -> float:
+    def estimate_latency_ms(self, num_groups: Mapping[str, int]) -> float:
         """Estimate a step's time.
 
         Args:
-            num_groups: number of groups of each size.
+            num_groups: number of groups of each kind.
 
         Raises:
-            ConfigError: for a size that was not measured.
+            ConfigError: for a kind that was not measured.
         """
-        unknown = sorted(size for size in num_groups if size not in self.cost_ms)
+        unknown = sorted(kind for kind in num_groups if kind not in self.cost_ms)
         if unknown:
             raise ConfigError(
-                f"the latency profile has no groups of {unknown[0]} layers (it has {sorted(self.cost_ms)}); "
+                f"the latency profile has no groups of {unknown[0]} layers (it has {', '.join(self.cost_ms)}); "
                 "measure again with a larger --max-group"
             )
-        return self.overhead_ms + sum(count * self.cost_ms[size] for size, count in num_groups.items())
+        return self.overhead_ms + sum(count * self.cost_ms[kind] for kind, count in num_groups.items())
 
 
 @dataclass(frozen=True)
 class LatencyModel:
-    """Estimates the decode latency of plans from a profile.
+    """Estimates the latency of plans from a profile.
 
     Attributes:
         profile: the profile whose fitted costs are used.
+        workload_index: which of its workloads.
     """
 
     profile: LatencyProfile
+    workload_index: int = 0
+
+    @property
+    def workload(self) -> WorkloadProfile:
+        """The workload that is estimated."""
+        return self.profile.workloads[self.workload_index]
 
     def estimate_latency_ms(self, plan: Plan) -> float:
-        """Estimate TPOT of a plan in milliseconds.
+        """Estimate a plan's time in milliseconds: TPOT of a decode workload, TTFT of a prefill.
 
         Raises:
             ConfigError: for a group larger than those measured, or another number of layers.
         """
-        if plan.num_layers != self.profile.geometry.num_layers:
+        geometry = self.profile.geometry
+        if plan.num_layers != geometry.num_layers:
             raise ConfigError(
-                f"the latency profile is of a model of {self.profile.geometry.num_layers} layers and the plan of one "
-                f"of {plan.num_layers}; measure this model"
+                f"the latency profile is of a model of {geometry.num_layers} layers and the plan of one of "
+                f"{plan.num_layers}; measure this model"
             )
-        costs = GroupCosts(self.profile.overhead_ms, self.profile.cost_ms)
-        return costs.estimate_latency_ms(Counter(len(group) for group in plan.groups))
+        costs = GroupCosts(self.workload.overhead_ms, self.workload.cost_ms)
+        return costs.estimate_latency_ms(Counter(geometry.describe_group(group) for group in plan.groups))
 
     def estimate_speedup(self, plan: Plan) -> float:
-        """Estimate by what factor the plan's decode step is faster than the unmodified model's."""
+        """Estimate by what factor the plan's step is faster than the unmodified model's under the same runtime."""
         return self.estimate_latency_ms(Plan.baseline(plan.num_layers)) / self.estimate_latency_ms(plan)
 
     def build_metrics(self, plan: Plan) -> LatencyMetrics:
@@ -85,32 +93,37 @@ class LatencyModel:
             latency_ms=self.estimate_latency_ms(plan),
             baseline_latency_ms=self.estimate_latency_ms(Plan.baseline(plan.num_layers)),
             speedup=self.estimate_speedup(plan),
-            batch_size=profile.batch_size,
-            context_len=profile.context_len,
+            batch_size=self.workload.batch_size,
+            context_len=self.workload.context_len,
             dtype=profile.dtype,
-            device=profile.device,
+            device=profile.device if profile.num_ranks == 1 else f"{profile.num_ranks} x {profile.device}",
             runtime=profile.runtime,
             versions=profile.versions,
         )
 
 
-def fit_group_costs(num_groups: Sequence[Mapping[int, int]], latency_ms: Sequence[float]) -> GroupCosts:
-    """Fit overhead and costs to measured depths by least squares of the relative errors.
-
-    Overhead, cost of one layer and what each further layer adds to a group are kept from being negative: noise may ask
-    for that, but a wider group never takes less time.
+def fit_group_costs(num_groups: Sequence[Mapping[str, int]], latency_ms: Sequence[float]) -> GroupCosts:
+    """Fit overhead and costs to measured depths by least squares of the relative errors, none of them negative.
 
     Args:
-        num_groups: for each depth, the number of groups of each size.
+        num_groups: for each depth, the number of groups of each kind.
         latency_ms: its time.
     """
-    sizes = sorted({size for counts in num_groups for size, count in counts.items() if count})
-    # Column j counts the groups of at least sizes[j] layers: its coefficient is what they cost beyond the next smaller.
-    matrix = np.array(
-        [[1, *(sum(n for s, n in counts.items() if s >= size) for size in sizes)] for counts in num_groups],
-        dtype=np.float64,
-    )
+    kinds = list(dict.fromkeys(kind for counts in num_groups for kind, count in counts.items() if count))
+    matrix = np.array([[1, *(counts.get(kind, 0) for kind in kinds)] for counts in num_groups], dtype=np.float64)
     times = np.asarray(latency_ms, dtype=np.float64)
     coefficients, _ = nnls(matrix / times[:, None], np.ones_like(times))
-    costs = np.cumsum(coefficients[1:])
-    return GroupCosts(float(coefficients[0]), {size: float(cost) for size, cost in zip(sizes, costs, strict=True)})
+    costs = _order_costs(dict(zip(kinds, (float(cost) for cost in coefficients[1:]), strict=True)))
+    return GroupCosts(float(coefficients[0]), costs)
+
+
+def _order_costs(costs: Mapping[str, float]) -> dict[str, float]:
+    """Raise the cost of any group to that of every group that it contains: noise must not make more layers cheaper."""
+    members = {kind: _count_members(kind) for kind in costs}
+    return {kind: max(cost for other, cost in costs.items() if not members[other] - members[kind]) for kind in costs}
+
+
+def _count_members(kind: str) -> Counter[str]:
+    """Parse the kind of a group, e.g. ``1 full + 2 sliding``."""
+    parts = (part.split(" ", 1) for part in kind.split(" + "))
+    return Counter({name: int(count) for count, name in parts})

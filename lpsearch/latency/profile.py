@@ -22,12 +22,13 @@ __all__ = [
     "LatencyProfile",
     "MeasuredPoint",
     "ProfileGeometry",
+    "WorkloadProfile",
     "check_profile_geometry",
     "load_profile",
     "save_profile",
 ]
 
-PROFILE_SCHEMA_VERSION = 1
+PROFILE_SCHEMA_VERSION = 2
 """Version of the profile file's form; raised when a reader of the old form could misread the new one."""
 
 
@@ -36,7 +37,11 @@ class _FileModel(BaseModel):
 
 
 class ProfileGeometry(_FileModel):
-    """The shape of a model as far as its speed depends on it; a profile holds for models of the same shape."""
+    """The shape of a model as far as its speed depends on it; a profile holds for models of the same shape.
+
+    Attributes:
+        layer_kinds: for each layer, what distinguishes its time, e.g. ``full`` or ``sliding``.
+    """
 
     model_type: str
     num_layers: int = Field(gt=0)
@@ -46,6 +51,7 @@ class ProfileGeometry(_FileModel):
     num_key_value_heads: int = Field(gt=0)
     head_dim: int = Field(gt=0)
     vocab_size: int = Field(gt=0)
+    layer_kinds: tuple[str, ...]
 
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> ProfileGeometry:
@@ -61,22 +67,28 @@ class ProfileGeometry(_FileModel):
             num_key_value_heads=getattr(config, "num_key_value_heads", None) or num_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
             vocab_size=config.vocab_size,
+            layer_kinds=_list_kinds(config),
         )
+
+    def describe_group(self, group: tuple[int, ...] | range) -> str:
+        """Name a group by what its time depends on, e.g. ``2 full`` or ``1 full + 1 sliding``."""
+        kinds = [self.layer_kinds[layer_idx] for layer_idx in group]
+        return " + ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
 
 
 class MeasuredPoint(_FileModel):
-    """Decode steps of one depth.
+    """Times of one depth, decode steps or prefills.
 
     Attributes:
-        num_groups: number of groups of each size.
+        num_groups: number of groups of each kind, e.g. ``{"1 full": 18, "2 full": 7}``.
         use: whether the costs were fitted to it, or only checked on it.
-        median_ms: median time of a step.
+        median_ms: median over blocks.
         p10_ms: 10th percentile.
         p90_ms: 90th percentile.
-        num_samples: steps timed.
+        num_samples: blocks timed.
     """
 
-    num_groups: dict[int, int]
+    num_groups: dict[str, int]
     use: Literal["fit", "check"]
     median_ms: float = Field(gt=0)
     p10_ms: float = Field(gt=0)
@@ -84,41 +96,68 @@ class MeasuredPoint(_FileModel):
     num_samples: int = Field(gt=0)
 
 
+class WorkloadProfile(_FileModel):
+    """One workload's measurements and the additive costs fitted to them.
+
+    Attributes:
+        kind: ``decode``: one step of every sequence (TPOT); ``prefill``: whole prompts (TTFT).
+        batch_size: sequences together.
+        context_len: cached tokens of each sequence, or the tokens of its prompt.
+        num_layers_measured: layers that were built; fewer than the model's where memory was short.
+        all_reduce: how sums over ranks were made, ``none`` on one.
+        all_reduce_us: time of one sum, of each kind that was tried.
+        points: the measurements.
+        overhead_ms: fitted time of embedding, head and everything else that no layer causes.
+        cost_ms: fitted time of one group, by its kind.
+        check_error: largest relative error on points that were not fitted to; None without such a point.
+        check_mean_error: their mean relative error.
+        unmodified_ms: time of the unmodified model by how it is run: ``eager``, ``graph`` (captured) and ``compiled``
+            (fused and captured, which the costs are of); on a CPU ``eager`` alone.
+        achieved_gb_per_s: bytes that the unmodified model's step must read on one GPU over its time; None for prefill.
+    """
+
+    kind: Literal["decode", "prefill"] = "decode"
+    batch_size: int = Field(gt=0)
+    context_len: int = Field(ge=0)
+    num_layers_measured: int = Field(gt=0)
+    all_reduce: str = "none"
+    all_reduce_us: dict[str, float] = Field(default_factory=dict)
+    points: tuple[MeasuredPoint, ...] = Field(min_length=1)
+    overhead_ms: float = Field(ge=0)
+    cost_ms: dict[str, float] = Field(min_length=1)
+    check_error: float | None = Field(default=None, ge=0)
+    check_mean_error: float | None = Field(default=None, ge=0)
+    unmodified_ms: dict[str, float] = Field(default_factory=dict)
+    achieved_gb_per_s: float | None = Field(default=None, gt=0)
+
+
 class LatencyProfile(_FileModel):
-    """Measured decode times of a model's shape on a device, and the additive costs fitted to them.
+    """Measured times of a model's shape on a device, and the additive costs fitted to them.
 
     Attributes:
         schema_version: version of this form.
         device: name of the device, e.g. ``NVIDIA H100 80GB HBM3``.
+        num_ranks: GPUs that share the model.
+        emulated: whether one GPU stood for all of them, and the sums' time was added: an estimate.
         num_threads: CPU threads of the run.
         dtype: dtype of weights and cache, e.g. ``bfloat16``.
         versions: package versions.
         geometry: shape of the model.
-        num_layers_measured: layers that were built; fewer than the model's where memory was short.
-        batch_size: sequences decoded together.
-        context_len: cached tokens of each sequence.
         runtime: what executed the step.
-        points: the measurements.
-        overhead_ms: fitted time of embedding, head and everything else that no layer causes.
-        cost_ms: fitted time of one group, by its number of layers.
-        check_error: largest relative error on points that were not fitted to; None without such a point.
+        workloads: what was measured; a search uses the first.
         created_at: ISO 8601 time, UTC.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     device: str
+    num_ranks: int = Field(default=1, gt=0)
+    emulated: bool = False
     num_threads: int = Field(gt=0)
     dtype: str
     versions: dict[str, str]
     geometry: ProfileGeometry
-    num_layers_measured: int = Field(gt=0)
-    batch_size: int = Field(gt=0)
-    context_len: int = Field(ge=0)
     runtime: str
-    points: tuple[MeasuredPoint, ...] = Field(min_length=1)
-    overhead_ms: float = Field(ge=0)
-    cost_ms: dict[int, float] = Field(min_length=1)
-    check_error: float | None = Field(default=None, ge=0)
+    workloads: tuple[WorkloadProfile, ...] = Field(min_length=1)
     created_at: str
 
 
@@ -172,11 +211,27 @@ def check_profile_geometry(profile: LatencyProfile, config: PretrainedConfig) ->
     """
     found = profile.geometry.model_dump()
     expected = ProfileGeometry.from_config(config).model_dump()
-    differences = [
-        f"{name} {found[name]} (the model: {expected[name]})" for name in found if found[name] != expected[name]
-    ]
-    if differences:
+    different = [name for name in found if found[name] != expected[name]]
+    if len(different) > 1 and "layer_kinds" in different and "num_layers" in different:
+        different.remove("layer_kinds")  # the number says it
+    if different:
+        differences = [f"{name} {found[name]} (the model: {expected[name]})" for name in different]
         raise ConfigError(
             f"the latency profile is of another geometry: {', '.join(differences)}; measure this model, or drop "
             "--latency to measure here"
         )
+
+
+def _list_kinds(config: Any) -> tuple[str, ...]:
+    """Return what distinguishes each layer's time: how far it attends, and whether its MLP is dense."""
+    num_layers: int = config.num_hidden_layers
+    layer_types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if layer_types is not None:
+        kinds = ["sliding" if name == "sliding_attention" and window else "full" for name in layer_types]
+    else:
+        kinds = ["sliding" if window and config.model_type in ("mistral", "phi3", "mixtral") else "full"] * num_layers
+    if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
+        dense = set(getattr(config, "mlp_only_layers", None) or ())
+        kinds = [kind if layer_idx in dense else f"{kind} moe" for layer_idx, kind in enumerate(kinds)]
+    return tuple(kinds)

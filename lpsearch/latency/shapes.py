@@ -1,4 +1,4 @@
-"""Models by shape: random weights, any depth, a group of layers as one wide layer.
+"""Transformers models by shape: random weights, any depth, a group of layers as one wide layer.
 
 Fused, a group of m layers is one decoder layer with m times the heads, key-value heads and intermediate size: the rows
 of its input projections are the members' stacked, the columns of its output projections the members' side by side, so
@@ -18,15 +18,14 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from lpsearch.errors import FamilyError
+from lpsearch.latency.arena import Arena, align_elements
 from lpsearch.models.families import get_decoder, get_decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["Arena", "FixedCacheLayer", "ShapeModel", "can_widen", "widen_config"]
+__all__ = ["FixedCacheLayer", "ShapeModel", "can_widen", "widen_config"]
 
-_ALIGNMENT = 64  # elements; keeps every weight on the address boundary that a fresh allocation would have
-_FILL_BLOCK = 1 << 20
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -59,42 +58,6 @@ def can_widen(config: PretrainedConfig) -> bool:
     wide = _build_meta_layer(layer_class, widen_config(config, 2), 0)
     pairs = list(zip(singles[0].parameters(), wide.parameters(), strict=True))
     return all(w.numel() == 2 * s.numel() for s, w in pairs if s.ndim > 1)
-
-
-class Arena:
-    """One block of device memory whose parts stand for weights or caches of several models that run in turn.
-
-    Depths of one model share an arena: each reads as many bytes as it would alone, and all together occupy only one
-    model's memory.
-    """
-
-    def __init__(self, *, num_elements: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocate and fill; small random values, since zeros and denormal numbers may take another time."""
-        self._block = torch.empty(num_elements, dtype=dtype, device=device)
-        generator = torch.Generator().manual_seed(0)
-        values = (torch.randn(min(_FILL_BLOCK, num_elements), generator=generator) * 0.02).to(
-            device=device, dtype=dtype
-        )
-        for start in range(0, num_elements, len(values)):
-            part = self._block[start : start + len(values)]
-            part.copy_(values[: len(part)])
-        self._used = 0
-
-    def rewind(self) -> None:
-        """Begin again from the start: what follows belongs to another model."""
-        self._used = 0
-
-    def take(self, shape: Sequence[int]) -> torch.Tensor:
-        """Return the next part, of the given shape.
-
-        Raises:
-            RuntimeError: if the arena is too small.
-        """
-        start, stop = self._used, self._used + _aligned(torch.Size(shape).numel())
-        if stop > len(self._block):
-            raise RuntimeError(f"an arena of {len(self._block)} elements is too small for {stop}")
-        self._used = stop
-        return self._block[start : start + torch.Size(shape).numel()].view(*shape)
 
 
 class FixedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -240,14 +203,14 @@ def layer_sizes(config: PretrainedConfig) -> list[int]:
     """Return the number of elements, padding included, of each decoder layer's weights."""
     layer_class = _find_layer_class(config)
     layers = (_build_meta_layer(layer_class, config, index) for index in range(config.num_hidden_layers))
-    return [sum(_aligned(parameter.numel()) for parameter in layer.parameters()) for layer in layers]
+    return [sum(align_elements(parameter.numel()) for parameter in layer.parameters()) for layer in layers]
 
 
 def cache_size(config: PretrainedConfig, *, batch_size: int, context_len: int) -> int:
     """Return the number of elements, padding included, of a full-attention cache of all layers."""
     num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(config.num_hidden_layers) * 2 * _aligned(batch_size * num_heads * (context_len + 1) * head_dim)
+    return int(config.num_hidden_layers) * 2 * align_elements(batch_size * num_heads * (context_len + 1) * head_dim)
 
 
 def _per_layer_lists(config: PretrainedConfig) -> dict[str, list[Any]]:
@@ -257,10 +220,6 @@ def _per_layer_lists(config: PretrainedConfig) -> dict[str, list[Any]]:
         for name, value in vars(config).items()
         if isinstance(value, list) and len(value) == config.num_hidden_layers
     }
-
-
-def _aligned(num_elements: int) -> int:
-    return -(-num_elements // _ALIGNMENT) * _ALIGNMENT
 
 
 def _build_skeleton(config: PretrainedConfig, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

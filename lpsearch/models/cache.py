@@ -7,7 +7,7 @@ from pathlib import Path
 
 __all__ = ["CACHE_PARTS", "cache_directory"]
 
-CACHE_PARTS = ("converted", "packages", "windows")
+CACHE_PARTS = ("converted", "latency", "packages", "windows")
 """Folders that lpsearch makes in its cache; whatever else is there is not its own."""
 
 

@@ -230,7 +230,8 @@ def test_latencies_of_another_profile_are_not_mixed(run_lpsearch: Run, arguments
     made = run_lpsearch(*("profile", "--model", model, "--out", tmp_path / "a.json", "--context", 8, "--device", "cpu"))
     assert made.exit_code == 0, made.stderr
     other = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
-    other["cost_ms"] = {size: 10 * cost + 1 for size, cost in other["cost_ms"].items()}
+    for workload in other["workloads"]:
+        workload["cost_ms"] = {kind: 10 * cost + 1 for kind, cost in workload["cost_ms"].items()}
     (tmp_path / "b.json").write_text(json.dumps(other), encoding="utf-8")
     by_latency = [*arguments, "--budget", 4, "--objective", "latency", "--latency"]
     assert run_lpsearch(*by_latency, tmp_path / "a.json").exit_code == 0

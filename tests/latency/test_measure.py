@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from lpsearch.errors import LpsearchError
-from lpsearch.latency import LatencyModel, measure_profile
+from lpsearch.errors import ConfigError, LpsearchError
+from lpsearch.latency import LatencyModel, Workload, measure_or_reuse_profile, measure_profile
 from lpsearch.latency import measure as measure_module
-from lpsearch.latency.shapes import Arena, FixedCacheLayer, ShapeModel, widen_config
+from lpsearch.latency.architecture import RUNTIME_FAMILIES, read_architecture
+from lpsearch.latency.arena import Arena
+from lpsearch.latency.measure import _choose_depths
+from lpsearch.latency.ranked import emulate_profile_on_ranks, measure_profile_on_ranks
+from lpsearch.latency.shapes import FixedCacheLayer, ShapeModel, widen_config
+from lpsearch.latency.timing import StepTiming, bootstrap_ratio, measure_interleaved
 from lpsearch.plan import Plan
 from lpsearch.transform import applied_plan
 from tests.tiny_models import FAMILIES, SLIDING_WINDOW, build_tiny_model
@@ -67,19 +73,100 @@ def test_widening_leaves_the_configuration_alone():
 def test_every_family_is_measured(family):
     config = build_tiny_model(family).config
     profile = measure_profile(config, device="cpu", dtype=torch.float32, context_len=12, max_group=3, budget_s=0.05)
-    times = [profile.overhead_ms, *profile.cost_ms.values(), *(point.median_ms for point in profile.points)]
+    (workload,) = profile.workloads
+    times = [workload.overhead_ms, *workload.cost_ms.values(), *(point.median_ms for point in workload.points)]
     assert all(math.isfinite(time) and time >= 0 for time in times)
-    assert all(point.median_ms > 0 for point in profile.points)
-    assert set(profile.cost_ms) == {1, 2, 3}
-    assert profile.runtime.endswith("layers not fused" if family in UNFUSED else "fused layers")
-    assert {point.use for point in profile.points} == {"fit", "check"}
-    assert LatencyModel(profile).estimate_latency_ms(Plan.from_groups([[0], [1, 2], [3, 4, 5]])) > 0
+    assert {point.use for point in workload.points} == {"fit", "check"}
+    if config.model_type in RUNTIME_FAMILIES:
+        assert profile.runtime == "wide layers, eager"
+    else:
+        assert profile.runtime.endswith("layers not fused" if family in UNFUSED else "fused layers")
+    for groups in ([[0], [1, 2], [3, 4, 5]], [[0, 1, 2], [3, 4], [5]], [[i] for i in range(6)]):
+        assert LatencyModel(profile).estimate_latency_ms(Plan.from_groups(groups)) > 0
 
 
 def test_unfused_groups_cost_what_their_layers_cost():
     config = build_tiny_model("mixtral").config
-    profile = measure_profile(config, device="cpu", dtype=torch.float32, context_len=4, budget_s=0.05)
-    assert profile.cost_ms[2] == 2 * profile.cost_ms[1]
+    (workload,) = measure_profile(config, device="cpu", dtype=torch.float32, context_len=4, budget_s=0.05).workloads
+    costs = list(workload.cost_ms.values())
+    assert costs[1] == 2 * costs[0]
+
+
+def test_depths_tell_every_kind_of_group_apart():
+    architecture = read_architecture(build_tiny_model("gemma3_text", num_layers=12).config)
+    depths = _choose_depths(architecture, 12, 3)
+    counts = [depth.count_groups(architecture) for depth in depths if depth.use == "fit"]
+    kinds = {kind for count in counts for kind in count}
+    possible = {
+        architecture.describe_group(range(first, first + size)) for size in (1, 2, 3) for first in range(13 - size)
+    }
+    assert kinds == possible
+    matrix = torch.tensor([[1.0, *(count.get(kind, 0) for kind in sorted(kinds))] for count in counts])
+    assert torch.linalg.matrix_rank(matrix) == 1 + len(kinds)
+    assert max(len(depth.layers) for depth in depths) <= 12
+
+
+def test_prompts_and_batches_are_workloads():
+    config = build_tiny_model("gemma2").config
+    workloads = [Workload("decode", 2, 9), Workload("prefill", 1, 7)]
+    profile = measure_profile(config, device="cpu", dtype=torch.float32, workloads=workloads, budget_s=0.05)
+    assert [(w.kind, w.batch_size, w.context_len) for w in profile.workloads] == [("decode", 2, 9), ("prefill", 1, 7)]
+    assert profile.workloads[0].achieved_gb_per_s > 0
+    assert profile.workloads[1].achieved_gb_per_s is None
+
+
+def test_a_profile_is_measured_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("LPSEARCH_CACHE", str(tmp_path))
+    options = {"device": torch.device("cpu"), "dtype": torch.float32, "context_len": 4}
+    first = measure_or_reuse_profile(build_tiny_model("llama").config, **options)
+    assert measure_or_reuse_profile(build_tiny_model("llama", seed=1).config, **options) == first
+    wider = build_tiny_model("llama", intermediate_size=64).config
+    assert measure_or_reuse_profile(wider, **options).geometry != first.geometry
+    (file, _) = sorted((tmp_path / "latency").iterdir(), key=lambda path: path.stat().st_mtime)
+    file.write_text("{", encoding="utf-8")
+    again = measure_or_reuse_profile(build_tiny_model("llama").config, **options)
+    assert "unusable" in caplog.text
+    assert again.geometry == first.geometry
+
+
+def test_ranks_that_are_not_there_are_an_estimate():
+    config = build_tiny_model("llama").config
+    options = {"device": torch.device("cpu"), "dtype": torch.float32, "max_group": 2, "budget_s": 0.05}
+    workloads = [Workload("decode", 1, 8)]
+    profile = emulate_profile_on_ranks(config, num_ranks=2, all_reduce_us=1e6, workloads=workloads, **options)
+    assert profile.emulated
+    assert "estimate" in profile.runtime
+    assert all(2000 < cost < 2100 for cost in profile.workloads[0].cost_ms.values())
+    with pytest.raises(ConfigError, match="decode steps only"):
+        emulate_profile_on_ranks(config, num_ranks=2, all_reduce_us=1, workloads=[Workload("prefill", 1, 8)], **options)
+    with pytest.raises(ConfigError, match="cannot be divided over 3 ranks"):
+        emulate_profile_on_ranks(config, num_ranks=3, all_reduce_us=1, workloads=workloads, **options)
+
+
+@pytest.mark.slow
+def test_real_ranks_measure_one_profile():
+    options = {"device": torch.device("cpu"), "dtype": torch.float32, "max_group": 2, "budget_s": 0.05}
+    config = build_tiny_model("llama").config
+    profile = measure_profile_on_ranks(config, num_ranks=2, workloads=[Workload("decode", 1, 8)], **options)
+    assert (profile.num_ranks, profile.emulated, profile.workloads[0].all_reduce) == (2, False, "gloo")
+
+
+def test_steps_alternate_there_and_back():
+    seen = []
+    steps = [lambda name=name: seen.append(name) for name in "ab"]
+    timings = measure_interleaved(steps, device=torch.device("cpu"), budget_s=0, min_blocks=4, warm_up_s=0)
+    assert all(len(timing.blocks_ms) == 4 for timing in timings)
+    changes = [name for index, name in enumerate(seen) if index == 0 or seen[index - 1] != name]
+    assert "".join(changes).endswith("ababa")
+
+
+def test_a_ratio_comes_with_its_interval():
+    rng = np.random.default_rng(0)
+    first, second = (StepTiming(scale + 0.01 * rng.standard_normal(40)) for scale in (2.0, 1.0))
+    ratio, low, high = bootstrap_ratio(first, second)
+    assert low <= ratio <= high
+    assert high - low < 0.1
+    assert ratio == pytest.approx(2, rel=0.02)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -118,14 +205,17 @@ def test_a_fixed_cache_holds_the_context_and_slides_where_attention_does():
 
 def test_where_memory_is_short_fewer_layers_are_built(monkeypatch, caplog):
     config = build_tiny_model("llama", num_layers=12).config
-    monkeypatch.setattr(measure_module, "_get_usable_bytes", lambda device: 4 * (2 * 97 * 32 + 97 + 8 * 9000))
+    monkeypatch.setattr(measure_module, "_get_usable_bytes", lambda device: 4 * (2 * 97 * 32 + 3000 + 8 * 9000))
     profile = measure_profile(config, device="cpu", dtype=torch.float32, context_len=4, budget_s=0.05)
-    assert 4 <= profile.num_layers_measured < 12
+    assert 4 <= profile.workloads[0].num_layers_measured < 12
     assert profile.geometry.num_layers == 12
     assert "of 12 layers" in caplog.text
     monkeypatch.setattr(measure_module, "_get_usable_bytes", lambda device: 4 * 20000)
-    with pytest.raises(LpsearchError, match="not enough memory on cpu to measure latency: 4 layers"):
+    with pytest.raises(LpsearchError, match=r"not enough memory to measure latency: 4 layers .* not even the weights"):
         measure_profile(config, device="cpu", dtype=torch.float32, context_len=4)
+    monkeypatch.setattr(measure_module, "_get_usable_bytes", lambda device: 4 * 100000)
+    with pytest.raises(LpsearchError, match=r"what fits is \d+ tokens over all sequences, e.g. batch 8 with"):
+        measure_profile(config, device="cpu", dtype=torch.float32, batch_size=8, context_len=100)
 
 
 @pytest.mark.gpu
@@ -133,4 +223,5 @@ def test_a_gpu_is_measured():
     config = build_tiny_model("llama").config
     profile = measure_profile(config, device="cuda", dtype=torch.bfloat16, context_len=12, budget_s=0.5)
     assert profile.device == torch.cuda.get_device_name()
-    assert all(point.median_ms > 0 for point in profile.points)
+    assert all(point.median_ms > 0 for point in profile.workloads[0].points)
+    assert set(profile.workloads[0].unmodified_ms) == {"eager", "graph", "compiled"}

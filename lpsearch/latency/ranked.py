@@ -1,0 +1,164 @@
+"""Measuring a profile on several GPUs: real ranks, or one GPU's share of the work and a given time for the sums."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from lpsearch.errors import ConfigError
+from lpsearch.latency.architecture import read_architecture
+from lpsearch.latency.measure import Workload, measure_profile
+from lpsearch.latency.parallel import EmulatedRanks, Ranks, get_torchrun_size, join_ranks, run_ranks
+from lpsearch.latency.profile import LatencyProfile
+from lpsearch.latency.symmetric import choose_ranks
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = ["emulate_profile_on_ranks", "measure_profile_on_ranks"]
+
+_SUMS_PER_GROUP = 2
+
+
+def measure_profile_on_ranks(
+    config: PretrainedConfig,
+    *,
+    num_ranks: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    workloads: Sequence[Workload],
+    max_group: int,
+    budget_s: float,
+    on_progress: Callable[[float], None] | None = None,
+) -> LatencyProfile | None:
+    """Measure with a model shared by ranks: those that ``torchrun`` started, else new processes, which end with it.
+
+    Args:
+        config: the model's configuration.
+        num_ranks: ranks that share the model.
+        device: ``cuda`` for NCCL, one GPU a rank, or ``cpu`` for gloo.
+        dtype: of weights and cache.
+        workloads: what to measure.
+        max_group: largest group.
+        budget_s: about how long the timed part of each workload takes.
+        on_progress: called with the share done; under processes of its own only at the end.
+
+    Returns:
+        The profile; None on all ranks of ``torchrun`` but the first.
+
+    Raises:
+        ConfigError: if the ranks do not divide the model or outnumber the GPUs.
+        LpsearchError: if a rank fails.
+    """
+    read_architecture(config).check_ranks(num_ranks)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    options = (config, device.type, dtype, list(workloads), max_group, budget_s)
+    started = get_torchrun_size()
+    if started is None:
+        found = run_ranks(_measure_rank, num_ranks=num_ranks, backend=backend, arguments=options)
+        if on_progress is not None:
+            on_progress(1.0)
+        return LatencyProfile.model_validate(found)
+    if started != num_ranks:
+        raise ConfigError(f"torchrun started {started} ranks and --tp is {num_ranks}; make them equal")
+    group = join_ranks(backend)
+    try:
+        found = _measure_rank(group, *options)
+        return LatencyProfile.model_validate(found) if dist.get_rank(group) == 0 else None
+    finally:
+        dist.destroy_process_group()
+
+
+def emulate_profile_on_ranks(
+    config: PretrainedConfig,
+    *,
+    num_ranks: int,
+    all_reduce_us: float,
+    device: torch.device,
+    dtype: torch.dtype,
+    workloads: Sequence[Workload],
+    max_group: int,
+    budget_s: float,
+    on_progress: Callable[[float], None] | None = None,
+) -> LatencyProfile:
+    """Estimate the profile of ranks that are not there: one rank's work, measured, plus a time for each sum.
+
+    Args:
+        config: the model's configuration.
+        num_ranks: ranks that share the model.
+        all_reduce_us: time of one sum over the ranks of a decode step's hidden states.
+        device: of the one rank.
+        dtype: of weights and cache.
+        workloads: what to measure.
+        max_group: largest group.
+        budget_s: about how long the timed part of each workload takes.
+        on_progress: called with the share done.
+
+    Raises:
+        ConfigError: for a prefill, whose sums take another time, or if the ranks do not divide the model.
+    """
+    if any(workload.kind != "decode" for workload in workloads):
+        raise ConfigError("--emulate-tp estimates decode steps only; drop --prefill")
+    measured = measure_profile(
+        config,
+        device=device,
+        dtype=dtype,
+        workloads=workloads,
+        max_group=max_group,
+        budget_s=budget_s,
+        choose=lambda num_elements: (EmulatedRanks(num_ranks), {"given": all_reduce_us}),
+        on_progress=on_progress,
+    )
+    added_ms = _SUMS_PER_GROUP * all_reduce_us / 1e3
+    estimated = [
+        workload.model_copy(
+            update={
+                "cost_ms": {kind: cost + added_ms for kind, cost in workload.cost_ms.items()},
+                "unmodified_ms": {
+                    mode: time_ms + added_ms * measured.geometry.num_layers
+                    for mode, time_ms in workload.unmodified_ms.items()
+                },
+                "all_reduce": "given",
+            }
+        )
+        for workload in measured.workloads
+    ]
+    return measured.model_copy(
+        update={
+            "num_ranks": num_ranks,
+            "emulated": True,
+            "runtime": f"{measured.runtime}; estimate: one of {num_ranks} ranks measured, sums added",
+            "workloads": tuple(estimated),
+        }
+    )
+
+
+def _measure_rank(
+    group: dist.ProcessGroup,
+    config: PretrainedConfig,
+    device_type: str,
+    dtype: torch.dtype,
+    workloads: list[Workload],
+    max_group: int,
+    budget_s: float,
+) -> dict[str, Any]:
+    """Measure on one rank; returns the profile as a document."""
+    device = torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
+
+    def choose(num_elements: int) -> tuple[Ranks, dict[str, float]]:
+        return choose_ranks(group, num_elements=num_elements)
+
+    profile = measure_profile(
+        config,
+        device=device,
+        dtype=dtype,
+        workloads=[dataclasses.replace(workload) for workload in workloads],
+        max_group=max_group,
+        budget_s=budget_s,
+        choose=choose,
+    )
+    return profile.model_dump(mode="json")

@@ -1,0 +1,76 @@
+"""Profiles that were measured before, kept by everything that the measurement depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from lpsearch.errors import ConfigError
+from lpsearch.latency.measure import measure_profile, name_device
+from lpsearch.latency.profile import PROFILE_SCHEMA_VERSION, LatencyProfile, load_profile, save_profile
+from lpsearch.models.cache import cache_directory
+from lpsearch.versions import read_versions
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = ["measure_or_reuse_profile"]
+
+logger = logging.getLogger(__name__)
+
+
+def measure_or_reuse_profile(
+    config: PretrainedConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch_size: int = 1,
+    context_len: int = 1024,
+    max_group: int = 2,
+    on_progress: Callable[[float], None] | None = None,
+) -> LatencyProfile:
+    """Return the profile of a decode workload from the cache, or measure it and keep it.
+
+    The key is device, threads, versions, configuration, dtype and workload. The arguments are those of
+    :func:`lpsearch.latency.measure_profile`.
+    """
+    device = torch.device(device)
+    key = {
+        "schema_version": PROFILE_SCHEMA_VERSION,
+        "device": name_device(device),
+        "num_threads": torch.get_num_threads(),
+        "versions": read_versions(),
+        "config": config.get_text_config().to_diff_dict(),
+        "dtype": str(dtype),
+        "workload": [batch_size, context_len, max_group],
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:24]
+    path = cache_directory() / "latency" / f"{digest}.json"
+    if path.is_file():
+        try:
+            profile = load_profile(path)
+        except ConfigError as error:
+            logger.warning("a profile in the cache is unusable and measured again: %s", error)
+        else:
+            logger.info("latency was measured before, on %s", profile.created_at)
+            return profile
+    profile = measure_profile(
+        config,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        context_len=context_len,
+        max_group=max_group,
+        on_progress=on_progress,
+    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_profile(profile, path)
+    except OSError as error:
+        logger.warning("the latency profile cannot be kept for next time: %s", error)
+    return profile
