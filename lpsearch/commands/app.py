@@ -221,6 +221,7 @@ def profile(
     all_reduce_us: Annotated[
         float | None, typer.Option(help="with --emulate-tp: time of one sum over those GPUs", min=0)
     ] = None,
+    seconds: Annotated[float, typer.Option(help="about how long each workload is timed", min=0)] = 15.0,
 ) -> dict[str, Any]:
     """Measure the latency of a model's shape at a few depths; needs no weights for a known alias."""
     from lpsearch.commands.profile import parse_counts
@@ -238,6 +239,7 @@ def profile(
         tp=tp,
         emulate_tp=emulate_tp,
         all_reduce_us=all_reduce_us,
+        seconds=seconds,
     )
 
 

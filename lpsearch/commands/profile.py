@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["parse_counts", "profile"]
 
-_BUDGET_S = 15.0
-
 
 def profile(
     model: str | None,
@@ -34,6 +32,7 @@ def profile(
     tp: int = 1,
     emulate_tp: int | None = None,
     all_reduce_us: float | None = None,
+    seconds: float = 15.0,
 ) -> dict[str, Any]:
     """Measure workloads at a few depths and write the fitted profile.
 
@@ -49,6 +48,7 @@ def profile(
         tp: GPUs that share the model.
         emulate_tp: GPUs that are not there: one stands for them.
         all_reduce_us: with ``emulate_tp``, time of a sum over them.
+        seconds: about how long each workload is timed.
 
     Returns:
         Where the profile is, the first workload's baseline and that of the deepest plan.
@@ -78,7 +78,7 @@ def profile(
         "dtype": resolve_dtype(dtype, target),
         "workloads": workloads,
         "max_group": max_group,
-        "budget_s": _BUDGET_S,
+        "budget_s": seconds,
     }
     with show_steps(f"measuring {len(workloads)} workloads", enabled=True) as on_step:
         options["on_progress"] = lambda share: on_step(round(1000 * share), 1000)

@@ -19,11 +19,10 @@ try:
 except ImportError:  # builds of torch for the CPU alone come without it
     triton = None
 
-__all__ = ["attend_row", "choose_num_splits", "has_kernels", "multiply_row", "push_sum"]
+__all__ = ["attend_row", "choose_num_splits", "dependent_launch", "has_kernels", "multiply_row", "release", "wait"]
 
 _TARGET_BLOCKS = 264
 _MIN_SPLIT = 64
-_MAX_POLLS = 1 << 24  # about ten seconds
 _ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2}
 
 
@@ -46,12 +45,14 @@ if triton is not None:
         return 2 * tl.sigmoid(2 * x) - 1
 
     @triton.jit
-    def _wait(PDL: tl.constexpr):
+    def wait(PDL: tl.constexpr):
+        """Wait for the kernel before this one to end."""
         if PDL:
             tl.extra.cuda.gdc_wait()
 
     @triton.jit
-    def _release(PDL: tl.constexpr):
+    def release(PDL: tl.constexpr):
+        """Let the kernel behind this one start."""
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
 
@@ -88,8 +89,8 @@ if triton is not None:
         w = tl.load(w_ptrs, mask=mask, other=0.0)
         if ACTIVATION != 0:
             up = tl.load(up_ptrs, mask=mask, other=0.0)
-        _wait(PDL)
-        _release(PDL)
+        wait(PDL)
+        release(PDL)
         x = tl.load(x_ptr + cols, mask=cols < num_in, other=0.0).to(tl.float32)
         sums = w.to(tl.float32) * x[None, :]
         if ACTIVATION != 0:
@@ -185,8 +186,8 @@ if triton is not None:
         dim_mask = dims < HEAD_DIM
         partner = tl.load(partner_ptr + dims, mask=dim_mask, other=0)
         position = tl.load(position_ptr)
-        _wait(PDL)
-        _release(PDL)
+        wait(PDL)
+        release(PDL)
         first = 0
         if WINDOW > 0:
             first = tl.maximum(0, position - WINDOW + 1)
@@ -264,8 +265,8 @@ if triton is not None:
         PDL: tl.constexpr,
     ):
         head, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
-        _wait(PDL)
-        _release(PDL)
+        wait(PDL)
+        release(PDL)
         slot = sequence * tl.num_programs(0) + head
         splits = tl.arange(0, NUM_SPLITS)
         dims = tl.arange(0, BLOCK_DIM)
@@ -278,93 +279,6 @@ if triton is not None:
         out = tl.sum(partial * weights[:, None], axis=0)
         out_ptr += sequence * out_stride + head * HEAD_DIM
         tl.store(out_ptr + dims, out.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
-
-    @triton.jit(do_not_specialize=["sum_index"])
-    def _push_sum_kernel(
-        words_ptr,
-        out_ptr,
-        buffer_ptr,
-        pointers_ptr,
-        epoch_ptr,
-        sum_index,
-        num_words,
-        part,
-        RANK: tl.constexpr,
-        NUM_RANKS: tl.constexpr,
-        MAX_POLLS: tl.constexpr,
-        BLOCK: tl.constexpr,
-        PDL: tl.constexpr,
-    ):
-        offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        mask = offsets < num_words
-        _wait(PDL)
-        _release(PDL)
-        epoch = tl.load(epoch_ptr)
-        flag = (epoch * 1024 + sum_index + 1).to(tl.int64)
-        slot = (((epoch & 1) * 2 + (sum_index & 1)) * NUM_RANKS).to(tl.int64) * part
-        own = tl.load(words_ptr + offsets, mask=mask, other=0)
-        message = (flag << 32) | (own.to(tl.int64) & 0xFFFFFFFF)
-        for peer in tl.static_range(NUM_RANKS):
-            if peer != RANK:
-                peer_ptr = tl.load(pointers_ptr + peer).to(tl.pointer_type(tl.int64))
-                tl.store(peer_ptr + slot + RANK * part + offsets, message, mask=mask)
-        tl.debug_barrier()
-        low = tl.zeros([BLOCK], dtype=tl.float32)
-        high = tl.zeros([BLOCK], dtype=tl.float32)
-        for source in tl.static_range(NUM_RANKS):  # in the same order everywhere: the same bits everywhere
-            word = own
-            if source != RANK:
-                at = buffer_ptr + slot + source * part + offsets
-                got = tl.load(at, mask=mask, other=flag << 32, volatile=True)
-                missing = tl.max(((got >> 32) != flag).to(tl.int32), axis=0)
-                polls = 0
-                while (missing != 0) & (polls < MAX_POLLS):
-                    got = tl.load(at, mask=mask, other=flag << 32, volatile=True)
-                    missing = tl.max(((got >> 32) != flag).to(tl.int32), axis=0)
-                    polls += 1
-                # A rank that never came leaves no number behind, instead of a device that spins for ever.
-                word = tl.where(missing != 0, 0x7FC07FC0, (got & 0xFFFFFFFF).to(tl.int32))
-            low += (word << 16).to(tl.float32, bitcast=True)
-            high += (word & -65536).to(tl.float32, bitcast=True)
-        low_bits = low.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        high_bits = high.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) << 16
-        tl.store(out_ptr + offsets, low_bits | high_bits, mask=mask)
-
-
-def push_sum(partial: Tensor, *, buffer: Tensor, pointers: Tensor, epoch: Tensor, sum_index: int, rank: int) -> Tensor:
-    """Add a tensor up over ranks by writing it to all of them.
-
-    Args:
-        partial: bfloat16, an even number of elements.
-        buffer: (slots, ranks, words), int64, symmetric; this rank's.
-        pointers: (ranks,), int64: addresses of every rank's buffer.
-        epoch: number of the step, int32, a scalar on the device.
-        sum_index: number of the sum within the step, below 1024.
-        rank: this rank.
-
-    Returns:
-        The sum, shaped as ``partial``; the same bits on every rank.
-    """
-    out = torch.empty_like(partial)
-    num_words = partial.numel() // 2
-    block = 256 if num_words <= 4096 else 1024
-    _push_sum_kernel[(triton.cdiv(num_words, block),)](
-        partial.view(-1).view(torch.int32),
-        out.view(-1).view(torch.int32),
-        buffer,
-        pointers,
-        epoch,
-        sum_index,
-        num_words,
-        buffer.shape[2],
-        RANK=rank,
-        NUM_RANKS=len(pointers),
-        MAX_POLLS=_MAX_POLLS,
-        BLOCK=block,
-        num_warps=4,
-        **_dependent_launch(),
-    )
-    return out
 
 
 def multiply_row(
@@ -411,7 +325,7 @@ def multiply_row(
         ACTIVATION=_ACTIVATIONS[activation],
         EVEN=num_in % options["BLOCK_IN"] == 0,
         **options,
-        **_dependent_launch(),
+        **dependent_launch(),
     )
     return out
 
@@ -484,7 +398,7 @@ def attend_row(
         BLOCK_QUERIES=max(16, triton.next_power_of_2(queries)),
         BLOCK_LEN=64 if block_dim <= 128 else 32,
         num_warps=4,
-        **_dependent_launch(),
+        **dependent_launch(),
     )
     _combine_kernel[(num_heads, batch_size)](
         partial,
@@ -495,7 +409,7 @@ def attend_row(
         HEAD_DIM=head_dim,
         BLOCK_DIM=block_dim,
         num_warps=2,
-        **_dependent_launch(),
+        **dependent_launch(),
     )
 
 
@@ -512,7 +426,7 @@ def _choose_launch(num_out: int, num_in: int, *, gated: bool) -> dict[str, Any]:
     return {"BLOCK_OUT": 1, "BLOCK_IN": 2048, "num_warps": 4}
 
 
-def _dependent_launch() -> dict[str, bool]:
+def dependent_launch() -> dict[str, bool]:
     """Return the options that let a kernel start while the one before it ends (compute capability 9 and later)."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9:
         return {"PDL": False}

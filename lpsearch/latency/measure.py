@@ -108,7 +108,8 @@ def measure_profile(
         on_progress: called with the share done.
 
     Raises:
-        FamilyError: if transformers cannot build the model from its configuration.
+        FamilyError: if transformers cannot build the model from its configuration, or for prompts of a family that the
+            runtime does not compute.
         ConfigError: if the ranks do not divide the model.
         LpsearchError: if not even a few layers fit into memory.
     """
@@ -127,6 +128,8 @@ def measure_profile(
                 on_progress((done + share) / len(workloads))
 
         if config.model_type not in RUNTIME_FAMILIES:
+            if workload.kind != "decode":
+                read_architecture(config)  # which says which families prompts can be timed of
             runtime, result = measure_eager_workload(
                 config, geometry, workload.batch_size, workload.context_len,
                 device=device, dtype=dtype, max_group=max_group, budget_s=budget_s, on_progress=report,

@@ -101,6 +101,7 @@ def emulate_profile_on_ranks(
     Raises:
         ConfigError: for a prefill, whose sums take another time, or if the ranks do not divide the model.
     """
+    read_architecture(config).check_ranks(num_ranks)
     if any(workload.kind != "decode" for workload in workloads):
         raise ConfigError("--emulate-tp estimates decode steps only; drop --prefill")
     measured = measure_profile(

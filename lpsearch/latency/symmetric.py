@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lpsearch.latency.kernels import push_sum
 from lpsearch.latency.parallel import AllReduceKind, GroupRanks, Ranks
+from lpsearch.latency.push import push_sum
 
 __all__ = ["SymmetricRanks", "choose_ranks", "measure_all_reduce_ms"]
 
