@@ -53,7 +53,7 @@ from lpsearch.config import parse_layer_list
 from lpsearch.errors import ConfigError, LpsearchError
 from lpsearch.evaluation.losses import WindowLosses
 from lpsearch.plan import Plan
-from lpsearch.search import SAMPLER_NAMES, StudyStore, run_study
+from lpsearch.search import SAMPLER_NAMES, StudyStore, coordinator, run_study
 from studies.tables import Table, load_table
 
 FloatArray = NDArray[np.float64]
@@ -162,21 +162,21 @@ def replay_study(table: Table, *, sampler: str, budget: int, seed: int, staged: 
 
 @contextmanager
 def _time_asks() -> Iterator[list[float]]:
-    """Collect the milliseconds of every ``Study.ask`` of the block."""
+    """Collect the milliseconds of every ask of the block, sampler and storage together."""
     asks_ms: list[float] = []
-    ask = optuna.Study.ask
+    ask_trial = coordinator.ask_trial
 
-    def timed_ask(*args: Any, **kwargs: Any) -> optuna.Trial:
+    def timed_ask(*args: Any, **kwargs: Any) -> tuple[optuna.Trial, Plan]:
         began_at = time.perf_counter()
-        trial = ask(*args, **kwargs)
+        asked = ask_trial(*args, **kwargs)
         asks_ms.append(1e3 * (time.perf_counter() - began_at))
-        return trial
+        return asked
 
-    optuna.Study.ask = timed_ask  # type: ignore[method-assign]
+    coordinator.ask_trial = timed_ask
     try:
         yield asks_ms
     finally:
-        optuna.Study.ask = ask  # type: ignore[method-assign]
+        coordinator.ask_trial = ask_trial
 
 
 def replay_seeds(

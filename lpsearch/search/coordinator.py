@@ -31,6 +31,7 @@ from optuna.trial import TrialState
 from lpsearch.errors import ConfigError, StudyError
 from lpsearch.evaluation.losses import PlanEvaluator, WindowLosses
 from lpsearch.plan import Plan
+from lpsearch.search.asking import ask_trial
 from lpsearch.search.front import Objective, build_front, find_rival
 from lpsearch.search.ledger import Ledger
 from lpsearch.search.opening import open_study, read_finished, record_settings
@@ -231,6 +232,7 @@ class Coordinator:
             if not self._queue and not self._num_waiting and self._enumerates:
                 return None
             # Optuna hands out waiting trials first: those of a run that was killed between enqueueing and asking.
+            is_waiting = bool(self._num_waiting or self._queue)
             if self._num_waiting:
                 self._num_waiting -= 1
             elif self._queue:
@@ -238,9 +240,8 @@ class Coordinator:
                 with self._store.translate_errors():
                     self._study.enqueue_trial(self._space.build_params(plan), user_attrs={"origin": origin})
             with self._store.translate_errors():
-                trial = self._study.ask(dict(self._space.distributions))
+                trial, plan = ask_trial(self._study, self._space, self._store, is_waiting=is_waiting)
             self._open_trials.append(trial)
-            plan = self._space.build_plan(trial.params)
             if plan not in taken:
                 return self._open_job(trial, plan)
             self._fail(trial)  # only a waiting trial can repeat a plan

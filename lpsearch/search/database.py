@@ -44,6 +44,7 @@ __all__ = [
     "fronts_table",
     "latency_profiles_table",
     "open_optuna_storage",
+    "optuna_params_table",
     "optuna_studies_table",
     "parse_storage_url",
     "plans_table",
@@ -63,7 +64,10 @@ _BLOB = LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")
 _metadata = MetaData()
 
 optuna_studies_table: Table = OptunaModel.metadata.tables["studies"]
-"""Optuna's table of studies, for the one thing that its interface cannot do: renaming one."""
+"""Optuna's table of studies, since its interface cannot rename one."""
+
+optuna_params_table: Table = OptunaModel.metadata.tables["trial_params"]
+"""Optuna's table of parameters, since its interface writes each in a transaction of its own."""
 
 
 def _table(name: str, *columns: Any) -> Table:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.storages import RDBStorage
 from sqlalchemy import Connection, delete, func, insert, select, update
 
@@ -157,6 +158,29 @@ class StudyStore:
             )
         self._study_id = None
         return aside if changed else None
+
+    def record_params(
+        self, trial_id: int, params: Mapping[str, Any], distributions: Mapping[str, BaseDistribution]
+    ) -> None:
+        """Note all parameters of a running Optuna trial that has none yet.
+
+        Args:
+            trial_id: Optuna's key of the trial.
+            params: values by name.
+            distributions: what each value is from.
+        """
+        rows = [
+            {
+                "trial_id": trial_id,
+                "param_name": name,
+                "param_value": distributions[name].to_internal_repr(value),
+                "distribution_json": distribution_to_json(distributions[name]),
+            }
+            for name, value in params.items()
+        ]
+        if rows:
+            with self._transaction() as connection:
+                connection.execute(insert(db.optuna_params_table), rows)
 
     @property
     def study_id(self) -> int:

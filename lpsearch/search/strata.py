@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +51,8 @@ class Strata:
 
     def classify(self, joined: BoolArray) -> IntArray:
         """Return the (plans,) strata of (plans, num_joins) plans."""
+        if self._counts_joins:
+            return np.asarray(joined.sum(axis=1, dtype=np.int64))
         saving = np.zeros(len(joined))
         run = np.zeros(len(joined), dtype=np.int64)  # joins of the open group
         for join in range(joined.shape[1]):
@@ -60,6 +63,12 @@ class Strata:
             saving += np.where(is_set, step, 0.0)
             run = np.where(is_set, run + 1, 0)
         return np.clip(np.floor(saving + ROUNDING).astype(np.int64), 0, self.num_strata)
+
+    @cached_property
+    def _counts_joins(self) -> bool:
+        """Whether every join saves one stratum, so that a plan's stratum is its number of joins."""
+        sizes = np.arange(1.0, len(self.group_savings) + 1)
+        return bool((self.group_savings == sizes[:, None]).all())
 
 
 def build_strata(space: JoinSpace, estimate_latency_ms: Callable[[Plan], float] | None = None) -> Strata:
