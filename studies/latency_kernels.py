@@ -17,8 +17,8 @@ import torch.nn.functional as F
 
 from lpsearch.latency import kernels
 from lpsearch.latency.architecture import Architecture, read_architecture
+from lpsearch.latency.graphs import capture_graph
 from lpsearch.latency.parallel import GroupRanks, OneRank, Ranks, run_ranks
-from lpsearch.latency.runtime import capture_graph
 from lpsearch.latency.shaped import ShapedDecoders
 from lpsearch.latency.symmetric import SymmetricRanks, measure_all_reduce_ms
 from lpsearch.latency.timing import bootstrap_ratio, measure_interleaved

@@ -4,6 +4,7 @@
     python studies/latency_report.py --part table --model llama3.1-8b --tp 1
     python studies/latency_report.py --part additive --tp 2
     python studies/latency_report.py --part emulate --tp 2
+    python studies/latency_report.py --part auto
 
 Weights are random, by shape. Each part prints a table; the last line is one JSON object. ``--model`` may be a directory
 with a config.json of a tiny model, which runs on a CPU.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from typing import Any
 
 import numpy as np
@@ -67,7 +69,7 @@ def get_ranks(group: Any, num_elements: int) -> tuple[Ranks, dict[str, float]]:
 
 def time_plans(shaped: Any, plans: Any, kind: str, tokens: int, modes: Any, budget_s: float) -> dict[str, Any]:
     """Time plans in modes, interleaved; return milliseconds and ratios by plan and mode."""
-    steps, num_bytes = {}, {}
+    steps, num_bytes, fused = {}, {}, {}
     for mode in modes:
         for name, plan in plans.items() if mode == modes[0] else [("0 %", plans["0 %"])]:
             decoder = shaped.build(plan, length=tokens if kind == "decode" else 0, mode=mode)
@@ -75,7 +77,8 @@ def time_plans(shaped: Any, plans: Any, kind: str, tokens: int, modes: Any, budg
             if kind == "prefill":
                 steps[name, mode] = shaped.build_prefill(decoder, num_tokens=tokens)
             elif mode != "eager":
-                decoder.capture()
+                decoder.capture_fastest()
+            fused[name, mode] = decoder.fused_attention
             num_bytes[name, mode] = decoder.count_step_bytes()
     timings = measure_interleaved(list(steps.values()), device=shaped.device, ranks=shaped.ranks, budget_s=budget_s)
     found = dict(zip(steps, timings, strict=True))
@@ -86,6 +89,7 @@ def time_plans(shaped: Any, plans: Any, kind: str, tokens: int, modes: Any, budg
             "ms": timing.median_ms, "p10": timing.p10_ms, "p90": timing.p90_ms,
             "speedup": {other: found["0 %", other].median_ms / timing.median_ms for other in modes},
             "interval": [low, high], "blocks": len(timing.blocks_ms),
+            "fused_attention": fused[name, mode],
             "gb_per_s": num_bytes[name, mode] / timing.median_ms / 1e6 if kind == "decode" else None,
         }  # fmt: skip
     return rows
@@ -144,7 +148,7 @@ def run_part(group: Any, part: str, model: str, seconds: float) -> dict[str, Any
         decoders = [shaped.build(plan, length=context, mode=mode) for plan in plans.values()]
         for decoder in decoders:
             if mode != "eager":
-                decoder.capture()
+                decoder.capture_fastest()
         timings = measure_interleaved([d.run_step for d in decoders], device=device, ranks=ranks, budget_s=seconds / 2)
         estimates = [LatencyModel(profile).estimate_latency_ms(plan) for plan in plans.values()]
         errors = [e / t.median_ms - 1 for e, t in zip(estimates, timings, strict=True)]
@@ -155,6 +159,10 @@ def run_part(group: Any, part: str, model: str, seconds: float) -> dict[str, Any
             "worst": float(np.max(np.abs(errors))),
         }
         result["profile"] = profile.model_dump(mode="json")
+    elif part == "auto":  # what `optimize --latency auto` measures before it searches
+        began = time.perf_counter()
+        profile = measure_profile(config, device=device, dtype=dtype)
+        result |= {"measured_s": time.perf_counter() - began, "check_error": profile.workloads[0].check_error}
     elif part == "emulate":
         plans = {
             "0 %": Plan.baseline(num_layers),
@@ -182,7 +190,7 @@ def run_part(group: Any, part: str, model: str, seconds: float) -> dict[str, Any
 def main() -> None:
     """Run one part on one or several ranks and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", required=True, help="comma-separated: bars, table, additive, emulate")
+    parser.add_argument("--part", required=True, help="comma-separated: bars, table, additive, emulate, auto")
     parser.add_argument("--model", default="llama2-7b")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=3.0, help="about how long each set of plans is timed")

@@ -250,7 +250,7 @@ def _build_step(
     if workload.kind == "decode":
         decoder = shaped.build(depth.plan, length=workload.context_len, mode=mode, layers=depth.layers)
         if mode != "eager":
-            decoder.capture()
+            decoder.capture_fastest()
         return decoder.run_step, decoder.count_step_bytes()
     decoder = shaped.build(depth.plan, length=0, mode=mode, layers=depth.layers)
     return shaped.build_prefill(decoder, num_tokens=workload.context_len), 0

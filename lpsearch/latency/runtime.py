@@ -16,8 +16,10 @@ from lpsearch.errors import ConfigError
 from lpsearch.latency import kernels
 from lpsearch.latency.architecture import Architecture, AttentionKind, Segment, read_architecture
 from lpsearch.latency.attention import Rope, attend, norm_heads
+from lpsearch.latency.graphs import capture_graph
 from lpsearch.latency.operations import Operations
 from lpsearch.latency.parallel import OneRank, Ranks
+from lpsearch.latency.timing import measure_interleaved
 from lpsearch.latency.weights import DecoderWeights, WideLayer, fuse_model
 
 if TYPE_CHECKING:
@@ -33,7 +35,8 @@ __all__ = ["Decoder", "RunMode", "build_decoder", "default_mode"]
 RunMode = Literal["eager", "graph", "compiled"]
 """How a step runs: operation by operation; the same captured in a CUDA graph; fused and captured."""
 
-_WARM_UP_STEPS = 3
+_CHOICE_S = 0.1
+_CHOICE_BLOCKS = 5
 
 
 def default_mode(device: torch.device) -> RunMode:
@@ -56,6 +59,11 @@ class Decoder:
         ranks: the ranks that share the model; None for one.
         cache_arena: where to take the cache from; None allocates it.
         pool: memory pool of the graphs; None takes one of its own.
+
+    Attributes:
+        mode: how steps run.
+        tokens: (batch, 1), the last token of each sequence.
+        fused_attention: whether steps attend by this package's kernel, in ``compiled`` mode alone.
     """
 
     def __init__(
@@ -84,6 +92,7 @@ class Decoder:
         self._length = 0
         self._position = torch.zeros((), dtype=torch.int32, device=device)
         self._pool = pool
+        self.fused_attention = mode == "compiled"
         self._graph: torch.cuda.CUDAGraph | None = None
         self._graph_length = -1
         self._ropes: dict[AttentionKind, Rope] = {
@@ -153,7 +162,7 @@ class Decoder:
             self._decode()
             return
         # Fused attention reads the position on the device; plain attention slices the cache at one length.
-        if self._graph is None or (self.mode == "graph" and self._graph_length != self._length):
+        if self._graph is None or (not self.fused_attention and self._graph_length != self._length):
             self.capture()
         assert self._graph is not None
         self._graph.replay()
@@ -162,6 +171,34 @@ class Decoder:
         """Capture the step as a CUDA graph; the cache entry at the current length is overwritten."""
         tokens = self.tokens.clone()
         self._graph, self._graph_length = capture_graph(self._decode, self._pool), self._length
+        self.tokens.copy_(tokens)
+
+    def capture_fastest(self) -> None:
+        """Capture the step with the attention that is faster at this length, on the slowest rank.
+
+        For steps that are repeated at one length: the plain attention of the library is the faster one for many
+        sequences, but has to be captured again for each length.
+        """
+        if self.mode != "compiled":
+            self.capture()
+            return
+        tokens = self.tokens.clone()
+        graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        for fused in (True, False):
+            self.fused_attention = fused
+            self.capture()
+            assert self._graph is not None
+            graphs[fused] = self._graph
+        by_kernel, plain = measure_interleaved(
+            [graphs[True].replay, graphs[False].replay],
+            device=self.tokens.device,
+            ranks=self._ranks,
+            budget_s=_CHOICE_S,
+            min_blocks=_CHOICE_BLOCKS,
+            warm_up_s=_CHOICE_S,
+        )
+        self.fused_attention = by_kernel.median_ms <= plain.median_ms
+        self._graph = graphs[self.fused_attention]
         self.tokens.copy_(tokens)
 
     def capture_prefill(self, tokens: Tensor) -> Callable[[], object]:
@@ -248,7 +285,7 @@ class Decoder:
         heads, kv_heads = arch.num_heads // ranks, arch.num_kv_heads // ranks
         if arch.qk_norm == "full":
             qkv = self._norm_full_width(layer, qkv)
-        fused = self.mode == "compiled" and len(qkv) == batch
+        fused = self.fused_attention and len(qkv) == batch
         out = qkv.new_empty((len(qkv), sum(len(s.layers) for s in layer.segments) * heads * arch.head_dim))
         row, column = 0, 0
         for index, (segment, cache) in enumerate(zip(layer.segments, caches, strict=True)):
@@ -380,22 +417,3 @@ def build_decoder(
         mode=mode or default_mode(model.device),
         ranks=ranks,
     )
-
-
-def capture_graph(function: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:
-    """Run a function a few times on a side stream, as capturing asks for, then capture it.
-
-    Args:
-        function: its inputs and outputs keep their addresses.
-        pool: memory pool to share with graphs that never run at the same time.
-    """
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UP_STEPS):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
-        function()
-    return graph

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lpsearch.latency.graphs import capture_graph
 from lpsearch.latency.parallel import AllReduceKind, GroupRanks, Ranks
 from lpsearch.latency.push import push_sum
 
@@ -93,8 +94,6 @@ class SymmetricRanks(GroupRanks):
 
 def measure_all_reduce_ms(ranks: Ranks, *, num_elements: int) -> float:
     """Return the time of one sum of bfloat16 elements among many in a captured graph, on the slowest rank."""
-    from lpsearch.latency.runtime import capture_graph
-
     data = torch.ones(num_elements, dtype=torch.bfloat16, device="cuda")
 
     def run() -> None:
@@ -141,8 +140,6 @@ def choose_ranks(group: dist.ProcessGroup, *, num_elements: int) -> tuple[GroupR
 
 def _agrees(ranks: GroupRanks, plain: GroupRanks, num_elements: int) -> bool:
     """Tell whether sums in a graph that is replayed are NCCL's but for rounding, on every rank."""
-    from lpsearch.latency.runtime import capture_graph
-
     generator = torch.Generator().manual_seed(ranks.rank)
     data = torch.randn((_CHECKED_SUMS, num_elements), generator=generator).to("cuda", torch.bfloat16)
     found = torch.zeros_like(data)

@@ -139,6 +139,26 @@ def test_captured_steps_are_eager_steps(family, options, batch_size, mode):
 
 
 @pytest.mark.gpu
+def test_whichever_attention_is_captured_computes_the_same():
+    model = build_tiny_model("llama").to("cuda")
+    prompt = build_prompt().to("cuda")
+    eager, fused, chosen = (
+        build_decoder(model, PLANS["three"], batch_size=len(prompt), capacity=24, mode=mode)
+        for mode in ("eager", "compiled", "compiled")
+    )
+    for decoder in (eager, fused, chosen):
+        decoder.prefill(prompt)
+    chosen.capture_fastest()
+    for fused_attention in (True, False):
+        fused.fused_attention = fused_attention
+        fused.capture()
+        for decoder in (eager, fused, chosen):
+            decoder.step()
+        assert torch.equal(fused.tokens, eager.tokens)
+        assert torch.equal(chosen.tokens, eager.tokens)
+
+
+@pytest.mark.gpu
 def test_fused_steps_in_bfloat16_stay_near_float32():
     for family in RUNTIME_FAMILIES:
         model = build_tiny_model(family)
