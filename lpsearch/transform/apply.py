@@ -35,7 +35,7 @@ from lpsearch.models.families import (
 from lpsearch.models.fingerprint import fingerprint_model, fingerprints_match
 from lpsearch.plan import Plan
 
-__all__ = ["applied_plan", "apply_plan", "check_plan_model", "undo_plan"]
+__all__ = ["applied_plan", "apply_plan", "check_plan_model", "check_unplanned", "undo_plan"]
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +126,19 @@ def check_plan_model(plan: Plan, model: PreTrainedModel) -> None:
             f"{fingerprint}, expected {meant_for.fingerprint}; load {meant_for.id}"
             f"{f' at revision {meant_for.revision}' if meant_for.revision else ''}, or search a plan for this model"
         )
+
+
+def check_unplanned(model: PreTrainedModel) -> None:
+    """Check that every layer runs its class's own ``forward``.
+
+    Raises:
+        ModelError: if a plan is applied, or something else has replaced a layer's ``forward``.
+    """
+    if _find_application(model) is not None:
+        raise ModelError(
+            f"a plan is applied to this model ({type(model).__name__}); expected the unmodified one: call undo_plan"
+        )
+    _check_forwards(model)
 
 
 @dataclass
