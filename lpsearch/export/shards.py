@@ -1,8 +1,8 @@
 """Writing safetensors files tensor by tensor, and reading them likewise.
 
 A safetensors file is the length of its header (8 bytes, little-endian), the header (JSON: for each tensor its dtype,
-shape and offsets) and the tensors' bytes. Since the header needs no values, each tensor is computed, written and dropped
-before the next one: the memory needed is that of one tensor, whatever the size of a file.
+shape and offsets) and the tensors' bytes. Since the header needs no values, each tensor is computed, written and
+dropped before the next one: the memory needed is that of one tensor, whatever the size of a file.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def write_shard(
             tensor = compute(spec.name, spec.dtype)
             assert tuple(tensor.shape) == spec.shape, (spec, tensor.shape)
             # Flat pieces, so that what must be converted or made contiguous is never there twice as a whole.
-            for piece in tensor.detach().reshape(-1).split(_CHUNK_ELEMENTS):
+            for piece in torch.split(tensor.detach().reshape(-1), _CHUNK_ELEMENTS):
                 stream.write(piece.to("cpu", spec.dtype).contiguous().view(torch.uint8).numpy().data)
             del tensor
             on_tensor()
@@ -117,15 +117,14 @@ class SafetensorsReader:
     """The tensors of a model directory, each read from its file when it is asked for.
 
     A file is mapped while one of its tensors is in use and no longer, so that what was read does not stay in memory.
-
-    Args:
-        directory: that holds safetensors files, with an index if there are several.
-
-    Raises:
-        ModelError: if the index or a file cannot be read.
     """
 
     def __init__(self, directory: Path) -> None:
+        """Find the tensors of a directory that holds safetensors files, with an index if there are several.
+
+        Raises:
+            ModelError: if the index or a file cannot be read.
+        """
         self._file_of: dict[str, Path] = {}
         index = directory / INDEX_NAME
         try:
