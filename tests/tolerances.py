@@ -16,3 +16,9 @@ FLOAT32_GRADIENTS = 2e-5
 
 BFLOAT16_LOGITS = 0.05
 """Relative difference (2-norm) of a tiny model's logits in bfloat16 from float32, six layers of rounding apart."""
+
+FLOAT32_FUSED = 1e-5
+"""Relative difference (2-norm) of float32 logits of a fused model from the unfused plan's: norms are folded in."""
+
+BFLOAT16_NLL_NATS_PER_TOKEN = 2e-3
+"""Largest difference of a real model's loss in bfloat16 from that in its plan file, over a thousand tokens."""

@@ -69,6 +69,8 @@ def fuse_plan(model: _Model, plan: Plan) -> _Model:
     for module in model.modules():
         if getattr(module, "config", None) is base_config:
             module.config = fused_config
+        # Transformers hooks the layers for `output_hidden_states` once a model; these layers are new.
+        vars(module).pop("_output_capturing_hooks_installed", None)
     model.__class__ = getattr(modeling, modeling.class_name(base_config.model_type, "ForCausalLM"))
     logger.debug("%s: %d layers became %d wide ones", type(model).__name__, plan.num_layers, plan.depth)
     return model

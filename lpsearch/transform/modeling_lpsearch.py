@@ -129,7 +129,9 @@ class MemberPostNorms(nn.ModuleList):
         return total
 
 
-class AttentionSlot(nn.Module):
+# Transformers lets the attention implementation be chosen unless a class named "...Attention..." here derives from
+# nn.Module: such names are left to subclasses of its own.
+class LeadingSlot(nn.Module):
     """The members of a group that attend in a way of their own, ahead of the slot that is the layer."""
 
     def __init__(self, layer: Any) -> None:
@@ -198,13 +200,13 @@ def build_layers(config: Any) -> nn.ModuleList:
         _give_members_their_own(layer, config, family=family, num_members=len(members), num_grouped=len(group))
         if len(members) < len(group):
             side_by_side = hasattr(layer, "post_feedforward_layernorm")
-            attention = layer.self_attn
-            attention.__class__ = _carrying_attention(type(attention), side_by_side=side_by_side)
+            stock: Any = type(layer.self_attn)
+            layer.self_attn.__class__ = _carrying_attention(stock, side_by_side=side_by_side)
             is_last = all(later[0] not in group for later in config.lpsearch["slots"][slot + 1 :])
             if is_last:
                 layer.__class__ = _carrying_layer(layer_class)
             else:
-                layer = AttentionSlot(layer)
+                layer = LeadingSlot(layer)
         layers.append(layer)
     return nn.ModuleList(layers)
 
