@@ -23,10 +23,12 @@ import json, sys
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 torch.set_num_threads(1)
 batch = {name: torch.tensor(rows) for name, rows in json.loads(sys.argv[1]).items()}
 for directory in sys.argv[2:]:
-    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, tp_plan="auto").eval()
+    config = DistributedConfig(tp_size=2)
+    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, distributed_config=config).eval()
     with torch.no_grad():
         logits = model(**batch).logits
         tokens = model.generate(**batch, max_new_tokens=3, do_sample=False)
