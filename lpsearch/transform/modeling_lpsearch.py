@@ -110,11 +110,12 @@ class MemberNorms(nn.ModuleList):
 
     def forward(self, states: Tensor) -> Tensor:
         """Keep the shape, e.g. (batch, seq, turns x members x block, head_dim) for ``axis`` -2."""
-        axis = states.dim() + self.axis
-        parts = torch.unflatten(states, axis, (-1, len(self), self.block)).unbind(axis + 1)
-        normed = [norm(part.flatten(axis, axis + 1)) for norm, part in zip(self, parts, strict=True)]
-        turns = [torch.unflatten(part, axis, (-1, self.block)) for part in normed]
-        return torch.stack(turns, dim=axis + 1).flatten(axis, axis + 2)
+        members = torch.unflatten(states, self.axis, (-1, len(self), self.block))  # (..., turns, members, block, ...)
+        turns = []
+        for member in range(len(self)):
+            part = members.select(self.axis - 1, member).flatten(self.axis - 1, self.axis)
+            turns.append(torch.unflatten(self[member](part), self.axis, (-1, self.block)))
+        return torch.stack(turns, dim=self.axis - 1).flatten(self.axis - 2, self.axis)
 
 
 class MemberPostNorms(nn.ModuleList):
@@ -256,7 +257,18 @@ def _split_linear(owner: nn.Module, name: str, num_members: int, block: int) -> 
     width, has_bias = linear.in_features // num_members, linear.bias is not None
     members: list[nn.Module] = [nn.Linear(width, linear.out_features, bias=has_bias) for _ in range(num_members)]
     setattr(owner, f"{name}s", MemberLinears(members, block))
-    vars(owner)[name] = getattr(owner, f"{name}s")
+    stock: Any = type(owner)
+    owner.__class__ = _call_plural(stock, name)
+
+
+@cache
+def _call_plural(module_class: Any, name: str) -> type[nn.Module]:
+    """Return a subclass in which a submodule is found under the singular of its name too.
+
+    Runtimes that rewrite modules look at one module of a class to learn its submodules, so it is a class of its own.
+    """
+    plural = property(lambda module: getattr(module, f"{name}s"))
+    return type(module_class.__name__, (module_class,), {name: plural, "__module__": __name__})
 
 
 @contextmanager
@@ -294,6 +306,10 @@ def _build_classes(family: str) -> dict[str, type[Any]]:
             # a meaning there too: the value of one layer of the base model.
             values = object.__getattribute__(self, "__dict__")
             return values[name] if name in values else super().__getattribute__(name)
+
+    if family == "granite":
+        # What vLLM's Transformers backend multiplies logits by; transformers divides them by `logits_scaling` itself.
+        Config.logit_scale = property(lambda config: 1.0 / config.logits_scaling)
 
     class Model(getattr(modeling, f"{prefix}Model")):  # type: ignore[misc]
         config_class = Config
