@@ -19,6 +19,3 @@ BFLOAT16_LOGITS = 0.05
 
 FLOAT32_FUSED = 1e-5
 """Relative difference (2-norm) of float32 logits of a fused model from the unfused plan's: norms are folded in."""
-
-BFLOAT16_NLL_NATS_PER_TOKEN = 2e-3
-"""Largest difference of a real model's loss in bfloat16 from that in its plan file, over a thousand tokens."""
