@@ -304,7 +304,7 @@ def _build_classes(family: str) -> dict[str, type[Any]]:
         def __getattribute__(self, name: str) -> Any:
             # Transformers refuses to read what differs between layers from the configuration of the model; here it has
             # a meaning there too: the value of one layer of the base model.
-            values = object.__getattribute__(self, "__dict__")
+            values = super().__getattribute__("__dict__")  # as torch.compile can trace it
             return values[name] if name in values else super().__getattribute__(name)
 
     if family == "granite":
