@@ -16,3 +16,6 @@ FLOAT32_GRADIENTS = 2e-5
 
 BFLOAT16_LOGITS = 0.05
 """Relative difference (2-norm) of a tiny model's logits in bfloat16 from float32, six layers of rounding apart."""
+
+FLOAT32_FUSED = 1e-5
+"""Relative difference (2-norm) of float32 logits of a fused model from the unfused plan's: norms are folded in."""

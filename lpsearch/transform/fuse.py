@@ -1,0 +1,121 @@
+"""Fuse the groups of a plan into wide layers, in a model that is in memory."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lpsearch.errors import ModelError
+from lpsearch.plan import Plan
+from lpsearch.transform import modeling_lpsearch as modeling
+from lpsearch.transform.apply import check_plan_model, check_unplanned
+from lpsearch.transform.fused_weights import FusedWeights, build_fused_config, find_fusible_family
+
+__all__ = ["check_fusible", "fuse_plan"]
+
+logger = logging.getLogger(__name__)
+
+_Model = TypeVar("_Model", bound=PreTrainedModel)
+
+
+def fuse_plan(model: _Model, plan: Plan) -> _Model:
+    """Turn the groups of a plan into wide layers; this cannot be undone.
+
+    A group of m layers becomes one layer of m times the heads and the intermediate size, with the sum over the group
+    inside its products. The result differs from the model under :func:`lpsearch.apply_plan` by rounding alone. Layers
+    alone in their group keep their weights bit for bit. The model gets a class and a configuration of its own, so that
+    ``save_pretrained`` writes what ``AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`` loads.
+
+    Above the model itself, the memory needed is that of one group.
+
+    Args:
+        model: an unmodified language model of a family that can be fused; changed in place.
+        plan: for this model.
+
+    Returns:
+        The same model.
+
+    Raises:
+        PlanError: if the plan is for another model.
+        FamilyError: if the family cannot be fused.
+        ModelError: if the model is quantised, has a plan applied, or something else has replaced a layer's ``forward``.
+
+    Example:
+        >>> import lpsearch
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4)
+        >>> model = AutoModelForCausalLM.from_config(config)  # in earnest: from_pretrained(...)
+        >>> plan = lpsearch.Plan.from_groups([[0], [1, 2], [3]])  # in earnest: load_plan("studies/.../joins-06.json")
+        >>> model = lpsearch.fuse_plan(model, plan)
+        >>> [layer.self_attn.q_proj.out_features for layer in model.model.layers]
+        [64, 128, 64]
+    """
+    check_fusible(model)
+    check_plan_model(plan, model)
+    base_config: Any = model.config
+    fused_config: Any = build_fused_config(base_config, plan)
+    decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
+    base_layers, decoder.layers = list(decoder.layers), nn.ModuleList()
+    is_training = base_layers[0].training
+    tensors: dict[str, nn.Parameter] = {}
+    for layer_idx, layer in enumerate(base_layers):
+        tensors |= {f"model.layers.{layer_idx}.{name}": tensor for name, tensor in layer.named_parameters()}
+    base_layers.clear()
+    weights = FusedWeights(base_config, fused_config, tensors.get)
+    with torch.device("meta"):
+        layers = modeling.build_layers(fused_config)
+    for group in plan.groups:
+        for slot, members in enumerate(fused_config.lpsearch["slots"]):
+            if members[0] in group:
+                _fill_layer(layers[slot], f"model.layers.{slot}.", weights, like=next(iter(tensors.values())))
+        used = tuple(f"model.layers.{layer_idx}." for layer_idx in group)
+        for name in [name for name in tensors if name.startswith(used)]:
+            del tensors[name]
+    decoder.layers = layers.train(is_training)
+    for module in model.modules():
+        if getattr(module, "config", None) is base_config:
+            module.config = fused_config
+        # Transformers hooks the layers for `output_hidden_states` once a model; these layers are new.
+        vars(module).pop("_output_capturing_hooks_installed", None)
+    model.__class__ = getattr(modeling, modeling.class_name(base_config.model_type, "ForCausalLM"))
+    logger.debug("%s: %d layers became %d wide ones", type(model).__name__, plan.num_layers, plan.depth)
+    return model
+
+
+def check_fusible(model: PreTrainedModel) -> None:
+    """Check that a model is the stock language model of a family that can be fused, as it was loaded.
+
+    Raises:
+        FamilyError: if the family cannot be fused.
+        ModelError: if it is quantised, has a plan applied, or is not the family's own language model.
+    """
+    if str(model.config.model_type).startswith(modeling.MODEL_TYPE_PREFIX):
+        raise ModelError(f"{type(model).__name__} is fused already; give the unmodified model that its plan is for")
+    family = find_fusible_family(model.config)
+    expected = modeling.stock_class_name(family)
+    if type(model).__name__ != expected:
+        raise ModelError(
+            f"{type(model).__name__} is not {expected}, the language model of {family}; load it with "
+            "AutoModelForCausalLM, without adapters"
+        )
+    quantised = getattr(model.config, "quantization_config", None)
+    if quantised or any(not parameter.is_floating_point() for parameter in model.parameters()):
+        raise ModelError(
+            f"{type(model).__name__} holds quantised weights, which cannot be joined; load it unquantised (lpsearch "
+            "dequantises a .gguf file when it loads it), fuse it, and quantise the result"
+        )
+    check_unplanned(model)
+
+
+def _fill_layer(layer: nn.Module, prefix: str, weights: FusedWeights, *, like: nn.Parameter) -> None:
+    """Give a layer on the meta device its weights; a layer alone in its group gets the very parameters that it had."""
+    for name, _ in list(layer.named_parameters()):
+        tensor = weights.compute(prefix + name, like.dtype)
+        if not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor.to(like.device), requires_grad=like.requires_grad)
+        owner, _, leaf = name.rpartition(".")
+        setattr(layer.get_submodule(owner), leaf, tensor)

@@ -1,0 +1,357 @@
+"""Decoder-only models in which groups of layers run in parallel, each group as one wide layer.
+
+This file needs torch and transformers only. It stands in every exported directory, so that
+``AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`` loads it there.
+
+Every family's model, attention and MLP are those of transformers, unchanged: a wide layer of m members is the family's
+own decoder layer, built for m times the heads, key-value heads and intermediate size. The configuration says so in
+``per_layer_config``, by cache slot, and names in ``lpsearch`` the layers of the base model:
+
+* ``groups``: for each group its layers. Their attention outputs are added to the residual stream at once, then their
+  MLP outputs.
+* ``slots``: the layers that attend alike within a group share a cache slot, and ``model.layers`` has one entry a slot.
+  Most groups are one slot. In a group of several (sliding and full attention, with and without rotary embedding), the
+  last slot is the layer; those before it only attend, and hand what they found on beside the hidden states.
+
+The key-value heads of the members take turns: head j of the first member, of the second ..., then heads j + 1, each
+followed by its query heads. Hence tensor parallelism gives every rank an equal part of every member. Where a norm must
+see one member alone (after the attention and the MLP in Gemma 2 and 3 and OLMo 2, on queries and keys in Qwen3, Gemma 3
+and OLMo 2), there is one module a member.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FAMILIES = {
+    "gemma": ("gemma", "Gemma"),
+    "gemma2": ("gemma2", "Gemma2"),
+    "gemma3_text": ("gemma3", "Gemma3Text"),
+    "granite": ("granite", "Granite"),
+    "llama": ("llama", "Llama"),
+    "mistral": ("mistral", "Mistral"),
+    "olmo2": ("olmo2", "Olmo2"),
+    "phi3": ("phi3", "Phi3"),
+    "qwen2": ("qwen2", "Qwen2"),
+    "qwen3": ("qwen3", "Qwen3"),
+    "smollm3": ("smollm3", "SmolLM3"),
+    "starcoder2": ("starcoder2", "Starcoder2"),
+}
+"""For each model type of transformers: the package of its modelling code, and what its class names begin with."""
+
+MODEL_TYPE_PREFIX = "lpsearch_"
+
+_HEAD_AXES = {"gemma3_text": -3, "olmo2": -1, "qwen3": -2}
+"""Which axis of what the query and key norms get has the heads; the last where they take all heads at once."""
+
+_MLP_BLOCKS = 64
+"""Into how many parts at most the members of a group with post-norms split their intermediate size to take turns."""
+
+
+def count_mlp_blocks(intermediate_size: int) -> int:
+    """Return the number of equal parts of one member's intermediate size between which the members take turns."""
+    return math.gcd(intermediate_size, _MLP_BLOCKS)
+
+
+class LayerConfig:
+    """The configuration as one layer sees it: the model's own, but for the layer's overrides.
+
+    It is a view, so that what is set on the model's configuration later (the attention implementation) holds here too.
+    """
+
+    def __init__(self, config: Any, overrides: dict[str, Any]) -> None:
+        """Look at a model's configuration through a layer's overrides."""
+        self.__dict__["_config"] = config
+        self.__dict__["_overrides"] = overrides
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the layer's value, or else the model's."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._overrides[name] if name in self._overrides else getattr(self._config, name)
+
+
+class MemberLinears(nn.ModuleList):
+    """One linear module a member, each on its own features; the outputs stand side by side."""
+
+    def __init__(self, linears: list[nn.Module], block: int) -> None:
+        """Take one module a member; ``block`` is the number of features that a member has in each of its turns."""
+        super().__init__(linears)
+        self.block = block
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Take (..., turns x members x block) to (..., members x hidden)."""
+        parts = torch.unflatten(features, -1, (-1, len(self), self.block)).unbind(-2)
+        return torch.cat([linear(part.flatten(-2)) for linear, part in zip(self, parts, strict=True)], dim=-1)
+
+
+class MemberNorms(nn.ModuleList):
+    """One norm a member, for its queries or keys."""
+
+    def __init__(self, norms: list[nn.Module], axis: int, block: int) -> None:
+        """Take one norm a member.
+
+        Args:
+            norms: one a member.
+            axis: of the heads, counted from the end. If it is the last, the norm takes all heads of a member at once.
+            block: entries along the axis that a member has in each of its turns.
+        """
+        super().__init__(norms)
+        self.axis = axis
+        self.block = block
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Keep the shape, e.g. (batch, seq, turns x members x block, head_dim) for ``axis`` -2."""
+        members = torch.unflatten(states, self.axis, (-1, len(self), self.block))  # (..., turns, members, block, ...)
+        turns = []
+        for member in range(len(self)):
+            part = members.select(self.axis - 1, member).flatten(self.axis - 1, self.axis)
+            turns.append(torch.unflatten(self[member](part), self.axis, (-1, self.block)))
+        return torch.stack(turns, dim=self.axis - 1).flatten(self.axis - 2, self.axis)
+
+
+class MemberPostNorms(nn.ModuleList):
+    """One post-norm a member, each on its own output; their sum is what the residual stream gets."""
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        """Take (..., members x hidden) to (..., hidden)."""
+        parts = outputs.chunk(len(self), dim=-1)
+        total: Tensor = self[0](parts[0])
+        for norm, part in zip(self[1:], parts[1:], strict=True):
+            total = total + norm(part)
+        return total
+
+
+# Transformers lets the attention implementation be chosen unless a class named "...Attention..." here derives from
+# nn.Module: such names are left to subclasses of its own.
+class LeadingSlot(nn.Module):
+    """The members of a group that attend in a way of their own, ahead of the slot that is the layer."""
+
+    def __init__(self, layer: Any) -> None:
+        """Keep of a layer what attends."""
+        super().__init__()
+        if hasattr(layer, "input_layernorm"):
+            self.input_layernorm = layer.input_layernorm
+        self.self_attn = layer.self_attn
+        self.hidden_size = layer.hidden_size
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """Take (..., hidden + carried) to the same hidden states with this slot's attention carried too."""
+        hidden_states, carried = _split_carried(hidden_states, self.hidden_size)
+        normed = self.input_layernorm(hidden_states) if hasattr(self, "input_layernorm") else hidden_states
+        attended, _ = self.self_attn(hidden_states=normed, carried=carried, **kwargs)
+        return torch.cat([hidden_states, attended], dim=-1)
+
+
+def _split_carried(hidden_states: Tensor, hidden_size: int) -> tuple[Tensor, Tensor | None]:
+    """Split what a slot got into the hidden states and what earlier slots of its group found, if there are any."""
+    if hidden_states.shape[-1] == hidden_size:
+        return hidden_states, None
+    return hidden_states[..., :hidden_size], hidden_states[..., hidden_size:]
+
+
+@cache
+def _carrying_attention(attention_class: Any, *, side_by_side: bool) -> type[nn.Module]:
+    """Return a family's attention that adds its output to what is carried, or puts it beside that."""
+
+    class CarryingAttention(attention_class):  # type: ignore[misc]
+        # Not `forward`: runtimes that bring their own attention read the source of the stock one.
+        def __call__(self, *args: Any, carried: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+            output, weights = super().__call__(*args, **kwargs)
+            if carried is not None:
+                output = torch.cat([carried, output], dim=-1) if side_by_side else carried + output
+            return output, weights
+
+    return CarryingAttention
+
+
+@cache
+def _carrying_layer(layer_class: Any) -> type[nn.Module]:
+    """Return a family's decoder layer whose attention gets what earlier slots of its group found."""
+
+    class CarryingLayer(layer_class):  # type: ignore[misc]
+        def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+            hidden_states, carried = _split_carried(hidden_states, self.hidden_size)
+            output: Tensor = super().forward(hidden_states, carried=carried, **kwargs)
+            return output
+
+    return CarryingLayer
+
+
+def build_layers(config: Any) -> nn.ModuleList:
+    """Build one entry a cache slot for a configuration of one of this file's classes."""
+    family = config.model_type.removeprefix(MODEL_TYPE_PREFIX)
+    package, prefix = FAMILIES[family]
+    modeling = import_module(f"transformers.models.{package}.modeling_{package}")
+    layer_class = getattr(modeling, f"{prefix.removesuffix('Text')}DecoderLayer")
+    overrides = {int(slot): values for slot, values in (config.to_dict().get("per_layer_config") or {}).items()}
+    group_of = {layer: tuple(group) for group in config.lpsearch["groups"] for layer in group}
+    layers: list[nn.Module] = []
+    for slot, members in enumerate(config.lpsearch["slots"]):
+        group = group_of[members[0]]
+        layer = layer_class(LayerConfig(config, overrides.get(slot, {})), slot)
+        _give_members_their_own(layer, config, family=family, num_members=len(members), num_grouped=len(group))
+        if len(members) < len(group):
+            side_by_side = hasattr(layer, "post_feedforward_layernorm")
+            stock: Any = type(layer.self_attn)
+            layer.self_attn.__class__ = _carrying_attention(stock, side_by_side=side_by_side)
+            is_last = all(later[0] not in group for later in config.lpsearch["slots"][slot + 1 :])
+            if is_last:
+                layer.__class__ = _carrying_layer(layer_class)
+            else:
+                layer = LeadingSlot(layer)
+        layers.append(layer)
+    return nn.ModuleList(layers)
+
+
+def _give_members_their_own(layer: Any, config: Any, *, family: str, num_members: int, num_grouped: int) -> None:
+    """Replace the modules of a wide layer that may not mix its members by one a member."""
+    attention = layer.self_attn
+    head_dim = attention.head_dim
+    query_block = attention.num_key_value_groups  # query heads of one key-value head
+    if num_members > 1 and family in _HEAD_AXES:
+        axis = _HEAD_AXES[family]
+        for name, block in (("q_norm", query_block), ("k_norm", 1)):
+            norm = getattr(attention, name)
+            if axis == -1:
+                norms = [_build_norm(norm, norm.weight.shape[0] // num_members) for _ in range(num_members)]
+                setattr(attention, name, MemberNorms(norms, axis, block * head_dim))
+            else:
+                norms = [_build_norm(norm, head_dim) for _ in range(num_members)]
+                setattr(attention, name, MemberNorms(norms, axis, block))
+    if not hasattr(layer, "post_feedforward_layernorm"):
+        return
+    if num_members > 1:
+        _split_linear(attention, "o_proj", num_members, query_block * head_dim)
+    if num_grouped > 1:
+        inner = layer.mlp.down_proj.in_features // num_grouped
+        _split_linear(layer.mlp, "down_proj", num_grouped, inner // count_mlp_blocks(inner))
+        for name in ("post_attention_layernorm", "post_feedforward_layernorm"):
+            norm = getattr(layer, name)
+            setattr(layer, name, MemberPostNorms([_build_norm(norm, config.hidden_size) for _ in range(num_grouped)]))
+
+
+def _build_norm(norm: Any, size: int) -> nn.Module:
+    """Build another norm of the same kind."""
+    eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+    built: nn.Module = type(norm)(size, eps=eps)
+    return built
+
+
+def _split_linear(owner: nn.Module, name: str, num_members: int, block: int) -> None:
+    """Replace a wide linear module by those of the members that it stands for.
+
+    They are registered under the plural of its name, ``o_projs`` for ``o_proj``, and found under its own by the stock
+    forward: what tensor parallelism does to ``o_proj`` is for one linear module, and each member gets it by itself.
+    """
+    linear: Any = getattr(owner, name)
+    delattr(owner, name)
+    width, has_bias = linear.in_features // num_members, linear.bias is not None
+    members: list[nn.Module] = [nn.Linear(width, linear.out_features, bias=has_bias) for _ in range(num_members)]
+    setattr(owner, f"{name}s", MemberLinears(members, block))
+    stock: Any = type(owner)
+    owner.__class__ = _call_plural(stock, name)
+
+
+@cache
+def _call_plural(module_class: Any, name: str) -> type[nn.Module]:
+    """Return a subclass in which a submodule is found under the singular of its name too.
+
+    Runtimes that rewrite modules look at one module of a class to learn its submodules, so it is a class of its own.
+    """
+    plural = property(lambda module: getattr(module, f"{name}s"))
+    return type(module_class.__name__, (module_class,), {name: plural, "__module__": __name__})
+
+
+@contextmanager
+def _without_layers(config: Any) -> Iterator[None]:
+    """Let a stock model build everything but its decoder layers."""
+    num_hidden_layers = config.num_hidden_layers
+    config.num_hidden_layers = 0
+    try:
+        yield
+    finally:
+        config.num_hidden_layers = num_hidden_layers
+
+
+@cache
+def _build_classes(family: str) -> dict[str, type[Any]]:
+    """Build the configuration, the decoder and the language model of a family, by their class names."""
+    package, prefix = FAMILIES[family]
+    modeling = import_module(f"transformers.models.{package}.modeling_{package}")
+    configuration = import_module(f"transformers.models.{package}.configuration_{package}")
+    stock_config = getattr(configuration, f"{prefix}Config")
+    stock_plan = stock_config.base_model_tp_plan
+    one_a_member = {
+        f"{name}.*" if name.endswith("_norm") else f"{name}s.*": style
+        for name, style in stock_plan.items()
+        if name.endswith(("_norm", ".o_proj", ".down_proj"))
+    }
+
+    class Config(stock_config):  # type: ignore[misc, valid-type]
+        model_type = MODEL_TYPE_PREFIX + family
+        base_model_tp_plan = stock_plan | (one_a_member if family in _HEAD_AXES or family == "gemma2" else {})
+        _auto_class = "AutoConfig"
+
+        def __getattribute__(self, name: str) -> Any:
+            # Transformers refuses to read what differs between layers from the configuration of the model; here it has
+            # a meaning there too: the value of one layer of the base model.
+            values = super().__getattribute__("__dict__")  # as torch.compile can trace it
+            return values[name] if name in values else super().__getattribute__(name)
+
+    if family == "granite":
+        # What vLLM's Transformers backend multiplies logits by; transformers divides them by `logits_scaling` itself.
+        Config.logit_scale = property(lambda config: 1.0 / config.logits_scaling)
+
+    class Model(getattr(modeling, f"{prefix}Model")):  # type: ignore[misc]
+        config_class = Config
+        _auto_class = "AutoModel"
+
+        def __init__(self, config: Any) -> None:
+            with _without_layers(config):
+                super().__init__(config)
+            self.layers = build_layers(config)
+            self.post_init()
+
+    class ForCausalLM(getattr(modeling, stock_class_name(family))):  # type: ignore[misc]
+        config_class = Config
+        _auto_class = "AutoModelForCausalLM"
+
+        def __init__(self, config: Any) -> None:
+            with _without_layers(config):
+                super().__init__(config)
+            self.model.layers = build_layers(config)
+            self.post_init()
+
+    classes = {}
+    for built in (Config, Model, ForCausalLM):
+        name = class_name(family, built.__name__)
+        built.__name__ = built.__qualname__ = name
+        classes[name] = built
+    return classes
+
+
+def class_name(family: str, kind: str) -> str:
+    """Name a class of this file: ``kind`` is Config, Model or ForCausalLM, e.g. ``LPLlamaForCausalLM``."""
+    return f"LP{FAMILIES[family][1]}{kind}"
+
+
+def stock_class_name(family: str) -> str:
+    """Name the language model of transformers that a family's own subclasses, e.g. ``LlamaForCausalLM``."""
+    return f"{FAMILIES[family][1].removesuffix('Text')}ForCausalLM"
+
+
+def __getattr__(name: str) -> Any:
+    """Build the classes of a family when one is asked for, so that only its code is imported."""
+    for family in FAMILIES:
+        if name in (class_name(family, kind) for kind in ("Config", "Model", "ForCausalLM")):
+            return _build_classes(family)[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
