@@ -2,7 +2,7 @@
 
 Random weights by shape, batch 1, a static cache and the compilation that ``generate`` then does by itself on a CUDA
 device. The unmodified model and the fused ones take turns, so that a drift of the device's clocks meets all alike; a
-ratio is of two runs of the same round. Nothing is downloaded.
+time is the median over a run's tokens, a ratio is of two runs of the same round. Nothing is downloaded.
 
     python studies/export_generate.py --model llama3.2-1b
     python studies/export_generate.py --device cpu --layers 4 --hidden 64 --new-tokens 8 --rounds 3 --joins 0,1,2
@@ -15,11 +15,13 @@ import copy
 import json
 import statistics
 import time
+from itertools import pairwise
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
 from lpsearch.models import load_geometry
 from lpsearch.plan import Plan
@@ -69,22 +71,35 @@ def build_plan(num_layers: int, num_joins: int, group: int) -> Plan:
     return Plan.from_joins(num_layers, joins)
 
 
+class TokenClock(BaseStreamer):
+    """Notes when each token arrives; ``generate`` waits for the device at every token anyhow."""
+
+    def __init__(self) -> None:
+        """Start without a token."""
+        self.arrivals: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Note a token that is on the host, or the prompt, which comes first."""
+        self.arrivals.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Do nothing."""
+
+
 def measure_ms_per_token(model: PreTrainedModel, input_ids: torch.Tensor, num_tokens: int) -> float:
-    """Time one ``generate``, the prompt included, divided by the tokens made."""
-    synchronize = torch.cuda.synchronize if input_ids.is_cuda else (lambda: None)
-    synchronize()
-    started = time.perf_counter()
+    """Return the median time between two tokens of one ``generate``; the prompt is not part of it."""
+    clock = TokenClock()
     output: Any = model.generate(  # type: ignore[operator]
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=num_tokens,
         do_sample=False,
         cache_implementation="static",
+        streamer=clock,
     )
-    synchronize()
-    elapsed_s = time.perf_counter() - started
     assert output.shape[1] == input_ids.shape[1] + num_tokens
-    return 1e3 * elapsed_s / num_tokens
+    _prompt, *tokens = clock.arrivals
+    return 1e3 * statistics.median(later - earlier for earlier, later in pairwise(tokens))
 
 
 def main() -> None:

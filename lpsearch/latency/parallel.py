@@ -150,7 +150,14 @@ def join_ranks(backend: str) -> dist.ProcessGroup:
     return group
 
 
-def run_ranks(function: Callable[..., Any], *, num_ranks: int, backend: str, arguments: Sequence[Any] = ()) -> Any:
+def run_ranks(
+    function: Callable[..., Any],
+    *,
+    num_ranks: int,
+    backend: str,
+    arguments: Sequence[Any] = (),
+    on_progress: Callable[[float], None] | None = None,
+) -> Any:
     """Run ``function(group, *arguments)`` on so many new processes, and return what the first one returns.
 
     Args:
@@ -158,6 +165,8 @@ def run_ranks(function: Callable[..., Any], *, num_ranks: int, backend: str, arg
         num_ranks: processes to start.
         backend: ``nccl``, one GPU a rank, or ``gloo``.
         arguments: what to pass; picklable, as what comes back, and without tensors, whose memory ends with a rank.
+        on_progress: if given, the function also gets the keyword ``on_progress`` to call with the share done; what the
+            first rank says is passed on.
 
     Raises:
         ConfigError: for more ranks than GPUs.
@@ -174,14 +183,16 @@ def run_ranks(function: Callable[..., Any], *, num_ranks: int, backend: str, arg
     for rank in range(num_ranks):
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(
-            target=_run_rank, args=(sender, function, tuple(arguments), rank, num_ranks, backend, port), daemon=True
+            target=_run_rank,
+            args=(sender, function, tuple(arguments), rank, num_ranks, backend, port, on_progress is not None),
+            daemon=True,
         )
         process.start()
         sender.close()
         connections.append(receiver)
         processes.append(process)
     try:
-        return _collect(connections, processes)
+        return _collect(connections, processes, on_progress)
     finally:
         for process in processes:
             process.join(timeout=0 if process.is_alive() and any(p.exitcode for p in processes) else 10)
@@ -190,7 +201,7 @@ def run_ranks(function: Callable[..., Any], *, num_ranks: int, backend: str, arg
                 process.join()
 
 
-def _collect(connections: list[Any], processes: list[Any]) -> Any:
+def _collect(connections: list[Any], processes: list[Any], on_progress: Callable[[float], None] | None) -> Any:
     """Return the first rank's result once all have reported; raise the message of the first to fail."""
     results: dict[int, Any] = {}
     while len(results) < len(connections):
@@ -198,11 +209,15 @@ def _collect(connections: list[Any], processes: list[Any]) -> Any:
         for ready in multiprocessing.connection.wait(waiting):
             rank = next(index for index, c in enumerate(connections) if c is ready)
             try:
-                failed, value = connections[rank].recv()
+                kind, value = connections[rank].recv()
             except EOFError:
                 processes[rank].join(timeout=10)
-                failed, value = True, f"ended without a word, exit code {processes[rank].exitcode}"
-            if failed:
+                kind, value = "failure", f"ended without a word, exit code {processes[rank].exitcode}"
+            if kind == "progress":
+                if on_progress is not None:
+                    on_progress(value)
+                continue
+            if kind == "failure":
                 for process in processes:
                     process.kill()
                 raise (
@@ -222,8 +237,9 @@ def _run_rank(
     num_ranks: int,
     backend: str,
     port: int,
+    with_progress: bool,
 ) -> None:
-    """Run one rank in its own process and report how it went."""
+    """Run one rank in its own process and report how it went: pairs of what is said and its value."""
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -235,15 +251,16 @@ def _run_rank(
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         group = join_ranks(backend)
-        result = function(group, *arguments)
-        sender.send((False, result if rank == 0 else None))
+        options = {"on_progress": lambda share: sender.send(("progress", share)) if rank == 0 else None}
+        result = function(group, *arguments, **(options if with_progress else {}))
+        sender.send(("result", result if rank == 0 else None))
         dist.destroy_process_group()
     except LpsearchError as error:
-        sender.send((True, error))
+        sender.send(("failure", error))
         raise SystemExit(1) from None
     except BaseException as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        sender.send((True, f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"))
+        sender.send(("failure", f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"))
         raise SystemExit(1) from None
 
 

@@ -45,7 +45,7 @@ def measure_profile_on_ranks(
         workloads: what to measure.
         max_group: largest group.
         budget_s: about how long the timed part of each workload takes.
-        on_progress: called with the share done; under processes of its own only at the end.
+        on_progress: called with the share done.
 
     Returns:
         The profile; None on all ranks of ``torchrun`` but the first.
@@ -59,15 +59,15 @@ def measure_profile_on_ranks(
     options = (config, device.type, dtype, list(workloads), max_group, budget_s)
     started = get_torchrun_size()
     if started is None:
-        found = run_ranks(_measure_rank, num_ranks=num_ranks, backend=backend, arguments=options)
-        if on_progress is not None:
-            on_progress(1.0)
+        found = run_ranks(
+            _measure_rank, num_ranks=num_ranks, backend=backend, arguments=options, on_progress=on_progress
+        )
         return LatencyProfile.model_validate(found)
     if started != num_ranks:
         raise ConfigError(f"torchrun started {started} ranks and --tp is {num_ranks}; make them equal")
     group = join_ranks(backend)
     try:
-        found = _measure_rank(group, *options)
+        found = _measure_rank(group, *options, on_progress=on_progress)
         return LatencyProfile.model_validate(found) if dist.get_rank(group) == 0 else None
     finally:
         dist.destroy_process_group()
@@ -146,6 +146,7 @@ def _measure_rank(
     workloads: list[Workload],
     max_group: int,
     budget_s: float,
+    on_progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
     """Measure on one rank; returns the profile as a document."""
     device = torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
@@ -161,5 +162,6 @@ def _measure_rank(
         max_group=max_group,
         budget_s=budget_s,
         choose=choose,
+        on_progress=on_progress,
     )
     return profile.model_dump(mode="json")

@@ -147,7 +147,13 @@ def test_ranks_that_are_not_there_are_an_estimate():
 def test_real_ranks_measure_one_profile():
     options = {"device": torch.device("cpu"), "dtype": torch.float32, "max_group": 2, "budget_s": 0.05}
     config = build_tiny_model("llama").config
-    profile = measure_profile_on_ranks(config, num_ranks=2, workloads=[Workload("decode", 1, 8)], **options)
+    shares = []
+    profile = measure_profile_on_ranks(
+        config, num_ranks=2, workloads=[Workload("decode", 1, 8)], on_progress=shares.append, **options
+    )
+    assert shares == sorted(shares)
+    assert len(shares) >= 3  # one a block
+    assert shares[-1] == 1
     assert (profile.num_ranks, profile.emulated, profile.workloads[0].all_reduce) == (2, False, "gloo")
 
 
