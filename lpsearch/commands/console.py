@@ -77,7 +77,7 @@ def _run(command: Callable[[], Any]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _fail(
             "Interrupted",
-            "interrupted; a search goes on where it stopped when the same command is given",
+            "interrupted; given the same command a search goes on where it stopped, all else begins anew",
             EXIT_INTERRUPTED,
         )
     except OSError as error:
