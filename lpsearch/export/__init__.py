@@ -1,0 +1,1 @@
+"""Running a plan elsewhere: exported directories and what serves them."""
