@@ -226,12 +226,23 @@ def _give_members_their_own(layer: Any, config: Any, *, family: str, num_members
         return
     if num_members > 1:
         attention.o_proj = _split_linear(attention.o_proj, num_members, query_block * head_dim)
+        attention.__class__ = _set_apart(type(attention))
     if num_grouped > 1:
         inner = layer.mlp.down_proj.in_features // num_grouped
         layer.mlp.down_proj = _split_linear(layer.mlp.down_proj, num_grouped, inner // count_mlp_blocks(inner))
+        layer.mlp.__class__ = _set_apart(type(layer.mlp))
         for name in ("post_attention_layernorm", "post_feedforward_layernorm"):
             norm = getattr(layer, name)
             setattr(layer, name, MemberPostNorms([_build_norm(norm, config.hidden_size) for _ in range(num_grouped)]))
+
+
+@cache
+def _set_apart(module_class: type[nn.Module]) -> type[nn.Module]:
+    """Return a class for the modules whose output projection is one a member.
+
+    Runtimes that rewrite modules (vLLM) look at one module of a class to learn what its submodules are.
+    """
+    return type(module_class.__name__, (module_class,), {})
 
 
 def _build_norm(norm: Any, size: int) -> nn.Module:
@@ -280,6 +291,10 @@ def _build_classes(family: str) -> dict[str, type[Any]]:
             # a meaning there too: the value of one layer of the base model.
             values = object.__getattribute__(self, "__dict__")
             return values[name] if name in values else super().__getattribute__(name)
+
+    if family == "granite":
+        # What vLLM's Transformers backend multiplies logits by; transformers divides them by `logits_scaling` itself.
+        Config.logit_scale = property(lambda config: 1.0 / config.logits_scaling)
 
     class Model(getattr(modeling, f"{prefix}Model")):  # type: ignore[misc]
         config_class = Config
