@@ -62,6 +62,9 @@ def _build_model_class(family: str, name: str) -> type[nn.Module]:
                 lambda prefix: build_slot(vllm_config, family=family, prefix=prefix),
                 prefix=f"{maybe_prefix(prefix, 'model')}.layers",
             )
+            if hasattr(config, "logits_scaling") and hasattr(self, "logits_processor"):
+                # Granite's model would apply both this and the `logit_scale` that says the same to the backend.
+                self.logits_processor.scale = config.logit_scale
 
     ForCausalLM.__name__ = ForCausalLM.__qualname__ = name
     return ForCausalLM
