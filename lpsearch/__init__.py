@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 from lpsearch.versions import __version__ as __version__
 
 if TYPE_CHECKING:
+    from lpsearch.export import export_checkpoint
     from lpsearch.plan import Plan, load_plan, save_plan
     from lpsearch.search import run_study
-    from lpsearch.transform import applied_plan, apply_plan, undo_plan
+    from lpsearch.transform import applied_plan, apply_plan, fuse_plan, undo_plan
 
 __all__ = [
     "Plan",
     "applied_plan",
     "apply_plan",
+    "export_checkpoint",
+    "fuse_plan",
     "load_plan",
     "run_study",
     "save_plan",
@@ -29,6 +32,8 @@ _MODULE_OF = {
     "Plan": "lpsearch.plan",
     "applied_plan": "lpsearch.transform",
     "apply_plan": "lpsearch.transform",
+    "export_checkpoint": "lpsearch.export",
+    "fuse_plan": "lpsearch.transform",
     "load_plan": "lpsearch.plan",
     "run_study": "lpsearch.search",
     "save_plan": "lpsearch.plan",

@@ -16,6 +16,8 @@ def test_public_names_are_pinned() -> None:
         "Plan",
         "applied_plan",
         "apply_plan",
+        "export_checkpoint",
+        "fuse_plan",
         "load_plan",
         "run_study",
         "save_plan",

@@ -181,8 +181,25 @@ def evaluate(
 
 
 @app.command()
-def generate(
+def export(
     plan: PlanArgument,
+    directory: Annotated[Path, typer.Argument(help="new directory to write", metavar="DIR")],
+    model: ModelOption = None,
+    dtype: Annotated[DtypeName, typer.Option(help="dtype to write; auto: the one that the weights are stored in")] = (
+        DtypeName.AUTO
+    ),
+) -> dict[str, Any]:
+    """Write a checkpoint with fused layers, which transformers and vLLM load without lpsearch."""
+    from lpsearch.commands.export import export as run_export
+
+    return run_export(plan, directory, model=model, dtype=dtype.value)
+
+
+@app.command()
+def generate(
+    plan: Annotated[
+        Path, typer.Argument(help="plan file, or a directory that export or recover wrote", metavar="DIR|PLAN")
+    ],
     prompt: Annotated[str, typer.Option(help="text to continue")],
     model: ModelOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="tokens to generate", min=1)] = 64,
@@ -191,7 +208,7 @@ def generate(
     dtype: DtypeOption = DtypeName.AUTO,
     trust_remote_code: TrustOption = False,
 ) -> dict[str, Any]:
-    """Continue a prompt with a plan applied, greedily, and show the text as it comes."""
+    """Continue a prompt with a plan or an exported directory, greedily, and show the text as it comes."""
     from lpsearch.commands.generate import generate as run_generate
 
     return run_generate(

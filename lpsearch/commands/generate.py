@@ -1,7 +1,8 @@
-"""``lpsearch generate``: a plan at work on a prompt."""
+"""``lpsearch generate``: a plan, or what was exported of it, at work on a prompt."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from pathlib import Path
@@ -12,9 +13,13 @@ from lpsearch.errors import UsageError
 from lpsearch.plan import load_plan
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from lpsearch.models import LoadedModel
 
 __all__ = ["generate"]
+
+logger = logging.getLogger(__name__)
 
 
 def generate(
@@ -28,10 +33,11 @@ def generate(
     dtype: str,
     trust_remote_code: bool,
 ) -> dict[str, Any]:
-    """Continue a prompt greedily with a plan applied, streaming the text to stderr.
+    """Continue a prompt greedily with a plan applied or an exported directory, streaming the text to stderr.
 
     Args:
-        plan_path: plan file or a directory that holds one.
+        plan_path: plan file, a directory that holds one, or a directory that ``export`` wrote. The last runs as it is,
+            with this package's own modelling code.
         prompt: text to continue; a chat prompt is not wrapped in a template.
         model: what to load instead of the model that the plan names.
         max_new_tokens: most tokens to generate.
@@ -47,21 +53,42 @@ def generate(
         raise UsageError("--prompt is empty; give some text to continue")
     plan = load_plan(plan_path)
     target = resolve_device(device)
-    loaded = load_model_of_plan(
-        plan, model=model, device=target, dtype=resolve_dtype(dtype, target), trust_remote_code=trust_remote_code
-    )
+    chosen_dtype = resolve_dtype(dtype, target)
+    result: dict[str, Any] = {"plan": str(plan_path), "depth_reduction": plan.depth_reduction, "prompt": prompt}
+
+    def continue_prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> dict[str, Any]:
+        answer = _continue_prompt(model, tokenizer, prompt=prompt, max_new_tokens=max_new_tokens)
+        logger.info("%s: %d tokens, %.2f tokens/s", name, answer["new_tokens"], answer["tokens_per_s"])
+        return answer
+
+    def load_base() -> LoadedModel:
+        return load_model_of_plan(
+            plan, model=model, device=target, dtype=chosen_dtype, trust_remote_code=trust_remote_code
+        )
+
+    from lpsearch.export import is_exported, load_exported
     from lpsearch.transform import applied_plan
 
-    result: dict[str, Any] = {"plan": str(plan_path), "depth_reduction": plan.depth_reduction, "prompt": prompt}
+    if is_exported(plan_path):
+        fused, tokenizer = load_exported(plan_path, device=target, dtype=chosen_dtype)
+        result.update(continue_prompt(fused, tokenizer, "fused"))
+        del fused
+        if compare:
+            loaded = load_base()
+            result["base"] = continue_prompt(loaded.model, loaded.tokenizer, "base")
+        return result
+    loaded = load_base()
     with applied_plan(loaded.model, plan):
-        result.update(_continue_prompt(loaded, prompt=prompt, max_new_tokens=max_new_tokens))
+        result.update(continue_prompt(loaded.model, loaded.tokenizer, "plan"))
     if compare:
-        result["base"] = _continue_prompt(loaded, prompt=prompt, max_new_tokens=max_new_tokens)
+        result["base"] = continue_prompt(loaded.model, loaded.tokenizer, "base")
     return result
 
 
-def _continue_prompt(loaded: LoadedModel, *, prompt: str, max_new_tokens: int) -> dict[str, Any]:
-    """Generate greedily, streaming to stderr; the time counts the prompt's own forward too."""
+def _continue_prompt(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, prompt: str, max_new_tokens: int
+) -> dict[str, Any]:
+    """Generate greedily, streaming to stderr; the time counts the prompt's own forward too, but not the first run's."""
     import torch
     from transformers import TextStreamer
 
@@ -70,18 +97,19 @@ def _continue_prompt(loaded: LoadedModel, *, prompt: str, max_new_tokens: int) -
             sys.stderr.write(text + ("\n" if stream_end else ""))
             sys.stderr.flush()
 
-    tokenizer = loaded.tokenizer
-    inputs = tokenizer(prompt, return_tensors="pt").to(loaded.model.device)
-    started = time.perf_counter()
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    options: dict[str, Any] = {
+        **inputs,
+        "do_sample": False,
+        "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    }
+    generate_tokens = cast("Any", model).generate
     with torch.inference_mode():
-        output_ids = cast("Any", loaded.model).generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            streamer=StderrStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        )
-    elapsed_s = time.perf_counter() - started
+        generate_tokens(**options, max_new_tokens=1)  # what is set up once must not count
+        streamer = StderrStreamer(cast("Any", tokenizer), skip_prompt=True, skip_special_tokens=True)
+        started = time.perf_counter()
+        output_ids = generate_tokens(**options, max_new_tokens=max_new_tokens, streamer=streamer)
+        elapsed_s = time.perf_counter() - started
     new_ids = output_ids[0, inputs["input_ids"].shape[1] :]
     return {
         "text": tokenizer.decode(new_ids, skip_special_tokens=True),

@@ -1,1 +1,8 @@
-"""Running a plan elsewhere: exported directories and what serves them."""
+"""Checkpoint directories with fused layers, which other software loads without lpsearch."""
+
+from __future__ import annotations
+
+from lpsearch.export.checkpoint import export_checkpoint, export_source
+from lpsearch.export.loading import is_exported, load_exported, read_dtype
+
+__all__ = ["export_checkpoint", "export_source", "is_exported", "load_exported", "read_dtype"]

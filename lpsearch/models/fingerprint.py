@@ -17,13 +17,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lpsearch.models.families import get_decoder_layers
 
-__all__ = ["fingerprint_geometry", "fingerprint_model", "fingerprints_match"]
+__all__ = ["fingerprint_geometry", "fingerprint_model", "fingerprint_tensors", "fingerprints_match"]
 
 _HASH_DIGITS = 16
 _SAMPLES_PER_PARAMETER = 16
@@ -36,7 +37,22 @@ def fingerprint_model(model: PreTrainedModel) -> str:
     Raises:
         FamilyError: if the model's decoder layers cannot be found.
     """
-    return f"{fingerprint_geometry(model.config)}-{_hash_weights(model)}"
+    parameters = (parameter for _, parameter in _list_parameters(model))
+    return f"{fingerprint_geometry(model.config)}-{_hash_weights(parameters)}"
+
+
+def fingerprint_tensors(model: PreTrainedModel, read: Callable[[str], torch.Tensor | None]) -> str:
+    """Return the fingerprint of a model whose weights are elsewhere, reading a few elements of each.
+
+    Args:
+        model: the model, which may be on the meta device.
+        read: returns a tensor by its name in the model's state dict; None if there is none.
+
+    Raises:
+        FamilyError: if the model's decoder layers cannot be found.
+    """
+    tensors = (tensor for name, _ in _list_parameters(model) if (tensor := read(name)) is not None)
+    return f"{fingerprint_geometry(model.config)}-{_hash_weights(tensors)}"
 
 
 def fingerprint_geometry(config: PretrainedConfig) -> str:
@@ -66,20 +82,26 @@ def fingerprints_match(first: str, second: str) -> bool:
     return weights == other_weights or _NO_WEIGHTS in (weights, other_weights)
 
 
-@torch.no_grad()
-def _hash_weights(model: PreTrainedModel) -> str:
-    """Hash sampled elements of the decoder layers' parameters; one transfer for each device that holds some."""
-    parameters = [
-        parameter
-        for layer in get_decoder_layers(model)
-        for _, parameter in sorted(layer.named_parameters(), key=lambda item: item[0])
+def _list_parameters(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
+    """List the parameters of the decoder layers by their names in the state dict, in the order of layers and names."""
+    layers = get_decoder_layers(model)
+    prefix = next(name for name, module in model.named_modules() if module is layers)
+    return [
+        (f"{prefix}.{layer_idx}.{name}", parameter)
+        for layer_idx, layer in enumerate(layers)
+        for name, parameter in sorted(layer.named_parameters(), key=lambda item: item[0])
     ]
+
+
+@torch.no_grad()
+def _hash_weights(parameters: Iterable[torch.Tensor]) -> str:
+    """Hash sampled elements of tensors; one transfer for each device that holds some."""
     comparable = (torch.float32, torch.bfloat16)  # float16 lost what bfloat16 would have kept, or kept too much
-    if any(parameter.is_meta or parameter.dtype not in comparable for parameter in parameters):
-        return _NO_WEIGHTS
     samples_of_device: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
     order = []
     for parameter in parameters:
+        if parameter.is_meta or parameter.dtype not in comparable:
+            return _NO_WEIGHTS
         samples = samples_of_device[parameter.device]
         order.append((parameter.device, len(samples)))
         samples.append(_sample(parameter))

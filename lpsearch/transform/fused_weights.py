@@ -122,17 +122,18 @@ def _split_group(config: PretrainedConfig, group: Sequence[int]) -> list[tuple[i
 
 
 class FusedWeights:
-    """The tensors of a fused model, each computed when it is asked for.
-
-    Args:
-        config: of the unmodified model.
-        fused_config: from :func:`build_fused_config`.
-        read: returns a tensor of the unmodified model by its name in the state dict; None for a bias that is not there.
-    """
+    """The tensors of a fused model, each computed when it is asked for."""
 
     def __init__(
         self, config: PretrainedConfig, fused_config: PretrainedConfig, read: Callable[[str], Tensor | None]
     ) -> None:
+        """Prepare to compute tensors.
+
+        Args:
+            config: of the unmodified model.
+            fused_config: from :func:`build_fused_config`.
+            read: returns a tensor of the unmodified model by its name in the state dict; None if there is none.
+        """
         self._read = read
         self._slots: list[list[int]] = fused_config.lpsearch["slots"]
         # What is kept apart for each member of a group stands in the order of the slots.
@@ -207,7 +208,7 @@ class FusedWeights:
         sections = self._packed.get(module.rpartition(".")[2])
         if sections is None:
             return _take_turns(folded, blocks, dim=0)
-        parts = zip(*(tensor.split(sections) for tensor in folded), strict=True)
+        parts = zip(*(torch.split(tensor, sections) for tensor in folded), strict=True)
         return torch.cat([_take_turns(part, blocks, dim=0) for part in parts])
 
     def _fold(self, layer: str, module: str, norm: str | None, kind: str) -> Tensor:
@@ -226,5 +227,5 @@ class FusedWeights:
 
 def _take_turns(members: Sequence[Tensor], blocks: int, *, dim: int) -> Tensor:
     """Join tensors along a dimension, block by block: the first block of each member, then the second of each."""
-    parts = [member.unflatten(dim, (blocks, -1)) for member in members]
+    parts = [torch.unflatten(member, dim, (blocks, -1)) for member in members]
     return torch.stack(parts, dim=dim + 1).flatten(dim, dim + 2)

@@ -68,43 +68,42 @@ class LayerConfig:
     """
 
     def __init__(self, config: Any, overrides: dict[str, Any]) -> None:
+        """Look at a model's configuration through a layer's overrides."""
         self.__dict__["_config"] = config
         self.__dict__["_overrides"] = overrides
 
     def __getattr__(self, name: str) -> Any:
+        """Return the layer's value, or else the model's."""
         if name.startswith("__"):
             raise AttributeError(name)
         return self._overrides[name] if name in self._overrides else getattr(self._config, name)
 
 
 class MemberLinears(nn.ModuleList):
-    """One linear module a member, each on its own features; the outputs stand side by side.
-
-    Args:
-        linears: one a member.
-        block: features that a member has in each of its turns.
-    """
+    """One linear module a member, each on its own features; the outputs stand side by side."""
 
     def __init__(self, linears: list[nn.Module], block: int) -> None:
+        """Take one module a member; ``block`` is the number of features that a member has in each of its turns."""
         super().__init__(linears)
         self.block = block
 
     def forward(self, features: Tensor) -> Tensor:
         """Take (..., turns x members x block) to (..., members x hidden)."""
-        parts = features.unflatten(-1, (-1, len(self), self.block)).unbind(-2)
+        parts = torch.unflatten(features, -1, (-1, len(self), self.block)).unbind(-2)
         return torch.cat([linear(part.flatten(-2)) for linear, part in zip(self, parts, strict=True)], dim=-1)
 
 
 class MemberNorms(nn.ModuleList):
-    """One norm a member, for its queries or keys.
-
-    Args:
-        norms: one a member.
-        axis: of the heads, counted from the end. If it is the last, the norm takes all heads of a member at once.
-        block: entries along the axis that a member has in each of its turns.
-    """
+    """One norm a member, for its queries or keys."""
 
     def __init__(self, norms: list[nn.Module], axis: int, block: int) -> None:
+        """Take one norm a member.
+
+        Args:
+            norms: one a member.
+            axis: of the heads, counted from the end. If it is the last, the norm takes all heads of a member at once.
+            block: entries along the axis that a member has in each of its turns.
+        """
         super().__init__(norms)
         self.axis = axis
         self.block = block
@@ -112,9 +111,9 @@ class MemberNorms(nn.ModuleList):
     def forward(self, states: Tensor) -> Tensor:
         """Keep the shape, e.g. (batch, seq, turns x members x block, head_dim) for ``axis`` -2."""
         axis = states.dim() + self.axis
-        parts = states.unflatten(axis, (-1, len(self), self.block)).unbind(axis + 1)
+        parts = torch.unflatten(states, axis, (-1, len(self), self.block)).unbind(axis + 1)
         normed = [norm(part.flatten(axis, axis + 1)) for norm, part in zip(self, parts, strict=True)]
-        turns = [part.unflatten(axis, (-1, self.block)) for part in normed]
+        turns = [torch.unflatten(part, axis, (-1, self.block)) for part in normed]
         return torch.stack(turns, dim=axis + 1).flatten(axis, axis + 2)
 
 
@@ -123,16 +122,18 @@ class MemberPostNorms(nn.ModuleList):
 
     def forward(self, outputs: Tensor) -> Tensor:
         """Take (..., members x hidden) to (..., hidden)."""
-        first, *others = (norm(part) for norm, part in zip(self, outputs.chunk(len(self), dim=-1), strict=True))
-        for other in others:
-            first = first + other
-        return first
+        parts = outputs.chunk(len(self), dim=-1)
+        total: Tensor = self[0](parts[0])
+        for norm, part in zip(self[1:], parts[1:], strict=True):
+            total = total + norm(part)
+        return total
 
 
 class AttentionSlot(nn.Module):
     """The members of a group that attend in a way of their own, ahead of the slot that is the layer."""
 
     def __init__(self, layer: Any) -> None:
+        """Keep of a layer what attends."""
         super().__init__()
         if hasattr(layer, "input_layernorm"):
             self.input_layernorm = layer.input_layernorm
@@ -155,10 +156,10 @@ def _split_carried(hidden_states: Tensor, hidden_size: int) -> tuple[Tensor, Ten
 
 
 @cache
-def _carrying_attention(attention_class: type[nn.Module], *, side_by_side: bool) -> type[nn.Module]:
+def _carrying_attention(attention_class: Any, *, side_by_side: bool) -> type[nn.Module]:
     """Return a family's attention that adds its output to what is carried, or puts it beside that."""
 
-    class CarryingAttention(attention_class):  # type: ignore[misc, valid-type]
+    class CarryingAttention(attention_class):  # type: ignore[misc]
         # Not `forward`: runtimes that bring their own attention read the source of the stock one.
         def __call__(self, *args: Any, carried: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
             output, weights = super().__call__(*args, **kwargs)
@@ -170,10 +171,10 @@ def _carrying_attention(attention_class: type[nn.Module], *, side_by_side: bool)
 
 
 @cache
-def _carrying_layer(layer_class: type[nn.Module]) -> type[nn.Module]:
+def _carrying_layer(layer_class: Any) -> type[nn.Module]:
     """Return a family's decoder layer whose attention gets what earlier slots of its group found."""
 
-    class CarryingLayer(layer_class):  # type: ignore[misc, valid-type]
+    class CarryingLayer(layer_class):  # type: ignore[misc]
         def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
             hidden_states, carried = _split_carried(hidden_states, self.hidden_size)
             output: Tensor = super().forward(hidden_states, carried=carried, **kwargs)
@@ -197,8 +198,9 @@ def build_layers(config: Any) -> nn.ModuleList:
         _give_members_their_own(layer, config, family=family, num_members=len(members), num_grouped=len(group))
         if len(members) < len(group):
             side_by_side = hasattr(layer, "post_feedforward_layernorm")
-            layer.self_attn.__class__ = _carrying_attention(type(layer.self_attn), side_by_side=side_by_side)
-            is_last = slot + 1 == len(config.lpsearch["slots"]) or config.lpsearch["slots"][slot + 1][0] not in group
+            attention = layer.self_attn
+            attention.__class__ = _carrying_attention(type(attention), side_by_side=side_by_side)
+            is_last = all(later[0] not in group for later in config.lpsearch["slots"][slot + 1 :])
             if is_last:
                 layer.__class__ = _carrying_layer(layer_class)
             else:

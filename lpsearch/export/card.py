@@ -1,0 +1,110 @@
+"""The model card of an exported directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lpsearch.plan import Plan, ProxyMetrics
+from lpsearch.versions import __version__
+
+__all__ = ["write_card"]
+
+_LOAD = """\
+## How to load
+
+In transformers, without lpsearch:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(DIRECTORY, trust_remote_code=True)
+```
+
+In vLLM, through its Transformers backend:
+
+```
+vllm serve DIRECTORY --trust-remote-code
+```
+
+or, with `pip install lpsearch[vllm]`, natively and without `--trust-remote-code`. The modelling code is
+`modeling_lpsearch.py` in this directory; it subclasses the base model's own classes in transformers.
+"""
+
+
+def write_card(path: Path, *, plan: Plan, config: Any, licence: str | None, notices: Sequence[Path]) -> None:
+    """Write the card: what was done, what was measured, how to load it, and the base model's licence.
+
+    Args:
+        path: the file to write.
+        plan: with metadata.
+        config: of the fused model.
+        licence: identifier of the base model's licence; None if it is not known.
+        notices: licence and notice files that stand beside the card.
+    """
+    assert plan.metadata is not None  # only such a plan can be written beside it
+    identity = plan.metadata.model
+    is_local = Path(identity.id).is_absolute()
+    base = Path(identity.id).name if is_local else identity.id
+    header = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [lpsearch]"]
+    if not is_local and "/" in identity.id:
+        header.append(f"base_model: {base}")
+    if licence is not None:
+        header.append(f"license: {licence}")
+    elif notices:
+        header += ["license: other", f"license_link: {notices[0].name}"]
+    joined = [group for group in plan.groups if len(group) > 1]
+    parts = [
+        "\n".join(["---", *header, "---"]),
+        f"# {base}, {plan.num_layers} layers as {plan.depth}",
+        f"The decoder layers of {base}{f' ({identity.revision})' if identity.revision else ''} were grouped by "
+        f"lpsearch {__version__}: its {plan.num_layers} layers run as {plan.depth} groups, one after another "
+        f"({plan.depth_reduction:.1%} less depth). The layers of a group read the same hidden states and their outputs "
+        "are summed, so that a group is one wide layer. No weight was retrained: weights were joined, and norms folded "
+        f"into them in float32; the result is stored in {str(config.dtype).removeprefix('torch.')}.",
+        f"Layers together: {', '.join(f'{group[0]} to {group[-1]}' for group in joined) or 'none'}.",
+        *_describe_metrics(plan),
+        _LOAD.rstrip(),
+        "## Licence\n\n" + _describe_licence(licence, notices),
+        f"The plan is `plan.json` in this directory:\n\n```json\n{json.dumps(plan.groups)}\n```",
+    ]
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _describe_metrics(plan: Plan) -> list[str]:
+    """Say what was measured of the plan."""
+    assert plan.metadata is not None
+    metrics = plan.metadata.metrics
+    rows = [
+        _describe_loss(name, loss)
+        for name, loss in (("searched on", metrics.proxy), ("held out", metrics.heldout))
+        if loss is not None
+    ]
+    parts = ["## Measured"]
+    if rows:
+        columns = "| windows | data | NLL, nats/token | against the base model | perplexity |"
+        parts.append("\n".join([columns, "|---|---|---|---|---|", *rows]))
+    if (latency := metrics.latency) is not None:
+        parts.append(
+            f"One decode step of {latency.batch_size} sequences with {latency.context_len} cached tokens: "
+            f"{latency.latency_ms:.3f} ms {latency.kind} against {latency.baseline_latency_ms:.3f} ms "
+            f"({latency.speedup:.3f}x) on {latency.device}, {latency.dtype}, {latency.runtime}."
+        )
+    return [*parts, "Nothing; the plan was made by hand."] if len(parts) == 1 else parts
+
+
+def _describe_loss(name: str, loss: ProxyMetrics) -> str:
+    error = "" if loss.delta_nll_se is None else f" ± {loss.delta_nll_se:.4f}"
+    size = f"{name}: {loss.windows} of {loss.seq_len} tokens, {loss.dtype}"
+    return f"| {size} | {loss.data} | {loss.nll:.4f} | {loss.delta_nll:+.4f}{error} | {loss.perplexity:.2f} |"
+
+
+def _describe_licence(licence: str | None, notices: Sequence[Path]) -> str:
+    """Say under which terms the weights are."""
+    kept = f" Its notices are kept here: {', '.join(notice.name for notice in notices)}." if notices else ""
+    if licence is None and not notices:
+        return "That of the base model, which its files did not name."
+    return f"That of the base model{f', {licence}' if licence else ''}.{kept}"

@@ -1,0 +1,61 @@
+"""Loading an exported directory with this package's own modelling code, not the one that stands in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lpsearch.errors import ModelError, first_line
+from lpsearch.models.conversion import refuse_incomplete
+from lpsearch.models.quiet import quiet_transformers
+from lpsearch.transform import modeling_lpsearch as modeling
+
+__all__ = ["is_exported", "load_exported", "read_dtype"]
+
+
+def is_exported(path: Path) -> bool:
+    """Say whether a path is a directory that ``export`` wrote."""
+    return str(_read_config(path).get("model_type")).startswith(modeling.MODEL_TYPE_PREFIX)
+
+
+def read_dtype(directory: Path) -> str:
+    """Return the dtype of the weights in an exported directory, e.g. ``bfloat16``."""
+    return str(_read_config(directory)["dtype"])
+
+
+def load_exported(
+    directory: Path, *, device: torch.device | str, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load an exported directory, in evaluation mode and without gradients, and its tokenizer.
+
+    Raises:
+        ModelError: if it is not one, or is damaged or incomplete.
+    """
+    family = str(_read_config(directory).get("model_type")).removeprefix(modeling.MODEL_TYPE_PREFIX)
+    if not is_exported(directory) or family not in modeling.FAMILIES:
+        raise ModelError(f"{directory}: not a directory that this version of `lpsearch export` wrote")
+    model_class: Any = getattr(modeling, modeling.class_name(family, "ForCausalLM"))
+    config_class: Any = getattr(modeling, modeling.class_name(family, "Config"))
+    try:
+        with quiet_transformers():
+            config = config_class.from_pretrained(directory)
+            model, info = model_class.from_pretrained(directory, config=config, dtype=dtype, output_loading_info=True)
+            tokenizer = AutoTokenizer.from_pretrained(directory, config=config)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{directory}: cannot be loaded: {first_line(error)}; export it again") from error
+    refuse_incomplete(directory, info)
+    model.to(device).requires_grad_(False)
+    return model.eval(), tokenizer
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    """Read ``config.json``; empty if there is none."""
+    try:
+        document = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
