@@ -50,7 +50,8 @@ def build_slot(vllm_config: VllmConfig, *, family: str, prefix: str) -> nn.Modul
     if family in _POST_NORM_FAMILIES and len(group) > 1:
         _give_post_norms(layer, num_members=num_members, num_grouped=len(group), prefix=prefix)
     if num_members == len(group):
-        return layer
+        built: nn.Module = layer
+        return built
     is_first = slots[slot][0] == group[0]
     is_last = slot + 1 == len(slots) or slots[slot + 1][0] not in group
     if not is_last:
@@ -153,6 +154,7 @@ class MemberLinears(nn.ModuleList):
     """
 
     def __init__(self, linears: list[nn.Module], block: int, *, is_reduced: bool) -> None:
+        """Take over the modules."""
         super().__init__(linears)
         self.block = block
         self.needs_reduction = not is_reduced and get_tensor_model_parallel_world_size() > 1
@@ -176,7 +178,7 @@ class MemberLinears(nn.ModuleList):
 
     def forward(self, features: Tensor) -> tuple[Tensor, None]:
         """Take (tokens, turns x members x block) to (tokens, members x hidden)."""
-        parts = features.unflatten(-1, (-1, len(self), self.block)).unbind(-2)
+        parts = features.unflatten(-1, (-1, len(self), self.block)).unbind(-2)  # type: ignore[no-untyped-call]
         output = torch.cat([linear(part.flatten(-2))[0] for linear, part in zip(self, parts, strict=True)], dim=-1)
         if self.needs_reduction:
             output = tensor_model_parallel_all_reduce(output)
@@ -193,6 +195,7 @@ class LeadingSlot(nn.Module):
     """
 
     def __init__(self, layer: Any, *, is_first: bool, side_by_side: bool) -> None:
+        """Take over what is kept of the layer."""
         super().__init__()
         self.input_layernorm = layer.input_layernorm
         self.self_attn = layer.self_attn
@@ -217,7 +220,13 @@ class LeadingSlot(nn.Module):
 class ClosingSlot(nn.Module):
     """The slot of a group of several that is its layer, for families without post-norms."""
 
+    input_layernorm: Any
+    self_attn: Any
+    post_attention_layernorm: Any
+    mlp: Any
+
     def __init__(self, layer: Any) -> None:
+        """Take over all of the layer's modules."""
         super().__init__()
         for name, module in layer.named_children():
             self.add_module(name, module)
@@ -234,6 +243,9 @@ class ClosingSlot(nn.Module):
 
 class ClosingPostNormSlot(ClosingSlot):
     """The same for families with post-norms."""
+
+    pre_feedforward_layernorm: Any
+    post_feedforward_layernorm: Any
 
     def forward(
         self, positions: Tensor, hidden_states: Tensor, residual: Tensor, **kwargs: Any
