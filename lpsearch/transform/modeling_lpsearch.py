@@ -110,11 +110,12 @@ class MemberNorms(nn.ModuleList):
 
     def forward(self, states: Tensor) -> Tensor:
         """Keep the shape, e.g. (batch, seq, turns x members x block, head_dim) for ``axis`` -2."""
-        axis = states.dim() + self.axis
-        parts = torch.unflatten(states, axis, (-1, len(self), self.block)).unbind(axis + 1)
-        normed = [norm(part.flatten(axis, axis + 1)) for norm, part in zip(self, parts, strict=True)]
+        # Axes from the end and no loop over a tensor: vLLM traces this to find the three products before it.
+        axis = self.axis
+        parts = torch.unflatten(states, axis, (-1, len(self), self.block))
+        normed = [norm(parts.select(axis - 1, member).flatten(axis - 1, axis)) for member, norm in enumerate(self)]
         turns = [torch.unflatten(part, axis, (-1, self.block)) for part in normed]
-        return torch.stack(turns, dim=axis + 1).flatten(axis, axis + 2)
+        return torch.stack(turns, dim=axis - 1).flatten(axis - 2, axis)
 
 
 class MemberPostNorms(nn.ModuleList):
@@ -307,6 +308,10 @@ def _build_classes(family: str) -> dict[str, type[Any]]:
                 super().__init__(config)
             self.layers = build_layers(config)
             self.post_init()
+            if config._attn_implementation == "vllm":
+                # vLLM leaves queries and keys split by heads where the plan gathers them for a norm over all (OLMo 2).
+                split_by_heads = {"rowwise_split_input": "rowwise"}
+                self._tp_plan = {name: split_by_heads.get(style, style) for name, style in self._tp_plan.items()}
 
     class ForCausalLM(getattr(modeling, stock_class_name(family))):  # type: ignore[misc]
         config_class = Config
