@@ -20,3 +20,9 @@ BFLOAT16_LOGITS = 0.05
 VLLM_LOGITS = 1e-4
 """Relative difference (2-norm) of a row of float32 logits between vLLM and transformers: other products, another
 attention. SmolLM2 with every layer in a group, where errors grow most, differs by 5e-5."""
+
+FLOAT32_FUSED = 1e-5
+"""Relative difference (2-norm) of float32 logits of a fused model from the unfused plan's: norms are folded in."""
+
+BFLOAT16_NLL_NATS_PER_TOKEN = 2e-3
+"""Largest difference of a real model's loss in bfloat16 from that in its plan file, over a thousand tokens."""

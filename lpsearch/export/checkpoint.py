@@ -68,6 +68,18 @@ def export_checkpoint(
         ModelError: if the model is quantised, fused already or has a plan applied.
         UsageError: if the directory is not empty.
         LpsearchError: if the disk has too little room.
+
+    Example:
+        >>> import tempfile
+        >>> import lpsearch
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4)
+        >>> model = AutoModelForCausalLM.from_config(config)  # in earnest: from_pretrained(...)
+        >>> plan = lpsearch.Plan.from_groups([[0], [1, 2], [3]])  # in earnest: load_plan("studies/.../joins-06.json")
+        >>> directory = lpsearch.export_checkpoint(model, plan, tempfile.mkdtemp())
+        >>> fused = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)  # needs no lpsearch
+        >>> fused.config.num_hidden_layers
+        3
     """
     base = open_model(model)
     return _write_directory(

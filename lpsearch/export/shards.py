@@ -147,7 +147,7 @@ class SafetensorsReader:
         """Return a tensor by its name, None if there is none.
 
         Raises:
-            ModelError: if its file is damaged or not there.
+            ModelError: if its file is damaged or not there, or it is stored quantised.
         """
         file = self._file_of.get(name)
         if file is None:
@@ -155,6 +155,11 @@ class SafetensorsReader:
         try:
             with safe_open(file, framework="pt") as opened:
                 tensor: Tensor = opened.get_tensor(name)
-                return tensor
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file} is damaged or gone: {first_line(error)}; fetch the model again") from error
+        if tensor.dtype not in _DTYPE_NAMES:
+            raise ModelError(
+                f"{file}: {name} is stored as {tensor.dtype}, so the weights are quantised; give the unquantised model, "
+                "or a .gguf file, which is dequantised"
+            )
+        return tensor

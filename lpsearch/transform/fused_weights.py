@@ -174,7 +174,8 @@ class FusedWeights:
         if len(layers) == 1:
             return self._get(f"model.layers.{layers[0]}.{rest}").to(dtype)
         if match := _MEMBER_NAME.fullmatch(rest):
-            return self._get(f"model.layers.{layers[int(match[2])]}.{match[1]}.{match[3]}").to(dtype)
+            module = match[1].replace("_projs", "_proj")
+            return self._get(f"model.layers.{layers[int(match[2])]}.{module}.{match[3]}").to(dtype)
         module, _, kind = rest.rpartition(".")
         if module.endswith("layernorm"):
             like = self._get(f"model.layers.{layers[0]}.{rest}")

@@ -130,7 +130,9 @@ class MemberPostNorms(nn.ModuleList):
         return total
 
 
-class AttentionSlot(nn.Module):
+# Transformers lets the attention implementation be chosen unless a class named "...Attention..." here derives from
+# nn.Module: such names are left to subclasses of its own.
+class LeadingSlot(nn.Module):
     """The members of a group that attend in a way of their own, ahead of the slot that is the layer."""
 
     def __init__(self, layer: Any) -> None:
@@ -199,13 +201,13 @@ def build_layers(config: Any) -> nn.ModuleList:
         _give_members_their_own(layer, config, family=family, num_members=len(members), num_grouped=len(group))
         if len(members) < len(group):
             side_by_side = hasattr(layer, "post_feedforward_layernorm")
-            attention = layer.self_attn
-            attention.__class__ = _carrying_attention(type(attention), side_by_side=side_by_side)
+            stock: Any = type(layer.self_attn)
+            layer.self_attn.__class__ = _carrying_attention(stock, side_by_side=side_by_side)
             is_last = all(later[0] not in group for later in config.lpsearch["slots"][slot + 1 :])
             if is_last:
                 layer.__class__ = _carrying_layer(layer_class)
             else:
-                layer = AttentionSlot(layer)
+                layer = LeadingSlot(layer)
         layers.append(layer)
     return nn.ModuleList(layers)
 
@@ -228,24 +230,13 @@ def _give_members_their_own(layer: Any, config: Any, *, family: str, num_members
     if not hasattr(layer, "post_feedforward_layernorm"):
         return
     if num_members > 1:
-        attention.o_proj = _split_linear(attention.o_proj, num_members, query_block * head_dim)
-        attention.__class__ = _set_apart(type(attention))
+        _split_linear(attention, "o_proj", num_members, query_block * head_dim)
     if num_grouped > 1:
         inner = layer.mlp.down_proj.in_features // num_grouped
-        layer.mlp.down_proj = _split_linear(layer.mlp.down_proj, num_grouped, inner // count_mlp_blocks(inner))
-        layer.mlp.__class__ = _set_apart(type(layer.mlp))
+        _split_linear(layer.mlp, "down_proj", num_grouped, inner // count_mlp_blocks(inner))
         for name in ("post_attention_layernorm", "post_feedforward_layernorm"):
             norm = getattr(layer, name)
             setattr(layer, name, MemberPostNorms([_build_norm(norm, config.hidden_size) for _ in range(num_grouped)]))
-
-
-@cache
-def _set_apart(module_class: type[nn.Module]) -> type[nn.Module]:
-    """Return a class for the modules whose output projection is one a member.
-
-    Runtimes that rewrite modules (vLLM) look at one module of a class to learn what its submodules are.
-    """
-    return type(module_class.__name__, (module_class,), {})
 
 
 def _build_norm(norm: Any, size: int) -> nn.Module:
@@ -255,10 +246,18 @@ def _build_norm(norm: Any, size: int) -> nn.Module:
     return built
 
 
-def _split_linear(linear: nn.Linear, num_members: int, block: int) -> MemberLinears:
-    """Build the linear modules of the members that one wide one stands for."""
+def _split_linear(owner: nn.Module, name: str, num_members: int, block: int) -> None:
+    """Replace a wide linear module by those of the members that it stands for.
+
+    They are registered under the plural of its name, ``o_projs`` for ``o_proj``, and found under its own by the stock
+    forward: what tensor parallelism does to ``o_proj`` is for one linear module, and each member gets it by itself.
+    """
+    linear: Any = getattr(owner, name)
+    delattr(owner, name)
     width, has_bias = linear.in_features // num_members, linear.bias is not None
-    return MemberLinears([nn.Linear(width, linear.out_features, bias=has_bias) for _ in range(num_members)], block)
+    members: list[nn.Module] = [nn.Linear(width, linear.out_features, bias=has_bias) for _ in range(num_members)]
+    setattr(owner, f"{name}s", MemberLinears(members, block))
+    vars(owner)[name] = getattr(owner, f"{name}s")
 
 
 @contextmanager
@@ -281,7 +280,9 @@ def _build_classes(family: str) -> dict[str, type[Any]]:
     stock_config = getattr(configuration, f"{prefix}Config")
     stock_plan = stock_config.base_model_tp_plan
     one_a_member = {
-        f"{name}.*": style for name, style in stock_plan.items() if name.endswith((".o_proj", ".down_proj", "_norm"))
+        f"{name}.*" if name.endswith("_norm") else f"{name}s.*": style
+        for name, style in stock_plan.items()
+        if name.endswith(("_norm", ".o_proj", ".down_proj"))
     }
 
     class Config(stock_config):  # type: ignore[misc, valid-type]

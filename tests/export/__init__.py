@@ -1,1 +1,1 @@
-"""Tests of lpsearch.export."""
+"""Tests of exported directories."""

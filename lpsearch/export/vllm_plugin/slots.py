@@ -115,13 +115,33 @@ def _give_post_norms(layer: Any, *, num_members: int, num_grouped: int, prefix: 
     attention, mlp = layer.self_attn, layer.mlp
     if num_members > 1:
         block = attention.head_dim * attention.num_heads // attention.num_kv_heads
-        attention.o_proj = MemberLinears.split(attention.o_proj, num_members, block, f"{prefix}.self_attn.o_proj")
+        _split_linear(attention, "o_proj", num_members, block, prefix=f"{prefix}.self_attn")
     inner = mlp.down_proj.input_size // num_grouped
-    mlp.down_proj = MemberLinears.split(
-        mlp.down_proj, num_grouped, inner // count_mlp_blocks(inner), f"{prefix}.mlp.down_proj"
-    )
+    _split_linear(mlp, "down_proj", num_grouped, inner // count_mlp_blocks(inner), prefix=f"{prefix}.mlp")
     for name in ("post_attention_layernorm", "post_feedforward_layernorm"):
         setattr(layer, name, MemberPostNorms([_build_norm(getattr(layer, name)) for _ in range(num_grouped)]))
+
+
+def _split_linear(owner: Any, name: str, num_members: int, block: int, *, prefix: str) -> None:
+    """Replace a wide linear module by those of the members that it stands for.
+
+    As in lpsearch's modelling code, whose names the weights have, they are registered under the plural of its name.
+    """
+    linear = getattr(owner, name)
+    delattr(owner, name)
+    has_bias = linear.bias is not None
+    linears = [
+        RowParallelLinear(
+            linear.input_size // num_members,
+            linear.output_size,
+            bias=has_bias,
+            reduce_results=has_bias,  # vLLM adds a bias on the first rank only if the module adds up over ranks itself
+            prefix=f"{prefix}.{name}s.{member}",
+        )
+        for member in range(num_members)
+    ]
+    setattr(owner, f"{name}s", MemberLinears(linears, block, is_reduced=has_bias))
+    vars(owner)[name] = getattr(owner, f"{name}s")
 
 
 def _build_norm(norm: Any) -> nn.Module:
@@ -158,23 +178,6 @@ class MemberLinears(nn.ModuleList):
         super().__init__(linears)
         self.block = block
         self.needs_reduction = not is_reduced and get_tensor_model_parallel_world_size() > 1
-
-    @classmethod
-    def split(cls, linear: Any, num_members: int, block: int, prefix: str) -> MemberLinears:
-        """Build the linear modules of the members that one wide one stands for."""
-        # vLLM adds a bias on the first rank only if the module itself adds up over ranks.
-        has_bias = linear.bias is not None
-        linears = [
-            RowParallelLinear(
-                linear.input_size // num_members,
-                linear.output_size,
-                bias=has_bias,
-                reduce_results=has_bias,
-                prefix=f"{prefix}.{member}",
-            )
-            for member in range(num_members)
-        ]
-        return cls(linears, block, is_reduced=has_bias)
 
     def forward(self, features: Tensor) -> tuple[Tensor, None]:
         """Take (tokens, turns x members x block) to (tokens, members x hidden)."""

@@ -1,0 +1,65 @@
+"""``lpsearch export`` and ``lpsearch generate`` on what it wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import LlamaForCausalLM
+
+from lpsearch.models import fingerprint_model
+from lpsearch.plan import ModelIdentity, Plan, PlanMetadata, save_plan
+from tests.commands.conftest import Run
+
+
+def write_plan(tiny_model_dir: Path, path: Path, fingerprint: str | None = None) -> Path:
+    fingerprint = fingerprint or fingerprint_model(LlamaForCausalLM.from_pretrained(tiny_model_dir))
+    identity = ModelIdentity(id=str(tiny_model_dir), num_layers=6, fingerprint=fingerprint)
+    save_plan(Plan.from_groups([[0], [1, 2], [3, 4], [5]], metadata=PlanMetadata(model=identity)), path)
+    return path
+
+
+def test_export_then_generate(run_lpsearch: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
+    plan = write_plan(tiny_model_dir, tmp_path / "plan.json")
+    exported = run_lpsearch("export", plan, tmp_path / "out")
+    assert exported.exit_code == 0
+    document = exported.document
+    assert (document["depth"], document["dtype"]) == (4, "float32")
+    assert document["num_bytes"] == sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
+    options = ("--prompt", "The square", "--max-new-tokens", 6, "--device", "cpu", "--dtype", "float32")
+    fused = run_lpsearch("generate", tmp_path / "out", *options, "--compare")
+    planned = run_lpsearch("generate", plan, *options, "--compare")
+    assert fused.exit_code == planned.exit_code == 0
+    assert fused.document["text"] == planned.document["text"]
+    assert fused.document["base"]["text"] == planned.document["base"]["text"]
+    assert fused.document["text"] != fused.document["base"]["text"]
+    assert fused.document["tokens_per_s"] > 0
+    assert "tokens/s" in fused.stderr
+    assert fused.document["text"] in fused.stderr
+
+
+def test_export_in_another_dtype_and_model(run_lpsearch: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
+    plan = write_plan(Path("/nowhere"), tmp_path / "plan.json", fingerprint_model_of(tiny_model_dir))
+    gone = run_lpsearch("export", plan, tmp_path / "out")
+    assert gone.exit_code == 2
+    assert "/nowhere" in gone.document["error"]["message"]
+    done = run_lpsearch("export", plan, tmp_path / "out", "--model", tiny_model_dir, "--dtype", "bfloat16")
+    assert done.exit_code == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    again = run_lpsearch("export", plan, tmp_path / "out", "--model", tiny_model_dir)
+    assert again.exit_code == 2
+    assert "is not empty" in again.document["error"]["message"]
+
+
+def fingerprint_model_of(directory: Path) -> str:
+    return fingerprint_model(LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32))
+
+
+def test_a_damaged_directory_is_refused(run_lpsearch: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
+    plan = write_plan(tiny_model_dir, tmp_path / "plan.json")
+    assert run_lpsearch("export", plan, tmp_path / "out").exit_code == 0
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"")
+    outcome = run_lpsearch("generate", tmp_path / "out", "--prompt", "a", "--device", "cpu")
+    assert outcome.exit_code == 2
+    assert "cannot be loaded" in outcome.document["error"]["message"]

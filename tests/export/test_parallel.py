@@ -1,0 +1,91 @@
+"""Exported directories under transformers' own tensor parallelism, on two ranks over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lpsearch.export import export_checkpoint
+from lpsearch.transform.modeling_lpsearch import FAMILIES
+from tests.tiny_models import build_tiny_model
+from tests.tolerances import FLOAT32_FUSED
+from tests.transform.test_fuse import MIXED, compute_planned_logits, relative_difference
+
+RANK = """
+import json, sys
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+torch.set_num_threads(1)
+batch = {name: torch.tensor(rows) for name, rows in json.loads(sys.argv[1]).items()}
+for directory in sys.argv[2:]:
+    config = DistributedConfig(tp_size=2)
+    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, distributed_config=config).eval()
+    with torch.no_grad():
+        logits = model(**batch).logits
+        tokens = model.generate(**batch, max_new_tokens=3, do_sample=False)
+    shares = {
+        name: parameter.to_local().numel() / parameter.numel()
+        for name, parameter in model.named_parameters()
+        if hasattr(parameter, "to_local") and name.startswith("model.layers.1.")
+    }
+    if dist.get_rank() == 0:
+        print(json.dumps({"logits": logits.tolist(), "tokens": tokens.tolist(), "shares": shares}), flush=True)
+dist.destroy_process_group()
+"""
+
+
+def run_two_ranks(arguments: list[str]) -> list[str]:
+    """Run the script in two processes, and return the lines of the first."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, *arguments],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        answers = [process.communicate(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], answers[0][1] + answers[1][1]
+    return answers[0][0].splitlines()
+
+
+@pytest.mark.slow
+def test_two_ranks_together_are_one(tmp_path: Path) -> None:
+    from tests.tiny_models import build_left_padded_batch
+
+    batch = build_left_padded_batch()
+    tokens = batch["attention_mask"].bool()
+    families = sorted(FAMILIES)
+    models = {family: build_tiny_model(family) for family in families}
+    for family, model in models.items():
+        export_checkpoint(model, MIXED, tmp_path / family)
+    encoded = json.dumps({name: tensor.tolist() for name, tensor in batch.items()})
+    lines = run_two_ranks([encoded, *(str(tmp_path / family) for family in families)])
+    answers = [json.loads(line) for line in lines if line.startswith("{")]
+    for family, answer in zip(families, answers, strict=True):
+        expected = compute_planned_logits(models[family], MIXED)
+        logits = torch.tensor(answer["logits"])[tokens]
+        assert relative_difference(logits, expected) < FLOAT32_FUSED, family
+        assert answer["shares"], family
+        assert any(share == 0.5 for name, share in answer["shares"].items() if "_proj" in name or "c_fc" in name), (
+            family
+        )

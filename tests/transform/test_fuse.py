@@ -1,0 +1,233 @@
+"""Fused wide layers against the unfused plan, for every family that can be fused."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+import lpsearch
+from lpsearch.errors import FamilyError, ModelError, PlanError
+from lpsearch.models.families import get_decoder_layers
+from lpsearch.plan import ModelIdentity, Plan, PlanMetadata
+from lpsearch.transform import applied_plan, apply_plan, fuse_plan
+from lpsearch.transform.modeling_lpsearch import FAMILIES
+from tests.tiny_models import FAMILIES as TINY_FAMILIES
+from tests.tiny_models import build_left_padded_batch, build_tiny_model
+from tests.tolerances import BFLOAT16_LOGITS, FLOAT32_FUSED
+
+PAIRS = Plan.from_groups([[0, 1], [2, 3], [4, 5]])
+MIXED = Plan.from_groups([[0], [1, 2], [3, 4, 5]])
+FOUR = Plan.from_groups([[0, 1, 2, 3], [4], [5]])
+PLANS = {"pairs": PAIRS, "pair and triple": MIXED, "four": FOUR}
+
+BIASES = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "gemma2": {"attention_bias": True},
+    "gemma3_text": {"attention_bias": True},
+    "granite": {"attention_bias": True, "mlp_bias": True},
+    "olmo2": {"attention_bias": True},
+    "qwen3": {"attention_bias": True},
+    "smollm3": {"attention_bias": True, "mlp_bias": True},
+    "starcoder2": {"use_bias": False},  # while its norms have a bias all the same
+}
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def family_model(family: str) -> PreTrainedModel:
+    return build_tiny_model(family)
+
+
+def compute_logits(model: PreTrainedModel) -> Tensor:
+    """Logits of the real tokens of a batch that is padded on the left, (tokens, vocab)."""
+    batch = build_left_padded_batch()
+    return model(**batch).logits[batch["attention_mask"].bool()].detach().float()
+
+
+def compute_planned_logits(model: PreTrainedModel, plan: Plan) -> Tensor:
+    with applied_plan(model, plan):
+        return compute_logits(model)
+
+
+def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
+def fuse_copy(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    return fuse_plan(copy.deepcopy(model), plan)
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+def test_fused_logits_are_the_plans(family_model: PreTrainedModel, plan: Plan) -> None:
+    expected = compute_planned_logits(family_model, plan)
+    fused = fuse_copy(family_model, plan)
+    assert relative_difference(compute_logits(fused), expected) < FLOAT32_FUSED
+    assert len(get_decoder_layers(fused)) == fused.config.num_hidden_layers
+    assert [len(group) for group in fused.config.lpsearch["groups"]] == [len(group) for group in plan.groups]
+
+
+@pytest.mark.parametrize("name", sorted(BIASES))
+def test_biases_are_joined_too(name: str) -> None:
+    model = build_tiny_model(name, **BIASES[name])
+    expected = compute_planned_logits(model, MIXED)
+    assert relative_difference(compute_logits(fuse_plan(model, MIXED)), expected) < FLOAT32_FUSED
+
+
+def test_bfloat16_is_as_near_as_rounding_lets_it_be(family_model: PreTrainedModel) -> None:
+    expected = compute_planned_logits(family_model, MIXED)
+    rounded = copy.deepcopy(family_model).to(torch.bfloat16)
+    fused = fuse_copy(rounded, MIXED)
+    assert {parameter.dtype for parameter in fused.parameters()} == {torch.bfloat16}
+    assert relative_difference(compute_logits(fused), expected) < BFLOAT16_LOGITS
+
+
+def test_generation_is_the_plans_with_either_cache(family_model: PreTrainedModel) -> None:
+    batch = build_left_padded_batch()
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    with applied_plan(family_model, MIXED):
+        expected = family_model.generate(**batch, **options)
+    fused = fuse_copy(family_model, MIXED)
+    assert torch.equal(fused.generate(**batch, **options), expected)
+    assert torch.equal(fused.generate(**batch, **options, cache_implementation="static"), expected)
+
+
+def test_the_fused_model_saves_and_loads(family_model: PreTrainedModel, tmp_path: Path) -> None:
+    fused = fuse_copy(family_model, MIXED)
+    expected = compute_logits(fused)
+    fused.save_pretrained(tmp_path / "first")
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "first", trust_remote_code=True, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert torch.equal(compute_logits(loaded), expected)
+    loaded.save_pretrained(tmp_path / "second")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "second", trust_remote_code=True)
+    assert torch.equal(compute_logits(again), expected)
+    assert {file.name for file in (tmp_path / "second").iterdir()} >= {"modeling_lpsearch.py", "config.json"}
+
+
+def test_layers_alone_keep_their_very_parameters(family_model: PreTrainedModel) -> None:
+    model = copy.deepcopy(family_model)
+    plan = Plan.from_groups([[0], [1, 2], [3], [4], [5]])
+    alone = {name: p for i in (0, 5) for name, p in get_decoder_layers(model)[i].named_parameters(prefix=str(i))}
+    fused = get_decoder_layers(fuse_plan(model, plan))
+    last = len(fused) - 1
+    kept = {f"{i}.{name}": p for i, slot in ((0, 0), (5, last)) for name, p in fused[slot].named_parameters()}
+    assert kept.keys() == alone.keys()
+    assert all(kept[name] is parameter for name, parameter in alone.items())
+
+
+def test_the_configuration_that_was_given_is_not_touched(family_model: PreTrainedModel) -> None:
+    model = copy.deepcopy(family_model)
+    shared = model.config
+    before = copy.deepcopy(shared.to_dict())
+    fuse_plan(model, MIXED)
+    assert shared.to_dict() == before
+    assert model.config is not shared
+    assert not any(getattr(module, "config", None) is shared for module in model.modules())
+
+
+def test_the_attention_implementation_can_be_chosen_later(family_model: PreTrainedModel) -> None:
+    fused = fuse_copy(family_model, MIXED)
+    fused.set_attn_implementation("sdpa")
+    expected = compute_logits(fused)
+    fused.set_attn_implementation("eager")
+    attentions = fused(**build_left_padded_batch(), output_attentions=True).attentions
+    assert len(attentions) == fused.config.num_hidden_layers
+    assert attentions[-1] is not None  # which only eager attention returns
+    assert relative_difference(compute_logits(fused), expected) < FLOAT32_FUSED
+
+
+def test_hidden_states_are_those_between_groups(family_model: PreTrainedModel) -> None:
+    batch = build_left_padded_batch()
+    tokens = batch["attention_mask"].bool()
+    with applied_plan(family_model, MIXED):
+        planned = family_model(**batch, output_hidden_states=True).hidden_states
+    fused = fuse_copy(family_model, MIXED)(**batch, output_hidden_states=True).hidden_states
+    assert len(fused) == MIXED.depth + 1
+    for actual, expected in zip(fused[:-1], [planned[0], planned[1], planned[3]], strict=True):
+        assert relative_difference(actual[tokens], expected[tokens]) < FLOAT32_FUSED
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")  # its name before transformers 5.23
+@pytest.mark.parametrize("name", ["gemma2", "llama", "smollm3"])
+def test_gradients_flow_with_and_without_checkpointing(name: str) -> None:
+    fused = fuse_plan(build_tiny_model(name), MIXED).requires_grad_(True).train()
+    batch = build_left_padded_batch()
+
+    def gradients() -> dict[str, Tensor]:
+        fused.zero_grad()
+        fused(**batch, use_cache=False).logits.square().mean().backward()
+        return {name: p.grad.clone() for name, p in fused.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    assert expected.keys() == dict(fused.named_parameters()).keys()
+    fused.gradient_checkpointing_enable()
+    for parameter, gradient in gradients().items():
+        torch.testing.assert_close(gradient, expected[parameter], msg=parameter)
+
+
+def test_modes_are_kept() -> None:
+    trainable = fuse_plan(build_tiny_model("llama").requires_grad_(True).train(), PAIRS)
+    assert all(parameter.requires_grad for parameter in trainable.parameters())
+    assert all(module.training for module in trainable.modules())
+    frozen = fuse_plan(build_tiny_model("gemma2"), PAIRS)
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    assert not any(module.training for module in frozen.modules())
+
+
+REASONS = {
+    "cohere": "read the same input",
+    "gpt_neox": "read the same input",
+    "gpt_neox_sequential": "read the same input",
+    "phi": "read the same input",
+    "mixtral": "mixture of experts",
+    "qwen3_moe": "mixture of experts",
+    "glm4": "not known well enough",
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(TINY_FAMILIES) - set(FAMILIES)))
+def test_what_cannot_be_fused_is_refused_by_name_and_reason(name: str) -> None:
+    model = build_tiny_model(name)
+    with pytest.raises(FamilyError, match=f"model type {model.config.model_type} cannot be fused.*{REASONS[name]}"):
+        fuse_plan(model, MIXED)
+    assert len(get_decoder_layers(model)) == 6
+
+
+def test_only_an_unmodified_language_model_is_fused() -> None:
+    model = build_tiny_model("llama")
+    with pytest.raises(PlanError, match="its groups cover 3 layers"):
+        fuse_plan(model, Plan.from_groups([[0, 1], [2]]))
+    another = ModelIdentity(id="owner/other", num_layers=6, fingerprint="0-0")
+    with pytest.raises(PlanError, match="the plan is for owner/other"):
+        fuse_plan(model, Plan.from_groups(MIXED.groups, metadata=PlanMetadata(model=another)))
+    apply_plan(model, PAIRS)
+    with pytest.raises(ModelError, match=r"a plan is applied.*undo_plan"):
+        fuse_plan(model, MIXED)
+    lpsearch.undo_plan(model)
+    classifier = AutoModelForSequenceClassification.from_config(model.config)
+    with pytest.raises(ModelError, match="LlamaForSequenceClassification is not LlamaForCausalLM"):
+        fuse_plan(classifier, MIXED)
+    fuse_plan(model, MIXED)
+    with pytest.raises(ModelError, match="is fused already"):
+        fuse_plan(model, MIXED)
+
+
+def test_quantised_weights_are_refused() -> None:
+    model = build_tiny_model("llama")
+    layer: Any = get_decoder_layers(model)[1]
+    layer.mlp.up_proj.weight = nn.Parameter(layer.mlp.up_proj.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ModelError, match=r"quantised weights.*load it unquantised"):
+        fuse_plan(model, MIXED)
