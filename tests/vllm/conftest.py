@@ -95,7 +95,7 @@ def serve(
     """Return a function that serves directories in a process of its own, and remembers what came of it."""
     served: dict[tuple[object, ...], dict[str, Any]] = {}
 
-    def run(names: Sequence[str], *, route: str, num_ranks: int = 1, timeout_s: float = 240) -> dict[str, Any]:
+    def run(names: Sequence[str], *, route: str, num_ranks: int = 1, timeout_s: float = 400) -> dict[str, Any]:
         key = (tuple(names), route, num_ranks)
         if key not in served:
             folder = tmp_path_factory.mktemp("serve")

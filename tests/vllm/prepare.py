@@ -39,7 +39,7 @@ SMOLLM2_PROMPTS = [
     "A group of layers can run in parallel because",
     "Dear Sir or Madam,\n\n",
 ]
-SMOLLM2_NEW_TOKENS = 24
+SMOLLM2_NEW_TOKENS = 16
 
 TINY_PLAN = [[0], [1, 2], [3, 4, 5]]
 TINY_PROMPTS = [[3 + (7 * i * j + 5 * j) % (VOCAB_SIZE - 3) for j in range(11 + 3 * i)] for i in range(4)]
