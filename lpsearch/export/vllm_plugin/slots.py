@@ -44,7 +44,7 @@ def build_slot(vllm_config: VllmConfig, *, family: str, prefix: str) -> nn.Modul
     num_members = len(slots[slot])
     layer = _build_layer(family, vllm_config, config.per_layer_config[slot], prefix)
     if family in _HEAD_NORM_FAMILIES or family in _POST_NORM_FAMILIES:
-        _check_tensor_parallel(layer, num_members=num_members, num_grouped=len(group), prefix=prefix)
+        _check_tensor_parallel(family, layer, num_members=num_members, num_grouped=len(group), prefix=prefix)
     if family in _HEAD_NORM_FAMILIES and num_members > 1:
         _give_head_norms(layer.self_attn, num_members)
     if family in _POST_NORM_FAMILIES and len(group) > 1:
@@ -88,12 +88,13 @@ def _build_layer(family: str, vllm_config: VllmConfig, config: Any, prefix: str)
     return layer_class(config, **own)
 
 
-def _check_tensor_parallel(layer: Any, *, num_members: int, num_grouped: int, prefix: str) -> None:
+def _check_tensor_parallel(family: str, layer: Any, *, num_members: int, num_grouped: int, prefix: str) -> None:
     """Refuse more GPUs than a single member can be split over: its norms see its own heads and features alone."""
     world_size = get_tensor_model_parallel_world_size()
-    kv_heads = layer.self_attn.total_num_kv_heads // num_members
-    blocks = count_mlp_blocks(layer.mlp.down_proj.input_size // num_grouped)
-    for what, count in (("key-value heads", kv_heads), ("blocks of MLP features", blocks)):
+    counts = {"key-value heads": layer.self_attn.total_num_kv_heads // num_members}
+    if family in _POST_NORM_FAMILIES:
+        counts["blocks of MLP features"] = count_mlp_blocks(layer.mlp.down_proj.input_size // num_grouped)
+    for what, count in counts.items():
         if num_grouped > 1 and count % world_size:
             raise ModelError(
                 f"{prefix}: each of the {num_grouped} layers of this group has {count} {what}, which "
