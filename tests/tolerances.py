@@ -23,6 +23,3 @@ attention. SmolLM2 with every layer in a group, where errors grow most, differs 
 
 FLOAT32_FUSED = 1e-5
 """Relative difference (2-norm) of float32 logits of a fused model from the unfused plan's: norms are folded in."""
-
-BFLOAT16_NLL_NATS_PER_TOKEN = 2e-3
-"""Largest difference of a real model's loss in bfloat16 from that in its plan file, over a thousand tokens."""

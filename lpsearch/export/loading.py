@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lpsearch.errors import ModelError, first_line
@@ -45,7 +46,7 @@ def load_exported(
             config = config_class.from_pretrained(directory)
             model, info = model_class.from_pretrained(directory, config=config, dtype=dtype, output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(directory, config=config)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{directory}: cannot be loaded: {first_line(error)}; export it again") from error
     refuse_incomplete(directory, info)
     model.to(device).requires_grad_(False)

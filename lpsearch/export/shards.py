@@ -159,7 +159,7 @@ class SafetensorsReader:
             raise ModelError(f"{file} is damaged or gone: {first_line(error)}; fetch the model again") from error
         if tensor.dtype not in _DTYPE_NAMES:
             raise ModelError(
-                f"{file}: {name} is stored as {tensor.dtype}, so the weights are quantised; give the unquantised model, "
-                "or a .gguf file, which is dequantised"
+                f"{file}: {name} is stored as {tensor.dtype}, so the weights are quantised; give the unquantised "
+                "model, or a .gguf file, which is dequantised"
             )
         return tensor

