@@ -4,11 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint format clean help
+# vLLM pins torch and an older transformers, hence an environment of its own. Exported directories stand in it too.
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_PIP := $(VLLM_BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: demo test test-vllm lint format clean help
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 # The interpreter is checked first: an old one would fail much later, inside a dependency's build.
 $(BIN)/python:
@@ -30,6 +35,19 @@ demo: $(VENV)/.installed ## search SmolLM2-135M on this machine
 test: $(VENV)/.installed-dev ## run the tests
 	$(BIN)/python -m pytest -m "not network"
 
+# The three that are removed decode pictures and sound, and are built for another torch than the one pinned.
+$(VLLM_VENV)/.installed: pyproject.toml tests/vllm/requirements.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) install --requirement tests/vllm/requirements.txt
+	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
+	$(VLLM_PIP) install --no-deps --editable .
+	@touch $@
+
+test-vllm: $(VENV)/.installed-dev $(VLLM_VENV)/.installed ## export models and serve them by vLLM, on the CPU
+	$(BIN)/python -m tests.vllm.prepare $(VLLM_VENV)/exports
+	LPSEARCH_VLLM_EXPORTS=$(abspath $(VLLM_VENV)/exports) VLLM_CACHE_ROOT=$(abspath $(VLLM_VENV)/cache) \
+		$(VLLM_BIN)/python -m pytest -o addopts= -o filterwarnings=default -ra --durations=15 tests/vllm
+
 lint: $(VENV)/.installed-dev ## check style, types and layering
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,4 +59,4 @@ format: $(VENV)/.installed-dev ## format the code
 	$(BIN)/ruff format .
 
 clean: ## remove the environment and caches; studies stay
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

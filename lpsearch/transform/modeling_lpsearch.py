@@ -320,6 +320,10 @@ def _build_classes(family: str) -> dict[str, type[Any]]:
                 super().__init__(config)
             self.layers = build_layers(config)
             self.post_init()
+            if config._attn_implementation == "vllm":
+                # vLLM leaves queries and keys split by heads where the plan gathers them for a norm over all (OLMo 2).
+                plan: dict[str, str] = vars(self)["_tp_plan"]
+                self._tp_plan = {n: "rowwise" if s == "rowwise_split_input" else s for n, s in plan.items()}
 
     class ForCausalLM(getattr(modeling, stock_class_name(family))):  # type: ignore[misc]
         config_class = Config
