@@ -79,7 +79,15 @@ def build_front_figure(
     _add_heldout(figure, report, saving=saving, loss=loss, theme=theme)
     records = [point.record for point in report.front]
     _add_records(
-        figure, report, records, saving=saving, loss=loss, name="front", colour=theme.front, mode="lines+markers", size=9
+        figure,
+        report,
+        records,
+        saving=saving,
+        loss=loss,
+        name="front",
+        colour=theme.front,
+        mode="lines+markers",
+        size=9,
     )
     figure.data[-1].customdata = list(range(len(records)))
     ring = {"size": 18, "color": "rgba(0,0,0,0)", "line": {"width": 3, "color": theme.chosen}}

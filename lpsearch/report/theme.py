@@ -94,6 +94,7 @@ def map_colours() -> dict[str, str]:
         colours.update(pairs)
     return colours
 
+
 def style_figure(figure: go.Figure, theme: Theme, *, height: int) -> go.Figure:
     """Give a figure what all have: colours, margins for a narrow page, a legend below."""
     figure.update_layout(

@@ -7,7 +7,6 @@ stopped, and neither ever asks for a plan that is finished or running.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,0 +1,410 @@
+"""The HTML report: one file that holds its figures, their data as tables, and the library that draws them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from lpsearch.report.advice import Pick, list_commands, pick_plans
+from lpsearch.report.figures import (
+    build_effects_figure,
+    build_front_figure,
+    build_interactions_figure,
+    build_layers_figure,
+    build_progress_figure,
+    describe_groups,
+)
+from lpsearch.report.latency_figures import build_breakdown_figure, build_fit_figure, describe_workload
+from lpsearch.report.study import FrontPoint, StudyReport
+from lpsearch.report.tables import (
+    Table,
+    build_breakdown_table,
+    build_effects_table,
+    build_fit_table,
+    build_front_table,
+    build_interactions_table,
+    build_layers_table,
+    build_progress_table,
+    format_loss,
+)
+from lpsearch.report.theme import map_colours
+
+__all__ = ["build_html", "write_html"]
+
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+"""What the browser may load: nothing from any network."""
+
+_SERVE_NOTE = (
+    "Serving needs vLLM, which runs the exported checkpoint through its transformers backend. "
+    "The text of the first two commands is that of the plan; export and serve once you like it."
+)
+
+
+@dataclass(frozen=True)
+class _Chart:
+    """A figure with its choices and the table of its data.
+
+    Attributes:
+        name: id of its element.
+        summary: what it shows, for screen readers.
+        choices: what the reader can choose between: (label of the choice, its values by key).
+        figures: by the keys of the choices, joined by a space.
+        table: the same data.
+    """
+
+    name: str
+    summary: str
+    choices: Sequence[tuple[str, dict[str, str]]]
+    figures: dict[str, go.Figure]
+    table: Table
+
+
+def build_html(report: StudyReport) -> str:
+    """Build the whole page.
+
+    Args:
+        report: the study.
+    """
+    charts = _build_charts(report)
+    data = {
+        "colours": map_colours(),
+        "figures": {
+            chart.name: {key: json.loads(figure.to_json()) for key, figure in chart.figures.items()}
+            for chart in charts.values()
+        },
+    }
+    body = "\n".join(
+        [
+            _render_head(report),
+            '<main id="main">',
+            _render_front(report, charts),
+            _render_advice(report),
+            _render_section("layers", "Which layers pair", _EXPLAIN["layers"], [charts["layers"]]),
+            _render_joins(charts),
+            _render_section("search", "How the search came along", _explain_progress(report), [charts["progress"]]),
+            _render_latency(report, charts),
+            "</main>",
+        ]
+    )
+    return _PAGE.format(
+        title=escape(f"{report.name}: layer parallelism"),
+        policy=_POLICY,
+        style=_read_asset("page.css"),
+        body=body,
+        # "</" would end the element that holds the data
+        data=json.dumps(data, allow_nan=False, separators=(",", ":")).replace("</", "<\\/"),
+        plotly=get_plotlyjs().replace("</script", "<\\/script"),
+        script=_read_asset("page.js"),
+    )
+
+
+def write_html(report: StudyReport, path: Path) -> int:
+    """Write the page, whole or not at all.
+
+    Args:
+        report: the study.
+        path: the file to write.
+
+    Returns:
+        Its size in bytes.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    content = build_html(report).encode()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return len(content)
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<a class="skip" href="#main">Skip to the report</a>
+{body}
+<script type="application/json" id="data">{data}</script>
+<script>{plotly}</script>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+_EXPLAIN = {
+    "layers": "A row for each plan of the front. Layers of one group share a colour and run in parallel; neighbouring "
+    "groups alternate between two colours. Grey layers run alone. Choose a row to see its plan.",
+    "effects": "What it costs to join two neighbouring layers and nothing else. Joins far below the others are the "
+    "ones to set first.",
+    "interactions": "What the search expects two joins to cost together beyond the sum of each alone, learned from all "
+    "trials: red pairs disturb each other, blue pairs cost less together than apart. White cells were "
+    "not possible together. The largest 2 % share a colour.",
+    "fit": "Measured depths against what the fitted model says. It was fitted to some and only checked on others.",
+    "breakdown": "Where the model puts the time of a step: a fixed overhead and a time for every group.",
+}
+
+
+def _build_charts(report: StudyReport) -> dict[str, _Chart]:
+    """Build every chart that the study has data for."""
+    savings = {"depth": "depth removed", "latency": "time of a step"} if report.has_latency else {"depth": "depth"}
+    losses = {"delta": "nats" if report.metric == "nll" else "KL", "perplexity": "perplexity"}
+    charts = [
+        _Chart(
+            "front",
+            "Loss of every plan against what it saves; the front is the line of the best ones.",
+            [choice for choice in (("against", savings), ("loss as", losses)) if len(choice[1]) > 1],
+            {
+                " ".join([saving] * (len(savings) > 1) + [loss]): build_front_figure(report, saving=saving, loss=loss)  # type: ignore[arg-type]
+                for saving in savings
+                for loss in losses
+            },
+            build_front_table(report),
+        ),
+        _Chart(
+            "layers",
+            "The groups of layers of each plan of the front.",
+            [],
+            {"": build_layers_figure(report)},
+            build_layers_table(report),
+        ),
+        _Chart(
+            "progress",
+            "Hypervolume of the front and least loss by number of joins, over the search.",
+            [("over", {"trials": "trials", "tokens": "tokens"})],
+            {unit: build_progress_figure(report, unit=unit) for unit in ("trials", "tokens")},  # type: ignore[arg-type]
+            build_progress_table(report),
+        ),
+    ]
+    if report.effects is not None:
+        for name, summary, build, tabulate in (
+            ("effects", "Loss of each join alone.", build_effects_figure, build_effects_table),
+            ("interactions", "Interaction of each pair of joins.", build_interactions_figure, build_interactions_table),
+        ):
+            charts.append(_Chart(name, summary, [], {"": build(report)}, tabulate(report)))
+    if report.latency_model is not None:
+        workloads = report.latency_model.profile.workloads
+        labels = {str(index): describe_workload(workload) for index, workload in enumerate(workloads)}
+        choices = [("workload", labels)] if len(labels) > 1 else []
+        for name, summary, draw, list_rows in (
+            ("fit", "Measured times against predicted ones.", build_fit_figure, build_fit_table),
+            ("breakdown", "Time of a step by its cause.", build_breakdown_figure, build_breakdown_table),
+        ):
+            figures = {str(i) if choices else "": draw(report, workload_index=i) for i in range(len(workloads))}
+            charts.append(_Chart(name, summary, choices, figures, list_rows(report)))
+    return {chart.name: chart for chart in charts}
+
+
+def _render_head(report: StudyReport) -> str:
+    settings = report.settings
+    facts = {
+        "plans": f"{len(report.records)}" + (", all there are" if report.is_exact else ""),
+        "layers": str(report.num_layers),
+        "unmodified": f"{report.baseline.nll:.4f} nats/token, perplexity {report.baseline.perplexity:.2f}",
+        "data": f"{settings.get('data', 'not recorded')}, {settings.get('windows', '?')} windows of "
+        f"{settings.get('seq_len', '?')} tokens",
+        "tokens evaluated": f"{report.proxy_tokens:,}",
+        "sampler": str(settings.get("sampler", "not recorded")),
+        "dtype": str(settings.get("dtype", "not recorded")),
+    }
+    if report.latency_model is not None:
+        profile = report.latency_model.profile
+        ranks = "" if profile.num_ranks == 1 else f"{profile.num_ranks} x "
+        facts["latency of"] = f"{ranks}{profile.device}, {describe_workload(report.latency_model.workload)}" + (
+            " (emulated)" if profile.emulated else ""
+        )
+    items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
+    unfinished = (
+        ""
+        if report.is_current
+        else '<p class="note" role="status">This study is under way or was interrupted: the report shows what is there. '
+        "Run the same <code>lpsearch optimize</code> again to go on; it writes the plan files of this front.</p>"
+    )
+    links = [("front", "Front"), ("next", "What next"), ("layers", "Layers"), ("joins", "Joins"), ("search", "Search")]
+    links += [("latency", "Latency")] if report.latency_model is not None else []
+    nav = "".join(f'<a href="#{name}">{label}</a>' for name, label in links)
+    return (
+        f"<header><div class='bar'><h1>{escape(report.name)}</h1>"
+        '<button type="button" id="theme" hidden>Dark</button></div>'
+        f"<p class='sub'>Which layers of {escape(str(settings.get('model', 'the model')))} can run in parallel, and "
+        f"what that costs</p><dl class='facts'>{items}</dl>{unfinished}<nav aria-label='Sections'>{nav}</nav></header>"
+    )
+
+
+def _render_front(report: StudyReport, charts: dict[str, _Chart]) -> str:
+    plans = "".join(_render_plan(report, index, point) for index, point in enumerate(report.front))
+    notes = "The axis of losses ends where plans stop being useful. Bars are one standard error over windows. "
+    if any(point.heldout is not None for point in report.front):
+        notes += "Held-out values are on windows that the search never saw. "
+    elif len(report.front) > 1:
+        notes += "Held-out values come when the search ends. "
+    if not report.windows_front:
+        notes += "The study tried no contiguous windows. "
+    notes += "Click a point, or use the arrow keys on the figure, to see its plan."
+    toggle = "<label class='check'><input type='checkbox' id='all-losses'> show every loss</label>"
+    return (
+        "<section id='front'><h2>Front</h2><div class='split'><div>"
+        f"<p>{notes}</p>{_render_chart(charts['front'], extra=toggle, selects=True)}"
+        f"</div><div class='plans' id='plans' aria-live='polite'><h3>The chosen plan</h3>{plans}</div></div></section>"
+    )
+
+
+def _render_plan(report: StudyReport, index: int, point: FrontPoint) -> str:
+    record = point.record
+    rows = {
+        "joins": f"{record.num_joins} of {report.num_layers - 1}",
+        "depth": f"{record.plan.depth} of {report.num_layers} ({record.depth_reduction:.1%} less)",
+        "loss": format_loss(record.get_cost(report.metric), record.get_cost_se(report.metric)),
+        "held out": "" if point.heldout is None else format_loss(point.heldout.delta, point.heldout.standard_error),
+        "perplexity": f"{record.perplexity:.3f}",
+        "time of a step": "" if record.latency_ms is None else f"{record.latency_ms:.3f} ms (estimated)",
+        "speed-up": "" if point.speedup is None else f"{point.speedup:.3f}x (estimated)",
+        "found by": f"{record.origin}, trial {record.trial}",
+        "layers together": describe_groups(record.plan),
+    }
+    items = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in rows.items() if value)
+    return f"<article id='plan-{index}' data-plan='{index}'><dl>{items}</dl>{_render_commands(report, point)}</article>"
+
+
+def _render_commands(report: StudyReport, point: FrontPoint) -> str:
+    commands = list_commands(report, point)
+    if not commands:
+        return (
+            "<p class='note'>Its plan file is not written yet; run the same <code>lpsearch optimize</code> again "
+            "to write it.</p>"
+        )
+    return (
+        "<ul class='commands'>"
+        + "".join(
+            f"<li><span>{escape(command.purpose)}</span><div class='line'>"
+            f"<code tabindex='0'>{escape(command.line)}</code>"
+            f"<button type='button' class='copy' hidden aria-label='Copy: {escape(command.purpose)}'>Copy</button>"
+            "</div></li>"
+            for command in commands
+        )
+        + "</ul>"
+    )
+
+
+def _render_advice(report: StudyReport) -> str:
+    cards = "".join(_render_pick(report, pick) for pick in pick_plans(report))
+    loss = "loss" if report.metric == "nll" else "KL divergence"
+    return (
+        f"<section id='next'><h2>What to do next</h2><p>Three plans to start from: of all plans of the front within a "
+        f"{loss}, the one of most joins. The held-out value counts where there is one. "
+        f"<code>lpsearch plan pick DIR --max-delta NATS</code> picks the same way.</p>"
+        f"<div class='cards'>{cards}</div><p class='small'>{_SERVE_NOTE}</p></section>"
+    )
+
+
+def _render_pick(report: StudyReport, pick: Pick) -> str:
+    rule = f"at most {pick.max_loss} nats per token"
+    if pick.index is None:
+        losses = [point.get_loss(report.metric) for point in report.front if point.record.num_joins > 0]
+        least = f" The least is {min(losses):.4f}." if losses else ""
+        return (
+            f"<article class='card' data-pick='{pick.name}'><h3>{pick.name}</h3><p class='small'>{rule}</p>"
+            f"<p>No plan with a join loses so little.{least}</p></article>"
+        )
+    point = report.front[pick.index]
+    record = point.record
+    speed = "" if point.speedup is None else f", {point.speedup:.3f}x estimated"
+    return (
+        f"<article class='card' data-pick='{pick.name}'><h3>{pick.name}</h3><p class='small'>{rule}</p>"
+        f"<p><strong>{record.num_joins} joins, {record.depth_reduction:.1%} less depth{speed}</strong><br>"
+        f"{point.get_loss(report.metric):.4f} nats per token lost; layers {escape(describe_groups(record.plan))}</p>"
+        f"<button type='button' class='show' data-show='{pick.index}' hidden>Show in the front</button>"
+        f"{_render_commands(report, point)}</article>"
+    )
+
+
+def _render_joins(charts: dict[str, _Chart]) -> str:
+    if "effects" not in charts:
+        return _render_section("joins", "What joins cost", "No plan with a join is finished yet.", [])
+    parts = "".join(
+        f"<div><p>{_EXPLAIN[name]}</p>{_render_chart(charts[name])}</div>" for name in ("effects", "interactions")
+    )
+    return f"<section id='joins'><h2>What joins cost, alone and together</h2><div class='pair'>{parts}</div></section>"
+
+
+def _render_latency(report: StudyReport, charts: dict[str, _Chart]) -> str:
+    if report.latency_model is None:
+        return ""
+    workload = report.latency_model.workload
+    error = (
+        ""
+        if workload.check_error is None
+        else f" Largest error on depths it was not fitted to: {workload.check_error:.1%}."
+    )
+    parts = "".join(
+        f"<div><p>{_EXPLAIN[name]}{error if name == 'fit' else ''}</p>{_render_chart(charts[name])}</div>"
+        for name in ("fit", "breakdown")
+    )
+    return f"<section id='latency'><h2>Latency model</h2><div class='pair'>{parts}</div></section>"
+
+
+def _explain_progress(report: StudyReport) -> str:
+    saving = "share of the depth" if report.objective == "depth" else "share of the time"
+    return (
+        f"The hypervolume is the area between the front and a loss of {report.reference_cost:.3g} nats per token, over "
+        f"the {saving} that is saved; larger is better. Below it, the least loss for some numbers of joins. Losses are "
+        "those known now: tokens that a plan got after its trial count with the trial."
+    )
+
+
+def _render_section(name: str, title: str, text: str, charts: Sequence[_Chart]) -> str:
+    return f"<section id='{name}'><h2>{title}</h2><p>{text}</p>{''.join(map(_render_chart, charts))}</section>"
+
+
+def _render_chart(chart: _Chart, *, extra: str = "", selects: bool = False) -> str:
+    choices = "".join(
+        f"<label>{escape(label)} <select data-choice>"
+        + "".join(f"<option value='{key}'>{escape(words)}</option>" for key, words in options.items())
+        + "</select></label>"
+        for label, options in chart.choices
+    )
+    controls = f"<div class='controls' hidden>{choices}{extra}</div>" if choices or extra else ""
+    focus = " tabindex='0' role='application' aria-roledescription='figure'" if selects else " role='img'"
+    return (
+        f"<figure class='chart' data-chart='{chart.name}'>{controls}<div class='scroll'>"
+        f"<div class='plot' id='chart-{chart.name}'{focus} aria-label='{escape(chart.summary)}'></div></div>"
+        f"<details><summary>The same as a table</summary>{_render_table(chart.table)}</details></figure>"
+    )
+
+
+def _render_table(table: Table) -> str:
+    head = "".join(f"<th scope='col'>{escape(name)}</th>" for name in table.columns)
+    rows = []
+    for index, row in enumerate(table.rows):
+        first, *rest = row
+        cell = escape(first)
+        if table.selects:
+            cell = f"<button type='button' class='show' data-show='{index}'>{cell}</button>"
+        cells = "".join(f"<td>{escape(value)}</td>" for value in rest)
+        rows.append(f"<tr><th scope='row'>{cell}</th>{cells}</tr>")
+    return (
+        f"<div class='scroll' tabindex='0'><table><caption>{escape(table.caption)}</caption><thead><tr>{head}</tr>"
+        f"</thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _read_asset(name: str) -> str:
+    return files("lpsearch.report").joinpath(name).read_text(encoding="utf-8")
