@@ -1,4 +1,4 @@
-"""Plotly figures of a study; each is a pure function of what was read of it."""
+"""Plotly figures of a front: what its plans lose for what they save, and which layers they pair."""
 
 from __future__ import annotations
 
@@ -6,37 +6,26 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from lpsearch.plan import Plan
-from lpsearch.report.study import FrontPoint, StudyReport, name_row
+from lpsearch.report.study import FrontPoint, StudyReport, count_joins, name_row
 from lpsearch.report.theme import LIGHT, Theme, style_figure
 from lpsearch.search import PlanRecord
 from lpsearch.search.records import compute_perplexity
 
 __all__ = [
-    "build_effects_figure",
     "build_front_figure",
-    "build_interactions_figure",
     "build_layers_figure",
-    "build_progress_figure",
     "describe_groups",
+    "name_loss",
 ]
 
 Saving = Literal["depth", "latency"]
 Loss = Literal["delta", "perplexity"]
-Unit = Literal["trials", "tokens"]
 
 MAX_FAINT_TRIALS = 2000
 """Trials behind the front; of more, those of least loss are drawn, so that the file stays small."""
-
-NUM_BEST_LINES = 6
-"""Numbers of joins whose progress is drawn."""
-
-CLIPPED_SHARE = 0.02
-"""Share of the largest interactions that all get the colour of the largest left."""
 
 
 def describe_groups(plan: Plan) -> str:
@@ -74,8 +63,18 @@ def build_front_figure(
     figure = go.Figure()
     _add_records(figure, report, _list_faint(report), saving=saving, loss=loss, name="every trial", colour=theme.trial)
     if report.windows_front:
-        best = dict(name="best contiguous window", colour=theme.window, mode="lines+markers", symbol="square", size=7)
-        _add_records(figure, report, report.windows_front, saving=saving, loss=loss, **best)
+        _add_records(
+            figure,
+            report,
+            report.windows_front,
+            saving=saving,
+            loss=loss,
+            name="best contiguous window",
+            colour=theme.window,
+            mode="lines+markers",
+            symbol="square",
+            size=7,
+        )
     _add_heldout(figure, report, saving=saving, loss=loss, theme=theme)
     records = [point.record for point in report.front]
     _add_records(
@@ -92,11 +91,11 @@ def build_front_figure(
     figure.data[-1].customdata = list(range(len(records)))
     ring = {"size": 18, "color": "rgba(0,0,0,0)", "line": {"width": 3, "color": theme.chosen}}
     figure.add_scatter(x=[], y=[], mode="markers", marker=ring, name="chosen plan", hoverinfo="skip", showlegend=False)
-    figure.update_xaxes(
-        title="depth removed (%)" if saving == "depth" else "estimated time of a step (ms)", rangemode="tozero"
-    )
-    if saving == "latency":
-        figure.update_xaxes(rangemode="normal")
+    if saving == "depth":
+        widest = max(100 * record.depth_reduction for record in report.records)
+        figure.update_xaxes(title="depth removed (%)", range=[-0.03 * widest, 1.03 * widest or 1.0])
+    else:
+        figure.update_xaxes(title="estimated time of a step (ms)")
     figure.update_yaxes(title=name_loss(report, loss), range=_choose_range(report, loss), autorange=False)
     return style_figure(figure, theme, height=480)
 
@@ -110,11 +109,14 @@ def build_layers_figure(report: StudyReport, *, theme: Theme = LIGHT) -> go.Figu
     """
     values, texts = [], []
     for point in report.front:
-        row, text, parity = [], [], 0
+        row: list[int] = []
+        text: list[str] = []
         for group in point.record.plan.groups:
-            if len(group) > 1:
-                parity = 1 - parity
-            row += [0 if len(group) == 1 else 1 + parity] * len(group)
+            # A group keeps its colour from row to row, but for one that would look like the group beside it.
+            colour = 0 if len(group) == 1 else 1 + group[0] // 2 % 2
+            if colour and row and row[-1] == colour:
+                colour = 3 - colour
+            row += [colour] * len(group)
             words = "alone" if len(group) == 1 else f"in group {group[0]}-{group[-1]}"
             text += [f"layer {layer_idx}: {words}" for layer_idx in group]
         values.append(row)
@@ -140,131 +142,6 @@ def build_layers_figure(report: StudyReport, *, theme: Theme = LIGHT) -> go.Figu
     figure.update_xaxes(title="layer", showgrid=False)
     figure.update_yaxes(title="joins", showgrid=False, type="category", autorange="reversed")
     return style_figure(figure, theme, height=90 + 24 * len(labels))
-
-
-def build_effects_figure(report: StudyReport, *, theme: Theme = LIGHT) -> go.Figure:
-    """Draw what each join costs alone: measured with its error, or as the surrogate expects it.
-
-    Args:
-        report: the study, with effects.
-        theme: colours.
-    """
-    effects = report.effects
-    assert effects is not None
-    joins = range(len(effects.expected))
-    measured = [i for i in joins if effects.measured[i] is not None]
-    rest = [i for i in joins if effects.measured[i] is None]
-    figure = go.Figure()
-    figure.add_scatter(
-        x=measured,
-        y=[effects.measured[i] for i in measured],
-        error_y={"type": "data", "array": [effects.measured_se[i] or 0.0 for i in measured], "thickness": 1},
-        text=[f"{i}-{i + 1}" for i in measured],
-        mode="markers",
-        marker={"color": theme.front, "size": 8},
-        name="measured alone",
-        hovertemplate="layers %{text}: %{y:.4f} nats<extra>measured</extra>",
-    )
-    if rest:
-        figure.add_scatter(
-            x=rest,
-            y=[effects.expected[i] for i in rest],
-            text=[f"{i}-{i + 1}" for i in rest],
-            mode="markers",
-            marker={"color": theme.heldout, "size": 8, "symbol": "circle-open"},
-            name="expected by the surrogate",
-            hovertemplate="layers %{text}: %{y:.4f} nats<extra>expected</extra>",
-        )
-    figure.update_xaxes(title="join i: layers i and i + 1 in one group")
-    positive = all(y > 0 for trace in figure.data for y in trace.y)
-    figure.update_yaxes(title=name_loss(report), type="log" if positive else "linear", dtick=1 if positive else None)
-    return style_figure(figure, theme, height=360)
-
-
-def build_interactions_figure(report: StudyReport, *, theme: Theme = LIGHT) -> go.Figure:
-    """Draw what the surrogate expects two joins to cost together beyond the sum of each alone.
-
-    Args:
-        report: the study, with effects.
-        theme: colours.
-    """
-    effects = report.effects
-    assert effects is not None
-    known = [abs(value) for row in effects.interactions for value in row if value is not None]
-    limit = float(np.quantile(known, 1 - CLIPPED_SHARE)) if known else 0.0
-    joins = list(range(len(effects.expected)))
-    figure = go.Figure(
-        go.Heatmap(
-            z=[list(row) for row in effects.interactions],
-            x=joins,
-            y=joins,
-            zmin=-(limit or 1.0),
-            zmax=limit or 1.0,
-            colorscale=[[0.0, theme.gain], [0.5, theme.neutral], [1.0, theme.harm]],
-            colorbar={"title": {"text": "nats", "side": "top"}, "thickness": 12, "outlinewidth": 0},
-            hovertemplate="joins %{x} and %{y}: %{z:+.4f} nats<extra></extra>",
-            hoverongaps=False,
-        )
-    )
-    figure.update_xaxes(title="join", showgrid=False, constrain="domain")
-    figure.update_yaxes(title="join", showgrid=False, autorange="reversed", scaleanchor="x", constrain="domain")
-    return style_figure(figure, theme, height=520)
-
-
-def build_progress_figure(report: StudyReport, *, unit: Unit = "trials", theme: Theme = LIGHT) -> go.Figure:
-    """Draw the front's hypervolume and the least loss by number of joins over the search.
-
-    Args:
-        report: the study.
-        unit: what the horizontal axis counts.
-        theme: colours.
-    """
-    steps = report.progress
-    places = [step.trial if unit == "trials" else step.tokens for step in steps]
-    figure = make_subplots(
-        rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08, row_heights=[0.4, 0.6], x_title=None
-    )
-    figure.add_scatter(
-        x=places,
-        y=[step.hypervolume for step in steps],
-        mode="lines",
-        line={"shape": "hv", "color": theme.front, "width": 2},
-        name="hypervolume",
-        showlegend=False,
-        hovertemplate="%{x}: %{y:.4f}<extra>hypervolume</extra>",
-        row=1,
-        col=1,
-    )
-    shown = choose_best_lines(report)
-    for colour, num_joins in zip(theme.more, shown, strict=False):
-        known = [i for i, step in enumerate(steps) if num_joins in step.best]
-        figure.add_scatter(
-            x=[places[i] for i in known],
-            y=[steps[i].best[num_joins] for i in known],
-            mode="lines+markers" if len(known) == 1 else "lines",
-            line={"shape": "hv", "color": colour, "width": 2},
-            name=f"{num_joins} join" + "s" * (num_joins > 1),
-            hovertemplate="%{x}: %{y:.4f} nats<extra>%{fullData.name}</extra>",
-            row=2,
-            col=1,
-        )
-    figure.update_xaxes(title="trial" if unit == "trials" else "tokens evaluated", row=2, col=1)
-    figure.update_yaxes(title="hypervolume", rangemode="tozero", row=1, col=1)
-    positive = all(step.best.get(k, 1.0) > 0 for step in steps for k in shown)
-    figure.update_yaxes(title="least loss (nats)", type="log" if positive else "linear", row=2, col=1)
-    return style_figure(figure, theme, height=480)
-
-
-def choose_best_lines(report: StudyReport) -> tuple[int, ...]:
-    """Choose the numbers of joins whose progress is drawn: spread evenly over the useful part of the front."""
-    useful = [
-        point.record.num_joins
-        for point in report.front
-        if point.record.num_joins > 0 and point.record.get_cost(report.metric) <= report.reference_cost
-    ]
-    useful = sorted(set(useful)) or sorted({k for step in report.progress for k in step.best if k > 0})
-    places = np.unique(np.linspace(0, len(useful) - 1, min(NUM_BEST_LINES, len(useful))).round().astype(int))
-    return tuple(useful[place] for place in places)
 
 
 # ---- Parts of the front ----------------------------------------------------------------------------------------------
@@ -293,8 +170,8 @@ def _add_records(
     size: int = 6,
 ) -> None:
     """Add a trace of plans; only those of a line have error bars, for a cloud of them would hide everything."""
-    shown = [(get_saving_value(record, saving), record) for record in records]
-    shown = sorted(((x, record) for x, record in shown if x is not None), key=lambda item: item[0])
+    placed = [(x, record) for record in records if (x := get_saving_value(record, saving)) is not None]
+    shown = sorted(placed, key=lambda item: item[0])
     is_faint = mode == "markers"
     errors: dict[str, Any] | None = None
     if not is_faint:
@@ -306,7 +183,7 @@ def _add_records(
         error_y=errors,
         text=[_describe(report, record) for _, record in shown],
         mode=mode,
-        opacity=0.4 if is_faint else 1.0,
+        opacity=0.55 if is_faint else 1.0,
         marker={"color": colour, "size": size, "symbol": symbol},
         line={"color": colour, "width": 1.5},
         name=name,
@@ -346,7 +223,7 @@ def _add_heldout(figure: go.Figure, report: StudyReport, *, saving: Saving, loss
     values, above, below = [], [], []
     for _, _, heldout in shown:
         error = heldout.standard_error or 0.0
-        deltas = (heldout.delta, heldout.delta + error, heldout.delta - error)
+        deltas: tuple[float, ...] = (heldout.delta, heldout.delta + error, heldout.delta - error)
         if loss == "perplexity":
             deltas = tuple(compute_perplexity(report.baseline.nll + delta) for delta in deltas)
         values.append(deltas[0])
@@ -383,7 +260,7 @@ def _choose_range(report: StudyReport, loss: Loss) -> list[float]:
 
 def _describe(report: StudyReport, record: PlanRecord) -> str:
     words = [
-        f"{record.num_joins} joins, {record.depth_reduction:.1%} less depth",
+        f"{count_joins(record)}, {record.depth_reduction:.1%} less depth",
         f"{record.get_cost(report.metric):.4f} nats, perplexity {record.perplexity:.2f}",
     ]
     if record.latency_ms is not None:

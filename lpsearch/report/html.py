@@ -5,36 +5,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from lpsearch.report.advice import Pick, list_commands, pick_plans
-from lpsearch.report.figures import (
-    build_effects_figure,
-    build_front_figure,
-    build_interactions_figure,
-    build_layers_figure,
-    build_progress_figure,
-    describe_groups,
-)
-from lpsearch.report.latency_figures import build_breakdown_figure, build_fit_figure, describe_workload
-from lpsearch.report.study import FrontPoint, StudyReport
-from lpsearch.report.tables import (
-    Table,
-    build_breakdown_table,
-    build_effects_table,
-    build_fit_table,
-    build_front_table,
-    build_interactions_table,
-    build_layers_table,
-    build_progress_table,
-    format_loss,
-)
+from lpsearch.report.charts import Chart, build_charts
+from lpsearch.report.figures import describe_groups
+from lpsearch.report.latency_figures import describe_workload
+from lpsearch.report.study import FrontPoint, StudyReport, count_joins
+from lpsearch.report.tables import Table, format_loss
 from lpsearch.report.theme import map_colours
 
 __all__ = ["build_html", "write_html"]
@@ -48,32 +30,13 @@ _SERVE_NOTE = (
 )
 
 
-@dataclass(frozen=True)
-class _Chart:
-    """A figure with its choices and the table of its data.
-
-    Attributes:
-        name: id of its element.
-        summary: what it shows, for screen readers.
-        choices: what the reader can choose between: (label of the choice, its values by key).
-        figures: by the keys of the choices, joined by a space.
-        table: the same data.
-    """
-
-    name: str
-    summary: str
-    choices: Sequence[tuple[str, dict[str, str]]]
-    figures: dict[str, go.Figure]
-    table: Table
-
-
 def build_html(report: StudyReport) -> str:
     """Build the whole page.
 
     Args:
         report: the study.
     """
-    charts = _build_charts(report)
+    charts = build_charts(report)
     data = {
         "colours": map_colours(),
         "figures": {
@@ -156,61 +119,11 @@ _EXPLAIN = {
     "effects": "What it costs to join two neighbouring layers and nothing else. Joins far below the others are the "
     "ones to set first.",
     "interactions": "What the search expects two joins to cost together beyond the sum of each alone, learned from all "
-    "trials: red pairs disturb each other, blue pairs cost less together than apart. White cells were "
+    "trials: red pairs disturb each other, blue pairs cost less together than apart. Empty cells were "
     "not possible together. The largest 2 % share a colour.",
     "fit": "Measured depths against what the fitted model says. It was fitted to some and only checked on others.",
     "breakdown": "Where the model puts the time of a step: a fixed overhead and a time for every group.",
 }
-
-
-def _build_charts(report: StudyReport) -> dict[str, _Chart]:
-    """Build every chart that the study has data for."""
-    savings = {"depth": "depth removed", "latency": "time of a step"} if report.has_latency else {"depth": "depth"}
-    losses = {"delta": "nats" if report.metric == "nll" else "KL", "perplexity": "perplexity"}
-    charts = [
-        _Chart(
-            "front",
-            "Loss of every plan against what it saves; the front is the line of the best ones.",
-            [choice for choice in (("against", savings), ("loss as", losses)) if len(choice[1]) > 1],
-            {
-                " ".join([saving] * (len(savings) > 1) + [loss]): build_front_figure(report, saving=saving, loss=loss)  # type: ignore[arg-type]
-                for saving in savings
-                for loss in losses
-            },
-            build_front_table(report),
-        ),
-        _Chart(
-            "layers",
-            "The groups of layers of each plan of the front.",
-            [],
-            {"": build_layers_figure(report)},
-            build_layers_table(report),
-        ),
-        _Chart(
-            "progress",
-            "Hypervolume of the front and least loss by number of joins, over the search.",
-            [("over", {"trials": "trials", "tokens": "tokens"})],
-            {unit: build_progress_figure(report, unit=unit) for unit in ("trials", "tokens")},  # type: ignore[arg-type]
-            build_progress_table(report),
-        ),
-    ]
-    if report.effects is not None:
-        for name, summary, build, tabulate in (
-            ("effects", "Loss of each join alone.", build_effects_figure, build_effects_table),
-            ("interactions", "Interaction of each pair of joins.", build_interactions_figure, build_interactions_table),
-        ):
-            charts.append(_Chart(name, summary, [], {"": build(report)}, tabulate(report)))
-    if report.latency_model is not None:
-        workloads = report.latency_model.profile.workloads
-        labels = {str(index): describe_workload(workload) for index, workload in enumerate(workloads)}
-        choices = [("workload", labels)] if len(labels) > 1 else []
-        for name, summary, draw, list_rows in (
-            ("fit", "Measured times against predicted ones.", build_fit_figure, build_fit_table),
-            ("breakdown", "Time of a step by its cause.", build_breakdown_figure, build_breakdown_table),
-        ):
-            figures = {str(i) if choices else "": draw(report, workload_index=i) for i in range(len(workloads))}
-            charts.append(_Chart(name, summary, choices, figures, list_rows(report)))
-    return {chart.name: chart for chart in charts}
 
 
 def _render_head(report: StudyReport) -> str:
@@ -235,7 +148,7 @@ def _render_head(report: StudyReport) -> str:
     unfinished = (
         ""
         if report.is_current
-        else '<p class="note" role="status">This study is under way or was interrupted: the report shows what is there. '
+        else "<p class='note'>This study is under way or was interrupted: the report shows what is there. "
         "Run the same <code>lpsearch optimize</code> again to go on; it writes the plan files of this front.</p>"
     )
     links = [("front", "Front"), ("next", "What next"), ("layers", "Layers"), ("joins", "Joins"), ("search", "Search")]
@@ -249,7 +162,7 @@ def _render_head(report: StudyReport) -> str:
     )
 
 
-def _render_front(report: StudyReport, charts: dict[str, _Chart]) -> str:
+def _render_front(report: StudyReport, charts: dict[str, Chart]) -> str:
     plans = "".join(_render_plan(report, index, point) for index, point in enumerate(report.front))
     notes = "The axis of losses ends where plans stop being useful. Bars are one standard error over windows. "
     if any(point.heldout is not None for point in report.front):
@@ -295,13 +208,18 @@ def _render_commands(report: StudyReport, point: FrontPoint) -> str:
         "<ul class='commands'>"
         + "".join(
             f"<li><span>{escape(command.purpose)}</span><div class='line'>"
-            f"<code tabindex='0'>{escape(command.line)}</code>"
+            f"<code tabindex='0'>{_render_words(command.line)}</code>"
             f"<button type='button' class='copy' hidden aria-label='Copy: {escape(command.purpose)}'>Copy</button>"
             "</div></li>"
             for command in commands
         )
         + "</ul>"
     )
+
+
+def _render_words(line: str) -> str:
+    """Keep a line from being broken inside its words, such as after the first hyphen of an option."""
+    return " ".join(f"<span>{escape(word)}</span>" for word in line.split(" "))
 
 
 def _render_advice(report: StudyReport) -> str:
@@ -329,14 +247,14 @@ def _render_pick(report: StudyReport, pick: Pick) -> str:
     speed = "" if point.speedup is None else f", {point.speedup:.3f}x estimated"
     return (
         f"<article class='card' data-pick='{pick.name}'><h3>{pick.name}</h3><p class='small'>{rule}</p>"
-        f"<p><strong>{record.num_joins} joins, {record.depth_reduction:.1%} less depth{speed}</strong><br>"
+        f"<p><strong>{count_joins(record)}, {record.depth_reduction:.1%} less depth{speed}</strong><br>"
         f"{point.get_loss(report.metric):.4f} nats per token lost; layers {escape(describe_groups(record.plan))}</p>"
         f"<button type='button' class='show' data-show='{pick.index}' hidden>Show in the front</button>"
         f"{_render_commands(report, point)}</article>"
     )
 
 
-def _render_joins(charts: dict[str, _Chart]) -> str:
+def _render_joins(charts: dict[str, Chart]) -> str:
     if "effects" not in charts:
         return _render_section("joins", "What joins cost", "No plan with a join is finished yet.", [])
     parts = "".join(
@@ -345,7 +263,7 @@ def _render_joins(charts: dict[str, _Chart]) -> str:
     return f"<section id='joins'><h2>What joins cost, alone and together</h2><div class='pair'>{parts}</div></section>"
 
 
-def _render_latency(report: StudyReport, charts: dict[str, _Chart]) -> str:
+def _render_latency(report: StudyReport, charts: dict[str, Chart]) -> str:
     if report.latency_model is None:
         return ""
     workload = report.latency_model.workload
@@ -370,11 +288,11 @@ def _explain_progress(report: StudyReport) -> str:
     )
 
 
-def _render_section(name: str, title: str, text: str, charts: Sequence[_Chart]) -> str:
+def _render_section(name: str, title: str, text: str, charts: Sequence[Chart]) -> str:
     return f"<section id='{name}'><h2>{title}</h2><p>{text}</p>{''.join(map(_render_chart, charts))}</section>"
 
 
-def _render_chart(chart: _Chart, *, extra: str = "", selects: bool = False) -> str:
+def _render_chart(chart: Chart, *, extra: str = "", selects: bool = False) -> str:
     choices = "".join(
         f"<label>{escape(label)} <select data-choice>"
         + "".join(f"<option value='{key}'>{escape(words)}</option>" for key, words in options.items())

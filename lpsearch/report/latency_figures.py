@@ -174,9 +174,9 @@ def build_breakdown_figure(report: StudyReport, *, workload_index: int = 0, them
             orientation="h",
             name=name,
             marker={"color": colours[number % len(colours)]},
-            hovertemplate="%{y}: %{x:.3f} ms<extra>" + name + "</extra>",
+            hovertemplate="%{y} joins: %{x:.3f} ms<extra>" + name + "</extra>",
         )
-    figure.update_layout(barmode="stack", bargap=0.25)
+    figure.update_layout(barmode="stack", bargap=0.25, legend_traceorder="normal")
     figure.update_xaxes(title="estimated time of a step (ms)")
-    figure.update_yaxes(type="category", autorange="reversed")
+    figure.update_yaxes(title="joins", type="category", autorange="reversed")
     return style_figure(figure, theme, height=150 + 26 * len(labels))

@@ -36,15 +36,15 @@
       figure.layout.yaxis.autorange = true;
       delete figure.layout.yaxis.range;
     }
-    if (chart.plot.clientWidth < 480) narrow(figure);
+    if (chart.plot.clientWidth < 480) narrow(figure, chart.plot.clientWidth);
     const done = Plotly.react(chart.plot, figure.data, figure.layout, config);
     if (chart.name === "front") done.then(ring);
   };
-  const narrow = (figure) => {
+  const narrow = (figure, width) => {
     figure.layout.font.size = 11;
     figure.layout.margin.l = 44;
     figure.layout.margin.r = 6;
-    for (const trace of figure.data) if (trace.colorbar) trace.colorbar.thickness = 8;
+    if (figure.layout.yaxis.scaleanchor) figure.layout.height = width + 120;
   };
   const redraw = () => {
     charts.forEach(draw);

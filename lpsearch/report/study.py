@@ -27,7 +27,7 @@ from lpsearch.search.front import Objective
 from lpsearch.search.pairset import Observation, fit_surrogate
 from lpsearch.search.records import Metric
 
-__all__ = ["FrontPoint", "JoinEffects", "StudyReport", "build_report", "load_report", "name_row"]
+__all__ = ["FrontPoint", "JoinEffects", "StudyReport", "build_report", "count_joins", "load_report", "name_row"]
 
 logger = logging.getLogger(__name__)
 
@@ -228,6 +228,11 @@ def build_report(
         is_current=all(point.plan_file is not None for point in points)
         and (front_file or {}).get("trials") == len(records),
     )
+
+
+def count_joins(record: PlanRecord) -> str:
+    """Say how many joins a plan has."""
+    return f"{record.num_joins} join" + "s" * (record.num_joins != 1)
 
 
 def name_row(report: StudyReport, record: PlanRecord) -> str:

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lpsearch.errors import ConfigError
-from lpsearch.report.figures import choose_best_lines, describe_groups
+from lpsearch.report.figures import describe_groups
 from lpsearch.report.latency_figures import (
     compute_breakdown,
     describe_kind,
     describe_workload,
     list_fitted_points,
 )
+from lpsearch.report.search_figures import choose_best_lines
 from lpsearch.report.study import StudyReport, name_row
 
 __all__ = [
