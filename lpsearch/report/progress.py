@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from lpsearch.search import PlanRecord, build_front
 from lpsearch.search.front import Objective
@@ -94,7 +95,7 @@ def compute_hypervolume(points: Sequence[tuple[float, float]], reference_cost: f
     """
     ordered = sorted(((max(saving, 0.0), cost) for saving, cost in points), reverse=True)
     area, least = 0.0, reference_cost
-    for (saving, cost), (next_saving, _) in zip(ordered, [*ordered[1:], (0.0, 0.0)], strict=True):
+    for (saving, cost), (next_saving, _) in pairwise([*ordered, (0.0, 0.0)]):
         least = min(least, cost)
         area += (saving - next_saving) * (reference_cost - least)
     return area
