@@ -88,7 +88,8 @@ def build_front_figure(
         mode="lines+markers",
         size=9,
     )
-    figure.data[-1].customdata = list(range(len(records)))
+    placed = [index for index, record in enumerate(records) if get_saving_value(record, saving) is not None]
+    figure.data[-1].customdata = sorted(placed, key=lambda index: get_saving_value(records[index], saving) or 0.0)
     ring = {"size": 18, "color": "rgba(0,0,0,0)", "line": {"width": 3, "color": theme.chosen}}
     figure.add_scatter(x=[], y=[], mode="markers", marker=ring, name="chosen plan", hoverinfo="skip", showlegend=False)
     if saving == "depth":
@@ -170,9 +171,10 @@ def _add_records(
     size: int = 6,
 ) -> None:
     """Add a trace of plans; only those of a line have error bars, for a cloud of them would hide everything."""
-    placed = [(x, record) for record in records if (x := get_saving_value(record, saving)) is not None]
-    shown = sorted(placed, key=lambda item: item[0])
+    shown = [(x, record) for record in records if (x := get_saving_value(record, saving)) is not None]
     is_faint = mode == "markers"
+    if not is_faint:
+        shown.sort(key=lambda item: item[0])
     errors: dict[str, Any] | None = None
     if not is_faint:
         bounds = [_build_bounds(report, record, loss) for _, record in shown]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from plotly.offline import get_plotlyjs
 
@@ -24,6 +25,12 @@ __all__ = ["build_html", "write_html"]
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 """What the browser may load: nothing from any network."""
 
+_LONG_LIST = 16
+"""Items from which a list is kept once, however many figures show it."""
+
+_DIGITS = 7
+"""Significant digits of the figures' numbers."""
+
 _SERVE_NOTE = (
     "Serving needs vLLM, which runs the exported checkpoint through its transformers backend. "
     "The text of the first two commands is that of the plan; export and serve once you like it."
@@ -37,13 +44,13 @@ def build_html(report: StudyReport) -> str:
         report: the study.
     """
     charts = build_charts(report)
-    data = {
-        "colours": map_colours(),
-        "figures": {
-            chart.name: {key: json.loads(figure.to_json()) for key, figure in chart.figures.items()}
-            for chart in charts.values()
-        },
+    shared: dict[str, int] = {}
+    figures = {
+        chart.name: {key: _share_lists(json.loads(figure.to_json()), shared) for key, figure in chart.figures.items()}
+        for chart in charts.values()
     }
+    lists = [json.loads(content) for content in shared]
+    data = {"colours": map_colours(), "figures": figures, "lists": lists}
     body = "\n".join(
         [
             _render_head(report),
@@ -124,6 +131,25 @@ _EXPLAIN = {
     "fit": "Measured depths against what the fitted model says. It was fitted to some and only checked on others.",
     "breakdown": "Where the model puts the time of a step: a fixed overhead and a time for every group.",
 }
+
+
+def _share_lists(value: Any, shared: dict[str, int]) -> Any:
+    """Replace long lists by references, since the choices of a chart mostly show the same plans, and round numbers.
+
+    Args:
+        value: part of a figure.
+        shared: place of every list so far, by its content.
+    """
+    if isinstance(value, dict):
+        return {key: _share_lists(item, shared) for key, item in value.items()}
+    if isinstance(value, float):
+        return float(f"{value:.{_DIGITS}g}")
+    if not isinstance(value, list):
+        return value
+    value = [_share_lists(item, shared) for item in value]
+    if len(value) >= _LONG_LIST and not isinstance(value[0], list | dict):
+        return {"list": shared.setdefault(json.dumps(value), len(shared))}
+    return value
 
 
 def _render_head(report: StudyReport) -> str:

@@ -22,12 +22,18 @@
   };
 
   // ---- Figures ----
+  const resolve = (value) => {
+    if (Array.isArray(value)) return value.map(resolve);
+    if (!value || typeof value !== "object") return value;
+    if ("list" in value) return data.lists[value.list].slice();
+    return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, resolve(item)]));
+  };
   const charts = [...document.querySelectorAll("[data-chart]")].map((element) => ({
     element, name: element.dataset.chart, plot: element.querySelector(".plot"),
   }));
   const getKey = (chart) => [...chart.element.querySelectorAll("[data-choice]")].map((select) => select.value).join(" ");
   const draw = (chart) => {
-    let figure = structuredClone(data.figures[chart.name][getKey(chart)]);
+    let figure = resolve(data.figures[chart.name][getKey(chart)]);
     if (isDark()) figure = recolour(figure);
     if (chart.name === "layers") {
       chart.plot.style.minWidth = `${figure.data[0].x.length * 9 + 80}px`;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -112,9 +113,10 @@ def build_progress_figure(report: StudyReport, *, unit: Unit = "trials", theme: 
     figure = make_subplots(
         rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08, row_heights=[0.4, 0.6], x_title=None
     )
+    volumes = _keep_changes(places, [step.hypervolume for step in steps])
     figure.add_scatter(
-        x=places,
-        y=[step.hypervolume for step in steps],
+        x=[x for x, _ in volumes],
+        y=[y for _, y in volumes],
         mode="lines",
         line={"shape": "hv", "color": theme.front, "width": 2},
         name="hypervolume",
@@ -125,11 +127,11 @@ def build_progress_figure(report: StudyReport, *, unit: Unit = "trials", theme: 
     )
     shown = choose_best_lines(report)
     for colour, num_joins in zip(theme.more, shown, strict=False):
-        known = [i for i, step in enumerate(steps) if num_joins in step.best]
+        line = _keep_changes(places, [step.best.get(num_joins) for step in steps])
         figure.add_scatter(
-            x=[places[i] for i in known],
-            y=[steps[i].best[num_joins] for i in known],
-            mode="lines+markers" if len(known) == 1 else "lines",
+            x=[x for x, _ in line],
+            y=[y for _, y in line],
+            mode="lines+markers" if len(line) == 1 else "lines",
             line={"shape": "hv", "color": colour, "width": 2},
             name=f"{num_joins} join" + "s" * (num_joins > 1),
             hovertemplate="%{x}: %{y:.4f} nats<extra>%{fullData.name}</extra>",
@@ -153,6 +155,13 @@ def choose_best_lines(report: StudyReport) -> tuple[int, ...]:
     useful = sorted(set(useful)) or sorted({k for step in report.progress for k in step.best if k > 0})
     places = np.unique(np.linspace(0, len(useful) - 1, min(NUM_BEST_LINES, len(useful))).round().astype(int))
     return tuple(useful[place] for place in places)
+
+
+def _keep_changes(places: Sequence[int], values: Sequence[float | None]) -> list[tuple[int, float]]:
+    """Return the points of a line of steps: where it begins, every change, and where it ends."""
+    known = [(place, value) for place, value in zip(places, values, strict=True) if value is not None]
+    changes = [point for i, point in enumerate(known) if i == 0 or point[1] != known[i - 1][1]]
+    return changes if not known or changes[-1] == known[-1] else [*changes, known[-1]]
 
 
 def _scale_losses(positive: bool) -> dict[str, Any]:
