@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -79,7 +78,7 @@ def open_report(browser: Any, study: tuple[Path, list[dict[str, Any]]]) -> Itera
         opened.page.on("pageerror", lambda error: opened.complaints.append(str(error)))
         opened.page.on("request", lambda sent: opened.requests.append(sent.url))
         opened.page.goto((out / "report.html").as_uri())
-        opened.page.wait_for_function("document.querySelectorAll('.plot .main-svg').length > 0")
+        opened.page.wait_for_selector(".plot .main-svg")
         contexts.append(context)
         everything.append(opened)
         return opened
@@ -155,7 +154,7 @@ def test_a_click_shows_the_plan_and_its_commands(open_report: Any) -> None:
         opened.page.select_option("#front select >> nth=0", saving)
         for index in range(len(opened.front)):
             opened.page.mouse.click(*find_point(opened.page, index))
-            opened.page.wait_for_function(f"!document.getElementById('plan-{index}').hidden")
+            opened.page.wait_for_selector(f"#plan-{index}", state="visible")
             assert get_shown_plans(opened.page) == [index]
             text = opened.page.inner_text(f"#plan-{index}")
             assert (join_groups(opened, index) or "every layer alone") in text
@@ -172,12 +171,11 @@ def test_a_click_shows_the_plan_and_its_commands(open_report: Any) -> None:
 
 def test_the_layer_map_and_tables_choose_plans(open_report: Any) -> None:
     opened = open_report()
-    box = opened.page.locator("#chart-layers .nsewdrag").bounding_box()
     rows = len(opened.front)
     opened.page.locator("#chart-layers").scroll_into_view_if_needed()
     box = opened.page.locator("#chart-layers .nsewdrag").bounding_box()
     opened.page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] * (rows - 0.5) / rows)
-    opened.page.wait_for_function(f"!document.getElementById('plan-{rows - 1}').hidden")
+    opened.page.wait_for_selector(f"#plan-{rows - 1}", state="visible")
     opened.page.click("#front summary")
     opened.page.click("#front table [data-show='0']")
     assert get_shown_plans(opened.page) == [0]
@@ -215,5 +213,5 @@ def test_copy_puts_a_command_on_the_clipboard(open_report: Any) -> None:
     button = page.locator("#front .copy:visible").first
     line = button.locator("xpath=..").locator("code").text_content()
     button.click()
-    page.wait_for_function("[...document.querySelectorAll('.copy')].some((one) => one.textContent === 'Copied')")
+    page.locator(".copy", has_text="Copied").wait_for()
     assert page.evaluate("navigator.clipboard.readText()") == line
