@@ -51,8 +51,8 @@ def build_front_figure(
 ) -> go.Figure:
     """Draw the front over every trial, with held-out values and, where there are any, the best contiguous windows.
 
-    The trace of the front carries each plan's place on the front as ``customdata``; the last trace is an empty ring for
-    the plan that is looked at. The axis of losses ends where plans stop being useful.
+    Every point carries its plan's place on the front as ``customdata``, or -1; the last trace is an empty ring for the
+    plan that is looked at. The axis of losses ends where plans stop being useful.
 
     Args:
         report: the study.
@@ -61,7 +61,8 @@ def build_front_figure(
         theme: colours.
     """
     figure = go.Figure()
-    _add_records(figure, report, _list_faint(report), saving=saving, loss=loss, name="every trial", colour=theme.trial)
+    faint = _list_faint(report)
+    _add_records(figure, report, faint, saving=saving, loss=loss, name="every other trial", colour=theme.trial)
     if report.windows_front:
         _add_records(
             figure,
@@ -88,8 +89,6 @@ def build_front_figure(
         mode="lines+markers",
         size=9,
     )
-    placed = [index for index, record in enumerate(records) if get_saving_value(record, saving) is not None]
-    figure.data[-1].customdata = sorted(placed, key=lambda index: get_saving_value(records[index], saving) or 0.0)
     ring = {"size": 18, "color": "rgba(0,0,0,0)", "line": {"width": 3, "color": theme.chosen}}
     figure.add_scatter(x=[], y=[], mode="markers", marker=ring, name="chosen plan", hoverinfo="skip", showlegend=False)
     if saving == "depth":
@@ -149,8 +148,18 @@ def build_layers_figure(report: StudyReport, *, theme: Theme = LIGHT) -> go.Figu
 
 
 def _list_faint(report: StudyReport) -> list[PlanRecord]:
-    records = [record for record in report.records if math.isfinite(record.get_cost(report.metric))]
+    """Return the plans behind the front; its own would lie under it and answer in its place."""
+    on_front = _find_places(report)
+    records = [
+        record
+        for record in report.records
+        if math.isfinite(record.get_cost(report.metric)) and record.plan not in on_front
+    ]
     return sorted(records, key=lambda record: record.get_cost(report.metric))[:MAX_FAINT_TRIALS]
+
+
+def _find_places(report: StudyReport) -> dict[Plan, int]:
+    return {point.record.plan: index for index, point in enumerate(report.front)}
 
 
 def _get_value(report: StudyReport, record: PlanRecord, loss: Loss) -> float:
@@ -175,6 +184,7 @@ def _add_records(
     is_faint = mode == "markers"
     if not is_faint:
         shown.sort(key=lambda item: item[0])
+    places = _find_places(report)
     errors: dict[str, Any] | None = None
     if not is_faint:
         bounds = [_build_bounds(report, record, loss) for _, record in shown]
@@ -184,6 +194,7 @@ def _add_records(
         y=[_get_value(report, record, loss) for _, record in shown],
         error_y=errors,
         text=[_describe(report, record) for _, record in shown],
+        customdata=[places.get(record.plan, -1) for _, record in shown],
         mode=mode,
         opacity=0.55 if is_faint else 1.0,
         marker={"color": colour, "size": size, "symbol": symbol},
@@ -222,6 +233,7 @@ def _add_heldout(figure: go.Figure, report: StudyReport, *, saving: Saving, loss
     ]
     if not shown or (loss == "perplexity" and report.metric == "kl"):
         return
+    places = _find_places(report)
     values, above, below = [], [], []
     for _, _, heldout in shown:
         error = heldout.standard_error or 0.0
@@ -235,6 +247,7 @@ def _add_heldout(figure: go.Figure, report: StudyReport, *, saving: Saving, loss
         x=[x for x, _, _ in shown],
         y=values,
         error_y=_build_error_bars(above, below),
+        customdata=[places[point.record.plan] for _, point, _ in shown],
         text=[
             f"held out: {heldout.delta:.4f} nats<br>{_describe(report, point.record)}" for _, point, heldout in shown
         ],

@@ -75,7 +75,7 @@
   };
   const listen = () => {
     frontPlot.on("plotly_click", (event) => {
-      const hit = event.points.find((point) => point.data.name === "front");
+      const hit = event.points.find((point) => point.customdata >= 0);
       if (hit) choose(hit.customdata);
     });
     document.getElementById("chart-layers").on("plotly_click", (event) => choose(event.points[0].pointNumber[0]));

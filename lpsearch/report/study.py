@@ -247,8 +247,6 @@ def _load_finished(store: StudyStore) -> list[PlanRecord]:
     try:
         records = load_records(store) if has_trials else []
     except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UsageError) and not isinstance(error, ConfigError):
-            raise
         raise _build_version_error(store, f"a trial lacks what this version reads ({error!r})") from error
     if not any(record.num_joins == 0 for record in records):
         raise UsageError(

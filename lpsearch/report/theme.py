@@ -17,7 +17,7 @@ class Theme:
         background: of the page and the figures.
         text: of axes and legends.
         grid: lines behind the data.
-        trial: every trial, behind the front.
+        trial: every other trial, behind the front.
         front: plans of the front.
         heldout: held-out losses.
         window: contiguous windows.

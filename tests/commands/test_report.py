@@ -70,6 +70,20 @@ def test_an_interrupted_search_leaves_a_report(
     assert "under way or was interrupted" in (tmp_path / "study" / "report.html").read_text(encoding="utf-8")
 
 
+def test_a_running_study_can_be_looked_at(
+    run_lpsearch: Run, start_lpsearch: Callable[..., subprocess.Popen], arguments: list, tmp_path: Path
+) -> None:
+    process = start_lpsearch(*arguments, "--budget", 13)
+    for line in process.stderr:
+        if "trial 2/13" in line:
+            break
+    outcome = run_lpsearch("report", tmp_path / "study", "--out", tmp_path / "now.html")
+    assert outcome.exit_code == 0, outcome.stderr
+    assert 2 <= outcome.document["trials"] <= 13
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+
+
 def test_a_report_that_cannot_be_written_does_not_fail_the_search(
     run_lpsearch: Run, arguments: list, tmp_path: Path
 ) -> None:

@@ -42,8 +42,9 @@ def test_front_figure(make_study: MakeStudy, saving: str, loss: str) -> None:
             record.delta_nll if loss == "delta" else math.exp(record.nll),
         )
 
-    drawn = {"every trial": report.records, "best contiguous window": report.windows_front}
-    drawn["front"] = [point.record for point in report.front]
+    on_front = [point.record for point in report.front]
+    drawn = {"front": on_front, "best contiguous window": report.windows_front}
+    drawn["every other trial"] = [record for record in report.records if record not in on_front]
     for name, records in drawn.items():
         trace = get_trace(figure, name)
         expected = sorted(place(record) for record in records)
