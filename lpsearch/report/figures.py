@@ -24,6 +24,9 @@ __all__ = [
 Saving = Literal["depth", "latency"]
 Loss = Literal["delta", "perplexity"]
 
+MARKER_SIZE = 6
+"""Pixels across every point of the front's figure."""
+
 MAX_FAINT_TRIALS = 2000
 """Trials behind the front; of more, those of least loss are drawn, so that the file stays small."""
 
@@ -74,7 +77,7 @@ def build_front_figure(
             colour=theme.window,
             mode="lines+markers",
             symbol="square",
-            size=7,
+            rim=1,
         )
     _add_heldout(figure, report, saving=saving, loss=loss, theme=theme)
     records = [point.record for point in report.front]
@@ -87,7 +90,7 @@ def build_front_figure(
         name="front",
         colour=theme.front,
         mode="lines+markers",
-        size=9,
+        rim=3,
     )
     ring = {"size": 18, "color": "rgba(0,0,0,0)", "line": {"width": 3, "color": theme.chosen}}
     figure.add_scatter(x=[], y=[], mode="markers", marker=ring, name="chosen plan", hoverinfo="skip", showlegend=False)
@@ -177,9 +180,13 @@ def _add_records(
     colour: str,
     mode: str = "markers",
     symbol: str = "circle",
-    size: int = 6,
+    rim: int = 0,
 ) -> None:
-    """Add a trace of plans; only those of a line have error bars, for a cloud of them would hide everything."""
+    """Add a trace of plans; only those of a line have error bars, for a cloud of them would hide everything.
+
+    Where points overlap, plotly answers with the smallest, and of equal ones with the last: so all have one size, and
+    those that matter are drawn later and with a rim.
+    """
     shown = [(x, record) for record in records if (x := get_saving_value(record, saving)) is not None]
     is_faint = mode == "markers"
     if not is_faint:
@@ -197,7 +204,7 @@ def _add_records(
         customdata=[places.get(record.plan, -1) for _, record in shown],
         mode=mode,
         opacity=0.55 if is_faint else 1.0,
-        marker={"color": colour, "size": size, "symbol": symbol},
+        marker={"color": colour, "size": MARKER_SIZE, "symbol": symbol, "line": {"color": colour, "width": rim}},
         line={"color": colour, "width": 1.5},
         name=name,
         hovertemplate=f"%{{text}}<extra>{name}</extra>",
@@ -252,7 +259,7 @@ def _add_heldout(figure: go.Figure, report: StudyReport, *, saving: Saving, loss
             f"held out: {heldout.delta:.4f} nats<br>{_describe(report, point.record)}" for _, point, heldout in shown
         ],
         mode="markers",
-        marker={"color": theme.heldout, "size": 8, "symbol": "diamond-open"},
+        marker={"color": theme.heldout, "size": MARKER_SIZE, "symbol": "diamond-open", "line": {"width": 2}},
         name="front, held out",
         hovertemplate="%{text}<extra>held out</extra>",
     )

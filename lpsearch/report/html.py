@@ -32,8 +32,8 @@ _DIGITS = 7
 """Significant digits of the figures' numbers."""
 
 _SERVE_NOTE = (
-    "Type these where you ran optimize. Serving needs vLLM, which runs the exported checkpoint through its transformers "
-    "backend; whoever serves it needs no lpsearch."
+    "Type these where you ran optimize. Serving needs vLLM, which runs the exported checkpoint through its "
+    "transformers backend; whoever serves it needs no lpsearch."
 )
 
 

@@ -3,7 +3,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const plans = [...document.querySelectorAll("[data-plan]")];
   const config = {
-    displaylogo: false, responsive: true, scrollZoom: false,
+    displaylogo: false, responsive: true, scrollZoom: false, doubleClick: false, doubleClickDelay: 1,
     modeBarButtons: [["toImage"]], toImageButtonOptions: { scale: 2 },
   };
   let chosen = 0;
@@ -33,7 +33,8 @@
   }));
   const getKey = (chart) => [...chart.element.querySelectorAll("[data-choice]")].map((select) => select.value).join(" ");
   const draw = (chart) => {
-    let figure = resolve(data.figures[chart.name][getKey(chart)]);
+    const key = getKey(chart);
+    let figure = resolve(data.figures[chart.name][key]);
     if (isDark()) figure = recolour(figure);
     if (chart.name === "layers") {
       chart.plot.style.minWidth = `${figure.data[0].x.length * 9 + 80}px`;
@@ -44,7 +45,10 @@
     }
     if (chart.plot.clientWidth < 480) narrow(figure, chart.plot.clientWidth);
     const done = Plotly.react(chart.plot, figure.data, figure.layout, config);
-    if (chart.name === "front") done.then(ring);
+    done.then(() => {
+      chart.plot.dataset.drawn = key;
+      if (chart.name === "front") ring();
+    });
   };
   const narrow = (figure, width) => {
     figure.layout.font.size = 11;
@@ -73,10 +77,26 @@
     ring();
     if (move) document.getElementById("front").scrollIntoView({ block: "start" });
   };
+  // Points of other trials may lie over one of the front, which a click is meant for.
+  const findNearest = ({ clientX, clientY }) => {
+    const { left, top } = frontPlot.getBoundingClientRect();
+    const { xaxis, yaxis } = frontPlot._fullLayout;
+    let best = { place: -1, distance: 20 };
+    for (const trace of frontPlot.data) {
+      (trace.customdata ?? []).forEach((place, i) => {
+        if (place < 0) return;
+        const across = left + xaxis._offset + xaxis.d2p(trace.x[i]) - clientX;
+        const down = top + yaxis._offset + yaxis.d2p(trace.y[i]) - clientY;
+        const distance = Math.hypot(across, down);
+        if (distance <= best.distance) best = { place, distance };
+      });
+    }
+    return best.place;
+  };
   const listen = () => {
     frontPlot.on("plotly_click", (event) => {
-      const hit = event.points.find((point) => point.customdata >= 0);
-      if (hit) choose(hit.customdata);
+      const hit = findNearest(event.event);
+      if (hit >= 0) choose(hit);
     });
     document.getElementById("chart-layers").on("plotly_click", (event) => choose(event.points[0].pointNumber[0]));
     frontPlot.addEventListener("keydown", (event) => {

@@ -152,6 +152,7 @@ def test_a_click_shows_the_plan_and_its_commands(open_report: Any) -> None:
     opened.page.check("#all-losses")
     for saving in ("depth", "latency"):
         opened.page.select_option("#front select >> nth=0", saving)
+        opened.page.wait_for_selector(f"#chart-front[data-drawn='{saving} delta']")
         for index in range(len(opened.front)):
             opened.page.mouse.click(*find_point(opened.page, index))
             opened.page.wait_for_selector(f"#plan-{index}", state="visible")
