@@ -16,6 +16,7 @@ __all__ = [
     "ResumeError",
     "SourceError",
     "StudyError",
+    "StudyVersionError",
     "UsageError",
     "first_line",
 ]
@@ -34,6 +35,12 @@ class LpsearchError(Exception):
 
 class StudyError(LpsearchError):
     """A study that cannot be read or written: corrupt, unreachable, locked by another process, disk full."""
+
+
+class StudyVersionError(StudyError):
+    """A study that another version of lpsearch or of Optuna wrote, in a form that this one does not read."""
+
+    exit_code = EXIT_USAGE
 
 
 class SourceError(LpsearchError):

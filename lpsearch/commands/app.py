@@ -261,6 +261,19 @@ def profile(
 
 
 @app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="directory that optimize wrote", metavar="DIR")],
+    storage: Annotated[str | None, typer.Option(help="database URL; default study.db in DIR", metavar="URL")] = None,
+    study: Annotated[str | None, typer.Option(help="name of the study; default: the latest")] = None,
+    out: Annotated[Path | None, typer.Option(help="file to write; default report.html in DIR", metavar="FILE")] = None,
+) -> dict[str, Any]:
+    """Write a study's report, finished or not, as one HTML file that needs no network."""
+    from lpsearch.commands.report import report as write_report
+
+    return write_report(directory, storage=storage, study=study, out=out)
+
+
+@app.command()
 def models() -> dict[str, Any]:
     """List the aliases that --model takes."""
     from lpsearch.commands.models import list_models

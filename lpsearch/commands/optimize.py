@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from lpsearch.commands.console import stderr_console
 from lpsearch.commands.loading import describe_device, load_for_search, resolve_device, settle_dtype
 from lpsearch.commands.progress import build_front_table, show_search, show_steps
+from lpsearch.commands.report import try_write_report
 from lpsearch.commands.results import MeasuredFront, build_summary, write_front
 from lpsearch.commands.studies import RECORDED_OPTIONS, check_new_study, follow_record, open_study_store
 from lpsearch.config import OptimizeConfig, ResolvedConfig, slug_of_model
@@ -52,7 +53,7 @@ _SPLITS: tuple[Split, ...] = ("proxy", "heldout")
 
 
 def optimize(config: ResolvedConfig, *, fresh: bool, show_progress: bool) -> dict[str, Any]:
-    """Search a model's plans until the budget, then write the front and its plans.
+    """Search a model's plans until the budget, then write the front, its plans and the report.
 
     Args:
         config: what was asked for, and which of it by name.
@@ -98,20 +99,27 @@ def optimize(config: ResolvedConfig, *, fresh: bool, show_progress: bool) -> dic
                 raise PlanError(f"--enqueue {path}: {error}") from None
         windows = _begin_or_resume(store, recorded, values, loaded, device=device, show_progress=show_progress)
         latency_model = _get_latency_model(store, values, loaded, show_progress=show_progress)
-        result = _search(store, values, loaded, windows["proxy"], latency_model, enqueued, show_progress=show_progress)
-        front = MeasuredFront(
-            study_name=store.study_name,
-            seed=values.seed,
-            loaded=loaded,
-            device_name=describe_device(device),
-            result=result,
-            windows=windows,
-            heldout_losses=_evaluate_heldout(
-                store, values, loaded, windows["heldout"], result, show_progress=show_progress
-            ),
-            latency_model=latency_model,
-        )
-        store.save_front(write_front(front, out))
+        try:
+            result = _search(
+                store, values, loaded, windows["proxy"], latency_model, enqueued, show_progress=show_progress
+            )
+            front = MeasuredFront(
+                study_name=store.study_name,
+                seed=values.seed,
+                loaded=loaded,
+                device_name=describe_device(device),
+                result=result,
+                windows=windows,
+                heldout_losses=_evaluate_heldout(
+                    store, values, loaded, windows["heldout"], result, show_progress=show_progress
+                ),
+                latency_model=latency_model,
+            )
+            store.save_front(write_front(front, out))
+        except KeyboardInterrupt:
+            try_write_report(store, out)
+            raise
+        try_write_report(store, out)
     if show_progress:
         title = f"{store.study_name}: the front of {len(result.records)} plans"
         title += ", which are all there are" if result.exact else ""

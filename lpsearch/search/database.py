@@ -34,7 +34,7 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
-from lpsearch.errors import ConfigError, StudyError
+from lpsearch.errors import ConfigError, StudyError, StudyVersionError
 
 __all__ = [
     "claims_table",
@@ -222,7 +222,7 @@ def open_optuna_storage(url: URL) -> RDBStorage:
         try:
             storage = RDBStorage(rendered, engine_kwargs=engine_kwargs)
         except RuntimeError as error:  # Optuna's word for tables of another version
-            raise StudyError(f"{where}: {error}") from error
+            raise StudyVersionError(f"{where}: {error}") from error
         if path is not None:
             # In WAL mode NORMAL loses nothing when a process dies, and saves one disk flush a transaction.
             event.listen(storage.engine, "connect", _set_synchronous_normal)

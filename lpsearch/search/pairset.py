@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -31,11 +32,12 @@ from lpsearch.search.programme import (
     list_exchanges,
     solve_programme,
 )
+from lpsearch.search.records import Metric, PlanRecord
 from lpsearch.search.space import JoinSpace
 from lpsearch.search.strata import build_strata
 from lpsearch.search.surrogate import Surrogate
 
-__all__ = ["Observation", "PairsetProposer", "Proposal"]
+__all__ = ["Observation", "PairsetProposer", "Proposal", "fit_surrogate"]
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -80,6 +82,20 @@ class Observation:
     delta_nll: float
     sampling_error: float = 0.0
 
+    @classmethod
+    def from_record(cls, record: PlanRecord, *, metric: Metric, num_tokens: int) -> Observation:
+        """Read what a finished plan says about its loss on all windows.
+
+        Args:
+            record: the finished plan.
+            metric: which loss.
+            num_tokens: tokens of all windows.
+        """
+        # Windows are drawn without replacement: the error that is left falls to zero where all are there.
+        share_missing = 1 - record.proxy_tokens / num_tokens
+        standard_error = record.get_cost_se(metric) or 0.0
+        return cls(record.plan, record.get_cost(metric), standard_error * math.sqrt(share_missing))
+
 
 @dataclass(frozen=True)
 class Proposal:
@@ -92,6 +108,17 @@ class Proposal:
 
     plan: Plan
     origin: str
+
+
+def fit_surrogate(observations: Iterable[Observation], *, num_joins: int) -> Surrogate | None:
+    """Return what the search has learned from plans; None where none of them has a join.
+
+    Args:
+        observations: evaluated plans, in any order.
+        num_joins: joins of the model, one less than its layers.
+    """
+    evaluated = _Evaluated.from_observations(observations, num_joins)
+    return evaluated.fit_surrogate() if len(evaluated.delta_nll) else None
 
 
 class PairsetProposer:
@@ -150,17 +177,11 @@ class PairsetProposer:
         evaluated = _Evaluated.from_observations(observations, self._num_joins)
         if not len(evaluated.delta_nll):
             return self._propose_any(taken)
-        join_means, measured = evaluated.estimate_join_costs()
+        join_means, _ = evaluated.estimate_join_costs()
         group = self._choose_group(join_means, taken)
         if group is not None:
             return self._build_proposal(group, "scan")
-        surrogate = Surrogate(
-            joined=evaluated.joined,
-            delta_nll=evaluated.delta_nll,
-            sampling_error=evaluated.sampling_error,
-            join_means=join_means,
-            measured=measured,
-        )
+        surrogate = evaluated.fit_surrogate()
         return self._propose_candidate(surrogate, evaluated, taken, pending) or self._propose_any(taken)
 
     def _choose_group(self, join_means: FloatArray, taken: Collection[tuple[int, ...]]) -> tuple[int, ...] | None:
@@ -309,6 +330,17 @@ class _Evaluated:
             return np.full(num_joins, float(np.median(self.delta_nll / counts))), measured
         order = joins.argsort()
         return np.interp(np.arange(num_joins), joins[order], self.delta_nll[single[order]]), measured
+
+    def fit_surrogate(self) -> Surrogate:
+        """Fit the model of the losses."""
+        join_means, measured = self.estimate_join_costs()
+        return Surrogate(
+            joined=self.joined,
+            delta_nll=self.delta_nll,
+            sampling_error=self.sampling_error,
+            join_means=join_means,
+            measured=measured,
+        )
 
 
 def _compute_expected_improvement(

@@ -7,7 +7,6 @@ stopped, and neither ever asks for a plan that is finished or running.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,19 +107,15 @@ class _History:
             elif trial.number != asking.number and (plan := self._find_plan(trial)) is not None:
                 pending.append(plan)
         num_tokens = max((record.proxy_tokens for record in records), default=0)  # the baseline's: all there are
-        return _Known([self._observe(record, num_tokens) for record in records], pending)
+        return _Known(
+            [Observation.from_record(record, metric=self._metric, num_tokens=num_tokens) for record in records], pending
+        )
 
     def _read_record(self, study_name: str, trial: FrozenTrial) -> PlanRecord:
         key = (study_name, trial.number)
         if key not in self._records:
             self._records[key] = read_record(trial)
         return self._records[key]
-
-    def _observe(self, record: PlanRecord, num_tokens: int) -> Observation:
-        # Windows are drawn without replacement: the error that is left falls to zero where all are there.
-        share_missing = 1 - record.proxy_tokens / num_tokens
-        standard_error = record.get_cost_se(self._metric) or 0.0
-        return Observation(record.plan, record.get_cost(self._metric), standard_error * math.sqrt(share_missing))
 
     def _find_plan(self, trial: FrozenTrial) -> Plan | None:
         if "groups" in trial.user_attrs:

@@ -1,0 +1,93 @@
+"""``lpsearch report``: the HTML report of a study, finished or not; ``optimize`` writes it as well."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+from sqlalchemy.engine import URL
+
+from lpsearch.errors import UsageError
+from lpsearch.search import StudyStore
+
+__all__ = ["REPORT_NAME", "report", "try_write_report"]
+
+logger = logging.getLogger(__name__)
+
+REPORT_NAME = "report.html"
+"""Name of the report in a study's directory."""
+
+
+def report(directory: Path, *, storage: str | None, study: str | None, out: Path | None) -> dict[str, Any]:
+    """Write the report of a study.
+
+    Args:
+        directory: what ``optimize`` wrote.
+        storage: database URL; None takes ``study.db`` in the directory.
+        study: name of the study; None takes the latest in the database.
+        out: file to write; None takes ``report.html`` in the directory.
+
+    Returns:
+        ``report``, ``study``, ``trials``, ``front_plans``, ``num_bytes`` and ``seconds``.
+
+    Raises:
+        UsageError: for a directory or database without a study, or a study without a finished plan.
+        StudyVersionError: for a study of another version.
+        StudyError: if the database fails.
+        OSError: if the file cannot be written.
+    """
+    from lpsearch.report import load_report, write_html
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    started = time.perf_counter()
+    if not directory.is_dir():
+        raise UsageError(f"{directory}: no such directory; give one that `lpsearch optimize` wrote")
+    path = directory / "study.db"
+    if storage is None:
+        if not path.is_file():  # opening it would make one
+            raise UsageError(
+                f"{directory}: holds no study.db; give a directory that `lpsearch optimize` wrote, or --storage URL"
+            )
+        storage = URL.create("sqlite", database=str(path.absolute())).render_as_string()
+    target = directory / REPORT_NAME if out is None else out
+    if target.is_dir() or not target.parent.is_dir():
+        raise UsageError(f"{target}: not a file in a directory that exists; name another with --out")
+    with StudyStore(storage, study_name=study or "") as store:
+        held = store.list_studies()
+        if not held or (study is not None and study not in held):
+            named = f"no study {study!r}" if study is not None and held else "no study yet"
+            known = f"it holds {', '.join(map(repr, held))}" if held else "begin one with `lpsearch optimize`"
+            raise UsageError(f"{store.where}: holds {named}; {known}")
+        store.study_name = study or held[-1]
+        found = load_report(store, directory)
+    num_bytes = write_html(found, target)
+    return {
+        "report": str(target),
+        "study": found.name,
+        "trials": len(found.records),
+        "front_plans": len(found.front),
+        "num_bytes": num_bytes,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+
+
+def try_write_report(store: StudyStore, out: Path) -> None:
+    """Write the report of a search that ends, if any plan is finished; what fails is a warning.
+
+    Args:
+        store: the study's database, open.
+        out: directory of the study.
+    """
+    try:
+        from lpsearch.report import load_report, write_html
+
+        write_html(load_report(store, out), out / REPORT_NAME)
+    except UsageError as error:
+        logger.info("no report: %s", error)
+    except Exception as error:
+        # A report can be written again at any time; a search that is done must not fail by it.
+        logger.warning("the report was not written: %s; `lpsearch report %s` tries again", error, out)
+        logger.debug("while writing the report", exc_info=True)

@@ -1,0 +1,90 @@
+"""What to do next: three plans that a user would pick from a front, and the commands to check, export and serve one."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from lpsearch.report.study import FrontPoint, StudyReport
+
+__all__ = ["LOSS_LIMITS", "Command", "Pick", "list_commands", "pick_plans"]
+
+LOSS_LIMITS = {"free": 0.02, "balanced": 0.1, "fast": 0.4}
+"""Largest loss in nats per token of each pick: 2, 11 and 49 % more perplexity."""
+
+
+@dataclass(frozen=True)
+class Pick:
+    """A plan that a user would pick.
+
+    Attributes:
+        name: ``free``, ``balanced`` or ``fast``.
+        max_loss: largest loss that it may have, in nats per token.
+        index: place of the plan on the front; None where no plan of the front with a join loses so little.
+    """
+
+    name: str
+    max_loss: float
+    index: int | None
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line.
+
+    Attributes:
+        purpose: what it does, in a few words.
+        line: what to type, where ``optimize`` was run.
+    """
+
+    purpose: str
+    line: str
+
+
+def pick_plans(report: StudyReport) -> tuple[Pick, ...]:
+    """Pick the plan of most joins within each loss limit, as ``lpsearch plan pick DIR --max-delta NATS`` does.
+
+    The loss is the held-out one where there is one.
+
+    Args:
+        report: the study.
+    """
+    return tuple(Pick(name, limit, _find_deepest(report, limit)) for name, limit in LOSS_LIMITS.items())
+
+
+def list_commands(report: StudyReport, point: FrontPoint) -> tuple[Command, ...]:
+    """Return the commands that evaluate, try, export and serve a plan; none where its plan file is not written.
+
+    Args:
+        report: the study.
+        point: the plan.
+    """
+    if point.plan_file is None:
+        return ()
+    plan = str(PurePath(report.directory) / point.plan_file)
+    exported = str(PurePath(report.directory) / f"exported-{PurePath(point.plan_file).stem}")
+    settings = report.settings
+    data = settings.get("heldout") or settings.get("data")
+    evaluate = ["lpsearch", "evaluate", plan]
+    if data is not None:
+        evaluate += ["--data", str(data), "--windows", str(settings["windows"]), "--seq-len", str(settings["seq_len"])]
+    lines = {
+        "repeat the held-out loss": evaluate,
+        "see the text it writes": ["lpsearch", "generate", plan, "--prompt", "The capital of France is", "--compare"],
+        "export a fused checkpoint": ["lpsearch", "export", plan, exported],
+        "run the checkpoint": ["lpsearch", "generate", exported, "--prompt", "The capital of France is"],
+    }
+    serve = "vllm serve " + shlex.quote(exported) + " --trust-remote-code"
+    return (*(Command(purpose, shlex.join(words)) for purpose, words in lines.items()), Command("serve it", serve))
+
+
+def _find_deepest(report: StudyReport, limit: float) -> int | None:
+    def loss(index: int) -> float:
+        return report.front[index].get_loss(report.metric)
+
+    within: Sequence[int] = [
+        index for index, point in enumerate(report.front) if point.record.num_joins > 0 and loss(index) <= limit
+    ]
+    return max(within, key=lambda index: (report.front[index].record.num_joins, -loss(index)), default=None)

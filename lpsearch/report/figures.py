@@ -1,0 +1,299 @@
+"""Plotly figures of a front: what its plans lose for what they save, and which layers they pair."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import plotly.graph_objects as go
+
+from lpsearch.plan import Plan
+from lpsearch.report.study import FrontPoint, StudyReport, count_joins, name_row
+from lpsearch.report.theme import LIGHT, Theme, style_figure
+from lpsearch.search import PlanRecord
+from lpsearch.search.records import compute_perplexity
+
+__all__ = [
+    "build_front_figure",
+    "build_layers_figure",
+    "describe_groups",
+    "name_loss",
+]
+
+Saving = Literal["depth", "latency"]
+Loss = Literal["delta", "perplexity"]
+
+MARKER_SIZE = 6
+"""Pixels across every point of the front's figure."""
+
+MAX_FAINT_TRIALS = 2000
+"""Trials behind the front; of more, those of least loss are drawn, so that the file stays small."""
+
+
+def describe_groups(plan: Plan) -> str:
+    """Write the groups of several layers, e.g. ``3-4 7-9``."""
+    groups = [f"{group[0]}-{group[-1]}" for group in plan.groups if len(group) > 1]
+    return " ".join(groups) or "every layer alone"
+
+
+def name_loss(report: StudyReport, loss: Loss = "delta") -> str:
+    """Return what an axis of losses is called."""
+    if loss == "perplexity":
+        return "perplexity"
+    return "loss added (nats per token)" if report.metric == "nll" else "KL to the unmodified model (nats per token)"
+
+
+def get_saving_value(record: PlanRecord, saving: Saving) -> float | None:
+    """Return where a plan stands on the axis of savings: percent of the depth, or milliseconds."""
+    return 100 * record.depth_reduction if saving == "depth" else record.latency_ms
+
+
+def build_front_figure(
+    report: StudyReport, *, saving: Saving = "depth", loss: Loss = "delta", theme: Theme = LIGHT
+) -> go.Figure:
+    """Draw the front over every trial, with held-out values and, where there are any, the best contiguous windows.
+
+    Every point carries its plan's place on the front as ``customdata``, or -1; the last trace is an empty ring for the
+    plan that is looked at. The axis of losses ends where plans stop being useful.
+
+    Args:
+        report: the study.
+        saving: what the horizontal axis shows.
+        loss: what the vertical axis shows.
+        theme: colours.
+    """
+    figure = go.Figure()
+    faint = _list_faint(report)
+    _add_records(figure, report, faint, saving=saving, loss=loss, name="every other trial", colour=theme.trial)
+    if report.windows_front:
+        _add_records(
+            figure,
+            report,
+            report.windows_front,
+            saving=saving,
+            loss=loss,
+            name="best contiguous window",
+            colour=theme.window,
+            mode="lines+markers",
+            symbol="square",
+            rim=1,
+        )
+    _add_heldout(figure, report, saving=saving, loss=loss, theme=theme)
+    records = [point.record for point in report.front]
+    _add_records(
+        figure,
+        report,
+        records,
+        saving=saving,
+        loss=loss,
+        name="front",
+        colour=theme.front,
+        mode="lines+markers",
+        rim=3,
+    )
+    ring = {"size": 18, "color": "rgba(0,0,0,0)", "line": {"width": 3, "color": theme.chosen}}
+    figure.add_scatter(x=[], y=[], mode="markers", marker=ring, name="chosen plan", hoverinfo="skip", showlegend=False)
+    if saving == "depth":
+        widest = max(100 * record.depth_reduction for record in report.records)
+        figure.update_xaxes(title="depth removed (%)", range=[-0.03 * widest, 1.03 * widest or 1.0])
+    else:
+        figure.update_xaxes(title="estimated time of a step (ms)")
+    figure.update_yaxes(title=name_loss(report, loss), range=_choose_range(report, loss), autorange=False)
+    return style_figure(figure, theme, height=480)
+
+
+def build_layers_figure(report: StudyReport, *, theme: Theme = LIGHT) -> go.Figure:
+    """Draw a row for each plan of the front and a cell for each layer; layers of one group have one colour.
+
+    Args:
+        report: the study.
+        theme: colours.
+    """
+    values, texts = [], []
+    for point in report.front:
+        row: list[int] = []
+        text: list[str] = []
+        for group in point.record.plan.groups:
+            # A group keeps its colour from row to row, but for one that would look like the group beside it.
+            colour = 0 if len(group) == 1 else 1 + group[0] // 2 % 2
+            if colour and row and row[-1] == colour:
+                colour = 3 - colour
+            row += [colour] * len(group)
+            words = "alone" if len(group) == 1 else f"in group {group[0]}-{group[-1]}"
+            text += [f"layer {layer_idx}: {words}" for layer_idx in group]
+        values.append(row)
+        texts.append(text)
+    labels = [name_row(report, point.record) for point in report.front]
+    colours = (theme.single, theme.group_even, theme.group_odd)
+    scale = [[edge, colour] for i, colour in enumerate(colours) for edge in (i / 3, (i + 1) / 3)]
+    figure = go.Figure(
+        go.Heatmap(
+            z=values,
+            x=list(range(report.num_layers)),
+            y=labels,
+            text=texts,
+            hovertemplate="%{y} joins<br>%{text}<extra></extra>",
+            colorscale=scale,
+            zmin=-0.5,
+            zmax=2.5,
+            showscale=False,
+            xgap=1,
+            ygap=2,
+        )
+    )
+    figure.update_xaxes(title="layer", showgrid=False)
+    figure.update_yaxes(title="joins", showgrid=False, type="category", autorange="reversed")
+    return style_figure(figure, theme, height=90 + 24 * len(labels))
+
+
+# ---- Parts of the front ----------------------------------------------------------------------------------------------
+
+
+def _list_faint(report: StudyReport) -> list[PlanRecord]:
+    """Return the plans behind the front; its own would lie under it and answer in its place."""
+    on_front = _find_places(report)
+    records = [
+        record
+        for record in report.records
+        if math.isfinite(record.get_cost(report.metric)) and record.plan not in on_front
+    ]
+    return sorted(records, key=lambda record: record.get_cost(report.metric))[:MAX_FAINT_TRIALS]
+
+
+def _find_places(report: StudyReport) -> dict[Plan, int]:
+    return {point.record.plan: index for index, point in enumerate(report.front)}
+
+
+def _get_value(report: StudyReport, record: PlanRecord, loss: Loss) -> float:
+    return record.get_cost(report.metric) if loss == "delta" else record.perplexity
+
+
+def _add_records(
+    figure: go.Figure,
+    report: StudyReport,
+    records: Iterable[PlanRecord],
+    *,
+    saving: Saving,
+    loss: Loss,
+    name: str,
+    colour: str,
+    mode: str = "markers",
+    symbol: str = "circle",
+    rim: int = 0,
+) -> None:
+    """Add a trace of plans; only those of a line have error bars, for a cloud of them would hide everything.
+
+    Where points overlap, plotly answers with the smallest, and of equal ones with the last: so all have one size, and
+    those that matter are drawn later and with a rim.
+    """
+    shown = [(x, record) for record in records if (x := get_saving_value(record, saving)) is not None]
+    is_faint = mode == "markers"
+    if not is_faint:
+        shown.sort(key=lambda item: item[0])
+    places = _find_places(report)
+    errors: dict[str, Any] | None = None
+    if not is_faint:
+        bounds = [_build_bounds(report, record, loss) for _, record in shown]
+        errors = _build_error_bars([high for _, high in bounds], [low for low, _ in bounds])
+    figure.add_scatter(
+        x=[x for x, _ in shown],
+        y=[_get_value(report, record, loss) for _, record in shown],
+        error_y=errors,
+        text=[_describe(report, record) for _, record in shown],
+        customdata=[places.get(record.plan, -1) for _, record in shown],
+        mode=mode,
+        opacity=0.55 if is_faint else 1.0,
+        marker={"color": colour, "size": MARKER_SIZE, "symbol": symbol, "line": {"color": colour, "width": rim}},
+        line={"color": colour, "width": 1.5},
+        name=name,
+        hovertemplate=f"%{{text}}<extra>{name}</extra>",
+    )
+
+
+def _build_bounds(report: StudyReport, record: PlanRecord, loss: Loss) -> tuple[float, float]:
+    """Return how far one standard error reaches below and above a plan's value."""
+    error = (record.get_cost_se(report.metric) if loss == "delta" else record.delta_nll_se) or 0.0
+    if loss == "delta":
+        return error, error
+    value = record.perplexity
+    return value - value * math.exp(-error), value * math.exp(error) - value
+
+
+def _build_error_bars(above: Sequence[float], below: Sequence[float]) -> dict[str, Any]:
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": list(above),
+        "arrayminus": list(below),
+        "thickness": 1.2,
+        "width": 3,
+    }
+
+
+def _add_heldout(figure: go.Figure, report: StudyReport, *, saving: Saving, loss: Loss, theme: Theme) -> None:
+    """Add the held-out losses; as a perplexity, of the baseline's on the proxy windows, so that both compare."""
+    shown = [
+        (x, point, point.heldout)
+        for point in report.front
+        if point.heldout is not None and (x := get_saving_value(point.record, saving)) is not None
+    ]
+    if not shown or (loss == "perplexity" and report.metric == "kl"):
+        return
+    places = _find_places(report)
+    values, above, below = [], [], []
+    for _, _, heldout in shown:
+        error = heldout.standard_error or 0.0
+        deltas: tuple[float, ...] = (heldout.delta, heldout.delta + error, heldout.delta - error)
+        if loss == "perplexity":
+            deltas = tuple(compute_perplexity(report.baseline.nll + delta) for delta in deltas)
+        values.append(deltas[0])
+        above.append(deltas[1] - deltas[0])
+        below.append(deltas[0] - deltas[2])
+    figure.add_scatter(
+        x=[x for x, _, _ in shown],
+        y=values,
+        error_y=_build_error_bars(above, below),
+        customdata=[places[point.record.plan] for _, point, _ in shown],
+        text=[
+            f"held out: {heldout.delta:.4f} nats<br>{_describe(report, point.record)}" for _, point, heldout in shown
+        ],
+        mode="markers",
+        marker={"color": theme.heldout, "size": MARKER_SIZE, "symbol": "diamond-open", "line": {"width": 2}},
+        name="front, held out",
+        hovertemplate="%{text}<extra>held out</extra>",
+    )
+
+
+def _choose_range(report: StudyReport, loss: Loss) -> list[float]:
+    """Return the part of the axis of losses where plans are useful."""
+    top = report.reference_cost * 1.1
+    values: Iterable[FrontPoint] = report.front
+    bottom = min([0.0, *(point.record.get_cost(report.metric) for point in values)]) - 0.04 * top
+    if loss == "delta":
+        return [bottom, top]
+    base = report.baseline.nll
+    if report.metric == "kl":
+        useful = [point.record for point in report.front if point.record.get_cost("kl") <= report.reference_cost]
+        top = max(record.nll for record in useful) - base + 0.1
+    low, high = compute_perplexity(base + min(bottom, 0.0)), compute_perplexity(base + top)
+    return [low - 0.02 * (high - low), high]
+
+
+def _describe(report: StudyReport, record: PlanRecord) -> str:
+    words = [
+        f"{count_joins(record)}, {record.depth_reduction:.1%} less depth",
+        f"{record.get_cost(report.metric):.4f} nats, perplexity {record.perplexity:.2f}",
+    ]
+    if record.latency_ms is not None:
+        words.append(f"{record.latency_ms:.3f} ms")
+    return "<br>".join([*words, *_wrap(f"layers {describe_groups(record.plan)}"), f"trial {record.trial}"])
+
+
+def _wrap(text: str, width: int = 44) -> list[str]:
+    lines = [""]
+    for word in text.split(" "):
+        if lines[-1] and len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines

@@ -1,0 +1,354 @@
+"""The HTML report: one file that holds its figures, their data as tables, and the library that draws them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from plotly.offline import get_plotlyjs
+
+from lpsearch.report.advice import Pick, list_commands, pick_plans
+from lpsearch.report.charts import Chart, build_charts
+from lpsearch.report.figures import describe_groups
+from lpsearch.report.latency_figures import describe_workload
+from lpsearch.report.study import FrontPoint, StudyReport, count_joins
+from lpsearch.report.tables import Table, format_loss
+from lpsearch.report.theme import map_colours
+
+__all__ = ["build_html", "write_html"]
+
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+"""What the browser may load: nothing from any network."""
+
+_LONG_LIST = 16
+"""Items from which a list is kept once, however many figures show it."""
+
+_DIGITS = 7
+"""Significant digits of the figures' numbers."""
+
+_SERVE_NOTE = (
+    "Type these where you ran optimize. Serving needs vLLM, which runs the exported checkpoint through its "
+    "transformers backend; whoever serves it needs no lpsearch."
+)
+
+
+def build_html(report: StudyReport) -> str:
+    """Build the whole page.
+
+    Args:
+        report: the study.
+    """
+    charts = build_charts(report)
+    shared: dict[str, int] = {}
+    figures = {
+        chart.name: {key: _share_lists(json.loads(figure.to_json()), shared) for key, figure in chart.figures.items()}
+        for chart in charts.values()
+    }
+    lists = [json.loads(content) for content in shared]
+    data = {"colours": map_colours(), "figures": figures, "lists": lists}
+    body = "\n".join(
+        [
+            _render_head(report),
+            '<main id="main">',
+            _render_front(report, charts),
+            _render_advice(report),
+            _render_section("layers", "Which layers pair", _EXPLAIN["layers"], [charts["layers"]]),
+            _render_joins(charts),
+            _render_section("search", "How the search came along", _explain_progress(report), [charts["progress"]]),
+            _render_latency(report, charts),
+            "</main>",
+        ]
+    )
+    return _PAGE.format(
+        title=escape(f"{report.name}: layer parallelism"),
+        policy=_POLICY,
+        style=_read_asset("page.css"),
+        body=body,
+        # "</" would end the element that holds the data
+        data=json.dumps(data, allow_nan=False, separators=(",", ":")).replace("</", "<\\/"),
+        plotly=get_plotlyjs().replace("</script", "<\\/script"),
+        script=_read_asset("page.js"),
+    )
+
+
+def write_html(report: StudyReport, path: Path) -> int:
+    """Write the page, whole or not at all.
+
+    Args:
+        report: the study.
+        path: the file to write.
+
+    Returns:
+        Its size in bytes.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    content = build_html(report).encode()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return len(content)
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<a class="skip" href="#main">Skip to the report</a>
+{body}
+<script type="application/json" id="data">{data}</script>
+<script>{plotly}</script>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+_EXPLAIN = {
+    "layers": "A row for each plan of the front. Layers of one group share a colour and run in parallel; neighbouring "
+    "groups alternate between two colours. Grey layers run alone. Choose a row to see its plan.",
+    "effects": "What it costs to join two neighbouring layers and nothing else. Joins far below the others are the "
+    "ones to set first.",
+    "interactions": "What the search expects two joins to cost together beyond the sum of each alone, learned from all "
+    "trials: red pairs disturb each other, blue pairs cost less together than apart. Empty cells were "
+    "not possible together. The largest 2 % share a colour.",
+    "fit": "Measured depths against what the fitted model says. It was fitted to some and only checked on others.",
+    "breakdown": "Where the model puts the time of a step: a fixed overhead and a time for every group.",
+}
+
+
+def _share_lists(value: Any, shared: dict[str, int]) -> Any:
+    """Replace long lists by references, since the choices of a chart mostly show the same plans, and round numbers.
+
+    Args:
+        value: part of a figure.
+        shared: place of every list so far, by its content.
+    """
+    if isinstance(value, dict):
+        return {key: _share_lists(item, shared) for key, item in value.items()}
+    if isinstance(value, float):
+        return float(f"{value:.{_DIGITS}g}")
+    if not isinstance(value, list):
+        return value
+    value = [_share_lists(item, shared) for item in value]
+    if len(value) >= _LONG_LIST and not isinstance(value[0], list | dict):
+        return {"list": shared.setdefault(json.dumps(value), len(shared))}
+    return value
+
+
+def _render_head(report: StudyReport) -> str:
+    settings = report.settings
+    facts = {
+        "plans": f"{len(report.records)}" + (", all there are" if report.is_exact else ""),
+        "layers": str(report.num_layers),
+        "unmodified": f"{report.baseline.nll:.4f} nats/token, perplexity {report.baseline.perplexity:.2f}",
+        "data": f"{settings.get('data', 'not recorded')}, {settings.get('windows', '?')} windows of "
+        f"{settings.get('seq_len', '?')} tokens",
+        "tokens evaluated": f"{report.proxy_tokens:,}",
+        "sampler": str(settings.get("sampler", "not recorded")),
+        "dtype": str(settings.get("dtype", "not recorded")),
+    }
+    if report.latency_model is not None:
+        profile = report.latency_model.profile
+        ranks = "" if profile.num_ranks == 1 else f"{profile.num_ranks} x "
+        facts["latency of"] = f"{ranks}{profile.device}, {describe_workload(report.latency_model.workload)}" + (
+            " (emulated)" if profile.emulated else ""
+        )
+    items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
+    unfinished = (
+        ""
+        if report.is_current
+        else "<p class='note'>This study is under way or was interrupted: the report shows what is there. "
+        "Run the same <code>lpsearch optimize</code> again to go on; it writes the plan files of this front.</p>"
+    )
+    links = [("front", "Front"), ("next", "What next"), ("layers", "Layers"), ("joins", "Joins"), ("search", "Search")]
+    links += [("latency", "Latency")] if report.latency_model is not None else []
+    nav = "".join(f'<a href="#{name}">{label}</a>' for name, label in links)
+    return (
+        f"<header><div class='bar'><h1>{escape(report.name)}</h1>"
+        '<button type="button" id="theme" hidden>Dark</button></div>'
+        f"<p class='sub'>Which layers of {escape(str(settings.get('model', 'the model')))} can run in parallel, and "
+        f"what that costs</p><dl class='facts'>{items}</dl>{unfinished}<nav aria-label='Sections'>{nav}</nav></header>"
+    )
+
+
+def _render_front(report: StudyReport, charts: dict[str, Chart]) -> str:
+    plans = "".join(_render_plan(report, index, point) for index, point in enumerate(report.front))
+    notes = "The axis of losses ends where plans stop being useful. Bars are one standard error over windows. "
+    if any(point.heldout is not None for point in report.front):
+        notes += "Held-out values are on windows that the search never saw. "
+    elif len(report.front) > 1:
+        notes += "Held-out values come when the search ends. "
+    if not report.windows_front:
+        notes += "The study tried no contiguous windows. "
+    notes += "Click a point, or use the arrow keys on the figure, to see its plan."
+    toggle = "<label class='check'><input type='checkbox' id='all-losses'> show every loss</label>"
+    return (
+        "<section id='front'><h2>Front</h2><div class='split'><div>"
+        f"<p>{notes}</p>{_render_chart(charts['front'], extra=toggle, selects=True)}"
+        f"</div><div class='plans' id='plans' aria-live='polite'><h3>The chosen plan</h3>{plans}</div></div></section>"
+    )
+
+
+def _render_plan(report: StudyReport, index: int, point: FrontPoint) -> str:
+    record = point.record
+    rows = {
+        "joins": f"{record.num_joins} of {report.num_layers - 1}",
+        "depth": f"{record.plan.depth} of {report.num_layers} ({record.depth_reduction:.1%} less)",
+        "loss": format_loss(record.get_cost(report.metric), record.get_cost_se(report.metric)),
+        "held out": "" if point.heldout is None else format_loss(point.heldout.delta, point.heldout.standard_error),
+        "perplexity": f"{record.perplexity:.3f}",
+        "time of a step": "" if record.latency_ms is None else f"{record.latency_ms:.3f} ms (estimated)",
+        "speed-up": "" if point.speedup is None else f"{point.speedup:.3f}x (estimated)",
+        "found by": f"{record.origin}, trial {record.trial}",
+        "layers together": describe_groups(record.plan),
+    }
+    items = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in rows.items() if value)
+    return f"<article id='plan-{index}' data-plan='{index}'><dl>{items}</dl>{_render_commands(report, point)}</article>"
+
+
+def _render_commands(report: StudyReport, point: FrontPoint) -> str:
+    commands = list_commands(report, point)
+    if not commands:
+        return (
+            "<p class='note'>Its plan file is not written yet; run the same <code>lpsearch optimize</code> again "
+            "to write it.</p>"
+        )
+    return (
+        "<ul class='commands'>"
+        + "".join(
+            f"<li><span>{escape(command.purpose)}</span><div class='line'>"
+            f"<code tabindex='0'>{_render_words(command.line)}</code>"
+            f"<button type='button' class='copy' hidden aria-label='Copy: {escape(command.purpose)}'>Copy</button>"
+            "</div></li>"
+            for command in commands
+        )
+        + "</ul>"
+    )
+
+
+def _render_words(line: str) -> str:
+    """Keep a line from being broken inside its words, such as after the first hyphen of an option."""
+    return " ".join(f"<span>{escape(word)}</span>" for word in line.split(" "))
+
+
+def _render_advice(report: StudyReport) -> str:
+    cards = "".join(_render_pick(report, pick) for pick in pick_plans(report))
+    loss = "loss" if report.metric == "nll" else "KL divergence"
+    return (
+        f"<section id='next'><h2>What to do next</h2><p>Three plans to start from: of all plans of the front within a "
+        f"{loss}, the one of most joins. The held-out value counts where there is one. "
+        f"<code>lpsearch plan pick DIR --max-delta NATS</code> picks the same way.</p>"
+        f"<div class='cards'>{cards}</div><p class='small'>{_SERVE_NOTE}</p></section>"
+    )
+
+
+def _render_pick(report: StudyReport, pick: Pick) -> str:
+    rule = f"at most {pick.max_loss} nats per token"
+    if pick.index is None:
+        losses = [point.get_loss(report.metric) for point in report.front if point.record.num_joins > 0]
+        least = f" The least is {min(losses):.4f}." if losses else ""
+        return (
+            f"<article class='card' data-pick='{pick.name}'><h3>{pick.name}</h3><p class='small'>{rule}</p>"
+            f"<p>No plan with a join loses so little.{least}</p></article>"
+        )
+    point = report.front[pick.index]
+    record = point.record
+    speed = "" if point.speedup is None else f", {point.speedup:.3f}x estimated"
+    return (
+        f"<article class='card' data-pick='{pick.name}'><h3>{pick.name}</h3><p class='small'>{rule}</p>"
+        f"<p><strong>{count_joins(record)}, {record.depth_reduction:.1%} less depth{speed}</strong><br>"
+        f"{point.get_loss(report.metric):.4f} nats per token lost; layers {escape(describe_groups(record.plan))}</p>"
+        f"<button type='button' class='show' data-show='{pick.index}' hidden>Show in the front</button>"
+        f"{_render_commands(report, point)}</article>"
+    )
+
+
+def _render_joins(charts: dict[str, Chart]) -> str:
+    if "effects" not in charts:
+        return _render_section("joins", "What joins cost", "No plan with a join is finished yet.", [])
+    parts = "".join(
+        f"<div><p>{_EXPLAIN[name]}</p>{_render_chart(charts[name])}</div>" for name in ("effects", "interactions")
+    )
+    return f"<section id='joins'><h2>What joins cost, alone and together</h2><div class='pair'>{parts}</div></section>"
+
+
+def _render_latency(report: StudyReport, charts: dict[str, Chart]) -> str:
+    if report.latency_model is None:
+        return ""
+    workload = report.latency_model.workload
+    error = (
+        ""
+        if workload.check_error is None
+        else f" Largest error on depths it was not fitted to: {workload.check_error:.1%}."
+    )
+    parts = "".join(
+        f"<div><p>{_EXPLAIN[name]}{error if name == 'fit' else ''}</p>{_render_chart(charts[name])}</div>"
+        for name in ("fit", "breakdown")
+    )
+    return f"<section id='latency'><h2>Latency model</h2><div class='pair'>{parts}</div></section>"
+
+
+def _explain_progress(report: StudyReport) -> str:
+    saving = "share of the depth" if report.objective == "depth" else "share of the time"
+    return (
+        f"The hypervolume is the area between the front and a loss of {report.reference_cost:.3g} nats per token, over "
+        f"the {saving} that is saved; larger is better. Below it, the least loss for some numbers of joins. Losses are "
+        "those known now: tokens that a plan got after its trial count with the trial."
+    )
+
+
+def _render_section(name: str, title: str, text: str, charts: Sequence[Chart]) -> str:
+    return f"<section id='{name}'><h2>{title}</h2><p>{text}</p>{''.join(map(_render_chart, charts))}</section>"
+
+
+def _render_chart(chart: Chart, *, extra: str = "", selects: bool = False) -> str:
+    choices = "".join(
+        f"<label>{escape(label)} <select data-choice>"
+        + "".join(f"<option value='{key}'>{escape(words)}</option>" for key, words in options.items())
+        + "</select></label>"
+        for label, options in chart.choices
+    )
+    controls = f"<div class='controls' hidden>{choices}{extra}</div>" if choices or extra else ""
+    focus = " tabindex='0' role='application' aria-roledescription='figure'" if selects else " role='img'"
+    return (
+        f"<figure class='chart' data-chart='{chart.name}'>{controls}<div class='scroll'>"
+        f"<div class='plot' id='chart-{chart.name}'{focus} aria-label='{escape(chart.summary)}'></div></div>"
+        f"<details><summary>The same as a table</summary>{_render_table(chart.table)}</details></figure>"
+    )
+
+
+def _render_table(table: Table) -> str:
+    head = "".join(f"<th scope='col'>{escape(name)}</th>" for name in table.columns)
+    rows = []
+    for index, row in enumerate(table.rows):
+        first, *rest = row
+        cell = escape(first)
+        if table.selects:
+            cell = f"<button type='button' class='show' data-show='{index}'>{cell}</button>"
+        cells = "".join(f"<td>{escape(value)}</td>" for value in rest)
+        rows.append(f"<tr><th scope='row'>{cell}</th>{cells}</tr>")
+    return (
+        f"<div class='scroll' tabindex='0'><table><caption>{escape(table.caption)}</caption><thead><tr>{head}</tr>"
+        f"</thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _read_asset(name: str) -> str:
+    return files("lpsearch.report").joinpath(name).read_text(encoding="utf-8")

@@ -1,0 +1,101 @@
+"""How a search came along: what was known after every trial, from the values that the study has now."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from lpsearch.search import PlanRecord, build_front
+from lpsearch.search.front import Objective
+from lpsearch.search.records import Metric
+
+__all__ = ["ProgressStep", "compute_hypervolume", "find_reference_cost", "trace_progress"]
+
+LARGEST_USEFUL_COST = 1.0
+"""Nats per token beyond which nobody runs a plan; the hypervolume counts up to here."""
+
+
+@dataclass(frozen=True)
+class ProgressStep:
+    """What was known after a trial.
+
+    Attributes:
+        trial: number of the trial.
+        tokens: tokens behind the losses of all plans so far; tokens that a plan got later count with its trial.
+        hypervolume: of the front so far.
+        best: least loss by number of joins, of plans evaluated on all windows.
+    """
+
+    trial: int
+    tokens: int
+    hypervolume: float
+    best: Mapping[int, float]
+
+
+def find_reference_cost(front: Sequence[PlanRecord], metric: Metric) -> float:
+    """Return the loss up to which the hypervolume counts.
+
+    It is 1 nat per token, or the largest loss of the front where that is smaller or all are larger.
+    """
+    costs = [record.get_cost(metric) for record in front if record.num_joins > 0]
+    if not costs:
+        return LARGEST_USEFUL_COST
+    largest = max(costs)
+    return LARGEST_USEFUL_COST if min(costs) < LARGEST_USEFUL_COST <= largest else largest
+
+
+def trace_progress(
+    records: Sequence[PlanRecord], *, metric: Metric, objective: Objective, reference_cost: float
+) -> tuple[ProgressStep, ...]:
+    """Return what was known after every trial.
+
+    Args:
+        records: finished plans in the order of the trials.
+        metric: which loss.
+        objective: what it is traded against.
+        reference_cost: loss up to which the hypervolume counts.
+    """
+    steps = []
+    front: list[PlanRecord] = []
+    best: dict[int, float] = {}
+    tokens = 0
+    baseline = next(record for record in records if record.num_joins == 0)
+    for record in records:
+        tokens += record.proxy_tokens
+        # The front of all plans so far is that of the former front and the new plan.
+        known = [*front, record]
+        front = build_front(known, metric=metric, objective=objective) or known
+        cost = record.get_cost(metric)
+        if record.proxy_tokens >= baseline.proxy_tokens and math.isfinite(cost):
+            best[record.num_joins] = min(cost, best.get(record.num_joins, math.inf))
+        hypervolume = compute_hypervolume(
+            [(get_saving(point, baseline, objective), point.get_cost(metric)) for point in front], reference_cost
+        )
+        steps.append(ProgressStep(record.trial, tokens, hypervolume, dict(best)))
+    return tuple(steps)
+
+
+def get_saving(record: PlanRecord, baseline: PlanRecord, objective: Objective) -> float:
+    """Return the share of the depth, or of the time, that a plan saves."""
+    if objective == "depth":
+        return record.depth_reduction
+    if record.latency_ms is None or baseline.latency_ms is None:
+        return 0.0
+    return 1 - record.latency_ms / baseline.latency_ms
+
+
+def compute_hypervolume(points: Sequence[tuple[float, float]], reference_cost: float) -> float:
+    """Return the area between a front and a loss, over what is saved: nats per token times a share.
+
+    Args:
+        points: (saving, loss) of each plan, in any order.
+        reference_cost: loss that bounds the area.
+    """
+    ordered = sorted(((max(saving, 0.0), cost) for saving, cost in points), reverse=True)
+    area, least = 0.0, reference_cost
+    for (saving, cost), (next_saving, _) in pairwise([*ordered, (0.0, 0.0)]):
+        least = min(least, cost)
+        area += (saving - next_saving) * (reference_cost - least)
+    return area

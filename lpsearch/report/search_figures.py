@@ -1,0 +1,169 @@
+"""Plotly figures of a search: what it learned about joins, and how it came along."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from lpsearch.report.figures import name_loss
+from lpsearch.report.study import StudyReport
+from lpsearch.report.theme import LIGHT, Theme, style_figure
+
+__all__ = ["build_effects_figure", "build_interactions_figure", "build_progress_figure", "choose_best_lines"]
+
+Unit = Literal["trials", "tokens"]
+
+NUM_BEST_LINES = 6
+"""Numbers of joins whose progress is drawn."""
+
+CLIPPED_SHARE = 0.02
+"""Share of the largest interactions that all get the colour of the largest left."""
+
+
+def build_effects_figure(report: StudyReport, *, theme: Theme = LIGHT) -> go.Figure:
+    """Draw what each join costs alone: measured with its error, or as the surrogate expects it.
+
+    Args:
+        report: the study, with effects.
+        theme: colours.
+    """
+    effects = report.effects
+    assert effects is not None
+    joins = range(len(effects.expected))
+    measured = [i for i in joins if effects.measured[i] is not None]
+    rest = [i for i in joins if effects.measured[i] is None]
+    figure = go.Figure()
+    figure.add_scatter(
+        x=measured,
+        y=[effects.measured[i] for i in measured],
+        error_y={"type": "data", "array": [effects.measured_se[i] or 0.0 for i in measured], "thickness": 1},
+        text=[f"{i}-{i + 1}" for i in measured],
+        mode="markers",
+        marker={"color": theme.front, "size": 8},
+        name="measured alone",
+        hovertemplate="layers %{text}: %{y:.4f} nats<extra>measured</extra>",
+    )
+    if rest:
+        figure.add_scatter(
+            x=rest,
+            y=[effects.expected[i] for i in rest],
+            text=[f"{i}-{i + 1}" for i in rest],
+            mode="markers",
+            marker={"color": theme.heldout, "size": 8, "symbol": "circle-open"},
+            name="expected by the surrogate",
+            hovertemplate="layers %{text}: %{y:.4f} nats<extra>expected</extra>",
+        )
+    figure.update_xaxes(title="join i: layers i and i + 1 in one group")
+    positive = all(y > 0 for trace in figure.data for y in trace.y)
+    figure.update_yaxes(title=name_loss(report), **_scale_losses(positive))
+    return style_figure(figure, theme, height=360)
+
+
+def build_interactions_figure(report: StudyReport, *, theme: Theme = LIGHT) -> go.Figure:
+    """Draw what the surrogate expects two joins to cost together beyond the sum of each alone.
+
+    Args:
+        report: the study, with effects.
+        theme: colours.
+    """
+    effects = report.effects
+    assert effects is not None
+    known = [abs(value) for row in effects.interactions for value in row if value is not None]
+    limit = float(np.quantile(known, 1 - CLIPPED_SHARE)) if known else 0.0
+    joins = list(range(len(effects.expected)))
+    figure = go.Figure(
+        go.Heatmap(
+            z=[list(row) for row in effects.interactions],
+            x=joins,
+            y=joins,
+            zmin=-(limit or 1.0),
+            zmax=limit or 1.0,
+            colorscale=[[0.0, theme.gain], [0.5, theme.neutral], [1.0, theme.harm]],
+            colorbar={
+                "title": {"text": "nats per token", "side": "bottom"},
+                "orientation": "h",
+                "y": -0.14,
+                "yanchor": "top",
+                "thickness": 12,
+                "outlinewidth": 0,
+            },
+            hovertemplate="joins %{x} and %{y}: %{z:+.4f} nats<extra></extra>",
+            hoverongaps=False,
+        )
+    )
+    figure.update_xaxes(title="join", showgrid=False, constrain="domain")
+    figure.update_yaxes(title="join", showgrid=False, autorange="reversed", scaleanchor="x", constrain="domain")
+    return style_figure(figure, theme, height=560)
+
+
+def build_progress_figure(report: StudyReport, *, unit: Unit = "trials", theme: Theme = LIGHT) -> go.Figure:
+    """Draw the front's hypervolume and the least loss by number of joins over the search.
+
+    Args:
+        report: the study.
+        unit: what the horizontal axis counts.
+        theme: colours.
+    """
+    steps = report.progress
+    places = [step.trial if unit == "trials" else step.tokens for step in steps]
+    figure = make_subplots(
+        rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08, row_heights=[0.4, 0.6], x_title=None
+    )
+    volumes = _keep_changes(places, [step.hypervolume for step in steps])
+    figure.add_scatter(
+        x=[x for x, _ in volumes],
+        y=[y for _, y in volumes],
+        mode="lines",
+        line={"shape": "hv", "color": theme.front, "width": 2},
+        name="hypervolume",
+        showlegend=False,
+        hovertemplate="%{x}: %{y:.4f}<extra>hypervolume</extra>",
+        row=1,
+        col=1,
+    )
+    shown = choose_best_lines(report)
+    for colour, num_joins in zip(theme.more, shown, strict=False):
+        line = _keep_changes(places, [step.best.get(num_joins) for step in steps])
+        figure.add_scatter(
+            x=[x for x, _ in line],
+            y=[y for _, y in line],
+            mode="lines+markers" if len(line) == 1 else "lines",
+            line={"shape": "hv", "color": colour, "width": 2},
+            name=f"{num_joins} join" + "s" * (num_joins > 1),
+            hovertemplate="%{x}: %{y:.4f} nats<extra>%{fullData.name}</extra>",
+            row=2,
+            col=1,
+        )
+    figure.update_xaxes(title="trial" if unit == "trials" else "tokens evaluated", row=2, col=1)
+    figure.update_yaxes(title="hypervolume", rangemode="tozero", row=1, col=1)
+    positive = all(step.best.get(k, 1.0) > 0 for step in steps for k in shown)
+    figure.update_yaxes(title="least loss (nats)", row=2, col=1, **_scale_losses(positive))
+    return style_figure(figure, theme, height=480)
+
+
+def choose_best_lines(report: StudyReport) -> tuple[int, ...]:
+    """Choose the numbers of joins whose progress is drawn: spread evenly over the useful part of the front."""
+    useful = [
+        point.record.num_joins
+        for point in report.front
+        if point.record.num_joins > 0 and point.record.get_cost(report.metric) <= report.reference_cost
+    ]
+    useful = sorted(set(useful)) or sorted({k for step in report.progress for k in step.best if k > 0})
+    places = np.unique(np.linspace(0, len(useful) - 1, min(NUM_BEST_LINES, len(useful))).round().astype(int))
+    return tuple(useful[place] for place in places)
+
+
+def _keep_changes(places: Sequence[int], values: Sequence[float | None]) -> list[tuple[int, float]]:
+    """Return the points of a line of steps: where it begins, every change, and where it ends."""
+    known = [(place, value) for place, value in zip(places, values, strict=True) if value is not None]
+    changes = [point for i, point in enumerate(known) if i == 0 or point[1] != known[i - 1][1]]
+    return changes if not known or changes[-1] == known[-1] else [*changes, known[-1]]
+
+
+def _scale_losses(positive: bool) -> dict[str, Any]:
+    """Return a logarithmic axis where all losses are positive: they span decades."""
+    return {"type": "log", "dtick": 1, "exponentformat": "none"} if positive else {"type": "linear"}

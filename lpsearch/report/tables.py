@@ -1,0 +1,167 @@
+"""The data of every figure as a table of words, for screen readers and for copying."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lpsearch.errors import ConfigError
+from lpsearch.report.figures import describe_groups
+from lpsearch.report.latency_figures import (
+    compute_breakdown,
+    describe_kind,
+    describe_workload,
+    list_fitted_points,
+)
+from lpsearch.report.search_figures import choose_best_lines
+from lpsearch.report.study import StudyReport, name_row
+
+__all__ = [
+    "Table",
+    "build_breakdown_table",
+    "build_effects_table",
+    "build_fit_table",
+    "build_front_table",
+    "build_interactions_table",
+    "build_layers_table",
+    "build_progress_table",
+    "format_loss",
+]
+
+MAX_INTERACTIONS = 40
+"""Interactions in the table, the strongest first."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of words.
+
+    Attributes:
+        caption: what they say.
+        columns: their names.
+        rows: the first cell of each names the row.
+        selects: the rows are the plans of the front, in its order.
+    """
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    selects: bool = False
+
+
+def format_loss(value: float, standard_error: float | None) -> str:
+    """Write a loss in nats per token with its standard error."""
+    return f"{value:.4f}" if not standard_error else f"{value:.4f} ± {standard_error:.4f}"
+
+
+def build_front_table(report: StudyReport) -> Table:
+    """List the front."""
+    columns = ["joins", "less depth", "loss", "held out", "perplexity"]
+    columns += ["ms", "speed-up"] if report.has_latency else []
+    columns += ["best window"] if report.windows_front else []
+    windows = {record.num_joins: record for record in report.windows_front}
+    rows = []
+    for point in report.front:
+        record = point.record
+        heldout = point.heldout
+        row = [
+            name_row(report, record),
+            f"{record.depth_reduction:.1%}",
+            format_loss(record.get_cost(report.metric), record.get_cost_se(report.metric)),
+            "" if heldout is None else format_loss(heldout.delta, heldout.standard_error),
+            f"{record.perplexity:.3f}",
+        ]
+        if report.has_latency:
+            row += ["" if record.latency_ms is None else f"{record.latency_ms:.3f}"]
+            row += ["" if point.speedup is None else f"{point.speedup:.3f}x"]
+        if report.windows_front:
+            window = windows.get(record.num_joins)
+            row += ["" if window is None else f"{window.get_cost(report.metric):.4f}"]
+        rows.append([*row, describe_groups(record.plan)])
+    return Table("The front; losses in nats per token", [*columns, "layers together"], rows, selects=True)
+
+
+def build_layers_table(report: StudyReport) -> Table:
+    """List the groups of every plan of the front."""
+    rows = [
+        [name_row(report, point.record), str(point.record.plan.depth), describe_groups(point.record.plan)]
+        for point in report.front
+    ]
+    return Table("Layers that run in parallel", ["joins", "depth", "layers together"], rows, selects=True)
+
+
+def build_effects_table(report: StudyReport) -> Table:
+    """List what every join costs alone."""
+    effects = report.effects
+    assert effects is not None
+    rows = [
+        [f"{join} and {join + 1}", "" if value is None else format_loss(value, error), f"{expected:.4f}"]
+        for join, (value, error, expected) in enumerate(
+            zip(effects.measured, effects.measured_se, effects.expected, strict=True)
+        )
+    ]
+    return Table("Loss of each join alone, in nats per token", ["layers", "measured", "expected"], rows)
+
+
+def build_interactions_table(report: StudyReport) -> Table:
+    """List the strongest interactions."""
+    effects = report.effects
+    assert effects is not None
+    pairs = [
+        (first, second, value)
+        for first, row in enumerate(effects.interactions)
+        for second, value in enumerate(row)
+        if first < second and value is not None
+    ]
+    pairs = sorted(pairs, key=lambda pair: -abs(pair[2]))[:MAX_INTERACTIONS]
+    rows = [[f"{first} and {second}", f"{value:+.4f}"] for first, second, value in pairs]
+    return Table("The strongest interactions, in nats per token", ["joins", "beyond the sum of each alone"], rows)
+
+
+def build_progress_table(report: StudyReport) -> Table:
+    """List the trials after which the hypervolume rose, and the last."""
+    shown = choose_best_lines(report)
+    rows = []
+    former = None
+    for step in report.progress:
+        if step.hypervolume != former or step is report.progress[-1]:
+            best = [f"{step.best[k]:.4f}" if k in step.best else "" for k in shown]
+            rows.append([str(step.trial), f"{step.tokens:,}", f"{step.hypervolume:.5f}", *best])
+        former = step.hypervolume
+    columns = ["trial", "tokens", "hypervolume", *(f"{k} joins" for k in shown)]
+    return Table("Trials that improved the front, and the least loss by number of joins", columns, rows)
+
+
+def build_fit_table(report: StudyReport) -> Table:
+    """List what was measured beside what is predicted."""
+    assert report.latency_model is not None
+    rows = [
+        [
+            point.groups,
+            describe_workload(workload),
+            "fitted" if point.use == "fit" else "checked",
+            f"{point.median_ms:.3f}",
+            f"{point.p10_ms:.3f} to {point.p90_ms:.3f}",
+            f"{point.predicted_ms:.3f}",
+            f"{point.error:+.1%}",
+        ]
+        for workload in report.latency_model.profile.workloads
+        for point in list_fitted_points(workload)
+    ]
+    columns = ["groups", "workload", "use", "measured ms", "p10 to p90", "predicted ms", "error"]
+    return Table("Measured times and predictions", columns, rows)
+
+
+def build_breakdown_table(report: StudyReport) -> Table:
+    """List where the time of every plan of the front goes, for the workload that the search used."""
+    assert report.latency_model is not None
+    profile, workload = report.latency_model.profile, report.latency_model.workload
+    rows = []
+    for point in report.front:
+        try:
+            parts = compute_breakdown(workload, profile.geometry, point.record.plan)
+        except ConfigError:
+            continue
+        rows.append([name_row(report, point.record), *(f"{ms:.3f}" for ms in (*parts.values(), sum(parts.values())))])
+    columns = ["joins", "overhead ms", *(f"{describe_kind(kind)} ms" for kind in workload.cost_ms), "sum ms"]
+    return Table(f"Estimated time of a step: {describe_workload(workload)}", columns, rows)

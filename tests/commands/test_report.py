@@ -1,0 +1,128 @@
+"""``lpsearch report``, and the report that ``optimize`` leaves."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sqlite3
+import subprocess
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.commands.conftest import Run
+
+
+@pytest.fixture
+def arguments(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> list[object]:
+    """Return a search of the tiny model's 13 plans that takes seconds."""
+    return [
+        *("optimize", "--model", tiny_model_dir, "--data", text_file, "--windows", 3, "--seq-len", 24),
+        *("--latency", "off", "--dtype", "float32", "--device", "cpu", "--out", tmp_path / "study"),
+    ]
+
+
+def test_a_search_leaves_a_report_and_report_writes_the_same(
+    run_lpsearch: Run, arguments: list, tmp_path: Path
+) -> None:
+    document = run_lpsearch(*arguments, "--budget", 13).document
+    path = tmp_path / "study" / "report.html"
+    written = path.read_text(encoding="utf-8")
+    for point in document["front"]:
+        assert f"{point['heldout_delta_nll']:.4f}" in written
+        assert f"lpsearch evaluate {tmp_path / 'study' / point['plan']} " in written.replace(
+            "</span> <span>", " "
+        ).replace("<span>", "")
+    outcome = run_lpsearch("report", tmp_path / "study", "--out", tmp_path / "again.html")
+    assert outcome.exit_code == 0, outcome.stderr
+    assert list(outcome.document) == ["report", "study", "trials", "front_plans", "num_bytes", "seconds"]
+    assert outcome.document["trials"] == 13
+    assert outcome.document["front_plans"] == len(document["front"])
+    assert (tmp_path / "again.html").read_text(encoding="utf-8") == written
+
+
+def test_picks_agree_with_plan_pick(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
+    from lpsearch.report import load_report
+    from lpsearch.report.advice import pick_plans
+    from lpsearch.search import StudyStore
+
+    document = run_lpsearch(*arguments, "--budget", 13).document
+    with StudyStore(f"sqlite:///{tmp_path}/study/study.db", study_name=document["study"]) as store:
+        report = load_report(store, tmp_path / "study")
+    for pick in pick_plans(report):
+        picked = run_lpsearch("plan", "pick", tmp_path / "study", "--max-delta", pick.max_loss).document
+        assert picked["num_joins"] == (0 if pick.index is None else report.front[pick.index].record.num_joins)
+
+
+def test_an_interrupted_search_leaves_a_report(
+    start_lpsearch: Callable[..., subprocess.Popen], arguments: list, tmp_path: Path
+) -> None:
+    process = start_lpsearch(*arguments, "--budget", 13)
+    for line in process.stderr:
+        if "trial 4/13" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert json.loads(stdout.splitlines()[-1])["error"]["type"] == "Interrupted"
+    assert "under way or was interrupted" in (tmp_path / "study" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_running_study_can_be_looked_at(
+    run_lpsearch: Run, start_lpsearch: Callable[..., subprocess.Popen], arguments: list, tmp_path: Path
+) -> None:
+    process = start_lpsearch(*arguments, "--budget", 13)
+    for line in process.stderr:
+        if "trial 2/13" in line:
+            break
+    outcome = run_lpsearch("report", tmp_path / "study", "--out", tmp_path / "now.html")
+    assert outcome.exit_code == 0, outcome.stderr
+    assert 2 <= outcome.document["trials"] <= 13
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+
+
+def test_a_report_that_cannot_be_written_does_not_fail_the_search(
+    run_lpsearch: Run, arguments: list, tmp_path: Path
+) -> None:
+    (tmp_path / "study" / "report.html").mkdir(parents=True)
+    outcome = run_lpsearch(*arguments, "--budget", 5)
+    assert outcome.exit_code == 0
+    assert outcome.document["trials"] == 5
+    assert "the report was not written" in outcome.stderr
+    outcome = run_lpsearch("report", tmp_path / "study")
+    assert (outcome.exit_code, outcome.document["error"]["type"]) == (2, "UsageError")
+
+
+def test_directories_without_a_study_are_refused(run_lpsearch: Run, tmp_path: Path) -> None:
+    outcome = run_lpsearch("report", tmp_path / "nowhere")
+    assert outcome.exit_code == 2
+    assert "no such directory" in outcome.document["error"]["message"]
+    outcome = run_lpsearch("report", tmp_path)
+    assert outcome.exit_code == 2
+    assert "holds no study.db" in outcome.document["error"]["message"]
+    assert not (tmp_path / "study.db").exists(), "looking for a study must not make one"
+
+
+def test_studies_that_cannot_be_read_are_named(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    run_lpsearch(*arguments, "--budget", 5)
+    outcome = run_lpsearch("report", out, "--study", "other")
+    assert outcome.exit_code == 2
+    assert "holds no study 'other'; it holds 'tiny-llama0'" in outcome.document["error"]["message"]
+    outcome = run_lpsearch("report", out, "--out", tmp_path / "nowhere" / "report.html")
+    assert outcome.exit_code == 2
+    front = json.loads((out / "front.json").read_text(encoding="utf-8"))
+    (out / "front.json").write_text(json.dumps({**front, "schema_version": 99}), encoding="utf-8")
+    outcome = run_lpsearch("report", out)
+    assert (outcome.exit_code, outcome.document["error"]["type"]) == (2, "StudyVersionError")
+    (out / "front.json").unlink()
+    with closing(sqlite3.connect(out / "study.db")) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'v1.3.0.a'")
+    outcome = run_lpsearch("report", out)
+    assert (outcome.exit_code, outcome.document["error"]["type"]) == (2, "StudyVersionError")
+    (out / "study.db").write_bytes(b"SQLite format 3\0" + b"x" * 5000)
+    outcome = run_lpsearch("report", out)
+    assert (outcome.exit_code, outcome.document["error"]["type"]) == (1, "StudyError")

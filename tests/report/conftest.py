@@ -1,0 +1,117 @@
+"""A study of a formula, run by the real search, with held-out losses, a latency profile and written plan files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lpsearch.latency.profile import LatencyProfile
+from lpsearch.plan import ModelIdentity, Plan, PlanMetadata, save_plan, write_json
+from lpsearch.report import StudyReport, load_report
+from lpsearch.search import JoinSpace, StudyStore, build_front, evaluate_stored_plan, load_records, run_study
+from tests.search.evaluators import SyntheticEvaluator
+
+NUM_LAYERS = 10
+MakeStudy = Callable[..., StudyReport]
+
+
+def build_profile() -> LatencyProfile:
+    """Build a profile of ten layers, two of which attend to a window."""
+    kinds = ["full"] * 8 + ["sliding"] * 2
+    point = {"median_ms": 10.0, "p10_ms": 9.0, "p90_ms": 12.0, "num_samples": 30}
+    workload = {
+        "batch_size": 1,
+        "context_len": 512,
+        "num_layers_measured": NUM_LAYERS,
+        "points": [
+            {**point, "use": "fit", "num_groups": {"1 full": 8, "1 sliding": 2}},
+            {**point, "use": "check", "num_groups": {"2 full": 4, "2 sliding": 1}, "median_ms": 7.5, "p10_ms": 7.0},
+        ],
+        "overhead_ms": 1.5,
+        "cost_ms": {"1 full": 0.9, "2 full": 1.3, "1 sliding": 0.7, "2 sliding": 1.1, "1 full + 1 sliding": 1.25},
+        "check_error": 0.06,
+    }
+    return LatencyProfile.model_validate(
+        {
+            "device": "a device",
+            "num_threads": 1,
+            "dtype": "float32",
+            "versions": {"torch": "2"},
+            "geometry": {
+                "model_type": "llama",
+                "num_layers": NUM_LAYERS,
+                "hidden_size": 8,
+                "intermediate_size": 16,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 4,
+                "vocab_size": 32,
+                "layer_kinds": kinds,
+            },
+            "runtime": "wide layers",
+            "workloads": [workload, {**workload, "batch_size": 16, "overhead_ms": 3.0}],
+            "created_at": "2026-01-01T00:00:00+00:00",
+        }
+    )
+
+
+def write_front_files(directory: Path, plans: list[Plan], **fields: Any) -> None:
+    """Write plan files and a ``front.json`` that names them."""
+    (directory / "plans").mkdir(exist_ok=True)
+    points = []
+    identity = ModelIdentity(id="m", num_layers=NUM_LAYERS, fingerprint="a-b")
+    for plan in plans:
+        name = f"plans/joins-{plan.num_joins:02d}.json"
+        save_plan(Plan(plan.groups, PlanMetadata(model=identity)), directory / name)
+        points.append({"plan": name, "groups": [list(group) for group in plan.groups]})
+    write_json({"schema_version": 1, "front": points, **fields}, directory / "front.json")
+
+
+@pytest.fixture
+def make_study(tmp_path: Path) -> MakeStudy:
+    """Return a function that runs a study and reads what a report shows of it."""
+
+    def make(
+        *,
+        sampler: str = "pairset",
+        budget: int = 30,
+        metric: str = "nll",
+        objective: str = "depth",
+        latency: bool = True,
+        heldout: bool = True,
+        files: bool = True,
+        evaluator: SyntheticEvaluator | None = None,
+        **settings: Any,
+    ) -> StudyReport:
+        evaluator = evaluator or SyntheticEvaluator(NUM_LAYERS, num_windows=8)
+        with StudyStore(f"sqlite:///{tmp_path / 'study.db'}", study_name="demo") as store:
+            store.save_settings({"model": "m", "data": "a text.txt", "windows": 8, "seq_len": 64, **settings})
+            profile = build_profile() if latency else None
+            if profile is not None:
+                store.save_latency_profile(profile.model_dump(mode="json"))
+            from lpsearch.latency.model import LatencyModel
+
+            result = run_study(
+                evaluator=evaluator,
+                space=JoinSpace(NUM_LAYERS),
+                budget=budget,
+                store=store,
+                sampler=sampler,
+                metric=metric,
+                objective=objective,
+                estimate_latency_ms=None if profile is None else LatencyModel(profile).estimate_latency_ms,
+            )
+            front = build_front(load_records(store), metric=metric, objective=objective)
+            assert [record.plan for record in front] == [record.plan for record in result.front]
+            if heldout:
+                unseen = SyntheticEvaluator(NUM_LAYERS, num_windows=5)
+                for record in front:
+                    evaluate_stored_plan(store, unseen, record.plan, split="heldout")
+            if files:
+                write_front_files(tmp_path, [record.plan for record in front], trials=len(result.records), exact=False)
+            return load_report(store, tmp_path)
+
+    return make
