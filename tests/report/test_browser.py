@@ -108,6 +108,17 @@ def find_point(page: Any, index: int) -> tuple[float, float]:
     return float(place[0]), float(place[1])
 
 
+def point_at(page: Any, index: int) -> None:
+    """Move the mouse to a plan of the front as a hand does, until its label shows."""
+    page.mouse.move(5, 5)
+    page.wait_for_selector("#chart-front .hoverlayer .hovertext", state="detached")
+    x, y = find_point(page, index)
+    page.mouse.move(x - 3, y + 3)
+    page.mouse.move(x, y, steps=4)
+    page.wait_for_selector("#chart-front .hoverlayer .hovertext")
+    page.wait_for_timeout(100)  # plotly looks at the mouse every 50 ms
+
+
 def get_shown_plans(page: Any) -> list[int]:
     shown = page.evaluate("[...document.querySelectorAll('[data-plan]')].filter((x) => !x.hidden).map((x) => x.id)")
     return [int(name.removeprefix("plan-")) for name in shown]
@@ -141,8 +152,8 @@ def test_hover_names_the_groups(open_report: Any) -> None:
     opened = open_report()
     opened.page.check("#all-losses")
     index = len(opened.front) - 1
-    opened.page.mouse.move(*find_point(opened.page, index))
-    label = opened.page.wait_for_selector("#chart-front .hoverlayer .hovertext").text_content()
+    point_at(opened.page, index)
+    label = opened.page.text_content("#chart-front .hoverlayer .hovertext")
     for group in join_groups(opened, index).split():
         assert group in label
 
@@ -154,7 +165,9 @@ def test_a_click_shows_the_plan_and_its_commands(open_report: Any) -> None:
         opened.page.select_option("#front select >> nth=0", saving)
         opened.page.wait_for_selector(f"#chart-front[data-drawn='{saving} delta']")
         for index in range(len(opened.front)):
-            opened.page.mouse.click(*find_point(opened.page, index))
+            point_at(opened.page, index)
+            opened.page.mouse.down()
+            opened.page.mouse.up()
             opened.page.wait_for_selector(f"#plan-{index}", state="visible")
             assert get_shown_plans(opened.page) == [index]
             text = opened.page.inner_text(f"#plan-{index}")
