@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
-from pydantic import ValidationError
 
 from lpsearch.commands.console import stderr_console
 from lpsearch.commands.loading import describe_device, load_for_search, resolve_device, settle_dtype
@@ -22,7 +21,7 @@ from lpsearch.commands.results import MeasuredFront, build_summary, write_front
 from lpsearch.commands.studies import RECORDED_OPTIONS, check_new_study, follow_record, open_study_store
 from lpsearch.config import OptimizeConfig, ResolvedConfig, slug_of_model
 from lpsearch.errors import ConfigError, FamilyError, PlanError, ResumeError, StudyError
-from lpsearch.latency.profile import LatencyProfile, load_profile
+from lpsearch.latency.profile import load_profile, parse_recorded_profile
 from lpsearch.models import resolve_source
 from lpsearch.plan import Plan, load_plan
 from lpsearch.search import (
@@ -199,7 +198,7 @@ def _get_latency_model(
             raise ConfigError("--objective latency needs a latency to optimise; drop --latency off")
         return None
     model = loaded.model
-    recorded = _load_recorded_profile(store)
+    recorded = parse_recorded_profile(store.load_latency_profile())
     if values.latency != "auto":
         profile = load_profile(values.latency)
         check_profile_geometry(profile, model.config)
@@ -243,18 +242,6 @@ def _covers(latency_model: LatencyModel, max_group: int) -> bool:
     except ConfigError:
         return False
     return True
-
-
-def _load_recorded_profile(store: StudyStore) -> LatencyProfile | None:
-    """Return the latency profile of the study; None if it has none that this version reads."""
-    document = store.load_latency_profile()
-    if document is None:
-        return None
-    try:
-        return LatencyProfile.model_validate(document)
-    except ValidationError:
-        logger.warning("the study's latency profile is of another version; measuring again")
-        return None
 
 
 def _search(

@@ -6,7 +6,9 @@ This module imports no torch.
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,8 +27,11 @@ __all__ = [
     "WorkloadProfile",
     "check_profile_geometry",
     "load_profile",
+    "parse_recorded_profile",
     "save_profile",
 ]
+
+logger = logging.getLogger(__name__)
 
 PROFILE_SCHEMA_VERSION = 2
 """Version of the profile file's form; raised when a reader of the old form could misread the new one."""
@@ -188,6 +193,17 @@ def load_profile(path: str | os.PathLike[str]) -> LatencyProfile:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"--latency {file}: not a latency profile: {place}: {first['msg']}; measure again") from None
+
+
+def parse_recorded_profile(document: Mapping[str, Any] | None) -> LatencyProfile | None:
+    """Read the profile that a study keeps; None, with a warning, if another version wrote it."""
+    if document is None:
+        return None
+    try:
+        return LatencyProfile.model_validate(document)
+    except ValidationError:
+        logger.warning("the study's latency profile is of another version and is left aside")
+        return None
 
 
 def save_profile(profile: LatencyProfile, path: str | os.PathLike[str]) -> None:

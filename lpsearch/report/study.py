@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import optuna
-from pydantic import ValidationError
 
 from lpsearch.errors import ConfigError, StudyVersionError, UsageError
 from lpsearch.evaluation.losses import PairedDelta, compute_paired_delta
 from lpsearch.latency.model import LatencyModel
-from lpsearch.latency.profile import LatencyProfile
+from lpsearch.latency.profile import LatencyProfile, parse_recorded_profile
 from lpsearch.plan import Plan
 from lpsearch.report.progress import ProgressStep, find_reference_cost, trace_progress
 from lpsearch.search import JoinSpace, PlanRecord, StudyStore, build_front, load_records
@@ -168,7 +167,7 @@ def load_report(store: StudyStore, directory: Path) -> StudyReport:
     if missing:
         raise _build_version_error(store, f"its record has no {', '.join(missing)}")
     records = _load_finished(store)
-    profile = _load_profile(store)
+    profile = parse_recorded_profile(store.load_latency_profile())
     front_file = _load_front_file(directory)
     return build_report(store, directory, settings, records, profile, front_file)
 
@@ -254,17 +253,6 @@ def _load_finished(store: StudyStore) -> list[PlanRecord]:
             "run `lpsearch optimize` on, or wait for its first trial"
         )
     return records
-
-
-def _load_profile(store: StudyStore) -> LatencyProfile | None:
-    document = store.load_latency_profile()
-    if document is None:
-        return None
-    try:
-        return LatencyProfile.model_validate(document)
-    except ValidationError:
-        logger.warning("the study's latency profile is of another version; the report leaves it out")
-        return None
 
 
 def _load_front_file(directory: Path) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ import pytest
 from lpsearch.errors import ConfigError
 from lpsearch.latency import LatencyModel, LatencyProfile, check_profile_geometry, load_profile, save_profile
 from lpsearch.latency.model import fit_group_costs
-from lpsearch.latency.profile import MeasuredPoint, ProfileGeometry, WorkloadProfile
+from lpsearch.latency.profile import MeasuredPoint, ProfileGeometry, WorkloadProfile, parse_recorded_profile
 from lpsearch.plan import Plan
 from tests.tiny_models import build_tiny_model
 
@@ -111,6 +111,15 @@ def test_files_that_are_no_profiles_are_refused(tmp_path):
         (tmp_path / "other.json").write_text(content)
         with pytest.raises(ConfigError, match=r"other\.json"):
             load_profile(tmp_path / "other.json")
+
+
+def test_a_recorded_profile_of_another_version_is_left_aside(profile, caplog):
+    document = profile.model_dump(mode="json")
+    assert parse_recorded_profile(document) == profile
+    assert parse_recorded_profile(None) is None
+    assert not caplog.messages
+    assert parse_recorded_profile({**document, "runtime": 7}) is None
+    assert "another version" in caplog.text
 
 
 def test_a_profile_of_another_geometry_is_refused(profile):
