@@ -1,8 +1,9 @@
 """What fused layers gain under transformers' own ``generate``: a table of time per token at several depths.
 
 Random weights by shape, batch 1, a static cache and the compilation that ``generate`` then does by itself on a CUDA
-device. The unmodified model and the fused ones take turns, so that a drift of the device's clocks meets all alike; a
-time is the median over a run's tokens, a ratio is of two runs of the same round. Nothing is downloaded.
+device. All models take turns, in an order drawn anew each round, so that a drift of the device's clocks and what ran
+before meet all alike; a time is the median over a run's tokens. A copy of the unmodified model is measured like the
+fused ones: what its ratio is off 1 is what two compilations of one model differ by. Nothing is downloaded.
 
     python studies/export_generate.py --model llama3.2-1b
     python studies/export_generate.py --device cpu --layers 4 --hidden 64 --new-tokens 8 --rounds 3 --joins 0,1,2
@@ -13,16 +14,19 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import random
 import statistics
 import time
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from lpsearch.latency.timing import StepTiming, bootstrap_ratio
 from lpsearch.models import load_geometry
 from lpsearch.plan import Plan
 from lpsearch.transform import fuse_plan
@@ -108,7 +112,7 @@ def main() -> None:
     torch._dynamo.config.cache_size_limit = 256  # each model compiles the same functions anew
     base = build_model(arguments)
     num_layers = base.config.num_hidden_layers
-    models = {"unmodified": base}
+    models = {"unmodified": base, "its copy": copy.deepcopy(base)}
     for num_joins in map(int, arguments.joins.split(",")):
         plan = build_plan(num_layers, num_joins, arguments.group)
         models[f"{num_joins} joins"] = fuse_plan(copy.deepcopy(base), plan)
@@ -120,41 +124,38 @@ def main() -> None:
         for _ in range(3):  # compiles, then records the graphs
             warm_ms = measure_ms_per_token(model, input_ids, arguments.new_tokens)
         print(f"warmed up {name}: {warm_ms:.3f} ms/token", flush=True)
+    order = random.Random(0)
     for _ in range(arguments.rounds):
-        for name, model in models.items():
-            times[name].append(measure_ms_per_token(model, input_ids, arguments.new_tokens))
+        for name in order.sample(list(models), len(models)):
+            times[name].append(measure_ms_per_token(models[name], input_ids, arguments.new_tokens))
+    timings = {name: StepTiming(np.array(values)) for name, values in times.items()}
     device = torch.cuda.get_device_name(0) if arguments.device.startswith("cuda") else "cpu"
     print(
         f"\n{arguments.model}, {num_layers} layers, {arguments.dtype}, batch 1, {arguments.prompt_tokens} + "
         f"{arguments.new_tokens} tokens, {arguments.rounds} rounds, static cache, groups of {arguments.group}, on "
         f"{device}, torch {torch.__version__}, transformers {transformers.__version__}\n"
     )
-    columns = ("depth", "less", "ms/token", "p10", "p90", "speed-up", "p10", "p90")
-    print(f"{'model':<12}" + "".join(f"{column:>10}" for column in columns))
+    columns = ("depth", "less", "ms/token", "p10", "p90", "speed-up", "95 % interval")
+    print(f"{'model':<12}" + "".join(f"{column:>10}" for column in columns[:-1]) + f"{columns[-1]:>16}")
     rows = []
-    for name, model in models.items():
-        depth = model.config.num_hidden_layers
-        ratios = [b / t for b, t in zip(times["unmodified"], times[name], strict=True)]
-        row: dict[str, Any] = {
-            "model": name,
-            "depth": depth,
-            "depth_reduction": 1 - depth / num_layers,
-            "ms_per_token": statistics.median(times[name]),
-            "ms_per_token_p10_p90": find_p10_p90(times[name]),
-            "speedup": statistics.median(ratios),
-            "speedup_p10_p90": find_p10_p90(ratios),
-        }
-        cells = [f"{depth}", f"{row['depth_reduction']:.1%}", f"{row['ms_per_token']:.3f}"]
-        cells += [f"{value:.3f}" for value in (*row["ms_per_token_p10_p90"], row["speedup"], *row["speedup_p10_p90"])]
-        print(f"{name:<12}" + "".join(f"{cell:>10}" for cell in cells))
-        rows.append(row)
+    for name, timing in timings.items():
+        depth = models[name].config.num_hidden_layers
+        speedup, low, high = bootstrap_ratio(timings["unmodified"], timing)
+        rows.append(
+            {
+                "model": name,
+                "depth": depth,
+                "depth_reduction": 1 - depth / num_layers,
+                "ms_per_token": timing.median_ms,
+                "ms_per_token_p10_p90": (timing.p10_ms, timing.p90_ms),
+                "speedup": speedup,
+                "speedup_interval": (low, high),
+            }
+        )
+        cells = [f"{depth}", f"{1 - depth / num_layers:.1%}"]
+        cells += [f"{value:.3f}" for value in (timing.median_ms, timing.p10_ms, timing.p90_ms, speedup)]
+        print(f"{name:<12}" + "".join(f"{cell:>10}" for cell in cells) + f"{f'{low:.3f} to {high:.3f}':>16}")
     print(json.dumps({"device": device, "torch": torch.__version__, "arguments": vars(arguments), "rows": rows}))
-
-
-def find_p10_p90(values: list[float]) -> tuple[float, float]:
-    """Return the 10th and 90th percentile."""
-    ordered = sorted(values)
-    return ordered[round(0.1 * (len(ordered) - 1))], ordered[round(0.9 * (len(ordered) - 1))]
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import torch
@@ -197,7 +198,7 @@ def build_layers(config: Any) -> nn.ModuleList:
     layers: list[nn.Module] = []
     for slot, members in enumerate(config.lpsearch["slots"]):
         group = group_of[members[0]]
-        layer = layer_class(LayerConfig(config, overrides.get(slot, {})), slot)
+        layer = layer_class(LayerConfig(config, overrides[slot]) if slot in overrides else config, slot)
         _give_members_their_own(layer, config, family=family, num_members=len(members), num_grouped=len(group))
         if len(members) < len(group):
             side_by_side = hasattr(layer, "post_feedforward_layernorm")
@@ -304,8 +305,15 @@ def _build_classes(family: str) -> dict[str, type[Any]]:
         def __getattribute__(self, name: str) -> Any:
             # Transformers refuses to read what differs between layers from the configuration of the model; here it has
             # a meaning there too: the value of one layer of the base model.
-            values = super().__getattribute__("__dict__")  # as torch.compile can trace it
-            return values[name] if name in values else super().__getattribute__(name)
+            if torch.compiler.is_compiling():  # which cannot trace `object.__getattribute__`
+                values = super().__getattribute__("__dict__")
+                return values[name] if name in values else super().__getattribute__(name)
+            # `generate` reads it a hundred times a token, so not through the stock lookups but for another name of a
+            # value, and for errors.
+            try:
+                return object.__getattribute__(self, name)
+            except AttributeError:
+                return super().__getattribute__(name)
 
     if family == "granite":
         # What vLLM's Transformers backend multiplies logits by; transformers divides them by `logits_scaling` itself.
@@ -325,7 +333,9 @@ def _build_classes(family: str) -> dict[str, type[Any]]:
                 plan: dict[str, str] = vars(self)["_tp_plan"]
                 self._tp_plan = {n: "rowwise" if s == "rowwise_split_input" else s for n, s in plan.items()}
 
-    class ForCausalLM(getattr(modeling, stock_class_name(family))):  # type: ignore[misc]
+    stock_model = getattr(modeling, stock_class_name(family))
+
+    class ForCausalLM(stock_model):  # type: ignore[misc]
         config_class = Config
         _auto_class = "AutoModelForCausalLM"
 
@@ -334,6 +344,12 @@ def _build_classes(family: str) -> dict[str, type[Any]]:
                 super().__init__(config)
             self.model.layers = build_layers(config)
             self.post_init()
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+        # `generate` asks for the signature at every token of a model that is not its own: this one is ready-made.
+        forward.__signature__ = signature(stock_model.forward)  # type: ignore[attr-defined]
 
     classes = {}
     for built in (Config, Model, ForCausalLM):
