@@ -171,9 +171,8 @@ def _show_answer(answer: Answer) -> None:
     """
     if sys.stdout.isatty():
         _print_json(answer.document)
-        get_output().console.print(answer.summary)
-    else:
-        get_output().console.print(answer.summary)
+    get_output().console.print(answer.summary, soft_wrap=True)
+    if not sys.stdout.isatty():
         _print_json(answer.document)
 
 

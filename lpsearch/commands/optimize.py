@@ -266,7 +266,8 @@ def _warn_of_odd_baseline(store: StudyStore, evaluator: ModelEvaluator, loaded: 
     """Say so where the unmodified model reads its text worse than any healthy one would."""
     from lpsearch.models import check_baseline_nll
 
-    losses = evaluate_stored_plan(store, evaluator, Plan.baseline(loaded.identity.num_layers)).losses
+    with show_steps("evaluating the unmodified model"):
+        losses = evaluate_stored_plan(store, evaluator, Plan.baseline(loaded.identity.num_layers)).losses
     windows = evaluator.windows
     if windows.spec == "self":  # sampled at temperature 1, which is harder to predict than people's text
         return

@@ -29,8 +29,11 @@ logger = logging.getLogger(__name__)
 _LINE_INTERVAL_S = 10.0
 """Seconds between two lines of one piece of work, where there is no live display."""
 
-_MAX_WIDTH = 120
+_MAX_WIDTH = 117
 """Columns of the live display on wider terminals."""
+
+_MARGIN = 3
+"""Columns left free at its right: a ``^C`` that wrapped would leave half of the display behind."""
 
 _NARROW = 60
 """Columns below which there is no room for a bar beside its numbers."""
@@ -172,7 +175,7 @@ class _SearchDisplay:
         self._newest = update.record.plan
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        width = min(options.max_width, _MAX_WIDTH)
+        width = _choose_width(options)
         budget = self._budget
         yield _build_bar(
             "searching",
@@ -182,13 +185,13 @@ class _SearchDisplay:
             left_s=None if budget is None else self._clock.estimate_seconds_left(budget - self._num_finished),
             width=width,
         )
-        yield _clip(self._note, "dim")
+        yield _clip(self._note, "dim", width)
         num_rows = options.size.height - _LOG_LINES - (6 if width < _NARROW else 5)  # what is no row of the table
         if len(self._front) > 1 and num_rows >= 3:
             shown = spread_rows(self._front, num_rows)
             yield build_front_table(shown, width=width, is_brief=True, newest=self._newest)
             if len(shown) < len(self._front):
-                yield _clip(f"{len(self._front) - len(shown)} more on the front", "dim")
+                yield _clip(f"{len(self._front) - len(shown)} more on the front", "dim", width)
 
 
 class _Clock:
@@ -253,7 +256,7 @@ class _Steps:
             share=share,
             elapsed_s=self.elapsed_s,
             left_s=self.estimate_seconds_left(),
-            width=min(options.max_width, _MAX_WIDTH),
+            width=_choose_width(options),
         )
 
 
@@ -269,9 +272,9 @@ def _build_bar(
     label: str, *, count: str, share: float | None, elapsed_s: float, left_s: float | None, width: int
 ) -> RenderableType:
     """Lay out what is done and how far it is: in one line with a bar, or in two without where that is too wide."""
-    times = f"{format_seconds(elapsed_s)}, {format_seconds(left_s)} left"
+    times = format_seconds(elapsed_s) + ("" if left_s is None else f", {format_seconds(left_s)} left")
     if width < _NARROW:
-        return Group(_clip(label, "bold"), _clip(f"{count} {times}".lstrip(), ""))
+        return Group(_clip(label, "bold", width), _clip(f"{count} {times}".lstrip(), "", width))
     grid = Table.grid(expand=False, padding=(0, 1))
     grid.width = width
     grid.add_column(no_wrap=True)
@@ -283,8 +286,14 @@ def _build_bar(
     return grid
 
 
-def _clip(line: str, style: str) -> Text:
-    return Text(line, style, no_wrap=True, overflow="ellipsis")
+def _clip(line: str, style: str, width: int) -> Text:
+    text = Text(line, style, no_wrap=True)
+    text.truncate(width, overflow="ellipsis")
+    return text
+
+
+def _choose_width(options: ConsoleOptions) -> int:
+    return min(options.max_width - _MARGIN, _MAX_WIDTH)
 
 
 def _build_point(record: PlanRecord, front: Sequence[PlanRecord]) -> dict[str, Any]:

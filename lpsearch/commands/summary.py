@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.padding import Padding
 from rich.text import Text
 
 from lpsearch.commands.progress import format_seconds
@@ -41,11 +40,11 @@ class SearchSummary:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Lay the summary out to the width of the console."""
         yield ""
-        yield Text(self._describe_search(), "bold")
+        yield _wrap(self._describe_search(), "bold")
         yield ""
         yield build_front_table(self.front.records, width=options.max_width, heldout=self.front.heldout_deltas)
         yield ""
-        yield Text(self._explain_columns(), "dim")
+        yield _wrap(self._explain_columns(), "dim")
         if self.report is not None:
             yield ""
             yield from self._advise(self.report)
@@ -79,17 +78,17 @@ class SearchSummary:
         from lpsearch.report.advice import list_commands, pick_plans
 
         picks = pick_plans(report)
-        yield Text("Plans to start from, by the loss that you accept:", "bold")
+        yield _wrap("Plans to start from, by the loss that you accept:", "bold")
         for pick in picks:
-            yield _indent(f"{pick.name:<9} {_describe_pick(report, pick)}")
+            yield f"  {pick.name:<9} {_describe_pick(report, pick)}"
         chosen = next((pick.index for pick in picks[::-1] if pick.index is not None and pick.name != "fast"), None)
         chosen = picks[-1].index if chosen is None else chosen
         commands = {} if chosen is None else {c.purpose: c.line for c in list_commands(report, report.front[chosen])}
-        yield Text("Next:", "bold")
-        yield _indent(f"open {self.out / REPORT_NAME}")
+        yield _wrap("Next:", "bold")
+        yield f"  open {self.out / REPORT_NAME}"
         for purpose in ("see the text it writes", "export a fused checkpoint"):
             if purpose in commands:
-                yield _indent(commands[purpose])
+                yield f"  {commands[purpose]}"
 
 
 def _describe_pick(report: StudyReport, pick: Pick) -> str:
@@ -103,5 +102,6 @@ def _describe_pick(report: StudyReport, pick: Pick) -> str:
     return f"{limit}: {', '.join(words)}  {point.plan_file or ''}".rstrip()
 
 
-def _indent(line: str) -> Padding:
-    return Padding(Text(line), (0, 0, 0, 2), expand=False)
+def _wrap(line: str, style: str) -> Text:
+    """Break prose between words; commands and paths are left to the terminal, so that they can be copied."""
+    return Text(line, style, no_wrap=False, overflow="fold")
