@@ -24,7 +24,7 @@ from rich.console import Console, RenderableType
 from lpsearch.commands.lines import ConsoleHandler, JsonFormatter, log_stray_lines
 from lpsearch.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, LpsearchError
 
-__all__ = ["Answer", "Output", "get_output", "run_command"]
+__all__ = ["Answer", "Output", "adopt_optuna_log", "get_output", "run_command"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,14 @@ _OUTPUT: ContextVar[Output] = ContextVar("_OUTPUT")
 def get_output() -> Output:
     """Return how the command that runs speaks; outside of one, plainly."""
     return _OUTPUT.get(None) or Output(Console(stderr=True, force_terminal=False, width=_LOG_WIDTH))
+
+
+def adopt_optuna_log() -> None:
+    """Have Optuna's warnings go where this package's do; it reports every trial otherwise, on a handler of its own."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    logging.getLogger("optuna").handlers[:] = logging.getLogger("lpsearch").handlers
 
 
 def run_command(command: Callable[[], Any], *, quiet: bool = False, as_json: bool = False) -> NoReturn:

@@ -12,9 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import optuna
-
-from lpsearch.commands.console import Answer
+from lpsearch.commands.console import Answer, adopt_optuna_log
 from lpsearch.commands.loading import describe_device, load_for_search, resolve_device, settle_dtype
 from lpsearch.commands.progress import show_search, show_steps
 from lpsearch.commands.report import try_write_report
@@ -70,7 +68,7 @@ def optimize(config: ResolvedConfig, *, fresh: bool) -> Answer:
         SourceError: if model or data cannot be fetched.
     """
     began_at = time.monotonic()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # it reports every trial, on a handler of its own
+    adopt_optuna_log()
     values = config.values
     source = resolve_source(values.model)
     enqueued = [load_plan(path) for path in values.enqueue]

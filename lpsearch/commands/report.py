@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import optuna
 from sqlalchemy.engine import URL
 
+from lpsearch.commands.console import adopt_optuna_log
 from lpsearch.errors import UsageError
 from lpsearch.search import StudyStore
 
@@ -44,7 +44,7 @@ def report(directory: Path, *, storage: str | None, study: str | None, out: Path
     """
     from lpsearch.report import load_report, write_html
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    adopt_optuna_log()
     started = time.perf_counter()
     if not directory.is_dir():
         raise UsageError(f"{directory}: no such directory; give one that `lpsearch optimize` wrote")

@@ -45,8 +45,9 @@ class SearchSummary:
         yield build_front_table(self.front.records, width=options.max_width, heldout=self.front.heldout_deltas)
         yield ""
         yield _wrap(self._explain_columns(), "dim")
+        yield ""
+        yield Text(f"All of it is in {self.out}: study.db, front.json, plans/, {REPORT_NAME}")
         if self.report is not None:
-            yield ""
             yield from self._advise(self.report)
 
     def _describe_search(self) -> str:
@@ -77,18 +78,18 @@ class SearchSummary:
         """Name three plans to start from, and the commands for one of them."""
         from lpsearch.report.advice import list_commands, pick_plans
 
-        picks = pick_plans(report)
+        picks = {pick.name: pick for pick in pick_plans(report)}
         yield _wrap("Plans to start from, by the loss that you accept:", "bold")
-        for pick in picks:
-            yield f"  {pick.name:<9} {_describe_pick(report, pick)}"
-        chosen = next((pick.index for pick in picks[::-1] if pick.index is not None and pick.name != "fast"), None)
-        chosen = picks[-1].index if chosen is None else chosen
-        commands = {} if chosen is None else {c.purpose: c.line for c in list_commands(report, report.front[chosen])}
-        yield _wrap("Next:", "bold")
-        yield f"  open {self.out / REPORT_NAME}"
-        for purpose in ("see the text it writes", "export a fused checkpoint"):
-            if purpose in commands:
-                yield f"  {commands[purpose]}"
+        for pick in picks.values():
+            yield Text(f"  {pick.name:<9} {_describe_pick(report, pick)}")
+        chosen = next((picks[name] for name in ("balanced", "free", "fast") if picks[name].index is not None), None)
+        yield _wrap("Next:" if chosen is None else f"Next, with the {chosen.name} one:", "bold")
+        yield Text(f"  open {self.out / REPORT_NAME}")
+        if chosen is None or chosen.index is None:
+            return
+        for command in list_commands(report, report.front[chosen.index]):
+            if command.purpose in ("see the text it writes", "export a fused checkpoint"):
+                yield Text(f"  {command.line}")
 
 
 def _describe_pick(report: StudyReport, pick: Pick) -> str:

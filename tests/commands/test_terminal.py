@@ -91,16 +91,17 @@ def test_a_terminal_gets_what_it_can_show(
 
 
 def test_a_pipe_gets_few_lines_and_no_control_characters(
-    run_lpsearch: Run, arguments: list, monkeypatch: pytest.MonkeyPatch
+    run_lpsearch: Run, arguments: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    outcome = run_lpsearch(*arguments, "--budget", 13)
+    outcome = run_lpsearch(*arguments, "--budget", 13, "--out", tmp_path / "[red]out")
     assert not {"\x1b", "\r"} & set(outcome.stderr)
     trials = [line for line in outcome.stderr.splitlines() if line.startswith("INFO trial ")]
     assert 10 <= len(trials) <= 12
     assert trials[0].startswith("INFO trial 1/13")
     assert trials[-1].startswith("INFO trial 13/13")
     assert trials[-1].endswith(" left")
+    assert f"  open {tmp_path}/[red]out/report.html\n" in outcome.stderr, "paths are no markup"
     best = outcome.document["front"][1]
     assert f"{best['delta_nll']:.3f} at 1 join" in trials[-1]
 
@@ -122,6 +123,14 @@ def test_json_makes_every_line_an_object(run_lpsearch: Run, arguments: list) -> 
     steps = [entry["step"] for entry in progress if entry["step"] != "search"]
     assert len(set(steps)) >= 4
     assert all(steps.count(step) >= 2 for step in steps), "each step says when it begins and when it has ended"
+
+
+def test_optuna_speaks_the_same_way(run_lpsearch: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_lpsearch("report", tmp_path, "--json")
+    logging.getLogger("optuna.storages").info("not worth a line")
+    logging.getLogger("optuna.storages").warning("worth one")
+    (line,) = read_lines(capfd.readouterr().err)
+    assert (line["level"], line["message"]) == ("WARNING", "worth one")
 
 
 def test_json_and_quiet_leave_what_matters(run_lpsearch: Run, arguments: list) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 
+from lpsearch.evaluation.losses import PairedDelta
 from lpsearch.latency.model import LatencyModel
 from lpsearch.plan import Plan
 from lpsearch.report.advice import LOSS_LIMITS, list_commands, pick_plans
