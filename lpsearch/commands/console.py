@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -120,10 +120,7 @@ def _speak(*, quiet: bool, as_json: bool) -> Iterator[None]:
     is_live = is_terminal and not quiet and console.is_interactive
     token = _OUTPUT.set(Output(console, is_live=is_live, is_json=as_json))
     try:
-        if as_json:
-            with log_stray_lines(logging.getLogger("lpsearch.stderr")):
-                yield
-        else:
+        with log_stray_lines(logging.getLogger("lpsearch.stderr")) if as_json else nullcontext():
             yield
     finally:
         _OUTPUT.reset(token)

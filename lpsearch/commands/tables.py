@@ -20,11 +20,11 @@ _Row = TypeVar("_Row")
 _GAP = 3
 """Columns of the terminal between two columns of the table."""
 
-_LAYERS_WIDTH = 16
-"""Least room for the layers; where there is less, other columns give way."""
-
 _FOLD_WIDTH = 40
 """Room from which the layers of a plan may take several lines, not too many."""
+
+_LAYERS_WIDTH = {1: 0, 2: 16, 3: _FOLD_WIDTH, 4: _FOLD_WIDTH}
+"""Room for the layers without which a column of a rank gives way."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class _Column:
     Attributes:
         name: its header.
         cells: one a row.
-        rank: columns of the highest rank give way first, down to rank 2 also to the layers; those of rank 0 stay.
+        rank: columns of the highest rank give way first; those of rank 0 stay.
     """
 
     name: str
@@ -68,7 +68,7 @@ def build_front_table(
     if is_brief:
         columns = [column for column in columns if column.rank < 3]
     for column in sorted(columns, key=lambda column: -column.rank):
-        if column.rank and _measure(columns) + (_GAP + _LAYERS_WIDTH if column.rank > 1 else 0) > width:
+        if column.rank and _measure(columns) + _GAP + _LAYERS_WIDTH[column.rank] > width:
             columns.remove(column)
     layers = [describe_layers(record.plan) for record in front]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
