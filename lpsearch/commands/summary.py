@@ -81,7 +81,7 @@ class SearchSummary:
         picks = {pick.name: pick for pick in pick_plans(report)}
         yield _wrap("Plans to start from, by the loss that you accept:", "bold")
         for pick in picks.values():
-            yield Text(f"  {pick.name:<9} {_describe_pick(report, pick)}")
+            yield _wrap(f"  {pick.name:<9} {_describe_pick(report, pick)}", "")
         chosen = next((picks[name] for name in ("balanced", "free", "fast") if picks[name].index is not None), None)
         yield _wrap("Next:" if chosen is None else f"Next, with the {chosen.name} one:", "bold")
         yield Text(f"  open {self.out / REPORT_NAME}")
@@ -93,7 +93,7 @@ class SearchSummary:
 
 
 def _describe_pick(report: StudyReport, pick: Pick) -> str:
-    limit = f"at most {pick.max_loss}"
+    limit = f"≤ {pick.max_loss}"
     if pick.index is None:
         return f"{limit}: no plan with a join loses so little"
     point = report.front[pick.index]
