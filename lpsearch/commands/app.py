@@ -5,26 +5,60 @@ Modules that import torch are imported inside the commands, so that ``lpsearch -
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from lpsearch.commands.console import configure_logging, run_command
+from lpsearch.commands.console import Answer, run_command
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+QuietOption = Annotated[bool, typer.Option("--quiet", help="warnings and the result only")]
+JsonOption = Annotated[bool, typer.Option("--json", help="for programs: every line on stderr is a JSON object too")]
+
+
+class _App(typer.Typer):
+    """Commands that all take ``--quiet`` and ``--json``; :func:`main` has acted on them by the time one runs."""
+
+    def command(self, name: str | None = None, **options: Any) -> Callable[[_Function], _Function]:
+        """Register a command."""
+        register = super().command(name, **options)
+
+        def add(function: _Function) -> _Function:
+            @functools.wraps(function)
+            def call(*arguments: Any, quiet: bool, json: bool, **named: Any) -> Any:
+                return function(*arguments, **named)
+
+            signature = inspect.signature(function, eval_str=True)
+            shared = [
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+                for name, annotation in {"quiet": QuietOption, "json": JsonOption}.items()
+            ]
+            parameters = [*signature.parameters.values(), *shared]
+            call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+            call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+            register(call)
+            return function
+
+        return add
+
+
+app = _App(
     name="lpsearch",
-    help="Find which layers of an LLM can run in parallel, what that saves on your GPUs and what it costs in accuracy.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-plan_app = typer.Typer(help="Look at plan files.", no_args_is_help=True)
-cache_app = typer.Typer(help="Look at or clear the cache of packaged models and sampled windows.", no_args_is_help=True)
+plan_app = _App(help="Look at plan files.", no_args_is_help=True)
+cache_app = _App(help="Look at or clear the cache of packaged models and sampled windows.", no_args_is_help=True)
 app.add_typer(plan_app, name="plan")
 app.add_typer(cache_app, name="cache")
 
@@ -79,6 +113,11 @@ DtypeOption = Annotated[DtypeName, typer.Option(help="dtype of the weights; auto
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="run the model's own Python code from the hub")]
 
 
+@app.callback()
+def take_shared_options(quiet: QuietOption = False, json: JsonOption = False) -> None:
+    """Find which layers of an LLM can run in parallel, what that saves on your GPUs and what it costs in accuracy."""
+
+
 @app.command()
 def optimize(
     model: ModelOption = None,
@@ -112,8 +151,7 @@ def optimize(
     trust_remote_code: TrustOption = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="move an existing study aside and begin a new one")] = False,
     config: Annotated[Path | None, typer.Option(help="TOML file with the names of these options")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="warnings and the result only")] = False,
-) -> dict[str, Any]:
+) -> Answer:
     """Search a model's plans and write the front of depth reduction against accuracy."""
     options: dict[str, Any] = {
         "model": model,
@@ -139,11 +177,10 @@ def optimize(
         "staged": staged,
         "trust_remote_code": trust_remote_code or None,
     }
-    configure_logging(quiet=quiet)
     from lpsearch.commands.optimize import optimize as run_optimize
     from lpsearch.config import resolve_config
 
-    return run_optimize(resolve_config(command_line=options, config_file=config), fresh=fresh, show_progress=not quiet)
+    return run_optimize(resolve_config(command_line=options, config_file=config), fresh=fresh)
 
 
 @app.command()
@@ -239,7 +276,7 @@ def profile(
         float | None, typer.Option(help="with --emulate-tp: time of one sum over those GPUs", min=0)
     ] = None,
     seconds: Annotated[float, typer.Option(help="about how long each workload is timed", min=0)] = 15.0,
-) -> dict[str, Any]:
+) -> Answer | dict[str, Any]:
     """Measure the latency of a model's shape at a few depths; needs no weights for a known alias."""
     from lpsearch.commands.profile import parse_counts
     from lpsearch.commands.profile import profile as run_profile
@@ -274,7 +311,7 @@ def report(
 
 
 @app.command()
-def models() -> dict[str, Any]:
+def models() -> Answer:
     """List the aliases that --model takes."""
     from lpsearch.commands.models import list_models
 
@@ -347,6 +384,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     Args:
         argv: the arguments; None takes the process's own.
     """
-    configure_logging()
-    arguments = None if argv is None else list(argv)
-    run_command(lambda: app(args=arguments, prog_name="lpsearch", standalone_mode=False))
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    # Looked for before anything is parsed, since a wrong option must be told in the form that was asked for.
+    run_command(
+        lambda: app(args=arguments, prog_name="lpsearch", standalone_mode=False),
+        quiet="--quiet" in arguments,
+        as_json="--json" in arguments,
+    )

@@ -1,4 +1,8 @@
-"""What every command shares: where logs go, how a run ends, and the JSON object on the last line of stdout."""
+"""What every command shares: how it speaks on stderr, and how it ends: exit code, last line of stdout, summary.
+
+On a terminal a live display stands below the log lines. Elsewhere, in a file or a pipe, there are plain lines and no
+control characters. With ``--json`` every line on stderr is a JSON object, for a program to read.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,19 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
+from rich.console import Console, RenderableType
 
+from lpsearch.commands.lines import ConsoleHandler, JsonFormatter, log_stray_lines
 from lpsearch.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, LpsearchError
 
-__all__ = ["configure_logging", "run_command", "stderr_console"]
+__all__ = ["Answer", "Output", "adopt_optuna_log", "get_output", "run_command"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,40 +35,95 @@ _LOG_WIDTH = 140
 _ParserError: type[Any] = typer.BadParameter.__mro__[2]
 
 
-@cache
-def stderr_console() -> Console:
-    """Return the console on stderr, one for logs and displays so that they do not write over each other."""
-    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _LOG_WIDTH)
+@dataclass(frozen=True)
+class Output:
+    """How a command speaks on stderr.
 
-
-def configure_logging(*, quiet: bool = False) -> None:
-    """Send this package's log to stderr, and keep the libraries under it to their warnings.
-
-    Args:
-        quiet: show warnings only.
+    Attributes:
+        console: for tables and displays; silent where no person wants to see any.
+        is_live: a display may be drawn over and over.
+        is_json: log lines are JSON objects, which carry progress as data.
     """
-    level = logging.WARNING if quiet else logging.INFO
-    handler: logging.Handler
-    if sys.stderr.isatty():
-        handler = RichHandler(console=stderr_console(), show_path=False, show_time=False, markup=False)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-    else:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
-    package = logging.getLogger("lpsearch")
-    package.handlers[:] = [handler]
-    package.setLevel(level)
-    package.propagate = False
+
+    console: Console
+    is_live: bool = False
+    is_json: bool = False
 
 
-def run_command(command: Callable[[], Any]) -> NoReturn:
+@dataclass(frozen=True)
+class Answer:
+    """What a command has found.
+
+    Attributes:
+        document: the JSON object of the last line of stdout.
+        summary: the same for a person, on stderr.
+    """
+
+    document: Mapping[str, Any]
+    summary: RenderableType
+
+
+_OUTPUT: ContextVar[Output] = ContextVar("_OUTPUT")
+
+
+def get_output() -> Output:
+    """Return how the command that runs speaks; outside of one, plainly."""
+    return _OUTPUT.get(None) or Output(Console(stderr=True, force_terminal=False, width=_LOG_WIDTH))
+
+
+def adopt_optuna_log() -> None:
+    """Have Optuna's warnings go where this package's do; it reports every trial otherwise, on a handler of its own."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    logging.getLogger("optuna").handlers[:] = logging.getLogger("lpsearch").handlers
+
+
+def run_command(command: Callable[[], Any], *, quiet: bool = False, as_json: bool = False) -> NoReturn:
     """Run a command to its end: print its JSON object, or its error, and exit with the design's code.
 
     Args:
-        command: returns the JSON object of the last line, or an exit code (after ``--help``).
+        command: returns an :class:`Answer`, the JSON object of the last line, or an exit code (after ``--help``).
+        quiet: on stderr, warnings and errors only.
+        as_json: on stderr, one JSON object a line and nothing else.
     """
     signal.signal(signal.SIGTERM, _interrupt)
-    sys.exit(_run(command))
+    with _speak(quiet=quiet, as_json=as_json):
+        exit_code = _run(command)
+    sys.exit(exit_code)
+
+
+@contextmanager
+def _speak(*, quiet: bool, as_json: bool) -> Iterator[None]:
+    """Send this package's log, and with ``as_json`` whatever else comes, to stderr in the form that was asked for."""
+    is_terminal = sys.stderr.isatty() and not as_json
+    # Bound to the stream of now, since loading a model holds back what libraries write to sys.stderr.
+    console = Console(
+        file=sys.stderr,
+        highlight=False,
+        quiet=quiet or as_json,
+        force_terminal=is_terminal,  # colours in a file help nobody, whatever FORCE_COLOR says
+        width=None if is_terminal else _LOG_WIDTH,
+    )
+    handler: logging.Handler
+    if is_terminal and not quiet:
+        handler = ConsoleHandler(console)
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(levelname)s %(message)s"))
+    package = logging.getLogger("lpsearch")
+    package.handlers[:] = [handler]
+    package.setLevel(logging.WARNING if quiet else logging.INFO)
+    package.propagate = False
+    if quiet or as_json:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when a command first imports the library
+    is_live = is_terminal and not quiet and console.is_interactive
+    token = _OUTPUT.set(Output(console, is_live=is_live, is_json=as_json))
+    try:
+        with log_stray_lines(logging.getLogger("lpsearch.stderr")) if as_json else nullcontext():
+            yield
+    finally:
+        _OUTPUT.reset(token)
 
 
 def _run(command: Callable[[], Any]) -> int:
@@ -99,15 +160,30 @@ def _run(command: Callable[[], Any]) -> int:
             return _fail("OutOfMemory", message, EXIT_FAILED)
         logger.exception("unexpected failure; please report it with the lines above")
         return _fail(type(error).__name__, str(error), EXIT_FAILED)
+    if isinstance(result, Answer):
+        _show_answer(result)
+        return EXIT_DONE
     if isinstance(result, Mapping):
         _print_json(result)
         return EXIT_DONE
     return int(result or EXIT_DONE)
 
 
+def _show_answer(answer: Answer) -> None:
+    """Print both forms of an answer, the one that its reader wants last.
+
+    The JSON line of a search is long; on the screen it would push the summary out of sight.
+    """
+    if sys.stdout.isatty():
+        _print_json(answer.document)
+    get_output().console.print(answer.summary, soft_wrap=True)
+    if not sys.stdout.isatty():
+        _print_json(answer.document)
+
+
 def _fail(kind: str, message: str, exit_code: int) -> int:
     logger.error("%s", message)
-    _print_json({"error": {"type": kind, "message": message}})
+    _print_json({"error": {"type": kind, "message": message, "exit_code": exit_code}})
     return exit_code
 
 

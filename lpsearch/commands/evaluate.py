@@ -71,10 +71,9 @@ def evaluate(
     dtype = measured.dtype if dtype == "auto" and measured is not None else dtype
     target = resolve_device(device)
     check_text_source(data, role=role)
-    with show_steps("loading the model", enabled=True):
-        loaded = load_model_of_plan(
-            plan, model=model, device=target, dtype=resolve_dtype(dtype, target), trust_remote_code=trust_remote_code
-        )
+    loaded = load_model_of_plan(
+        plan, model=model, device=target, dtype=resolve_dtype(dtype, target), trust_remote_code=trust_remote_code
+    )
     windows = _build_windows(
         data,
         loaded,
@@ -85,8 +84,9 @@ def evaluate(
         searched=metadata.metrics.proxy,
     )
     evaluator = ModelEvaluator(model=loaded.model, windows=windows, metric=metric)
-    with show_steps("evaluating the unmodified model and the plan", enabled=True):
+    with show_steps("evaluating the unmodified model and the plan") as on_step:
         base_losses = evaluator.evaluate_windows(Plan.baseline(plan.num_layers), range(num_windows))
+        on_step(1, 2)
         losses = evaluator.evaluate_windows(plan, range(num_windows))
     metrics = build_proxy_metrics(
         losses=losses,
@@ -118,7 +118,7 @@ def _build_windows(
     """Build the windows; those held out of the text that the plan was searched on come after the search's own."""
 
     def build(role: Split, num_windows: int, seq_len: int, after: Windows | None = None) -> Windows:
-        with show_steps("preparing windows", enabled=True) as on_progress:
+        with show_steps("preparing windows") as on_progress:
             return build_windows(
                 data,
                 tokenizer=loaded.tokenizer,

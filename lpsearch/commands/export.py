@@ -41,7 +41,7 @@ def export(plan_path: Path, directory: Path, *, model: str | None, dtype: str) -
     identity = plan.metadata.model
     source = resolve_source(model) if model else resolve_source(identity.id, revision=identity.revision)
     started = time.perf_counter()
-    with show_steps("writing", enabled=True) as on_progress:
+    with show_steps("writing") as on_progress:
         export_source(
             source,
             plan,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from lpsearch.commands.loading import load_model_of_plan, resolve_device, resolve_dtype
+from lpsearch.commands.console import get_output
+from lpsearch.commands.loading import describe_device, load_model_of_plan, resolve_device, resolve_dtype
+from lpsearch.commands.progress import show_steps
 from lpsearch.errors import UsageError
 from lpsearch.plan import load_plan
 
@@ -70,7 +71,8 @@ def generate(
     from lpsearch.transform import applied_plan
 
     if is_exported(plan_path):
-        fused, tokenizer = load_exported(plan_path, device=target, dtype=chosen_dtype)
+        with show_steps(f"loading {plan_path} on {describe_device(target)}"):
+            fused, tokenizer = load_exported(plan_path, device=target, dtype=chosen_dtype)
         result.update(continue_prompt(fused, tokenizer, "fused"))
         del fused
         if compare:
@@ -92,10 +94,11 @@ def _continue_prompt(
     import torch
     from transformers import TextStreamer
 
+    console = get_output().console
+
     class StderrStreamer(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            sys.stderr.write(text + ("\n" if stream_end else ""))
-            sys.stderr.flush()
+            console.out(text, end="\n" if stream_end else "", highlight=False)
 
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     options: dict[str, Any] = {

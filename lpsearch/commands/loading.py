@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from lpsearch.commands.progress import show_steps
 from lpsearch.errors import ConfigError, PlanError
 from lpsearch.plan import Plan
 
@@ -94,8 +95,8 @@ def load_model_of_plan(
         raise PlanError("the plan names no model; give --model")
     identity = plan.metadata.model
     source = resolve_source(model) if model else resolve_source(identity.id, revision=identity.revision)
-    logger.info("loading %s on %s", source.id, describe_device(device))
-    loaded = load_model(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    with show_steps(f"loading {source.id} on {describe_device(device)}"):
+        loaded = load_model(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     check_plan_model(plan, loaded.model)
     return loaded
 
@@ -121,8 +122,8 @@ def load_for_search(source: ModelSource, *, device: torch.device, dtype: str, tr
     # A repository with code of its own has no geometry that could be told before it is loaded.
     if dtype == "auto" and loaded_dtype != torch.float32 and not trust_remote_code and _fits_in_float32(source, device):
         loaded_dtype = torch.float32
-    logger.info("loading %s on %s", source.id, describe_device(device))
-    return load_model(source, device=device, dtype=loaded_dtype, trust_remote_code=trust_remote_code)
+    with show_steps(f"loading {source.id} on {describe_device(device)}"):
+        return load_model(source, device=device, dtype=loaded_dtype, trust_remote_code=trust_remote_code)
 
 
 def settle_dtype(model: PreTrainedModel, *, dtype: str, device: torch.device, windows: Windows) -> str:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 from rich.table import Table
 
-from lpsearch.commands.console import stderr_console
+from lpsearch.commands.console import Answer
 from lpsearch.models import list_aliases
 
 __all__ = ["list_models"]
 
 
-def list_models() -> dict[str, Any]:
-    """Show the aliases as a table on stderr and return them."""
+def list_models() -> Answer:
+    """Return the aliases, with a table of them."""
     table = Table()
     table.add_column("alias")
     table.add_column("layers", justify="right")
@@ -23,5 +22,4 @@ def list_models() -> dict[str, Any]:
     for alias in list_aliases():
         origin = alias.id if alias.kind == "hub" else f"package {alias.id} {alias.revision}, no hub needed"
         table.add_row(alias.name, str(alias.num_layers), f"{alias.num_parameters / 1e9:.2f} B", origin)
-    stderr_console().print(table)
-    return {"models": [asdict(alias) for alias in list_aliases()]}
+    return Answer({"models": [asdict(alias) for alias in list_aliases()]}, table)

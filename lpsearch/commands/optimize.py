@@ -7,18 +7,18 @@ measured is in the database before it is used.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import optuna
-
-from lpsearch.commands.console import stderr_console
+from lpsearch.commands.console import Answer, adopt_optuna_log
 from lpsearch.commands.loading import describe_device, load_for_search, resolve_device, settle_dtype
-from lpsearch.commands.progress import build_front_table, show_search, show_steps
+from lpsearch.commands.progress import show_search, show_steps
 from lpsearch.commands.report import try_write_report
 from lpsearch.commands.results import MeasuredFront, build_summary, write_front
 from lpsearch.commands.studies import RECORDED_OPTIONS, check_new_study, follow_record, open_study_store
+from lpsearch.commands.summary import SearchSummary
 from lpsearch.config import OptimizeConfig, ResolvedConfig, slug_of_model
 from lpsearch.errors import ConfigError, FamilyError, PlanError, ResumeError, StudyError
 from lpsearch.latency.profile import load_profile, parse_recorded_profile
@@ -51,16 +51,15 @@ logger = logging.getLogger(__name__)
 _SPLITS: tuple[Split, ...] = ("proxy", "heldout")
 
 
-def optimize(config: ResolvedConfig, *, fresh: bool, show_progress: bool) -> dict[str, Any]:
+def optimize(config: ResolvedConfig, *, fresh: bool) -> Answer:
     """Search a model's plans until the budget, then write the front, its plans and the report.
 
     Args:
         config: what was asked for, and which of it by name.
         fresh: move an existing study aside first.
-        show_progress: show the live display and the final table.
 
     Returns:
-        The JSON object of the last line: study, out, trials, baseline_nll, front.
+        The front, with the summary that a person reads.
 
     Raises:
         UsageError: for input that cannot be used.
@@ -68,7 +67,8 @@ def optimize(config: ResolvedConfig, *, fresh: bool, show_progress: bool) -> dic
         StudyError: if the study cannot be read or written.
         SourceError: if model or data cannot be fetched.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # it reports every trial, on a handler of its own
+    began_at = time.monotonic()
+    adopt_optuna_log()
     values = config.values
     source = resolve_source(values.model)
     enqueued = [load_plan(path) for path in values.enqueue]
@@ -82,13 +82,7 @@ def optimize(config: ResolvedConfig, *, fresh: bool, show_progress: bool) -> dic
             values, source = follow_record(recorded, config, source)
         else:
             check_new_study(values, store, out)
-        with show_steps("loading the model", enabled=show_progress):
-            loaded = load_for_search(
-                source,
-                device=device,
-                dtype=values.dtype,
-                trust_remote_code=values.trust_remote_code,
-            )
+        loaded = load_for_search(source, device=device, dtype=values.dtype, trust_remote_code=values.trust_remote_code)
         for path, plan in zip(values.enqueue, enqueued, strict=True):
             from lpsearch.transform import check_plan_model
 
@@ -96,36 +90,29 @@ def optimize(config: ResolvedConfig, *, fresh: bool, show_progress: bool) -> dic
                 check_plan_model(plan, loaded.model)
             except PlanError as error:
                 raise PlanError(f"--enqueue {path}: {error}") from None
-        windows = _begin_or_resume(store, recorded, values, loaded, device=device, show_progress=show_progress)
-        latency_model = _get_latency_model(store, values, loaded, show_progress=show_progress)
+        windows = _begin_or_resume(store, recorded, values, loaded, device=device)
+        latency_model = _get_latency_model(store, values, loaded)
         try:
-            result = _search(
-                store, values, loaded, windows["proxy"], latency_model, enqueued, show_progress=show_progress
-            )
+            result = _search(store, values, loaded, windows["proxy"], latency_model, enqueued)
             front = MeasuredFront(
                 study_name=store.study_name,
                 seed=values.seed,
+                objective=values.objective,
                 loaded=loaded,
                 device_name=describe_device(device),
                 result=result,
                 windows=windows,
-                heldout_losses=_evaluate_heldout(
-                    store, values, loaded, windows["heldout"], result, show_progress=show_progress
-                ),
+                heldout_losses=_evaluate_heldout(store, values, loaded, windows["heldout"], result),
                 latency_model=latency_model,
             )
             store.save_front(write_front(front, out))
         except KeyboardInterrupt:
             try_write_report(store, out)
             raise
-        try_write_report(store, out)
-    if show_progress:
-        title = f"{store.study_name}: the front of {len(result.records)} plans"
-        title += ", which are all there are" if result.exact else ""
-        title += f" ({result.proxy_tokens:,} tokens, {result.share_evaluated:.0%} of all windows)"
-        title += f"; the time of {values.timeout} s is over" if result.timed_out else ""
-        stderr_console().print(build_front_table(front.records, title=title, heldout=front.heldout_deltas))
-    return build_summary(front, out)
+        with show_steps("writing the report"):
+            report = try_write_report(store, out)
+    summary = SearchSummary(front=front, out=out, report=report, elapsed_s=time.monotonic() - began_at)
+    return Answer(build_summary(front, out), summary)
 
 
 def _begin_or_resume(
@@ -135,7 +122,6 @@ def _begin_or_resume(
     loaded: LoadedModel,
     *,
     device: torch.device,
-    show_progress: bool,
 ) -> dict[Split, Windows]:
     """Record what a study is begun with, or check that the model is still the same; return its windows.
 
@@ -156,7 +142,7 @@ def _begin_or_resume(
                 f"{store.where}: the study has lost its windows; restore a copy, or begin one with --fresh"
             )
         return windows
-    windows = _build_windows(values, loaded, show_progress=show_progress)
+    windows = _build_windows(values, loaded)
     dtype = settle_dtype(loaded.model, dtype=values.dtype, device=device, windows=windows["proxy"])
     options = values.model_dump(mode="json", include={*RECORDED_OPTIONS})
     source = {"model": loaded.source.id, "source": loaded.source.to_dict()}
@@ -167,12 +153,12 @@ def _begin_or_resume(
     return windows
 
 
-def _build_windows(values: OptimizeConfig, loaded: LoadedModel, *, show_progress: bool) -> dict[Split, Windows]:
+def _build_windows(values: OptimizeConfig, loaded: LoadedModel) -> dict[Split, Windows]:
     from lpsearch.data import build_windows
 
     windows: dict[Split, Windows] = {}
     for split in _SPLITS:
-        with show_steps(f"preparing {split} windows", enabled=show_progress) as on_progress:
+        with show_steps(f"preparing {split} windows") as on_progress:
             windows[split] = build_windows(
                 values.heldout if split == "heldout" and values.heldout else values.data,
                 tokenizer=loaded.tokenizer,
@@ -187,9 +173,7 @@ def _build_windows(values: OptimizeConfig, loaded: LoadedModel, *, show_progress
     return windows
 
 
-def _get_latency_model(
-    store: StudyStore, values: OptimizeConfig, loaded: LoadedModel, *, show_progress: bool
-) -> LatencyModel | None:
+def _get_latency_model(store: StudyStore, values: OptimizeConfig, loaded: LoadedModel) -> LatencyModel | None:
     """Return the latency model of the study: from a file, from its own record, or measured now and recorded."""
     from lpsearch.latency import LatencyModel, check_profile_geometry, measure_or_reuse_profile
 
@@ -213,7 +197,7 @@ def _get_latency_model(
     if recorded is not None and _covers(LatencyModel(recorded), values.max_group):
         return LatencyModel(recorded)
     try:
-        with show_steps("measuring latency", enabled=show_progress) as on_step:
+        with show_steps("measuring latency") as on_step:
             profile = measure_or_reuse_profile(
                 model.config,
                 device=model.device,
@@ -251,15 +235,13 @@ def _search(
     windows: Windows,
     latency_model: LatencyModel | None,
     enqueued: list[Plan],
-    *,
-    show_progress: bool,
 ) -> StudyResult:
     """Evaluate plans until the budget."""
     from lpsearch.evaluation import ModelEvaluator
 
     evaluator = ModelEvaluator(model=loaded.model, windows=windows, metric=values.metric)
     _warn_of_odd_baseline(store, evaluator, loaded)
-    with show_search(enabled=show_progress) as on_trial:
+    with show_search() as progress:
         return run_study(
             evaluator=evaluator,
             space=JoinSpace(loaded.identity.num_layers, values.max_group, values.freeze),
@@ -273,7 +255,8 @@ def _search(
             enqueue=enqueued,
             timeout_s=values.timeout,
             staged=values.staged,
-            on_trial=on_trial,
+            on_trial=progress.on_trial,
+            on_evaluation=progress.on_evaluation,
         )
 
 
@@ -281,7 +264,8 @@ def _warn_of_odd_baseline(store: StudyStore, evaluator: ModelEvaluator, loaded: 
     """Say so where the unmodified model reads its text worse than any healthy one would."""
     from lpsearch.models import check_baseline_nll
 
-    losses = evaluate_stored_plan(store, evaluator, Plan.baseline(loaded.identity.num_layers)).losses
+    with show_steps("evaluating the unmodified model"):
+        losses = evaluate_stored_plan(store, evaluator, Plan.baseline(loaded.identity.num_layers)).losses
     windows = evaluator.windows
     if windows.spec == "self":  # sampled at temperature 1, which is harder to predict than people's text
         return
@@ -301,16 +285,14 @@ def _evaluate_heldout(
     loaded: LoadedModel,
     windows: Windows,
     result: StudyResult,
-    *,
-    show_progress: bool,
 ) -> dict[Plan, WindowLosses]:
     """Evaluate the front on windows that the search never saw: the best of many noisy values is optimistic."""
     from lpsearch.evaluation import ModelEvaluator
 
     evaluator = ModelEvaluator(model=loaded.model, windows=windows, metric=values.metric)
     losses = {}
-    with show_steps("checking the front on held-out windows", enabled=show_progress) as on_step:
+    with show_steps("checking the front on held-out windows") as on_step:
         for index, record in enumerate(result.front):
-            on_step(index, len(result.front))
             losses[record.plan] = evaluate_stored_plan(store, evaluator, record.plan, split="heldout").losses
+            on_step(index + 1, len(result.front))
     return losses

@@ -69,8 +69,8 @@ def diff_plans(first: Path, second: Path) -> dict[str, Any]:
 def pick_plan(study_dir: Path, *, max_delta: float | None, min_speedup: float | None) -> dict[str, Any]:
     """Return the point of a study's front that a user with these limits wants.
 
-    Within a loss it is the point of least depth; among points beyond a speed-up, the one of least loss. The loss is the
-    held-out one where there is one.
+    Within a loss it is the point of least depth, or of least latency where that was optimised; among points beyond a
+    speed-up, the one of least loss. The loss is the held-out one where there is one.
 
     Args:
         study_dir: directory that ``optimize`` wrote.
@@ -83,7 +83,8 @@ def pick_plan(study_dir: Path, *, max_delta: float | None, min_speedup: float | 
     """
     if max_delta is None and min_speedup is None:
         raise UsageError("say what you need: --max-delta NATS, --min-speedup X, or both")
-    front = load_front(study_dir)["front"]
+    document = load_front(study_dir)
+    front = document["front"]
 
     def loss(point: dict[str, Any]) -> float:
         heldout = point["heldout_delta_nll"]
@@ -97,10 +98,15 @@ def pick_plan(study_dir: Path, *, max_delta: float | None, min_speedup: float | 
     ]
     if not meeting:
         raise UsageError(f"no plan of {study_dir} meets that; its front: {json.dumps(front)}")
+
+    def saving(point: dict[str, Any]) -> float:
+        by_latency = document.get("objective") == "latency"
+        return float(point["speedup"] or 0.0 if by_latency else point["num_joins"])
+
     if max_delta is None:
         chosen = min(meeting, key=loss)
     else:
-        chosen = max(meeting, key=lambda point: (point["num_joins"], -loss(point)))
+        chosen = max(meeting, key=lambda point: (saving(point), -loss(point)))
     return {**chosen, "plan": str(study_dir / chosen["plan"])}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lpsearch.commands.console import stderr_console
+from lpsearch.commands.console import Answer
 from lpsearch.commands.loading import resolve_device, resolve_dtype
 from lpsearch.commands.progress import show_steps
 from lpsearch.errors import ConfigError
@@ -33,7 +33,7 @@ def profile(
     emulate_tp: int | None = None,
     all_reduce_us: float | None = None,
     seconds: float = 15.0,
-) -> dict[str, Any]:
+) -> Answer | dict[str, Any]:
     """Measure workloads at a few depths and write the fitted profile.
 
     Args:
@@ -80,7 +80,7 @@ def profile(
         "max_group": max_group,
         "budget_s": seconds,
     }
-    with show_steps(f"measuring {len(workloads)} workloads", enabled=True) as on_step:
+    with show_steps(f"measuring {len(workloads)} workloads") as on_step:
         options["on_progress"] = lambda share: on_step(round(1000 * share), 1000)
         measured: LatencyProfile | None
         if emulate_tp is not None and all_reduce_us is not None:
@@ -92,10 +92,9 @@ def profile(
     if measured is None:  # a rank of torchrun that is not the first
         return {"profile": None}
     save_profile(measured, out)
-    stderr_console().print(_build_table(measured, max_group))
     latency_model = LatencyModel(measured)
     deepest = _deepest(measured, max_group)
-    return {
+    document = {
         "profile": str(out),
         "device": measured.device,
         "num_ranks": measured.num_ranks,
@@ -108,6 +107,7 @@ def profile(
         "least_depth_latency_ms": latency_model.estimate_latency_ms(deepest),
         "check_error": max((w.check_error for w in measured.workloads if w.check_error is not None), default=None),
     }
+    return Answer(document, _build_table(measured, max_group))
 
 
 def parse_counts(text: str, *, option: str, least: int) -> tuple[int, ...]:

@@ -1,164 +1,323 @@
-"""The live display of a search: trial, time left and the best front so far; plain lines where stderr is no terminal."""
+"""What is seen of a command while it works: a live display on a terminal, now and then a line anywhere else."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
-from rich import box
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
-from lpsearch.commands.console import stderr_console
-from lpsearch.evaluation.losses import PairedDelta
+from lpsearch.commands.console import get_output
+from lpsearch.commands.tables import build_front_table, describe_layers, name_count, spread_rows
 from lpsearch.plan import Plan
-from lpsearch.search import PlanRecord, TrialUpdate
+from lpsearch.search import EvaluationUpdate, PlanRecord, TrialUpdate
+from lpsearch.search.records import finite_or_none
 
-__all__ = ["SearchDisplay", "build_front_table", "show_search", "show_steps"]
+__all__ = ["SearchProgress", "format_seconds", "show_search", "show_steps"]
 
 logger = logging.getLogger(__name__)
 
+_LINE_INTERVAL_S = 10.0
+"""Seconds between two lines of one piece of work, where there is no live display."""
 
-class SearchDisplay(Protocol):
-    """What shows the trials of a search."""
+_MAX_WIDTH = 117
+"""Columns of the live display on wider terminals."""
 
-    def __call__(self, update: TrialUpdate) -> None:
-        """Show one finished trial."""
+_MARGIN = 3
+"""Columns left free at its right: a ``^C`` that wrapped would leave half of the display behind."""
 
+_NARROW = 60
+"""Columns below which there is no room for a bar beside its numbers."""
 
-@contextmanager
-def show_search(*, enabled: bool) -> Iterator[SearchDisplay | None]:
-    """Show a search while the block runs.
+_LOG_LINES = 4
+"""Lines of a terminal that the live display leaves to the log."""
 
-    Args:
-        enabled: False shows nothing.
-
-    Yields:
-        What to call after every trial; None where nothing is shown.
-    """
-    console = stderr_console()
-    if not enabled:
-        yield None
-    elif not console.is_terminal:
-        yield _log_update
-    else:
-        progress = Progress(
-            TextColumn("[bold]trial"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]} left"),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-        )
-        task = progress.add_task("search", total=None, left="-:--:--", note="")
-        with Live(Group(progress), console=console, refresh_per_second=4, transient=True) as live:
-
-            def show(update: TrialUpdate) -> None:
-                progress.update(
-                    task,
-                    completed=update.num_finished,
-                    total=update.budget,
-                    left=_format_seconds(_estimate_seconds_left(update)),
-                    note=_describe(update),
-                )
-                live.update(Group(build_front_table(update.front, title="best front so far"), progress))
-
-            yield show
+_NUM_RECENT = 20
+"""Trials whose duration tells the time left."""
 
 
 @contextmanager
-def show_steps(description: str, *, enabled: bool) -> Iterator[_Steps]:
-    """Show a bar over the steps of one piece of work, such as sampling.
+def show_steps(description: str) -> Iterator[Callable[[int, int], None]]:
+    """Show one piece of work, such as sampling, while the block runs.
 
     Args:
         description: what is being done.
-        enabled: False shows nothing.
 
     Yields:
-        What to call with steps done and steps in all.
+        What to call with steps done and steps in all; work that never calls it is shown without a share.
     """
-    console = stderr_console()
-    progress = Progress(
-        TextColumn(description), BarColumn(), TimeElapsedColumn(), console=console, disable=not enabled, transient=True
-    )
-    if not console.is_terminal:
-        yield lambda done, total: None
-        return
-    with progress:
-        task = progress.add_task(description, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    output = get_output()
+    steps = _Steps(description)
+    if output.is_live:
+        with _draw(steps, output.console):
+            yield steps.update
+    else:
+        steps.log(description)
+        interval_s = 1.0 if output.is_json else _LINE_INTERVAL_S
+        logged_at = time.monotonic()
+
+        def update(done: int, total: int) -> None:
+            nonlocal logged_at
+            steps.update(done, total)
+            if time.monotonic() - logged_at >= interval_s:
+                logged_at = time.monotonic()
+                steps.log(f"{description}: {done / total:.0%}, {format_seconds(steps.estimate_seconds_left())} left")
+
+        yield update
+    if output.is_json or steps.elapsed_s >= 1:
+        steps.log(f"{description} took {format_seconds(steps.elapsed_s)}")
 
 
-class _Steps(Protocol):
-    def __call__(self, done: int, total: int) -> None: ...
+@contextmanager
+def show_search() -> Iterator[SearchProgress]:
+    """Show a search while the block runs.
 
-
-def build_front_table(
-    front: Sequence[PlanRecord], *, title: str, heldout: Mapping[Plan, PairedDelta] | None = None
-) -> Table:
-    """Lay a front out as a table, the baseline first.
-
-    Args:
-        front: the baseline and the points of the front.
-        title: what stands above it.
-        heldout: held-out loss of each plan, where it is known.
+    Yields:
+        What to tell of every evaluation and every trial.
     """
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    base_ms = front[0].latency_ms
-    columns = ["joins", "less depth", "delta nll"] + (["held out"] if heldout is not None else []) + ["perplexity"]
-    for column in columns + (["ms/token", "speed-up"] if base_ms is not None else []):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("layers together", overflow="fold", ratio=1)
-    for record in front:
-        cells = [
-            str(record.num_joins),
-            f"{record.depth_reduction:.1%}",
-            _format_delta(record.delta_nll, record.delta_nll_se),
-        ]
-        if heldout is not None:
-            paired = heldout.get(record.plan)
-            cells.append("" if paired is None else _format_delta(paired.delta, paired.standard_error))
-        cells.append(f"{record.perplexity:.2f}")
-        if base_ms is not None:
-            latency_ms = record.latency_ms
-            cells += ["", ""] if latency_ms is None else [f"{latency_ms:.2f}", f"{base_ms / latency_ms:.3f}x"]
-        groups = [group for group in record.plan.groups if len(group) > 1]
-        cells.append(" ".join(f"{group[0]}-{group[-1]}" for group in groups))
-        table.add_row(*cells)
-    return table
+    output = get_output()
+    if output.is_live:
+        display = _SearchDisplay()
+        with _draw(display, output.console):
+            yield display
+    else:
+        yield _SearchLines(is_throttled=not output.is_json)
 
 
-def _format_delta(delta: float, standard_error: float | None) -> str:
-    return f"{delta:.3f}" if not standard_error else f"{delta:.3f} ±{standard_error:.3f}"
+class SearchProgress(Protocol):
+    """What is told of a search while it runs; the methods are those that ``run_study`` calls."""
+
+    def on_evaluation(self, update: EvaluationUpdate) -> None:
+        """Take note of an evaluation that begins."""
+
+    def on_trial(self, update: TrialUpdate) -> None:
+        """Take note of a finished trial."""
 
 
-def _describe(update: TrialUpdate) -> str:
-    record = update.record
-    return f"{record.origin}: {record.num_joins} joins, delta {record.delta_nll:.4f}"
+class _SearchLines:
+    """Logs a search: each trial, or those that reach the next tenth of the budget and one now and then."""
+
+    def __init__(self, *, is_throttled: bool) -> None:
+        self._clock = _Clock()
+        self._is_throttled = is_throttled
+        self._logged_at = time.monotonic()
+        self._num_tenths = -1
+
+    def on_evaluation(self, update: EvaluationUpdate) -> None:
+        pass
+
+    def on_trial(self, update: TrialUpdate) -> None:
+        self._clock.mark()
+        num_tenths = 10 * update.num_finished // update.budget
+        is_due = num_tenths > self._num_tenths or time.monotonic() - self._logged_at >= _LINE_INTERVAL_S
+        if self._is_throttled and not is_due:
+            return
+        self._logged_at, self._num_tenths = time.monotonic(), num_tenths
+        left_s = self._clock.estimate_seconds_left(update.budget - update.num_finished)
+        record = update.record
+        best = ", ".join(
+            f"{point.delta_nll:.3f} at {name_count(point.num_joins, 'join')}"
+            for point in spread_rows(update.front[1:], 4)
+        )
+        logger.info(
+            "trial %d/%d  %s: %s, delta %.4f  front of %d%s  %s left",
+            update.num_finished,
+            update.budget,
+            record.origin,
+            name_count(record.num_joins, "join"),
+            record.delta_nll,
+            len(update.front),
+            f": {best}" if best else "",
+            format_seconds(left_s),
+            extra={
+                "progress": {
+                    "step": "search",
+                    "trials": update.num_finished,
+                    "budget": update.budget,
+                    "elapsed_s": round(update.elapsed_s, 3),
+                    "seconds_left": None if left_s is None else round(left_s, 3),
+                    "trial": _build_point(record, update.front),
+                    "front": [_build_point(point, update.front) for point in update.front],
+                }
+            },
+        )
 
 
-def _log_update(update: TrialUpdate) -> None:
-    logger.info(
-        "trial %d/%d  %s  front of %d  %s left",
-        update.num_finished,
-        update.budget,
-        _describe(update),
-        len(update.front),
-        _format_seconds(_estimate_seconds_left(update)),
-    )
+class _SearchDisplay:
+    """Draws a search to the size that the terminal has at the moment: its progress, and the front below."""
+
+    def __init__(self) -> None:
+        self._clock = _Clock()
+        self._num_finished = 0
+        self._budget: int | None = None
+        self._note = ""
+        self._front: Sequence[PlanRecord] = ()
+        self._newest: Plan | None = None
+
+    def on_evaluation(self, update: EvaluationUpdate) -> None:
+        self._num_finished, self._budget, self._front = update.num_finished, update.budget, update.front
+        layers = describe_layers(update.plan)
+        what = f"{name_count(update.plan.num_joins, 'join')}: layers {layers}" if layers else "the unmodified model"
+        self._note = f"{update.origin}, {name_count(update.num_windows, 'window')}, {what}"
+
+    def on_trial(self, update: TrialUpdate) -> None:
+        self._clock.mark()
+        self._num_finished, self._budget, self._front = update.num_finished, update.budget, update.front
+        self._newest = update.record.plan
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = _choose_width(options)
+        budget = self._budget
+        yield _build_bar(
+            "searching",
+            count="" if budget is None else f"{self._num_finished}/{budget}",
+            share=None if budget is None else self._num_finished / budget,
+            elapsed_s=self._clock.elapsed_s,
+            left_s=None if budget is None else self._clock.estimate_seconds_left(budget - self._num_finished),
+            width=width,
+        )
+        yield _clip(self._note, "dim", width)
+        num_rows = options.size.height - _LOG_LINES - (6 if width < _NARROW else 5)  # what is no row of the table
+        if len(self._front) > 1 and num_rows >= 3:
+            shown = spread_rows(self._front, num_rows)
+            yield build_front_table(shown, width=width, is_brief=True, newest=self._newest)
+            if len(shown) < len(self._front):
+                yield _clip(f"{len(self._front) - len(shown)} more on the front", "dim", width)
 
 
-def _estimate_seconds_left(update: TrialUpdate) -> float:
-    """Estimate the time to the budget from the mean duration of this run's trials."""
-    return update.elapsed_s / update.num_new * max(0, update.budget - update.num_finished)
+class _Clock:
+    """Tells the time left by the latest trials, since those of a search become slower or quicker as it goes on."""
+
+    def __init__(self) -> None:
+        self._began_at = time.monotonic()
+        self._marks = deque([self._began_at], maxlen=_NUM_RECENT + 1)
+
+    def mark(self) -> None:
+        """Note that a trial is finished."""
+        self._marks.append(time.monotonic())
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self._began_at
+
+    def estimate_seconds_left(self, num_left: int) -> float | None:
+        """Estimate the time that so many more trials take, from the last one on; None before the first."""
+        num_recent = len(self._marks) - 1
+        if not num_recent:
+            return None
+        trial_s = (self._marks[-1] - self._marks[0]) / num_recent
+        return max(0.0, trial_s * num_left - (time.monotonic() - self._marks[-1]))
 
 
-def _format_seconds(seconds: float) -> str:
+class _Steps:
+    """One piece of work, drawn as a bar."""
+
+    def __init__(self, description: str) -> None:
+        self._description = description
+        self._began_at = time.monotonic()
+        self._done = 0
+        self._total: int | None = None
+
+    def update(self, done: int, total: int) -> None:
+        self._done, self._total = done, total
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self._began_at
+
+    def estimate_seconds_left(self) -> float | None:
+        if not self._total or not self._done:
+            return None
+        return self.elapsed_s / self._done * (self._total - self._done)
+
+    def log(self, line: str) -> None:
+        progress = {
+            "step": self._description,
+            "done": self._done,
+            "total": self._total,
+            "elapsed_s": round(self.elapsed_s, 3),
+        }
+        logger.info("%s", line, extra={"progress": progress})
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        share = self._done / self._total if self._total else None
+        yield _build_bar(
+            self._description,
+            count="" if share is None else f"{share:.0%}",
+            share=share,
+            elapsed_s=self.elapsed_s,
+            left_s=self.estimate_seconds_left(),
+            width=_choose_width(options),
+        )
+
+
+@contextmanager
+def _draw(display: RenderableType, console: Console) -> Iterator[None]:
+    """Draw a display four times a second while the block runs, then take it away; the cursor comes back in any case."""
+    # What a library prints on stdout must not tear the display; where stdout is no terminal, it does not.
+    with Live(display, console=console, refresh_per_second=4, transient=True, redirect_stdout=sys.stdout.isatty()):
+        yield
+
+
+def _build_bar(
+    label: str, *, count: str, share: float | None, elapsed_s: float, left_s: float | None, width: int
+) -> RenderableType:
+    """Lay out what is done and how far it is: in one line with a bar, or in two without where that is too wide."""
+    times = format_seconds(elapsed_s) + ("" if left_s is None else f", {format_seconds(left_s)} left")
+    if width < _NARROW:
+        return Group(_clip(label, "bold", width), _clip(f"{count} {times}".lstrip(), "", width))
+    grid = Table.grid(expand=False, padding=(0, 1))
+    grid.width = width
+    grid.add_column(no_wrap=True)
+    grid.add_column(ratio=1)
+    grid.add_column(no_wrap=True, justify="right")
+    grid.add_column(no_wrap=True)
+    bar = ProgressBar(total=None if share is None else 1.0, completed=share or 0.0, pulse=share is None)
+    grid.add_row(Text(label, "bold"), bar, count, times)
+    return grid
+
+
+def _clip(line: str, style: str, width: int) -> Text:
+    text = Text(line, style, no_wrap=True)
+    text.truncate(width, overflow="ellipsis")
+    return text
+
+
+def _choose_width(options: ConsoleOptions) -> int:
+    return min(options.max_width - _MARGIN, _MAX_WIDTH)
+
+
+def _build_point(record: PlanRecord, front: Sequence[PlanRecord]) -> dict[str, Any]:
+    """Build what a program is told of a plan; losses in nats per token, null where they are not finite."""
+    base_ms = front[0].latency_ms if front else None
+    latency_ms = record.latency_ms
+    return {
+        "num_joins": record.num_joins,
+        "depth_reduction": record.depth_reduction,
+        "delta_nll": finite_or_none(record.delta_nll),
+        "delta_nll_se": finite_or_none(record.delta_nll_se),
+        "kl_nats_per_token": finite_or_none(record.kl_nats_per_token),
+        "latency_ms": latency_ms,
+        "speedup": None if base_ms is None or latency_ms is None else base_ms / latency_ms,
+        "groups": [list(group) for group in record.plan.groups],
+        "origin": record.origin,
+        "trial": record.trial,
+    }
+
+
+def format_seconds(seconds: float | None) -> str:
+    """Return a duration as hours, minutes and seconds; dashes where it is not known."""
+    if seconds is None:
+        return "-:--:--"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import optuna
 from sqlalchemy.engine import URL
 
+from lpsearch.commands.console import adopt_optuna_log
 from lpsearch.errors import UsageError
 from lpsearch.search import StudyStore
+
+if TYPE_CHECKING:
+    from lpsearch.report import StudyReport
 
 __all__ = ["REPORT_NAME", "report", "try_write_report"]
 
@@ -41,7 +44,7 @@ def report(directory: Path, *, storage: str | None, study: str | None, out: Path
     """
     from lpsearch.report import load_report, write_html
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    adopt_optuna_log()
     started = time.perf_counter()
     if not directory.is_dir():
         raise UsageError(f"{directory}: no such directory; give one that `lpsearch optimize` wrote")
@@ -74,20 +77,26 @@ def report(directory: Path, *, storage: str | None, study: str | None, out: Path
     }
 
 
-def try_write_report(store: StudyStore, out: Path) -> None:
+def try_write_report(store: StudyStore, out: Path) -> StudyReport | None:
     """Write the report of a search that ends, if any plan is finished; what fails is a warning.
 
     Args:
         store: the study's database, open.
         out: directory of the study.
+
+    Returns:
+        What the report shows; None where it was not written.
     """
     try:
         from lpsearch.report import load_report, write_html
 
-        write_html(load_report(store, out), out / REPORT_NAME)
+        found = load_report(store, out)
+        write_html(found, out / REPORT_NAME)
+        return found
     except UsageError as error:
         logger.info("no report: %s", error)
     except Exception as error:
         # A report can be written again at any time; a search that is done must not fail by it.
         logger.warning("the report was not written: %s; `lpsearch report %s` tries again", error, out)
         logger.debug("while writing the report", exc_info=True)
+    return None

@@ -17,6 +17,7 @@ from lpsearch.errors import LpsearchError
 from lpsearch.evaluation.losses import PairedDelta, WindowLosses, compute_paired_delta
 from lpsearch.plan import Plan, PlanMetadata, PlanMetrics, Provenance, ProxyMetrics, save_plan, write_json
 from lpsearch.search import PlanRecord, Split, StudyResult
+from lpsearch.search.front import Objective
 from lpsearch.search.records import compute_perplexity
 from lpsearch.versions import read_versions
 
@@ -55,6 +56,7 @@ class MeasuredFront:
     Attributes:
         study_name: name of the Optuna study.
         seed: seed of the search.
+        objective: what was traded against the loss.
         loaded: the model.
         device_name: what evaluated it.
         result: the study's records and front.
@@ -65,6 +67,7 @@ class MeasuredFront:
 
     study_name: str
     seed: int
+    objective: Objective
     loaded: LoadedModel
     device_name: str
     result: StudyResult
@@ -128,6 +131,7 @@ def write_front(front: MeasuredFront, out: Path) -> dict[str, Any]:
         "schema_version": FRONT_SCHEMA_VERSION,
         "study": front.study_name,
         "model": front.loaded.identity.model_dump(mode="json"),
+        "objective": front.objective,
         "trials": len(front.result.records),
         "exact": front.result.exact,
         "baseline_nll": front.result.baseline.nll,

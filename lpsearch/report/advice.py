@@ -44,14 +44,15 @@ class Command:
 
 
 def pick_plans(report: StudyReport) -> tuple[Pick, ...]:
-    """Pick the plan of most joins within each loss limit, as ``lpsearch plan pick DIR --max-delta NATS`` does.
+    """Pick the plan that saves most within each loss limit, as ``lpsearch plan pick DIR --max-delta NATS`` does.
 
-    The loss is the held-out one where there is one.
+    The loss is the held-out one where there is one. What is saved is what the study trades against it: joins, or
+    estimated time.
 
     Args:
         report: the study.
     """
-    return tuple(Pick(name, limit, _find_deepest(report, limit)) for name, limit in LOSS_LIMITS.items())
+    return tuple(Pick(name, limit, _find_best(report, limit)) for name, limit in LOSS_LIMITS.items())
 
 
 def list_commands(report: StudyReport, point: FrontPoint) -> tuple[Command, ...]:
@@ -80,11 +81,15 @@ def list_commands(report: StudyReport, point: FrontPoint) -> tuple[Command, ...]
     return (*(Command(purpose, shlex.join(words)) for purpose, words in lines.items()), Command("serve it", serve))
 
 
-def _find_deepest(report: StudyReport, limit: float) -> int | None:
+def _find_best(report: StudyReport, limit: float) -> int | None:
     def loss(index: int) -> float:
         return report.front[index].get_loss(report.metric)
+
+    def saving(index: int) -> float:
+        point = report.front[index]
+        return point.record.num_joins if report.objective == "depth" else point.speedup or 0.0
 
     within: Sequence[int] = [
         index for index, point in enumerate(report.front) if point.record.num_joins > 0 and loss(index) <= limit
     ]
-    return max(within, key=lambda index: (report.front[index].record.num_joins, -loss(index)), default=None)
+    return max(within, key=lambda index: (saving(index), -loss(index)), default=None)

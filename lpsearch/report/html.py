@@ -251,9 +251,10 @@ def _render_words(line: str) -> str:
 def _render_advice(report: StudyReport) -> str:
     cards = "".join(_render_pick(report, pick) for pick in pick_plans(report))
     loss = "loss" if report.metric == "nll" else "KL divergence"
+    best = "of most joins" if report.objective == "depth" else "of least estimated time"
     return (
         f"<section id='next'><h2>What to do next</h2><p>Three plans to start from: of all plans of the front within a "
-        f"{loss}, the one of most joins. The held-out value counts where there is one. "
+        f"{loss}, the one {best}. The held-out value counts where there is one. "
         f"<code>lpsearch plan pick DIR --max-delta NATS</code> picks the same way.</p>"
         f"<div class='cards'>{cards}</div><p class='small'>{_SERVE_NOTE}</p></section>"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lpsearch.search.evaluations import StoredEvaluation, evaluate_stored_plan
 from lpsearch.search.front import build_front
 from lpsearch.search.opening import load_records
-from lpsearch.search.outcome import StudyResult, TrialUpdate
+from lpsearch.search.outcome import EvaluationUpdate, StudyResult, TrialUpdate
 from lpsearch.search.records import PlanRecord
 from lpsearch.search.samplers import SAMPLER_NAMES, build_sampler
 from lpsearch.search.settings import FIXED_SETTINGS, compare_settings
@@ -16,6 +16,7 @@ from lpsearch.search.study import run_study
 __all__ = [
     "FIXED_SETTINGS",
     "SAMPLER_NAMES",
+    "EvaluationUpdate",
     "JoinSpace",
     "PlanRecord",
     "Split",

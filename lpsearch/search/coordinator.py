@@ -35,7 +35,7 @@ from lpsearch.search.asking import ask_trial
 from lpsearch.search.front import Objective, build_front, find_rival
 from lpsearch.search.ledger import Ledger
 from lpsearch.search.opening import open_study, read_finished, record_settings
-from lpsearch.search.outcome import StudyResult, TrialUpdate
+from lpsearch.search.outcome import EvaluationUpdate, StudyResult, TrialUpdate
 from lpsearch.search.records import Metric, PlanRecord, build_attributes
 from lpsearch.search.samplers import build_sampler
 from lpsearch.search.space import JoinSpace
@@ -67,11 +67,13 @@ class _Stage:
 
     Attributes:
         plan: the plan.
+        origin: what proposed it.
         window_indices: windows of one shard.
         future: their losses.
     """
 
     plan: Plan
+    origin: str
     window_indices: list[int]
     future: Future[WindowLosses]
 
@@ -98,6 +100,7 @@ class Coordinator:
         estimate_latency_ms: Callable[[Plan], float] | None,
         staged: bool,
         on_trial: Callable[[TrialUpdate], None] | None,
+        on_evaluation: Callable[[EvaluationUpdate], None] | None,
     ) -> None:
         """Open the study and read what it has finished."""
         self._executor = executor
@@ -109,6 +112,7 @@ class Coordinator:
         self._objective: Objective = objective
         self._estimate_latency_ms = estimate_latency_ms
         self._on_trial = on_trial
+        self._on_evaluation = on_evaluation
         self._began_at = time.monotonic()
         self._num_new_tokens = 0
         record_settings(store, space, metric, objective, sampler, seed)
@@ -171,12 +175,12 @@ class Coordinator:
             following = None if self._is_late(timeout_s, running) else self._ask(running)
             while stage is not None:
                 self._finish_stage(stage)
-                stage = self._begin_stage(stage.plan)
+                stage = self._begin_stage(stage.plan, stage.origin)
             if following is not None and self._is_late(timeout_s, running):
                 self._fail(following.trial)
                 following = None
             if following is not None:
-                stage = self._begin_stage(following.plan)
+                stage = self._begin_stage(following.plan, following.origin)
             if running is not None:
                 self._tell(running)
             if following is None:
@@ -256,11 +260,12 @@ class Coordinator:
 
     # ---- Evaluating --------------------------------------------------------------------------------------------------
 
-    def _begin_stage(self, plan: Plan, *, is_whole: bool = False) -> _Stage | None:
+    def _begin_stage(self, plan: Plan, origin: str, *, is_whole: bool = False) -> _Stage | None:
         """Begin the next evaluation of a plan; None where it needs no more.
 
         Args:
             plan: the plan.
+            origin: what proposed it.
             is_whole: evaluate it on all windows, whatever its rival.
         """
         rival = None if is_whole or not plan.num_joins else self._find_rival(plan)
@@ -268,18 +273,29 @@ class Coordinator:
         if not window_indices:
             return None
         future = self._executor.submit(self._evaluator.evaluate_windows, plan, window_indices)
-        return _Stage(plan, window_indices, future)
+        if self._on_evaluation is not None:
+            self._on_evaluation(
+                EvaluationUpdate(
+                    plan=plan,
+                    origin=origin,
+                    num_windows=len(window_indices),
+                    num_finished=len(self._finished),
+                    budget=self._get_reachable(),
+                    front=self._build_front(),
+                )
+            )
+        return _Stage(plan, origin, window_indices, future)
 
     def _finish_stage(self, stage: _Stage) -> None:
         losses = stage.future.result()
         self._ledger.keep(stage.plan, stage.window_indices, losses)
         self._num_new_tokens += losses.tokens_per_window * len(stage.window_indices)
 
-    def _evaluate_whole(self, plan: Plan) -> None:
-        stage = self._begin_stage(plan, is_whole=True)
+    def _evaluate_whole(self, plan: Plan, origin: str) -> None:
+        stage = self._begin_stage(plan, origin, is_whole=True)
         while stage is not None:
             self._finish_stage(stage)
-            stage = self._begin_stage(plan, is_whole=True)
+            stage = self._begin_stage(plan, origin, is_whole=True)
 
     def _find_rival(self, plan: Plan) -> Plan | None:
         rival = find_rival(
@@ -294,7 +310,7 @@ class Coordinator:
     def _evaluate_baseline(self) -> None:
         """Evaluate the unmodified model on all windows; every other loss is relative to it."""
         plan = Plan.baseline(self._space.num_layers)
-        self._evaluate_whole(plan)
+        self._evaluate_whole(plan, "baseline")
         measurement = self._ledger.measure(plan)
         if not math.isfinite(measurement.nll):
             raise StudyError(
@@ -319,7 +335,7 @@ class Coordinator:
             if not partial:
                 return
             for record in partial:
-                self._evaluate_whole(record.plan)
+                self._evaluate_whole(record.plan, "front")
                 self._finished[record.plan] = self._ledger.refresh(record)
 
     # ---- Telling -----------------------------------------------------------------------------------------------------

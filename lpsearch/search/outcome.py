@@ -5,9 +5,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lpsearch.plan import Plan
 from lpsearch.search.records import PlanRecord
 
-__all__ = ["StudyResult", "TrialUpdate"]
+__all__ = ["EvaluationUpdate", "StudyResult", "TrialUpdate"]
+
+
+@dataclass(frozen=True)
+class EvaluationUpdate:
+    """What begins to be evaluated, and what is known by then.
+
+    The trial before it may be evaluated but not finished, since the two overlap.
+
+    Attributes:
+        plan: the plan.
+        origin: what proposed it; ``front`` where a plan of the final front gets the windows that it lacks.
+        num_windows: windows that it is evaluated on now.
+        num_finished: distinct finished plans of the study so far.
+        budget: distinct finished plans at which the study ends; less than was asked for if the space is smaller.
+        front: the best front so far, the baseline first; empty before the baseline is finished.
+    """
+
+    plan: Plan
+    origin: str
+    num_windows: int
+    num_finished: int
+    budget: int
+    front: Sequence[PlanRecord]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from lpsearch.plan import Plan
 from lpsearch.search.coordinator import Coordinator
 from lpsearch.search.executors import WorkerThread
 from lpsearch.search.front import Objective
-from lpsearch.search.outcome import StudyResult, TrialUpdate
+from lpsearch.search.outcome import EvaluationUpdate, StudyResult, TrialUpdate
 from lpsearch.search.records import Metric
 from lpsearch.search.space import JoinSpace
 from lpsearch.search.store import StudyStore
@@ -34,6 +34,7 @@ def run_study(
     timeout_s: float | None = None,
     staged: bool = True,
     on_trial: Callable[[TrialUpdate], None] | None = None,
+    on_evaluation: Callable[[EvaluationUpdate], None] | None = None,
 ) -> StudyResult:
     """Search a space of plans until the study has ``budget`` distinct finished plans; begun studies are resumed.
 
@@ -58,6 +59,7 @@ def run_study(
         staged: evaluate a plan on few windows first, and on all of them only while it may be on the front. With fewer
             than 8 windows, and where the space is enumerated, every plan is evaluated on all of them.
         on_trial: called after every trial that this run finishes.
+        on_evaluation: called as every evaluation of a plan on some windows begins.
 
     Raises:
         ConfigError: for a budget below 1, an unknown name, or ``latency`` without an estimate.
@@ -80,6 +82,7 @@ def run_study(
             estimate_latency_ms=estimate_latency_ms,
             staged=staged,
             on_trial=on_trial,
+            on_evaluation=on_evaluation,
         )
         return coordinator.run(enqueue, timeout_s)
 

@@ -126,3 +126,21 @@ def test_studies_that_cannot_be_read_are_named(run_lpsearch: Run, arguments: lis
     (out / "study.db").write_bytes(b"SQLite format 3\0" + b"x" * 5000)
     outcome = run_lpsearch("report", out)
     assert (outcome.exit_code, outcome.document["error"]["type"]) == (1, "StudyError")
+
+
+@pytest.mark.parametrize(("objective", "best"), [("depth", "b.json"), ("latency", "a.json")])
+def test_plan_pick_takes_what_saves_most_by_the_objective(
+    run_lpsearch: Run, tmp_path: Path, objective: str, best: str
+) -> None:
+    points = [
+        {"plan": name, "num_joins": num_joins, "delta_nll": loss, "heldout_delta_nll": None, "speedup": speedup}
+        for name, num_joins, loss, speedup in (
+            ("base.json", 0, 0.0, 1.0),
+            ("a.json", 1, 0.06, 1.2),
+            ("b.json", 2, 0.05, 1.1),
+            ("lossy.json", 3, 0.5, 1.3),
+        )
+    ]
+    (tmp_path / "front.json").write_text(json.dumps({"objective": objective, "front": points}), encoding="utf-8")
+    picked = run_lpsearch("plan", "pick", tmp_path, "--max-delta", 0.1)
+    assert picked.document["plan"] == str(tmp_path / best)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from itertools import pairwise
@@ -10,6 +11,7 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 
+from lpsearch.evaluation.losses import PairedDelta
 from lpsearch.latency.model import LatencyModel
 from lpsearch.plan import Plan
 from lpsearch.report.advice import LOSS_LIMITS, list_commands, pick_plans
@@ -194,6 +196,25 @@ def test_picks_are_the_deepest_plans_within_their_loss(make_study: MakeStudy) ->
         else:
             assert report.front[pick.index].record.num_joins == max(within)
     assert any(pick.index is not None for pick in pick_plans(report))
+
+
+def test_picks_of_a_search_for_latency_are_the_fastest_within_their_loss(make_study: MakeStudy) -> None:
+    found = make_study()
+    num_points = len(found.front)
+    assert num_points > 3
+    # Layers unlike each other: the plan of most joins is not the fastest.
+    speedups = [1.0, 1.5, 1.1, *(1.2 + 0.001 * index for index in range(num_points - 3))]
+    front = tuple(
+        dataclasses.replace(point, speedup=speedup, heldout=PairedDelta(0.001 * index, 0.0))
+        for index, (point, speedup) in enumerate(zip(found.front, speedups, strict=True))
+    )
+    by_depth = dataclasses.replace(found, front=front)
+    by_latency = dataclasses.replace(by_depth, settings={**found.settings, "objective": "latency"})
+    assert [pick.index for pick in pick_plans(by_depth)] == [num_points - 1] * 3
+    assert [pick.index for pick in pick_plans(by_latency)] == [1] * 3
+    slow = tuple(dataclasses.replace(point, heldout=PairedDelta(9.0, 0.0)) for point in front[:2])
+    by_latency = dataclasses.replace(by_latency, front=(*slow, *front[2:]))
+    assert [pick.index for pick in pick_plans(by_latency)] == [num_points - 1] * 3
 
 
 def test_commands_quote_what_a_shell_would_read(make_study: MakeStudy) -> None:

@@ -45,6 +45,29 @@ def load_trials(url, states=None):
     return trials
 
 
+def test_every_evaluation_is_announced_as_it_begins(url):
+    evaluator = SyntheticEvaluator(NUM_LAYERS, num_windows=8)
+    begun, trials = [], []
+    result = run(url, evaluator, budget=20, on_evaluation=begun.append, on_trial=trials.append)
+    assert [(update.plan, update.num_windows) for update in begun] == [
+        (plan, len(window_indices)) for plan, window_indices in evaluator.calls
+    ]
+    assert begun[0].origin == "baseline"
+    assert begun[0].front == []
+    origins = {update.record.plan: update.record.origin for update in trials}
+    for update in begun:
+        assert update.budget == 20
+        assert update.origin in (origins[update.plan], "front")
+    assert [record.plan for record in begun[-1].front] != []
+    whole = [update.plan for update in begun if update.origin == "front"]
+    assert set(whole) <= {record.plan for record in result.records}
+
+    again = []
+    run(url, evaluator, budget=21, on_evaluation=again.append)
+    assert again[0].num_finished == 20
+    assert again[0].front == list(result.front), "a resumed search knows its front at once"
+
+
 def list_plans(evaluator):
     return [plan for plan, _ in evaluator.calls]
 

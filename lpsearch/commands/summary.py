@@ -1,0 +1,108 @@
+"""What a person reads when a search has ended: the front, what it cost, where it is, and what to do next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
+
+from lpsearch.commands.progress import format_seconds
+from lpsearch.commands.report import REPORT_NAME
+from lpsearch.commands.results import MeasuredFront
+from lpsearch.commands.tables import build_front_table, name_count
+
+if TYPE_CHECKING:
+    from lpsearch.report import StudyReport
+    from lpsearch.report.advice import Pick
+
+__all__ = ["SearchSummary"]
+
+
+@dataclass(frozen=True)
+class SearchSummary:
+    """The summary of a search, laid out when it is printed.
+
+    Attributes:
+        front: what was found.
+        out: directory of the study.
+        report: what its report shows; None where there is none.
+        elapsed_s: seconds that the command took.
+    """
+
+    front: MeasuredFront
+    out: Path
+    report: StudyReport | None
+    elapsed_s: float
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Lay the summary out to the width of the console."""
+        yield ""
+        yield _wrap(self._describe_search(), "bold")
+        yield ""
+        yield build_front_table(self.front.records, width=options.max_width, heldout=self.front.heldout_deltas)
+        yield ""
+        yield _wrap(self._explain_columns(), "dim")
+        yield ""
+        yield Text(f"All of it is in {self.out}: study.db, front.json, plans/, {REPORT_NAME}")
+        if self.report is not None:
+            yield from self._advise(self.report)
+
+    def _describe_search(self) -> str:
+        result = self.front.result
+        line = f"{self.front.study_name}: the front of {name_count(len(result.records), 'plan')}"
+        line += ", which are all there are" if result.exact else ""
+        line += f" ({result.proxy_tokens:,} tokens, {result.share_evaluated:.0%} of all windows)"
+        if result.num_resumed:
+            line += f"; this run added {name_count(result.num_new, 'plan')} and {result.num_new_tokens:,} tokens"
+        line += f" in {format_seconds(self.elapsed_s)}"
+        return line + ("; it ended by --timeout" if result.timed_out else "")
+
+    def _explain_columns(self) -> str:
+        """Say what the columns mean that do not say so themselves."""
+        lines = [
+            "delta nll: nats per token lost against the unmodified model on the search's windows, ± standard error.",
+            "held out: the same on windows that the search never saw. Trust this one: the best of many is optimistic.",
+        ]
+        if self.front.latency_model is not None:
+            metrics = self.front.latency_model.build_metrics(self.front.result.baseline.plan)
+            lines.append(
+                f"speed-up: estimated for decoding, batch {metrics.batch_size}, {metrics.context_len:,} cached tokens, "
+                f"{metrics.dtype} on {metrics.device}; each group fused into one wide layer."
+            )
+        return "\n".join(lines)
+
+    def _advise(self, report: StudyReport) -> RenderResult:
+        """Name three plans to start from, and the commands for one of them."""
+        from lpsearch.report.advice import list_commands, pick_plans
+
+        picks = {pick.name: pick for pick in pick_plans(report)}
+        yield _wrap("Plans to start from, by the loss that you accept:", "bold")
+        for pick in picks.values():
+            yield _wrap(f"  {pick.name:<9} {_describe_pick(report, pick)}", "")
+        chosen = next((picks[name] for name in ("balanced", "free", "fast") if picks[name].index is not None), None)
+        yield _wrap("Next:" if chosen is None else f"Next, with the {chosen.name} one:", "bold")
+        yield Text(f"  open {self.out / REPORT_NAME}")
+        if chosen is None or chosen.index is None:
+            return
+        for command in list_commands(report, report.front[chosen.index]):
+            if command.purpose in ("see the text it writes", "export a fused checkpoint"):
+                yield Text(f"  {command.line}")
+
+
+def _describe_pick(report: StudyReport, pick: Pick) -> str:
+    limit = f"≤ {pick.max_loss}"
+    if pick.index is None:
+        return f"{limit}: no plan with a join loses so little"
+    point = report.front[pick.index]
+    words = [name_count(point.record.num_joins, "join"), f"{point.record.depth_reduction:.1%} less depth"]
+    words += [] if point.speedup is None else [f"{point.speedup:.3f}x"]
+    words += [f"loses {point.get_loss(report.metric):.3f}"]
+    return f"{limit}: {', '.join(words)}  {point.plan_file or ''}".rstrip()
+
+
+def _wrap(line: str, style: str) -> Text:
+    """Break prose between words; commands and paths are left to the terminal, so that they can be copied."""
+    return Text(line, style, no_wrap=False, overflow="fold")
