@@ -1,7 +1,7 @@
 """Draw the pictures of the README and the documentation as SVG: the front of a study, and a group of layers.
 
     lpsearch optimize --model smollm2-135m --budget 40 --out DIR
-    lpsearch optimize --model smollm2-135m --sampler window --budget 201 --latency off --out WINDOW_DIR
+    lpsearch optimize --model smollm2-135m --sampler window --budget 226 --latency off --out WINDOW_DIR
     python studies/readme_figures.py DIR --windows WINDOW_DIR
 
 The same study gives the same bytes. The last line is JSON: the files and the numbers drawn. The front needs matplotlib
@@ -20,7 +20,7 @@ from sqlalchemy.engine import URL
 
 from lpsearch.errors import UsageError
 from lpsearch.report import StudyReport, load_report
-from lpsearch.search import PlanRecord, StudyStore
+from lpsearch.search import JoinSpace, PlanRecord, StudyStore
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 SHARED_SETTINGS = ("num_layers", "data", "heldout", "windows", "seq_len", "dtype", "metric", "max_group")
@@ -43,11 +43,11 @@ def main() -> None:
     (arguments.out / "group.svg").write_text(draw_group(), encoding="utf-8")
     if arguments.directory is not None:
         study = read_study(arguments.directory)
-        windows = study.windows_front
+        windows = keep_complete(study)
         if arguments.windows is not None:
             window_study = read_study(arguments.windows)
             check_comparable(study, window_study)
-            windows = window_study.windows_front
+            windows = keep_complete(window_study)
         front = collect_front(study, windows, max_joins=arguments.max_joins)
         path = arguments.out / "front.svg"
         draw_front(front, study, path)
@@ -86,6 +86,15 @@ def check_comparable(study: StudyReport, other: StudyReport) -> None:
         found.append(f"the unmodified model's loss is {study.baseline.nll} and {other.baseline.nll}")
     if found:
         raise UsageError(f"{study.directory} and {other.directory} are not comparable: {'; '.join(found)}")
+
+
+def keep_complete(study: StudyReport) -> list[PlanRecord]:
+    """Return the best contiguous window of those numbers of joins of which every window was evaluated."""
+    space = JoinSpace(study.num_layers, int(study.settings["max_group"]), tuple(study.settings.get("freeze", ())))
+    runs = [range(first, stop) for first in range(study.num_layers) for stop in range(first + 1, study.num_layers)]
+    known = {record.plan.joins for record in study.records}
+    missing = {len(joins) for joins in map(space.repair, runs) if joins not in known}
+    return [record for record in study.windows_front if record.num_joins not in missing]
 
 
 def collect_front(study: StudyReport, windows: Sequence[PlanRecord], *, max_joins: int) -> list[dict[str, Any]]:
