@@ -43,12 +43,11 @@ def main() -> None:
     (arguments.out / "group.svg").write_text(draw_group(), encoding="utf-8")
     if arguments.directory is not None:
         study = read_study(arguments.directory)
-        windows = keep_complete(study)
+        studies = [study]
         if arguments.windows is not None:
-            window_study = read_study(arguments.windows)
-            check_comparable(study, window_study)
-            windows = keep_complete(window_study)
-        front = collect_front(study, windows, max_joins=arguments.max_joins)
+            studies.append(read_study(arguments.windows))
+            check_comparable(*studies)
+        front = collect_front(study, find_windows(studies), max_joins=arguments.max_joins)
         path = arguments.out / "front.svg"
         draw_front(front, study, path)
         summary |= {"baseline_nll": study.baseline.nll, "front": front}
@@ -88,13 +87,24 @@ def check_comparable(study: StudyReport, other: StudyReport) -> None:
         raise UsageError(f"{study.directory} and {other.directory} are not comparable: {'; '.join(found)}")
 
 
-def keep_complete(study: StudyReport) -> list[PlanRecord]:
-    """Return the best contiguous window of those numbers of joins of which every window was evaluated."""
-    space = JoinSpace(study.num_layers, int(study.settings["max_group"]), tuple(study.settings.get("freeze", ())))
-    runs = [range(first, stop) for first in range(study.num_layers) for stop in range(first + 1, study.num_layers)]
-    known = {record.plan.joins for record in study.records}
-    missing = {len(joins) for joins in map(space.repair, runs) if joins not in known}
-    return [record for record in study.windows_front if record.num_joins not in missing]
+def find_windows(studies: Sequence[StudyReport]) -> list[PlanRecord]:
+    """Return the best contiguous window of those numbers of joins of which every window was evaluated.
+
+    Args:
+        studies: on the same data; a window counts that any of them evaluated.
+    """
+    settings, num_layers = studies[0].settings, studies[0].num_layers
+    space = JoinSpace(num_layers, int(settings["max_group"]), tuple(settings.get("freeze", ())))
+    runs = [range(first, stop) for first in range(num_layers) for stop in range(first + 1, num_layers)]
+    windows = {space.repair(run) for run in runs} - {()}
+    tried = [record for study in studies for record in study.records if record.plan.joins in windows]
+    missing = {len(joins) for joins in windows - {record.plan.joins for record in tried}}
+    best: dict[int, PlanRecord] = {}
+    for record in sorted(tried, key=lambda record: record.get_cost(studies[0].metric)):
+        # A plan that was stopped after its first windows of text lost to another.
+        if record.proxy_tokens == studies[0].baseline.proxy_tokens and record.num_joins not in missing:
+            best.setdefault(record.num_joins, record)
+    return [best[num_joins] for num_joins in sorted(best)]
 
 
 def collect_front(study: StudyReport, windows: Sequence[PlanRecord], *, max_joins: int) -> list[dict[str, Any]]:
