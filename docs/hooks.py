@@ -145,9 +145,12 @@ def _describe_commands(app: Any, prefix: str, *, level: int) -> Iterator[str]:
         usage = [name, *(argument.metavar for argument in arguments), *(["[OPTIONS]"] if options else [])]
         yield f"{'#' * level} {name}\n\n{inspect.getdoc(command.callback)}\n\n```\n{' '.join(usage)}\n```\n"
         if parameters:
-            yield "| | default | |\n|---|---|---|"
-            yield from (f"| `{_cell(row.metavar)}` | | {_cell(row.info.help)} |" for row in arguments)
-            yield from (f"| {row.names} | {row.default} | {_cell(row.info.help)} |" for row in options)
+            has_default = any(row.default for row in options)
+            columns = ["name", "default", "meaning"] if has_default else ["name", "meaning"]
+            yield f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
+            for row in [*arguments, *options]:
+                default = f" {row.default} |" if has_default else ""
+                yield f"| {row.names} |{default} {_cell(row.info.help)} |"
             yield ""
 
 
@@ -175,7 +178,11 @@ class _Parameter:
 
     @property
     def names(self) -> str:
-        declared = self.info.param_decls or [f"--{self.parameter.name.replace('_', '-')}"]
+        if self.is_argument:
+            return f"`{self.metavar}`"
+        # The first name stands where typer takes a default outside of Annotated.
+        given = [text for text in (self.info.default, *(self.info.param_decls or ())) if isinstance(text, str)]
+        declared = given or [f"--{self.parameter.name.replace('_', '-')}"]
         names = " ".join(f"`{name}`" for text in declared for name in text.split("/"))
         [kind] = self.kinds
         if kind is bool:
@@ -183,13 +190,13 @@ class _Parameter:
         if issubclass(kind, Enum):
             return f"{names} " + ", ".join(f"`{choice.value}`" for choice in kind)
         words = {int: "N", float: "X", Path: "FILE"}
-        return f"{names} `{_cell(self.info.metavar or words.get(kind, 'TEXT'))}`"
+        return f"{names} `{self.info.metavar or words.get(kind, 'TEXT')}`"
 
     @property
     def default(self) -> str:
         default = self.parameter.default
         if default is inspect.Parameter.empty:
-            return "required"
+            return "" if self.is_argument else "required"
         return "" if default in (None, False) else f"`{getattr(default, 'value', default)}`"
 
 

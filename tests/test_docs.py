@@ -50,6 +50,11 @@ def test_every_command_is_listed_with_the_options_of_its_help(hooks: ModuleType)
         # The help of an option may name another one, of this command or of no command.
         columns = {line.split()[1] for line in done.stdout.splitlines() if re.match(r"\W{1,4}--[a-z]", line)}
         assert columns - {"--help"} <= listed
+    assert "`--staged` `--unstaged`" in sections["lpsearch optimize"]
+    assert "`--sampler` `pairset`, `evolution`" in sections["lpsearch optimize"]
+    assert "`DIR|PLAN`" in sections["lpsearch generate"]
+    assert "| `--tp` `N` | `1` |" in sections["lpsearch profile"]
+    assert "| `--prompt` `TEXT` | required |" in sections["lpsearch generate"]
 
 
 def test_every_group_of_commands_is_listed(hooks: ModuleType) -> None:
