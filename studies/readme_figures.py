@@ -47,7 +47,7 @@ def main() -> None:
         if arguments.windows is not None:
             studies.append(read_study(arguments.windows))
             check_comparable(*studies)
-        front = collect_front(study, find_windows(studies), max_joins=arguments.max_joins)
+        front = collect_front(studies, max_joins=arguments.max_joins)
         path = arguments.out / "front.svg"
         draw_front(front, study, path)
         summary |= {"baseline_nll": study.baseline.nll, "front": front}
@@ -87,7 +87,7 @@ def check_comparable(study: StudyReport, other: StudyReport) -> None:
         raise UsageError(f"{study.directory} and {other.directory} are not comparable: {'; '.join(found)}")
 
 
-def find_windows(studies: Sequence[StudyReport]) -> list[PlanRecord]:
+def find_windows(studies: Sequence[StudyReport]) -> dict[int, PlanRecord]:
     """Return the best contiguous window of those numbers of joins of which every window was evaluated.
 
     Args:
@@ -104,30 +104,34 @@ def find_windows(studies: Sequence[StudyReport]) -> list[PlanRecord]:
         # A plan that was stopped after its first windows of text lost to another.
         if record.proxy_tokens == studies[0].baseline.proxy_tokens and record.num_joins not in missing:
             best.setdefault(record.num_joins, record)
-    return [best[num_joins] for num_joins in sorted(best)]
+    return best
 
 
-def collect_front(study: StudyReport, windows: Sequence[PlanRecord], *, max_joins: int) -> list[dict[str, Any]]:
-    """Return the numbers to draw, one entry a plan of the front; None where something is not known."""
-    best_window = {record.num_joins: record for record in windows}
+def collect_front(studies: Sequence[StudyReport], *, max_joins: int) -> list[dict[str, Any]]:
+    """Return the numbers to draw, one entry a plan of the first study's front; None where something is not known.
+
+    Args:
+        studies: the search, and others on the same data in which contiguous windows were tried.
+        max_joins: most joins of a plan that is drawn.
+    """
+    metric = studies[0].metric
+    best_windows = find_windows(studies)
+    heldout = {point.record.plan: point.heldout for study in studies for point in study.front if point.heldout}
     rows = []
-    for point in study.front:
+    for point in studies[0].front:
         record = point.record
         if record.num_joins > max_joins:
             continue
-        window = best_window.get(record.num_joins)
-        rows.append(
-            {
-                "num_joins": record.num_joins,
-                "depth_reduction": record.depth_reduction,
-                "delta_nll": record.get_cost(study.metric),
-                "delta_nll_se": record.get_cost_se(study.metric) or 0.0,
-                "heldout_delta_nll": point.heldout.delta if point.heldout else None,
-                "heldout_delta_nll_se": (point.heldout.standard_error or 0.0) if point.heldout else None,
-                "window_delta_nll": window.get_cost(study.metric) if window else None,
-                "window_delta_nll_se": (window.get_cost_se(study.metric) or 0.0) if window else None,
+        row: dict[str, Any] = {"num_joins": record.num_joins, "depth_reduction": record.depth_reduction}
+        for prefix, plan_record in (("", record), ("window_", best_windows.get(record.num_joins))):
+            checked = heldout.get(plan_record.plan) if plan_record else None
+            row |= {
+                f"{prefix}delta_nll": plan_record.get_cost(metric) if plan_record else None,
+                f"{prefix}delta_nll_se": (plan_record.get_cost_se(metric) or 0.0) if plan_record else None,
+                f"{prefix}heldout_delta_nll": checked.delta if checked else None,
+                f"{prefix}heldout_delta_nll_se": (checked.standard_error or 0.0) if checked else None,
             }
-        )
+        rows.append(row)
     return rows
 
 
@@ -152,9 +156,9 @@ def draw_front(rows: Sequence[dict[str, Any]], study: StudyReport, path: Path) -
         "ytick.color": INK,
     }
     series = [
-        ("window_delta_nll", "best contiguous window (published method)", FAINT, "s", "--"),
-        ("delta_nll", "found by lpsearch, on the windows searched", ATTENTION[1], "o", "-"),
-        ("heldout_delta_nll", "the same plans, held out", MLP[1], "D", "none"),
+        ("window_heldout_delta_nll", "best contiguous window (published method), held out", FAINT, "s", "--"),
+        ("heldout_delta_nll", "found by lpsearch, held out", ATTENTION[1], "o", "-"),
+        ("delta_nll", "the same plans on the text that was searched", MLP[1], "D", "none"),
     ]
     with mpl.rc_context(style):
         figure, axes = plt.subplots(figsize=(7.4, 4.5), facecolor=PAPER, layout="constrained")
