@@ -333,7 +333,7 @@ def _build_classes(family: str) -> dict[str, type[Any]]:
                 plan: dict[str, str] = vars(self)["_tp_plan"]
                 self._tp_plan = {n: "rowwise" if s == "rowwise_split_input" else s for n, s in plan.items()}
 
-    stock_model = getattr(modeling, stock_class_name(family))
+    stock_model: Any = getattr(modeling, stock_class_name(family))
 
     class ForCausalLM(stock_model):  # type: ignore[misc]
         config_class = Config
