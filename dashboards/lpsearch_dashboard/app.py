@@ -40,6 +40,8 @@ _READ_ONLY = (
 )
 
 _BACK_LINK = (
+    # A plan's groups are one long word.
+    b"<style>body{overflow-wrap:anywhere}th,td,button{overflow-wrap:normal}</style>"
     b'<a href="/" style="position:fixed;right:16px;bottom:16px;z-index:2000;padding:6px 12px;border-radius:16px;'
     b"background:#0b5fc0;color:#fff;font:14px system-ui,sans-serif;text-decoration:none;"
     b'box-shadow:0 1px 4px rgba(0,0,0,.4)">lpsearch</a>'
@@ -128,8 +130,8 @@ def _add_back_link(app: WSGIApplication, environ: WSGIEnvironment, start_respons
         begun.append((status, headers))
         return lambda data: None
 
-    # The page is never taken from the browser's cache, since that may be of another run under the same address.
-    answer = app({**environ, "HTTP_IF_MODIFIED_SINCE": ""}, keep)
+    # A page that the browser kept may be of optuna-dashboard alone, under the same address.
+    answer = app({**environ, "HTTP_IF_MODIFIED_SINCE": "", "HTTP_IF_NONE_MATCH": ""}, keep)
     try:
         body = b"".join(answer)
     finally:
@@ -137,7 +139,8 @@ def _add_back_link(app: WSGIApplication, environ: WSGIEnvironment, start_respons
     status, headers = begun[-1]
     if body:
         body = body.replace(b"</body>", _BACK_LINK + b"</body>")
-        headers = [(name, value) for name, value in headers if name.lower() != "content-length"]
-        headers.append(("Content-Length", str(len(body))))
+        replaced = ("content-length", "etag", "last-modified")
+        headers = [(name, value) for name, value in headers if name.lower() not in replaced]
+        headers += [("Content-Length", str(len(body))), ("Cache-Control", "no-store")]
     start_response(status, headers)
     return [body]

@@ -20,14 +20,13 @@
       if (old.nodeValue !== fresh.nodeValue) old.nodeValue = fresh.nodeValue;
       return;
     }
-    if (old.isEqualNode(fresh)) return;
+    if (old.classList.contains("plot") || old.isEqualNode(fresh)) return; // page.js draws the figures
     for (const { name } of [...old.attributes]) {
       if (!OURS.includes(name) && !fresh.hasAttribute(name)) old.removeAttribute(name);
     }
     for (const { name, value } of [...fresh.attributes]) {
       if (!OURS.includes(name) && old.getAttribute(name) !== value) old.setAttribute(name, value);
     }
-    if (old.classList.contains("plot")) return; // a figure is drawn by page.js
     const kept = [...old.childNodes];
     const wanted = [...fresh.childNodes];
     wanted.forEach((node, place) => {
@@ -38,34 +37,34 @@
     kept.slice(wanted.length).forEach((node) => node.remove());
   };
   const renew = ({ state, message: text, body, data }) => {
-    if (data === null || document.querySelector("[data-chart]") === null) {
-      if (data !== null) location.reload(); // the first plan is finished: figures need their scripts
-      say(state, text);
+    const hasFigures = document.querySelector("[data-chart]") !== null;
+    if (hasFigures !== (data !== null)) { // the first plan, or a fresh study: another page
+      location.reload();
       return;
     }
-    const fresh = document.createElement("template");
-    fresh.innerHTML = body;
-    for (const name of ["header", "main"]) change(document.querySelector(name), fresh.content.querySelector(name));
-    document.dispatchEvent(new CustomEvent("lpsearch:figures", { detail: data }));
+    if (data !== null) {
+      const fresh = document.createElement("template");
+      fresh.innerHTML = body;
+      for (const name of ["header", "main"]) change(document.querySelector(name), fresh.content.querySelector(name));
+      document.dispatchEvent(new CustomEvent("lpsearch:figures", { detail: data }));
+    }
     say(state, text);
   };
 
+  const ask = () => fetch("/lpsearch/study.json", { headers: { "If-None-Match": etag }, cache: "no-store" });
   const poll = async () => {
     clearTimeout(timer);
     try {
-      const answer = await fetch("/lpsearch/study.json", { headers: { "If-None-Match": etag }, cache: "no-store" });
-      if (answer.status === 200) {
-        etag = answer.headers.get("ETag");
-        renew(await answer.json());
-      } else if (answer.status !== 304) {
-        etag = "";
-        say("lost", (await answer.json()).reason);
-      }
-    } catch {
-      etag = ""; // so that the page says what is there once the server answers again
-      say("lost", "The dashboard does not answer; start it again, and this page goes on.");
+      const answer = await ask().catch(() => null);
+      if (answer?.status === 304) return;
+      // Without a tag the next answer is whole, so that the page says again what is there.
+      etag = answer?.ok ? answer.headers.get("ETag") : "";
+      if (answer === null) say("lost", "The dashboard does not answer; start it again, and this page goes on.");
+      else if (answer.ok) renew(await answer.json());
+      else say("lost", (await answer.json()).reason);
+    } finally {
+      if (!document.hidden) timer = setTimeout(poll, POLL_MS);
     }
-    if (!document.hidden) timer = setTimeout(poll, POLL_MS);
   };
   document.addEventListener("visibilitychange", () => { if (!document.hidden) poll(); });
   timer = setTimeout(poll, POLL_MS);

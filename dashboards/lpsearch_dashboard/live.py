@@ -15,6 +15,7 @@ from lpsearch.errors import UsageError
 from lpsearch.report import StudyReport, load_report
 from lpsearch.report.html import build_parts, read_asset
 from lpsearch.search import StudyStore
+from lpsearch.search.database import find_sqlite_path
 from lpsearch.search.revision import read_revision
 
 __all__ = ["LiveStudy", "Snapshot"]
@@ -67,6 +68,8 @@ class LiveStudy:
         self._store = store
         self._directory = directory
         self._lock = threading.Lock()
+        self._database_path = find_sqlite_path(store.optuna_storage.engine.url)
+        self._inode = self._read_inode()
         self._revision = ""
         self._snapshot: Snapshot | None = None
         self._not_before = 0.0
@@ -86,6 +89,7 @@ class LiveStudy:
             began_at = time.monotonic()
             if self._snapshot is not None and began_at < self._not_before:
                 return self._snapshot
+            self._follow_database()
             revision = self._read_revision()
             if self._snapshot is None or revision != self._revision:
                 self._snapshot = self._build()
@@ -112,6 +116,23 @@ class LiveStudy:
             data=snapshot.data,
             scripts="".join(f'<script src="/lpsearch/{name}"></script>\n' for name in _list_scripts(snapshot)),
         )
+
+    def _follow_database(self) -> None:
+        """Let go of a database file that was moved aside, as ``optimize --fresh`` does, and take the one in its place.
+
+        Raises:
+            StudyError: if there is none; SQLite would make one.
+        """
+        inode = self._read_inode()
+        if inode != self._inode:
+            self._store.optuna_storage.engine.dispose()
+            self._inode = inode
+
+    def _read_inode(self) -> int | None:
+        if self._database_path is None:
+            return None
+        with self._store.translate_errors():
+            return self._database_path.stat().st_ino
 
     def _read_revision(self) -> str:
         """Return a text that changes with the study or the files of its front."""

@@ -96,7 +96,7 @@ def _save_figure(dashboard: Dashboard, study: optuna.Study, report: StudyReport)
     shown = {record.trial for record in others[:MAX_FIGURE_TRIALS]} | on_front
     records = tuple(record for record in report.records if record.trial in shown)
     figure = build_front_figure(dataclasses.replace(report, records=records))
-    figure.update_layout(title="Front: loss added against depth removed", margin_t=48)
+    figure.update_layout(title={"text": "Front of plans", "font": {"size": 16}, "x": 0.02}, margin_t=48)
     dashboard.save_plotly_graph_object(study, figure, graph_object_id=FRONT_FIGURE_ID)
 
 
