@@ -34,10 +34,7 @@ _POLICY = (
 
 _NOTE_PATH = re.compile(r"/api/studies/\d+(/\d+)?/note")
 
-_READ_ONLY = (
-    "This study belongs to lpsearch, which would not find what is changed here: under `lpsearch dashboard` only notes "
-    "can be written."
-)
+_READ_ONLY = "because only notes can be written here; the rest of the study is lpsearch's"
 
 _BACK_LINK = (
     # A plan's groups are one long word.

@@ -61,7 +61,7 @@
       etag = answer?.ok ? answer.headers.get("ETag") : "";
       if (answer === null) say("lost", "The dashboard does not answer; start it again, and this page goes on.");
       else if (answer.ok) renew(await answer.json());
-      else say("lost", (await answer.json()).reason);
+      else say("lost", (await answer.json().catch(() => ({}))).reason ?? `The dashboard failed (${answer.status}).`);
     } finally {
       if (!document.hidden) timer = setTimeout(poll, POLL_MS);
     }

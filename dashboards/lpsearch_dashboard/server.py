@@ -66,7 +66,7 @@ def build_server(store: StudyStore, directory: Path, *, port: int) -> DashboardS
         StudyError: if the study cannot be read.
     """
     study = LiveStudy(store, directory)
-    study.read()
+    study.read()  # a study that cannot be read is refused at once
     try:
         server = DashboardServer((HOST, port), _Handler)
     except OSError as error:

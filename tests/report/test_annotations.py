@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -41,7 +43,7 @@ def load_study(directory: Path) -> optuna.Study:
 
 
 def test_the_figure_is_the_present_front_and_there_is_one(make_study: MakeStudy, tmp_path: Path) -> None:
-    for budget in (25, 13, 30):
+    for budget in (13, 16):
         report = make_study(budget=budget)
         shown = annotate(report, tmp_path)["plotly_graph_objects"]
         assert [one["id"] for one in shown] == ["lpsearch-front"]
@@ -54,7 +56,7 @@ def test_a_large_study_keeps_a_small_figure(
     make_study: MakeStudy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lpsearch.report.annotations.MAX_FIGURE_TRIALS", 5)
-    report = make_study()
+    report = make_study(budget=14)
     shown = json.loads(annotate(report, tmp_path)["plotly_graph_objects"][0]["graph_object"])["data"]
     traces = {trace["name"]: trace for trace in shown}
     others = sorted(r.delta_nll for r in report.records if r.plan not in {p.record.plan for p in report.front})
@@ -72,15 +74,13 @@ def test_notes_are_of_the_present_front_and_keep_what_people_wrote(make_study: M
     noted = sorted(number for number, key in trial_ids.items() if f"dashboard:{key}:note_ver" in system)
     assert noted == sorted(point.record.trial for point in former.front)
 
-    report = make_study(budget=40)
+    report = make_study(budget=22)
     left = {point.record.trial for point in former.front} - {point.record.trial for point in report.front}
     assert left, "the front moved on"
     kept = min(left)
 
-    class Noted:  # what a person writes in the dashboard
-        storage, study, _trial_id = study._storage, load_study(tmp_path), trial_ids[kept]
-
-    optuna_dashboard.save_note(Noted, optuna_dashboard.get_note(Noted) + "\nmy own words")
+    trial = SimpleNamespace(storage=study._storage, study=study, _trial_id=trial_ids[kept])
+    optuna_dashboard.save_note(trial, optuna_dashboard.get_note(trial) + "\nmy own words")
     for _ in range(2):
         shown = annotate(report, tmp_path)
         assert shown["note"]["body"].count("look at trial 3") == 1
@@ -101,11 +101,9 @@ def test_notes_are_of_the_present_front_and_keep_what_people_wrote(make_study: M
 
 def test_plan_files_are_artifacts_once_each(make_study: MakeStudy, tmp_path: Path) -> None:
     ids: dict[str, str] = {}
-    for budget in (12, 12, 40, 8):
+    for budget in (12, 12, 18, 8):
         report = make_study(budget=budget)
         if budget == 8:  # as if the plans of most joins had been beaten
-            import dataclasses
-
             report = dataclasses.replace(report, front=report.front[:3])
         artifacts = annotate(report, tmp_path)["artifacts"]
         names = [artifact["filename"] for artifact in artifacts]
@@ -135,7 +133,7 @@ def test_other_artifacts_stay(make_study: MakeStudy, tmp_path: Path) -> None:
 
 
 def test_an_unfinished_study_has_notes_without_commands(make_study: MakeStudy, tmp_path: Path) -> None:
-    report = make_study(budget=12, files=False, heldout=False, latency=False, metric="kl", name_with_marks="a|b")
+    report = make_study(budget=12, files=False, heldout=False, latency=False, metric="kl")
     shown = annotate(report, tmp_path)
     assert "under way or was interrupted" in shown["note"]["body"]
     assert shown["artifacts"] == []
