@@ -118,8 +118,8 @@ def test_the_page_follows_the_study_and_leaves_the_reader_alone(
         page.focus("#chart-front")
         page.evaluate("window.scrollTo(0, 300)")
 
-        make_study(budget=30, files=False, heldout=False)
-        page.wait_for_function("document.getElementById('live-message').textContent.startsWith('30 plans')")
+        make_study(budget=24, files=False, heldout=False)
+        page.wait_for_selector("#live-message:has-text('24 plans')")
         page.wait_for_selector("#chart-front[data-drawn$='perplexity']")
         after = page.evaluate("document.getElementById('chart-front').data.map((trace) => trace.x.length)")
         assert sum(after) > sum(before)
@@ -133,7 +133,7 @@ def test_the_page_follows_the_study_and_leaves_the_reader_alone(
         assert page.evaluate("window.scrollY") == 300
         assert page.locator("#plan-0 .commands").count() == 0
 
-        final = make_study(budget=30)
+        final = make_study(budget=24)
         page.wait_for_selector("#live[data-state='done']")
         page.keyboard.press("ArrowRight")
         page.wait_for_selector("#plan-1 .commands", state="visible")
@@ -153,7 +153,7 @@ def test_a_page_that_waits_shows_the_first_plans(open_page: Any, make_study: Mak
         assert "is finished yet" in page.inner_text("#live")
         make_study(budget=12)
         page.wait_for_selector("#chart-front .main-svg")
-        assert page.get_attribute("#live", "data-state") == "done"
+        page.wait_for_selector("#live[data-state='done']")
 
 
 def test_a_page_whose_dashboard_ended_says_so_and_goes_on(browser: Any, make_study: MakeStudy, tmp_path: Path) -> None:
