@@ -33,7 +33,7 @@ class Snapshot:
             of the front; a search that was interrupted cannot be told from one under way.
         message: the same for people.
         title: of the page, as HTML.
-        body: ``<header>`` and ``<main>``; empty while waiting.
+        body: ``<header>`` and ``<main>``.
         data: the figures as JSON; ``null`` while waiting.
     """
 
@@ -112,7 +112,7 @@ class LiveStudy:
             etag=escape(snapshot.etag),
             message=escape(snapshot.message),
             optuna_path=self._find_optuna_path(),
-            body=snapshot.body or _WAITING.format(name=escape(self._store.study_name)),
+            body=snapshot.body,
             data=snapshot.data,
             scripts="".join(f'<script src="/lpsearch/{name}"></script>\n' for name in _list_scripts(snapshot)),
         )
@@ -147,7 +147,8 @@ class LiveStudy:
         try:
             report = load_report(self._store, self._directory)
         except UsageError as error:  # no plan is finished yet
-            return Snapshot("waiting", str(error), title, "", "null")
+            body = _WAITING.format(name=escape(self._store.study_name), reason=escape(str(error)))
+            return Snapshot("waiting", "waiting for the first plan", title, body, "null")
         parts = build_parts(report)
         state = "done" if report.is_current else "searching"
         return Snapshot(state, _describe(report), parts.title, parts.body, parts.data)
@@ -177,7 +178,10 @@ def _read_own_asset(name: str) -> str:
     return files("lpsearch_dashboard").joinpath(name).read_text(encoding="utf-8")
 
 
-_WAITING = "<header><div class='bar'><h1>{name}</h1></div></header><main id='main'></main>"
+_WAITING = (
+    "<header><div class='bar'><h1>{name}</h1></div></header>\n"
+    "<main id='main'><p class='note'>{reason}; the figures come by themselves.</p></main>"
+)
 
 _PAGE = """<!doctype html>
 <html lang="en">

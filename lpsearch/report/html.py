@@ -260,8 +260,8 @@ def _render_commands(report: StudyReport, point: FrontPoint) -> str:
     commands = list_commands(report, point)
     if not commands:
         return (
-            "<p class='note'>Its plan file is not written yet; run the same <code>lpsearch optimize</code> again "
-            "to write it.</p>"
+            "<p class='note'>Its plan file is not written yet: that comes at the end of the search, or when the same "
+            "<code>lpsearch optimize</code> is run again.</p>"
         )
     return (
         "<ul class='commands'>"

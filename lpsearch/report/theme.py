@@ -104,7 +104,14 @@ def style_figure(figure: go.Figure, theme: Theme, *, height: int) -> go.Figure:
         paper_bgcolor=theme.background,
         plot_bgcolor=theme.background,
         font={"color": theme.text, "size": 13, "family": "system-ui, sans-serif"},
-        legend={"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top", "bgcolor": "rgba(0,0,0,0)"},
+        # Measured in heights of the drawing; a low one needs more of them to clear the axis's title.
+        legend={
+            "orientation": "h",
+            "x": 0,
+            "y": -max(0.2, 64 / (height - 64)),
+            "yanchor": "top",
+            "bgcolor": "rgba(0,0,0,0)",
+        },
         hoverlabel={"bgcolor": theme.background, "bordercolor": theme.text, "font": {"color": theme.text}},
         hovermode="closest",
         dragmode=False,

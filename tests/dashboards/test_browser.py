@@ -150,7 +150,8 @@ def test_a_page_that_waits_shows_the_first_plans(open_page: Any, make_study: Mak
         store.save_settings({"num_layers": 10, "max_group": 2, "metric": "nll", "objective": "depth"})
     with serve(tmp_path) as url:
         page = open_page(url, out=tmp_path, front=[], until="#live").page
-        assert "is finished yet" in page.inner_text("#live")
+        assert "waiting for the first plan" in page.inner_text("#live")
+        assert "is finished yet" in page.inner_text("main")
         make_study(budget=12)
         page.wait_for_selector("#chart-front .main-svg")
         page.wait_for_selector("#live[data-state='done']")
