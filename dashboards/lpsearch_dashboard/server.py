@@ -17,7 +17,7 @@ from lpsearch_dashboard.live import LiveStudy
 
 __all__ = ["DashboardServer", "build_server"]
 
-logger = logging.getLogger("lpsearch.dashboard")
+logger = logging.getLogger("lpsearch.dashboard")  # below "lpsearch", whose handlers the commands set
 
 HOST = "127.0.0.1"
 
