@@ -9,6 +9,9 @@ VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_PIP := $(VLLM_BIN)/python -m pip --disable-pip-version-check --quiet
 
+# Tests run in so many processes, each of which needs about 3 GB.
+TEST_PROCESSES ?= 2
+
 .PHONY: demo docs test test-vllm lint format clean help
 .DEFAULT_GOAL := help
 
@@ -36,8 +39,9 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 demo: $(VENV)/.installed ## search SmolLM2-135M on this machine
 	$(BIN)/python -m lpsearch.optimize --model smollm2-135m --budget 40
 
+# One thread a process: more would take the other processes' cores.
 test: $(VENV)/.installed-dev ## run the tests
-	$(BIN)/python -m pytest -m "not network"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not network" --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 # The three that are removed decode pictures and sound, and are built for another torch than the one pinned.
 $(VLLM_VENV)/.installed: pyproject.toml tests/vllm/requirements.txt

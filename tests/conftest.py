@@ -1,10 +1,17 @@
-"""Fixtures that several test packages use: a tiny model directory and a text file, both made on the spot."""
+"""Fixtures that several test packages use: a tiny model directory, a text file, a study of a model, a browser."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.browsing import CHROMIUM
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,3 +55,37 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "squares.txt"
     path.write_text(" ".join(f"The square of {i} is {i * i}." for i in range(800)), encoding="utf-8")
     return path
+
+
+@pytest.fixture(
+    scope="session",
+    params=["tiny", pytest.param("smollm2-135m", marks=[pytest.mark.packaged, pytest.mark.slow])],
+)
+def searched_study(
+    request: pytest.FixtureRequest, tiny_model_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, Any]]]:
+    """Search a model that really runs, with its latency measured here; return the study's directory and its front."""
+    out = tmp_path_factory.mktemp("study") / "of a model"
+    if request.param == "tiny":
+        options = ["--model", tiny_model_dir, "--budget", 13]
+    else:
+        options = ["--model", request.param, "--budget", 14, "--freeze", "0-20"]
+    command = [
+        *(sys.executable, "-m", "lpsearch", "optimize", *options, "--data", text_file, "--out", out),
+        *("--windows", 3, "--seq-len", 24, "--dtype", "float32", "--device", "cpu", "--quiet"),
+    ]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return out, json.loads(done.stdout.splitlines()[-1])["front"]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Return a running Chromium; without one, the test is skipped."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine")
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()

@@ -311,6 +311,19 @@ def report(
 
 
 @app.command()
+def dashboard(
+    directory: Annotated[Path, typer.Argument(help="directory that optimize wrote", metavar="DIR")],
+    port: Annotated[int, typer.Option(help="port of 127.0.0.1; 0: any free one", min=0, max=65535)] = 8080,
+    storage: Annotated[str | None, typer.Option(help="database URL; default study.db in DIR", metavar="URL")] = None,
+    study: Annotated[str | None, typer.Option(help="name of the study; default: the latest")] = None,
+) -> dict[str, Any]:
+    """Serve a study, finished or not: its live figures and optuna-dashboard, until Ctrl-C."""
+    from lpsearch.commands.dashboard import dashboard as serve_dashboard
+
+    return serve_dashboard(directory, port=port, storage=storage, study=study)
+
+
+@app.command()
 def models() -> Answer:
     """List the aliases that --model takes."""
     from lpsearch.commands.models import list_models

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ from lpsearch.search import StudyStore
 if TYPE_CHECKING:
     from lpsearch.report import StudyReport
 
-__all__ = ["REPORT_NAME", "report", "try_write_report"]
+__all__ = ["REPORT_NAME", "open_existing_study", "report", "try_write_report"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,25 +48,10 @@ def report(directory: Path, *, storage: str | None, study: str | None, out: Path
 
     adopt_optuna_log()
     started = time.perf_counter()
-    if not directory.is_dir():
-        raise UsageError(f"{directory}: no such directory; give one that `lpsearch optimize` wrote")
-    path = directory / "study.db"
-    if storage is None:
-        if not path.is_file():  # opening it would make one
-            raise UsageError(
-                f"{directory}: holds no study.db; give a directory that `lpsearch optimize` wrote, or --storage URL"
-            )
-        storage = URL.create("sqlite", database=str(path.absolute())).render_as_string()
     target = directory / REPORT_NAME if out is None else out
-    if target.is_dir() or not target.parent.is_dir():
-        raise UsageError(f"{target}: not a file in a directory that exists; name another with --out")
-    with StudyStore(storage, study_name=study or "") as store:
-        held = store.list_studies()
-        if not held or (study is not None and study not in held):
-            named = f"no study {study!r}" if study is not None and held else "no study yet"
-            known = f"it holds {', '.join(map(repr, held))}" if held else "begin one with `lpsearch optimize`"
-            raise UsageError(f"{store.where}: holds {named}; {known}")
-        store.study_name = study or held[-1]
+    with open_existing_study(directory, storage=storage, study=study) as store:
+        if target.is_dir() or not target.parent.is_dir():
+            raise UsageError(f"{target}: not a file in a directory that exists; name another with --out")
         found = load_report(store, directory)
     num_bytes = write_html(found, target)
     return {
@@ -77,11 +64,47 @@ def report(directory: Path, *, storage: str | None, study: str | None, out: Path
     }
 
 
-def try_write_report(store: StudyStore, out: Path) -> StudyReport | None:
-    """Write the report of a search that ends, if any plan is finished; what fails is a warning.
+@contextmanager
+def open_existing_study(directory: Path, *, storage: str | None, study: str | None) -> Iterator[StudyStore]:
+    """Open the study of a directory to look at it; makes none, and takes no lock.
 
     Args:
-        store: the study's database, open.
+        directory: what ``optimize`` wrote.
+        storage: database URL; None takes ``study.db`` in the directory.
+        study: name of the study; None takes the latest in the database.
+
+    Yields:
+        The open store.
+
+    Raises:
+        UsageError: for a directory or database without a study.
+        StudyVersionError: for a database of another version.
+        StudyError: if the database fails.
+    """
+    if not directory.is_dir():
+        raise UsageError(f"{directory}: no such directory; give one that `lpsearch optimize` wrote")
+    path = directory / "study.db"
+    if storage is None:
+        if not path.is_file():  # opening it would make one
+            raise UsageError(
+                f"{directory}: holds no study.db; give a directory that `lpsearch optimize` wrote, or --storage URL"
+            )
+        storage = URL.create("sqlite", database=str(path.absolute())).render_as_string()
+    with StudyStore(storage, study_name=study or "") as store:
+        held = store.list_studies()
+        if not held or (study is not None and study not in held):
+            named = f"no study {study!r}" if study is not None and held else "no study yet"
+            known = f"it holds {', '.join(map(repr, held))}" if held else "begin one with `lpsearch optimize`"
+            raise UsageError(f"{store.where}: holds {named}; {known}")
+        store.study_name = study or held[-1]
+        yield store
+
+
+def try_write_report(store: StudyStore, out: Path) -> StudyReport | None:
+    """Write the report of a search that ends, and what optuna-dashboard shows of it; what fails is a warning.
+
+    Args:
+        store: the study's database, open and locked.
         out: directory of the study.
 
     Returns:
@@ -92,11 +115,26 @@ def try_write_report(store: StudyStore, out: Path) -> StudyReport | None:
 
         found = load_report(store, out)
         write_html(found, out / REPORT_NAME)
-        return found
     except UsageError as error:
         logger.info("no report: %s", error)
+        return None
     except Exception as error:
         # A report can be written again at any time; a search that is done must not fail by it.
         logger.warning("the report was not written: %s; `lpsearch report %s` tries again", error, out)
         logger.debug("while writing the report", exc_info=True)
-    return None
+        return None
+    _try_annotate(store, found, out)
+    return found
+
+
+def _try_annotate(store: StudyStore, found: StudyReport, out: Path) -> None:
+    """Write what optuna-dashboard shows of a study; what fails is a warning."""
+    try:
+        from lpsearch.report.annotations import annotate_study
+
+        annotate_study(store, found, out)
+    except ImportError as error:
+        logger.debug("nothing written for optuna-dashboard: %s; pip install 'lpsearch[dashboard]' brings it", error)
+    except Exception as error:
+        logger.warning("the front's notes for optuna-dashboard were not written: %s; run optimize again", error)
+        logger.debug("while writing for optuna-dashboard", exc_info=True)

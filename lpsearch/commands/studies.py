@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _NEEDED_BYTES = 64 << 20
 """Room for a study of some hundred trials with its windows and plan files."""
 
-_STUDY_FILES = ("study.db-wal", "study.db-shm", "study.db", "front.json", "plans", "report.html")
+_STUDY_FILES = ("study.db-wal", "study.db-shm", "study.db", "front.json", "plans", "artifacts", "report.html")
 
 RECORDED_OPTIONS = (
     "data",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -20,7 +21,7 @@ from lpsearch.report.study import FrontPoint, StudyReport, count_joins
 from lpsearch.report.tables import Table, format_loss
 from lpsearch.report.theme import map_colours
 
-__all__ = ["build_html", "write_html"]
+__all__ = ["PageParts", "build_html", "build_parts", "read_asset", "write_html"]
 
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 """What the browser may load: nothing from any network."""
@@ -37,8 +38,23 @@ _SERVE_NOTE = (
 )
 
 
-def build_html(report: StudyReport) -> str:
-    """Build the whole page.
+@dataclass(frozen=True)
+class PageParts:
+    """What changes from study to study on the page.
+
+    Attributes:
+        title: of the page, as HTML.
+        body: ``<header>`` and ``<main>``.
+        data: the figures, as the JSON that ``page.js`` draws.
+    """
+
+    title: str
+    body: str
+    data: str
+
+
+def build_parts(report: StudyReport) -> PageParts:
+    """Build what the page shows of a study; the rest of the page is the same for all.
 
     Args:
         report: the study.
@@ -64,15 +80,29 @@ def build_html(report: StudyReport) -> str:
             "</main>",
         ]
     )
-    return _PAGE.format(
+    return PageParts(
         title=escape(f"{report.name}: layer parallelism"),
-        policy=_POLICY,
-        style=_read_asset("page.css"),
         body=body,
         # "</" would end the element that holds the data
         data=json.dumps(data, allow_nan=False, separators=(",", ":")).replace("</", "<\\/"),
+    )
+
+
+def build_html(report: StudyReport) -> str:
+    """Build the whole page as one file.
+
+    Args:
+        report: the study.
+    """
+    parts = build_parts(report)
+    return _PAGE.format(
+        title=parts.title,
+        policy=_POLICY,
+        style=read_asset("page.css"),
+        body=parts.body,
+        data=parts.data,
         plotly=get_plotlyjs().replace("</script", "<\\/script"),
-        script=_read_asset("page.js"),
+        script=read_asset("page.js"),
     )
 
 
@@ -220,15 +250,18 @@ def _render_plan(report: StudyReport, index: int, point: FrontPoint) -> str:
         "layers together": describe_groups(record.plan),
     }
     items = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in rows.items() if value)
-    return f"<article id='plan-{index}' data-plan='{index}'><dl>{items}</dl>{_render_commands(report, point)}</article>"
+    return (
+        f"<article id='plan-{index}' data-plan='{index}' data-trial='{record.trial}'><dl>{items}</dl>"
+        f"{_render_commands(report, point)}</article>"
+    )
 
 
 def _render_commands(report: StudyReport, point: FrontPoint) -> str:
     commands = list_commands(report, point)
     if not commands:
         return (
-            "<p class='note'>Its plan file is not written yet; run the same <code>lpsearch optimize</code> again "
-            "to write it.</p>"
+            "<p class='note'>Its plan file is not written yet: that comes at the end of the search, or when the same "
+            "<code>lpsearch optimize</code> is run again.</p>"
         )
     return (
         "<ul class='commands'>"
@@ -351,5 +384,6 @@ def _render_table(table: Table) -> str:
     )
 
 
-def _read_asset(name: str) -> str:
+def read_asset(name: str) -> str:
+    """Return the text of ``page.css`` or ``page.js``."""
     return files("lpsearch.report").joinpath(name).read_text(encoding="utf-8")

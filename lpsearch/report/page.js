@@ -1,12 +1,21 @@
 "use strict";
 (() => {
-  const data = JSON.parse(document.getElementById("data").textContent);
-  const plans = [...document.querySelectorAll("[data-plan]")];
+  let data = JSON.parse(document.getElementById("data").textContent);
+  let plans = [];
+  let charts = [];
   const config = {
     displaylogo: false, responsive: true, scrollZoom: false, doubleClick: false, doubleClickDelay: 1,
     modeBarButtons: [["toImage"]], toImageButtonOptions: { scale: 2 },
   };
   let chosen = 0;
+  let isPicked = true; // the chosen plan is the page's own pick, not the reader's
+  const collect = () => {
+    plans = [...document.querySelectorAll("[data-plan]")];
+    charts = [...document.querySelectorAll("[data-chart]")].map((element) => ({
+      element, name: element.dataset.chart, plot: element.querySelector(".plot"),
+    }));
+    document.querySelectorAll("button[hidden], .controls[hidden]").forEach((element) => { element.hidden = false; });
+  };
 
   // ---- Colours: figures carry the light ones, and every one of these has a dark one ----
   const system = matchMedia("(prefers-color-scheme: dark)");
@@ -28,9 +37,6 @@
     if ("list" in value) return data.lists[value.list].slice();
     return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, resolve(item)]));
   };
-  const charts = [...document.querySelectorAll("[data-chart]")].map((element) => ({
-    element, name: element.dataset.chart, plot: element.querySelector(".plot"),
-  }));
   const getKey = (chart) => [...chart.element.querySelectorAll("[data-choice]")].map((select) => select.value).join(" ");
   const draw = (chart) => {
     const key = getKey(chart);
@@ -39,6 +45,7 @@
     if (chart.name === "layers") {
       chart.plot.style.minWidth = `${figure.data[0].x.length * 9 + 80}px`;
     }
+    figure.layout.uirevision = key; // newer data leave what the reader did to the figure
     if (chart.name === "front" && document.getElementById("all-losses").checked) {
       figure.layout.yaxis.autorange = true;
       delete figure.layout.yaxis.range;
@@ -77,6 +84,14 @@
     ring();
     if (move) document.getElementById("front").scrollIntoView({ block: "start" });
   };
+  const chooseByHand = (index, move) => {
+    isPicked = false;
+    choose(index, move);
+  };
+  const pick = () => {
+    const button = document.querySelector("[data-pick='balanced'] [data-show], [data-pick] [data-show]");
+    choose(button ? Number(button.dataset.show) : Math.min(1, plans.length - 1));
+  };
   // Points of other trials may lie over one of the front, which a click is meant for.
   const findNearest = ({ clientX, clientY }) => {
     const { left, top } = frontPlot.getBoundingClientRect();
@@ -96,12 +111,12 @@
   const listen = () => {
     frontPlot.on("plotly_click", (event) => {
       const hit = findNearest(event.event);
-      if (hit >= 0) choose(hit);
+      if (hit >= 0) chooseByHand(hit);
     });
-    document.getElementById("chart-layers").on("plotly_click", (event) => choose(event.points[0].pointNumber[0]));
+    document.getElementById("chart-layers").on("plotly_click", (event) => chooseByHand(event.points[0].pointNumber[0]));
     frontPlot.addEventListener("keydown", (event) => {
       const step = { ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1 }[event.key];
-      if (step) { event.preventDefault(); choose(chosen + step); }
+      if (step) { event.preventDefault(); chooseByHand(chosen + step); }
     });
   };
 
@@ -130,20 +145,31 @@
   document.addEventListener("click", (event) => {
     const button = event.target.closest("button");
     if (button?.classList.contains("copy")) copy(button);
-    if (button?.dataset.show) choose(Number(button.dataset.show), true);
+    if (button?.dataset.show) chooseByHand(Number(button.dataset.show), true);
   });
-  document.querySelectorAll("[data-choice], #all-losses").forEach((control) => control.addEventListener("change", () => {
-    draw(charts.find((chart) => chart.element.contains(control)));
-  }));
-  document.querySelectorAll("button[hidden], .controls[hidden]").forEach((element) => { element.hidden = false; });
+  document.addEventListener("change", (event) => {
+    if (!event.target.matches("[data-choice], #all-losses")) return;
+    draw(charts.find((chart) => chart.element.contains(event.target)));
+  });
   system.addEventListener("change", redraw);
 
   try {
     const kept = localStorage.getItem("lpsearch-theme");
     if (kept === "light" || kept === "dark") root.dataset.theme = kept;
   } catch { /* a file may have no storage */ }
+  collect();
   redraw();
   listen();
-  const pick = document.querySelector("[data-pick='balanced'] [data-show], [data-pick] [data-show]");
-  choose(pick ? Number(pick.dataset.show) : Math.min(1, plans.length - 1));
+  pick();
+
+  // ---- A page that is served live changes its body, then hands over the new figures ----
+  document.addEventListener("lpsearch:figures", (event) => {
+    const trial = plans[chosen]?.dataset.trial;
+    data = event.detail;
+    collect();
+    const place = plans.findIndex((plan) => plan.dataset.trial === trial);
+    chosen = place < 0 ? Math.min(chosen, plans.length - 1) : place;
+    redraw();
+    if (isPicked) pick(); else choose(chosen);
+  });
 })();

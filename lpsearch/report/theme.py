@@ -104,7 +104,14 @@ def style_figure(figure: go.Figure, theme: Theme, *, height: int) -> go.Figure:
         paper_bgcolor=theme.background,
         plot_bgcolor=theme.background,
         font={"color": theme.text, "size": 13, "family": "system-ui, sans-serif"},
-        legend={"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top", "bgcolor": "rgba(0,0,0,0)"},
+        # In heights of the drawing, of which a low one needs more to clear the title of its axis.
+        legend={
+            "orientation": "h",
+            "x": 0,
+            "y": -0.2 if height > 340 else -80 / (height - 112),
+            "yanchor": "top",
+            "bgcolor": "rgba(0,0,0,0)",
+        },
         hoverlabel={"bgcolor": theme.background, "bordercolor": theme.text, "font": {"color": theme.text}},
         hovermode="closest",
         dragmode=False,

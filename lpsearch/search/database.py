@@ -46,6 +46,8 @@ __all__ = [
     "open_optuna_storage",
     "optuna_params_table",
     "optuna_studies_table",
+    "optuna_study_attributes_table",
+    "optuna_trials_table",
     "parse_storage_url",
     "plans_table",
     "studies_table",
@@ -68,6 +70,12 @@ optuna_studies_table: Table = OptunaModel.metadata.tables["studies"]
 
 optuna_params_table: Table = OptunaModel.metadata.tables["trial_params"]
 """Optuna's table of parameters, since its interface writes each in a transaction of its own."""
+
+optuna_study_attributes_table: Table = OptunaModel.metadata.tables["study_system_attributes"]
+"""Optuna's table of a study's system attributes, since its interface cannot delete one."""
+
+optuna_trials_table: Table = OptunaModel.metadata.tables["trials"]
+"""Optuna's table of trials, since its interface reads each of them to count them."""
 
 
 def _table(name: str, *columns: Any) -> Table:

@@ -159,6 +159,13 @@ class StudyStore:
         self._study_id = None
         return aside if changed else None
 
+    def delete_study_attribute(self, key: str) -> None:
+        """Delete a system attribute of the Optuna study, if it has it."""
+        own, studies = db.optuna_study_attributes_table, db.optuna_studies_table
+        study_id = select(studies.c.study_id).where(studies.c.study_name == self.study_name).scalar_subquery()
+        with self._transaction() as connection:
+            connection.execute(delete(own).where(own.c.study_id == study_id, own.c.key == key))
+
     def record_params(
         self, trial_id: int, params: Mapping[str, Any], distributions: Mapping[str, BaseDistribution]
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,48 +71,50 @@ def write_front_files(directory: Path, plans: list[Plan], **fields: Any) -> None
     write_json({"schema_version": 1, "front": points, **fields}, directory / "front.json")
 
 
+def search_formula(
+    directory: Path,
+    *,
+    sampler: str = "pairset",
+    budget: int = 30,
+    metric: str = "nll",
+    objective: str = "depth",
+    latency: bool = True,
+    heldout: bool = True,
+    files: bool = True,
+    evaluator: SyntheticEvaluator | None = None,
+    **settings: Any,
+) -> StudyReport:
+    """Run a study in a directory, or go on with the one there, and read what a report shows of it."""
+    evaluator = evaluator or SyntheticEvaluator(NUM_LAYERS, num_windows=8)
+    with StudyStore(f"sqlite:///{directory / 'study.db'}", study_name="demo") as store:
+        store.save_settings({"model": "m", "data": "a text.txt", "windows": 8, "seq_len": 64, **settings})
+        profile = build_profile() if latency else None
+        if profile is not None:
+            store.save_latency_profile(profile.model_dump(mode="json"))
+        from lpsearch.latency.model import LatencyModel
+
+        result = run_study(
+            evaluator=evaluator,
+            space=JoinSpace(NUM_LAYERS),
+            budget=budget,
+            store=store,
+            sampler=sampler,
+            metric=metric,
+            objective=objective,
+            estimate_latency_ms=None if profile is None else LatencyModel(profile).estimate_latency_ms,
+        )
+        front = build_front(load_records(store), metric=metric, objective=objective)
+        assert [record.plan for record in front] == [record.plan for record in result.front]
+        if heldout:
+            unseen = SyntheticEvaluator(NUM_LAYERS, num_windows=5)
+            for record in front:
+                evaluate_stored_plan(store, unseen, record.plan, split="heldout")
+        if files:
+            write_front_files(directory, [record.plan for record in front], trials=len(result.records), exact=False)
+        return load_report(store, directory)
+
+
 @pytest.fixture
 def make_study(tmp_path: Path) -> MakeStudy:
-    """Return a function that runs a study and reads what a report shows of it."""
-
-    def make(
-        *,
-        sampler: str = "pairset",
-        budget: int = 30,
-        metric: str = "nll",
-        objective: str = "depth",
-        latency: bool = True,
-        heldout: bool = True,
-        files: bool = True,
-        evaluator: SyntheticEvaluator | None = None,
-        **settings: Any,
-    ) -> StudyReport:
-        evaluator = evaluator or SyntheticEvaluator(NUM_LAYERS, num_windows=8)
-        with StudyStore(f"sqlite:///{tmp_path / 'study.db'}", study_name="demo") as store:
-            store.save_settings({"model": "m", "data": "a text.txt", "windows": 8, "seq_len": 64, **settings})
-            profile = build_profile() if latency else None
-            if profile is not None:
-                store.save_latency_profile(profile.model_dump(mode="json"))
-            from lpsearch.latency.model import LatencyModel
-
-            result = run_study(
-                evaluator=evaluator,
-                space=JoinSpace(NUM_LAYERS),
-                budget=budget,
-                store=store,
-                sampler=sampler,
-                metric=metric,
-                objective=objective,
-                estimate_latency_ms=None if profile is None else LatencyModel(profile).estimate_latency_ms,
-            )
-            front = build_front(load_records(store), metric=metric, objective=objective)
-            assert [record.plan for record in front] == [record.plan for record in result.front]
-            if heldout:
-                unseen = SyntheticEvaluator(NUM_LAYERS, num_windows=5)
-                for record in front:
-                    evaluate_stored_plan(store, unseen, record.plan, split="heldout")
-            if files:
-                write_front_files(tmp_path, [record.plan for record in front], trials=len(result.records), exact=False)
-            return load_report(store, tmp_path)
-
-    return make
+    """Return a function that runs a study in ``tmp_path`` and reads what a report shows of it."""
+    return functools.partial(search_formula, tmp_path)

@@ -1,0 +1,143 @@
+"""The WSGI application: the live page, its parts, and optuna-dashboard for every other address."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import optuna_dashboard
+from optuna.artifacts import FileSystemArtifactStore
+from plotly.offline import get_plotlyjs
+
+from lpsearch.errors import LpsearchError
+from lpsearch.report.annotations import ARTIFACTS_NAME
+from lpsearch.report.html import read_asset
+from lpsearch_dashboard.live import LiveStudy
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+__all__ = ["build_app"]
+
+_LOCAL_NAMES = {"127.0.0.1", "localhost"}
+
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'; "
+    "frame-ancestors 'none'"
+)
+"""What the browser may load for the live page."""
+
+_NOTE_PATH = re.compile(r"/api/studies/\d+(/\d+)?/note")
+
+_READ_ONLY = "because only notes can be written here; the rest of the study is lpsearch's"
+
+_BACK_LINK = (
+    # A plan's groups are one long word.
+    b"<style>body{overflow-wrap:anywhere}th,td,button{overflow-wrap:normal}</style>"
+    b'<a href="/" style="position:fixed;right:16px;bottom:16px;z-index:2000;padding:6px 12px;border-radius:16px;'
+    b"background:#0b5fc0;color:#fff;font:14px system-ui,sans-serif;text-decoration:none;"
+    b'box-shadow:0 1px 4px rgba(0,0,0,.4)">lpsearch</a>'
+)
+
+_Answer = tuple[str, str, bytes, dict[str, str]]
+"""Status, content type, body and further headers."""
+
+
+def build_app(study: LiveStudy, directory: Path) -> WSGIApplication:
+    """Build the application.
+
+    Requests that do not come to this machine by one of its own names are refused, so that a page elsewhere cannot reach
+    the study through its reader's browser (DNS rebinding).
+
+    Args:
+        study: what is shown.
+        directory: its directory, with the plan files as artifacts.
+    """
+    optuna_app: WSGIApplication = optuna_dashboard.wsgi(
+        study.store.optuna_storage, artifact_store=FileSystemArtifactStore(directory / ARTIFACTS_NAME)
+    )
+    scripts: dict[str, Callable[[], str]] = {
+        "/lpsearch/plotly.js": get_plotlyjs,
+        "/lpsearch/page.js": lambda: read_asset("page.js"),
+        "/lpsearch/live.js": lambda: files("lpsearch_dashboard").joinpath("live.js").read_text(encoding="utf-8"),
+    }
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        path, method = environ.get("PATH_INFO") or "/", environ["REQUEST_METHOD"]
+        if not _is_local(environ):
+            answer = _refuse("Open this dashboard as 127.0.0.1 or localhost.")
+        elif path in ("/", "/lpsearch/study.json"):
+            answer = _answer_live(study, path, environ)
+        elif path in scripts:
+            answer = ("200 OK", "text/javascript; charset=utf-8", scripts[path]().encode(), {})
+        elif method not in ("GET", "HEAD") and not (method == "PUT" and _NOTE_PATH.fullmatch(path.rstrip("/"))):
+            answer = _refuse(_READ_ONLY)
+        elif path == "/dashboard" or path.startswith("/dashboard/"):
+            return _add_back_link(optuna_app, environ, start_response)
+        else:
+            return optuna_app(environ, start_response)
+        status, content_type, body, headers = answer
+        length = {"Content-Type": content_type, "Content-Length": str(len(body))}
+        start_response(status, [*length.items(), ("X-Content-Type-Options", "nosniff"), *headers.items()])
+        return [b"" if method == "HEAD" else body]
+
+    return app
+
+
+def _answer_live(study: LiveStudy, path: str, environ: WSGIEnvironment) -> _Answer:
+    headers = {"Cache-Control": "no-store"}
+    try:
+        if path == "/":
+            page = study.render_page().encode()
+            return "200 OK", "text/html; charset=utf-8", page, {**headers, "Content-Security-Policy": _POLICY}
+        snapshot = study.read()
+    except LpsearchError as error:
+        return _build_json("503 Service Unavailable", {"reason": str(error)}, headers)
+    headers["ETag"] = snapshot.etag
+    if environ.get("HTTP_IF_NONE_MATCH") == snapshot.etag:
+        return "304 Not Modified", "application/json", b"", headers
+    return "200 OK", "application/json", snapshot.to_json().encode(), headers
+
+
+def _is_local(environ: WSGIEnvironment) -> bool:
+    """Say whether a request names this machine, and was not sent by a page from elsewhere."""
+    host = urlsplit(f"//{environ.get('HTTP_HOST', '')}").hostname
+    origin = environ.get("HTTP_ORIGIN")
+    return host in _LOCAL_NAMES and (origin is None or urlsplit(origin).hostname in _LOCAL_NAMES)
+
+
+def _refuse(reason: str) -> _Answer:
+    return _build_json("403 Forbidden", {"reason": reason}, {})
+
+
+def _build_json(status: str, document: dict[str, Any], headers: dict[str, str]) -> _Answer:
+    return status, "application/json", json.dumps(document).encode(), headers
+
+
+def _add_back_link(app: WSGIApplication, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    """Answer with optuna-dashboard's page and a link to the live page on it."""
+    begun: list[tuple[str, list[tuple[str, str]]]] = []
+
+    def keep(status: str, headers: list[tuple[str, str]], exc_info: object = None) -> Callable[[bytes], object]:
+        begun.append((status, headers))
+        return lambda data: None
+
+    # A page that the browser kept may be of optuna-dashboard alone, under the same address.
+    answer = app({**environ, "HTTP_IF_MODIFIED_SINCE": "", "HTTP_IF_NONE_MATCH": ""}, keep)
+    try:
+        body = b"".join(answer)
+    finally:
+        getattr(answer, "close", lambda: None)()
+    status, headers = begun[-1]
+    if body:
+        body = body.replace(b"</body>", _BACK_LINK + b"</body>")
+        replaced = ("content-length", "etag", "last-modified")
+        headers = [(name, value) for name, value in headers if name.lower() not in replaced]
+        headers += [("Content-Length", str(len(body))), ("Cache-Control", "no-store")]
+    start_response(status, headers)
+    return [body]

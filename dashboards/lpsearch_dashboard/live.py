@@ -1,0 +1,204 @@
+"""The study as the live page shows it: read again when it changed, at a bounded share of the machine's time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from dataclasses import dataclass
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+from lpsearch.errors import UsageError
+from lpsearch.report import StudyReport, load_report
+from lpsearch.report.html import build_parts, read_asset
+from lpsearch.search import StudyStore
+from lpsearch.search.database import find_sqlite_path
+from lpsearch.search.revision import read_revision
+
+__all__ = ["LiveStudy", "Snapshot"]
+
+MAX_BUSY_SHARE = 0.1
+"""Share of one core that building the page may take: the machine is there for the search."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What there is to show of a study at one time.
+
+    Attributes:
+        state: ``waiting`` before the first plan is finished, ``searching``, or ``done`` once the plan files are those
+            of the front; a search that was interrupted cannot be told from one under way.
+        message: the same for people.
+        title: of the page, as HTML.
+        body: ``<header>`` and ``<main>``.
+        data: the figures as JSON; ``null`` while waiting.
+    """
+
+    state: str
+    message: str
+    title: str
+    body: str
+    data: str
+
+    @property
+    def etag(self) -> str:
+        """Return the HTTP entity tag of what is shown."""
+        content = "\0".join((self.state, self.message, self.body, self.data))
+        return f'"{hashlib.sha256(content.encode()).hexdigest()[:32]}"'
+
+    def to_json(self) -> str:
+        """Return what the page needs to renew itself."""
+        fields = json.dumps({"state": self.state, "message": self.message, "body": self.body})
+        return f'{fields[:-1]}, "data": {self.data}}}'
+
+
+class LiveStudy:
+    """A study that others may be writing; safe for several threads.
+
+    Args:
+        store: its database; nothing is written to it.
+        directory: its directory.
+    """
+
+    def __init__(self, store: StudyStore, directory: Path) -> None:
+        """Begin with nothing read."""
+        self._store = store
+        self._directory = directory
+        self._lock = threading.Lock()
+        self._database_path = find_sqlite_path(store.optuna_storage.engine.url)
+        self._inode = self._read_inode()
+        self._revision = ""
+        self._snapshot: Snapshot | None = None
+        self._not_before = 0.0
+
+    @property
+    def store(self) -> StudyStore:
+        """Its database."""
+        return self._store
+
+    def read(self) -> Snapshot:
+        """Return what there is to show now, or was a moment ago.
+
+        Raises:
+            StudyError: if the study cannot be read.
+        """
+        with self._lock:
+            began_at = time.monotonic()
+            if self._snapshot is not None and began_at < self._not_before:
+                return self._snapshot
+            self._follow_database()
+            revision = self._read_revision()
+            if self._snapshot is None or revision != self._revision:
+                self._snapshot = self._build()
+                self._revision = revision
+                duration_s = time.monotonic() - began_at
+                self._not_before = began_at + duration_s / MAX_BUSY_SHARE
+            return self._snapshot
+
+    def render_page(self) -> str:
+        """Return the whole page as it is now.
+
+        Raises:
+            StudyError: if the study cannot be read.
+        """
+        snapshot = self.read()
+        return _PAGE.format(
+            title=snapshot.title,
+            style=read_asset("page.css") + _read_own_asset("live.css"),
+            state=snapshot.state,
+            etag=escape(snapshot.etag),
+            message=escape(snapshot.message),
+            optuna_path=self._find_optuna_path(),
+            body=snapshot.body,
+            data=snapshot.data,
+            scripts="".join(f'<script src="/lpsearch/{name}"></script>\n' for name in _list_scripts(snapshot)),
+        )
+
+    def _follow_database(self) -> None:
+        """Let go of a database file that was moved aside, as ``optimize --fresh`` does, and take the one in its place.
+
+        Raises:
+            StudyError: if there is none; SQLite would make one.
+        """
+        inode = self._read_inode()
+        if inode != self._inode:
+            self._store.optuna_storage.engine.dispose()
+            self._inode = inode
+
+    def _read_inode(self) -> int | None:
+        if self._database_path is None:
+            return None
+        with self._store.translate_errors():
+            return self._database_path.stat().st_ino
+
+    def _read_revision(self) -> str:
+        """Return a text that changes with the study or the files of its front."""
+        try:
+            status = (self._directory / "front.json").stat()
+        except FileNotFoundError:
+            return read_revision(self._store)
+        return f"{read_revision(self._store)} {status.st_ino} {status.st_mtime_ns} {status.st_size}"
+
+    def _build(self) -> Snapshot:
+        title = escape(f"{self._store.study_name}: layer parallelism")
+        try:
+            report = load_report(self._store, self._directory)
+        except UsageError as error:  # no plan is finished yet
+            body = _WAITING.format(name=escape(self._store.study_name), reason=escape(str(error)))
+            return Snapshot("waiting", "waiting for the first plan", title, body, "null")
+        parts = build_parts(report)
+        state = "done" if report.is_current else "searching"
+        return Snapshot(state, _describe(report), parts.title, parts.body, parts.data)
+
+    def _find_optuna_path(self) -> str:
+        """Return where optuna-dashboard shows the study; its list of studies where Optuna does not have it yet."""
+        with self._store.translate_errors():
+            try:
+                study_id = self._store.optuna_storage.get_study_id_from_name(self._store.study_name)
+            except KeyError:
+                return "/dashboard"
+        return f"/dashboard/studies/{study_id}"
+
+
+def _describe(report: StudyReport) -> str:
+    plans = f"{len(report.records)} plan" + "s" * (len(report.records) != 1)
+    if report.is_current:
+        return f"{plans}; the search is done, and its plan files are written"
+    return f"{plans} so far; this page follows the search"
+
+
+def _list_scripts(snapshot: Snapshot) -> tuple[str, ...]:
+    return ("live.js",) if snapshot.state == "waiting" else ("plotly.js", "page.js", "live.js")
+
+
+def _read_own_asset(name: str) -> str:
+    return files("lpsearch_dashboard").joinpath(name).read_text(encoding="utf-8")
+
+
+_WAITING = (
+    "<header><div class='bar'><h1>{name}</h1></div></header>\n"
+    "<main id='main'><p class='note'>{reason}; the figures come by themselves.</p></main>"
+)
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<a class="skip" href="#main">Skip to the report</a>
+<div id="live" data-state="{state}" data-etag="{etag}"><p role="status"><span class="dot"></span>\
+<span id="live-message">{message}</span></p><a href="{optuna_path}">Optuna dashboard</a></div>
+{body}
+<script type="application/json" id="data">{data}</script>
+{scripts}</body>
+</html>
+"""

@@ -1,0 +1,67 @@
+"""``lpsearch dashboard``: the live page and optuna-dashboard of a study under one address of this machine."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from lpsearch.commands.console import adopt_optuna_log
+from lpsearch.commands.report import open_existing_study
+from lpsearch.errors import UsageError
+
+__all__ = ["dashboard"]
+
+logger = logging.getLogger(__name__)
+
+ENTRY_POINT_GROUP = "lpsearch.dashboard"
+"""Where what serves a study is found: nothing in this package imports it."""
+
+
+def dashboard(directory: Path, *, port: int, storage: str | None, study: str | None) -> dict[str, Any]:
+    """Serve a study, finished or not, until the process is interrupted.
+
+    Args:
+        directory: what ``optimize`` wrote.
+        port: port of 127.0.0.1; 0 takes any free one.
+        storage: database URL; None takes ``study.db`` in the directory.
+        study: name of the study; None takes the latest in the database.
+
+    Returns:
+        ``url``, ``study`` and ``seconds``.
+
+    Raises:
+        UsageError: for a directory or database without a study, a port that is in use, or a missing extra.
+        StudyVersionError: for a study of another version.
+        StudyError: if the database fails.
+    """
+    adopt_optuna_log()
+    with open_existing_study(directory, storage=storage, study=study) as store:
+        build_server = _load_server()
+        started = time.perf_counter()
+        with build_server(store, directory, port=port) as server:
+            logger.info("%s is shown at %s ; end with Ctrl-C", store.study_name, server.url)
+            with suppress(KeyboardInterrupt):  # the way to end it, so nothing was cut short
+                server.serve_forever(poll_interval=0.2)
+        return {"url": server.url, "study": store.study_name, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def _load_server() -> Callable[..., Any]:
+    """Load the function that builds the server.
+
+    Raises:
+        UsageError: if what it needs is not installed.
+    """
+    missing = "its installation has no such part"
+    for entry_point in entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            loaded: Callable[..., Any] = entry_point.load()
+        except ImportError as error:
+            missing = str(error)
+        else:
+            return loaded
+    raise UsageError(f"the dashboard of lpsearch is not installed ({missing}); run pip install 'lpsearch[dashboard]'")

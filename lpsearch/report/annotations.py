@@ -1,0 +1,210 @@
+"""What optuna-dashboard shows of a study besides its trials: the front as a figure, notes, and the plan files.
+
+All of it lies in the study's system attributes and in ``artifacts/`` beside its plan files, so that it is there however
+optuna-dashboard is started. Metric names are set where the study is opened (:mod:`lpsearch.search.opening`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import optuna
+import plotly.graph_objects as go
+from optuna.artifacts import FileSystemArtifactStore, upload_artifact
+from optuna.storages import BaseStorage
+
+from lpsearch.report.advice import list_commands
+from lpsearch.report.figures import build_front_figure, describe_groups
+from lpsearch.report.study import FrontPoint, StudyReport, count_joins
+from lpsearch.report.tables import Table, build_front_table, format_loss
+from lpsearch.search import StudyStore
+
+__all__ = ["ARTIFACTS_NAME", "FRONT_FIGURE_ID", "annotate_study"]
+
+ARTIFACTS_NAME = "artifacts"
+"""Directory of the plan files as optuna-dashboard reads them, in the study's directory."""
+
+FRONT_FIGURE_ID = "lpsearch-front"
+"""Id of the front's figure, by which a later one replaces it."""
+
+MAX_FIGURE_TRIALS = 300
+"""Trials behind the front; optuna-dashboard stores a figure in pieces of 2 KB, each in a transaction of its own."""
+
+_OWN_END = "*lpsearch renews the text above this line and keeps what is written below it.*"
+_NOTED_TRIALS = "lpsearch:noted_trials"
+"""System attribute of the study: the trials whose notes are of a front."""
+
+_PLAN_FILE_NAME = re.compile(r"joins-\d+(-trial-\d+)?\.json")
+
+
+class Dashboard(Protocol):
+    """The functions of ``optuna_dashboard`` that are used."""
+
+    def save_note(self, study_or_trial: Any, body: str) -> None:
+        """Replace a note."""
+
+    def get_note(self, study_or_trial: Any) -> str:
+        """Return a note; empty where there is none."""
+
+    def save_plotly_graph_object(self, study: optuna.Study, figure: go.Figure, *, graph_object_id: str) -> str:
+        """Replace a figure."""
+
+
+@dataclass(frozen=True)
+class _FinishedTrial:
+    """What the notes' functions read of a trial; Optuna makes its own ``Trial`` for running ones only."""
+
+    storage: BaseStorage
+    study: optuna.Study
+    _trial_id: int
+
+
+def annotate_study(store: StudyStore, report: StudyReport, directory: Path) -> None:
+    """Bring what optuna-dashboard shows of a study up to its present front.
+
+    Notes that people wrote stay: in a note that both wrote, what stands below lpsearch's text.
+
+    Args:
+        store: its database, whose lock the caller holds.
+        report: the study.
+        directory: its directory; the plan files are copied into ``artifacts/`` there.
+
+    Raises:
+        ImportError: if optuna-dashboard is not installed.
+        StudyError: if the database fails.
+        OSError: if a plan file cannot be copied.
+    """
+    import optuna_dashboard
+
+    with store.translate_errors():
+        study = optuna.load_study(study_name=store.study_name, storage=store.optuna_storage)
+        _save_figure(optuna_dashboard, study, report)
+        _save_notes(optuna_dashboard, store, study, report)
+        _save_plan_files(store, study, report, directory)
+
+
+def _save_figure(dashboard: Dashboard, study: optuna.Study, report: StudyReport) -> None:
+    on_front = {point.record.trial for point in report.front}
+    others = [record for record in report.records if record.trial not in on_front]
+    others.sort(key=lambda record: record.get_cost(report.metric))
+    shown = {record.trial for record in others[:MAX_FIGURE_TRIALS]} | on_front
+    records = tuple(record for record in report.records if record.trial in shown)
+    figure = build_front_figure(dataclasses.replace(report, records=records))
+    figure.update_layout(title={"text": "Front of plans", "font": {"size": 16}, "x": 0.02}, margin_t=48)
+    dashboard.save_plotly_graph_object(study, figure, graph_object_id=FRONT_FIGURE_ID)
+
+
+# ---- Notes -----------------------------------------------------------------------------------------------------------
+
+
+def _save_notes(dashboard: Dashboard, store: StudyStore, study: optuna.Study, report: StudyReport) -> None:
+    _save_note(dashboard, study, _describe_study(report))
+    storage = store.optuna_storage
+    trial_ids = {trial.number: trial._trial_id for trial in study.get_trials(deepcopy=False)}
+    points = {point.record.trial: point for point in report.front}
+    noted = storage.get_study_system_attrs(study._study_id).get(_NOTED_TRIALS, [])
+    # Written first: a run that ends in between leaves a trial in the list without a note, and not the reverse.
+    storage.set_study_system_attr(study._study_id, _NOTED_TRIALS, sorted({*noted, *points}))
+    for number in sorted({*noted, *points}):
+        text = _describe_point(report, points[number]) if number in points else ""
+        _save_note(dashboard, _FinishedTrial(storage, study, trial_ids[number]), text)
+    storage.set_study_system_attr(study._study_id, _NOTED_TRIALS, sorted(points))
+
+
+def _save_note(dashboard: Dashboard, subject: optuna.Study | _FinishedTrial, text: str) -> None:
+    """Put a text in the place of lpsearch's former one, and keep what people wrote.
+
+    Args:
+        dashboard: reads and writes notes.
+        subject: what the note is of.
+        text: Markdown; empty removes the former one.
+    """
+    former = dashboard.get_note(subject)
+    _, end, theirs = former.rpartition(_OWN_END)
+    theirs = theirs.strip() if end else former.strip()
+    note = f"{text}\n\n---\n{_OWN_END}\n\n{theirs}".rstrip() + "\n" if text else theirs
+    if note != former:
+        dashboard.save_note(subject, note)
+
+
+def _describe_study(report: StudyReport) -> str:
+    settings = report.settings
+    state = "" if report.is_current else " The search is under way or was interrupted."
+    return "\n".join(
+        [
+            f"## {_escape(report.name)}: layer parallelism",
+            "",
+            f"{_escape(str(settings.get('model', 'the model')))} has {report.num_layers} layers. Evaluated: "
+            f"{len(report.records)} plans, {report.proxy_tokens:,} tokens. Unmodified: {report.baseline.nll:.4f} nats "
+            f"per token, perplexity {report.baseline.perplexity:.2f}.{state}",
+            "",
+            *_render_markdown(build_front_table(report)),
+            "",
+            f"The page with all figures: `lpsearch dashboard {report.directory}`",
+        ]
+    )
+
+
+def _describe_point(report: StudyReport, point: FrontPoint) -> str:
+    record = point.record
+    lines = [
+        f"### On the front: {count_joins(record)}, {record.depth_reduction:.1%} less depth",
+        "",
+        f"- layers together: {describe_groups(record.plan)}",
+        f"- loss: {format_loss(record.get_cost(report.metric), record.get_cost_se(report.metric))} nats per token",
+    ]
+    if point.heldout is not None:
+        lines.append(f"- held out: {format_loss(point.heldout.delta, point.heldout.standard_error)} nats per token")
+    lines.append(f"- perplexity: {record.perplexity:.3f}")
+    if point.speedup is not None:
+        lines.append(f"- time of a step: {record.latency_ms:.3f} ms, {point.speedup:.3f}x (estimated)")
+    commands = list_commands(report, point)
+    if commands:
+        rows = [line for command in commands for line in (f"# {command.purpose}", command.line)]
+        lines += ["", "```sh", *rows, "```"]
+    return "\n".join(lines)
+
+
+def _render_markdown(table: Table) -> list[str]:
+    rows: Iterable[Sequence[str]] = (table.columns, ["---"] * len(table.columns), *table.rows)
+    return ["| " + " | ".join(map(_escape, row)) + " |" for row in rows]
+
+
+def _escape(text: str) -> str:
+    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", text)
+
+
+# ---- Plan files ------------------------------------------------------------------------------------------------------
+
+
+def _save_plan_files(store: StudyStore, study: optuna.Study, report: StudyReport, directory: Path) -> None:
+    """Keep one artifact a plan file of the front, under the same id for as long as the front has a plan of its name."""
+    artifacts = FileSystemArtifactStore(directory / ARTIFACTS_NAME)
+    (directory / ARTIFACTS_NAME).mkdir(exist_ok=True)
+    paths = {Path(point.plan_file).name: directory / point.plan_file for point in report.front if point.plan_file}
+    ids = _list_plan_artifacts(store.optuna_storage.get_study_system_attrs(study._study_id))
+    for name, path in sorted(paths.items()):
+        if name in ids:
+            with path.open("rb") as content:
+                artifacts.write(ids[name], content)
+        else:
+            upload_artifact(artifact_store=artifacts, file_path=str(path), study_or_trial=study)
+    for name in ids.keys() - paths.keys():
+        store.delete_study_attribute(f"artifacts:{ids[name]}")
+        (directory / ARTIFACTS_NAME / ids[name]).unlink(missing_ok=True)
+
+
+def _list_plan_artifacts(attributes: dict[str, Any]) -> dict[str, str]:
+    """Return the ids of the plan files among a study's artifacts by name; other artifacts are people's."""
+    entries = [json.loads(value) for key, value in attributes.items() if key.startswith("artifacts:")]
+    return {
+        entry["filename"]: entry["artifact_id"]
+        for entry in entries
+        if entry is not None and _PLAN_FILE_NAME.fullmatch(entry["filename"])  # None: deleted in optuna-dashboard
+    }

@@ -1,0 +1,117 @@
+"""A dashboard that is served, and one that is called without a network."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from wsgiref.util import setup_testing_defaults
+
+import pytest
+
+pytest.importorskip("optuna_dashboard", reason="optuna-dashboard is not installed")
+
+from lpsearch.commands.report import open_existing_study
+from lpsearch.report import StudyReport
+from lpsearch.report.annotations import annotate_study
+from lpsearch.search import StudyStore
+from lpsearch_dashboard import build_server, live
+from lpsearch_dashboard.app import build_app
+from tests.commands.conftest import run_lpsearch, start_lpsearch
+from tests.report.conftest import make_study, search_formula
+
+__all__ = ["make_study", "run_lpsearch", "start_lpsearch"]  # fixtures of other test packages
+
+
+NUM_TRIALS = 14
+"""Trials of the study that :func:`finished_study` copies."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an application answers."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+Ask = Callable[..., Answer]
+
+
+@pytest.fixture(autouse=True)
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the page be built as often as a test asks for it."""
+    monkeypatch.setattr(live, "MAX_BUSY_SHARE", 1e9)
+
+
+@pytest.fixture(scope="session")
+def study_template(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyReport]:
+    """Run a study once for all tests, with what optuna-dashboard shows of it."""
+    directory = tmp_path_factory.mktemp("template")
+    report = search_formula(directory, budget=NUM_TRIALS)
+    with StudyStore(f"sqlite:///{directory / 'study.db'}", study_name="demo") as store:
+        annotate_study(store, report, directory)
+    return directory, report
+
+
+@pytest.fixture
+def finished_study(study_template: tuple[Path, StudyReport], tmp_path: Path) -> StudyReport:
+    """Put a finished study of ten layers into ``tmp_path``."""
+    template, report = study_template
+    shutil.copytree(template, tmp_path, dirs_exist_ok=True)
+    return report
+
+
+@pytest.fixture
+def ask(tmp_path: Path) -> Iterator[Ask]:
+    """Return a function that asks the application of the study in ``tmp_path``, opened when first asked."""
+    with ExitStack() as held:
+        apps: list[Any] = []
+
+        def call(path: str, method: str = "GET", body: bytes = b"", **environ: str) -> Answer:
+            if not apps:
+                store = held.enter_context(open_existing_study(tmp_path, storage=None, study=None))
+                apps.append(build_app(live.LiveStudy(store, tmp_path), tmp_path))
+            asked: dict[str, Any] = {"REQUEST_METHOD": method, "PATH_INFO": path, "wsgi.input": io.BytesIO(body)}
+            asked |= {
+                "CONTENT_LENGTH": str(len(body)),
+                "CONTENT_TYPE": "application/json",
+                "HTTP_ACCEPT_ENCODING": "",
+                **environ,
+            }
+            setup_testing_defaults(asked)
+            begun: list[Any] = []
+            answered = apps[0](asked, lambda status, headers, exc_info=None: begun.append((status, headers)))
+            content = b"".join(answered)
+            getattr(answered, "close", lambda: None)()
+            status, headers = begun[-1]
+            return Answer(int(status.split()[0]), dict(headers), content)
+
+        yield call
+
+
+@contextmanager
+def serve(directory: Path, *, storage: str | None = None) -> Iterator[str]:
+    """Serve a study in a thread of this process, and give the address."""
+    with (
+        open_existing_study(directory, storage=storage, study=None) as store,
+        build_server(store, directory, port=0) as server,
+    ):
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield server.url
+        finally:
+            server.shutdown()
+            thread.join()

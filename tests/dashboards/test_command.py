@@ -1,0 +1,147 @@
+"""``lpsearch dashboard``: what it prints, how it ends, what it refuses, and a study that is searched meanwhile."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lpsearch.report import StudyReport
+from lpsearch.search import StudyStore
+from tests.commands.conftest import Run
+from tests.dashboards.conftest import NUM_TRIALS, serve
+
+
+def fetch(url: str) -> Any:
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        return json.loads(answer.read())
+
+
+def wait_for_address(process: subprocess.Popen[str]) -> str:
+    for line in process.stderr:
+        found = re.search(r"http://127\.0\.0\.1:\d+/", line)
+        if found:
+            return found.group()
+    raise AssertionError("the dashboard ended before it said where it serves")
+
+
+def test_it_serves_until_ctrl_c(
+    start_lpsearch: Callable[..., subprocess.Popen], finished_study: StudyReport, tmp_path: Path
+) -> None:
+    process = start_lpsearch("dashboard", tmp_path, "--port", 0)
+    url = wait_for_address(process)
+    assert fetch(url + "lpsearch/study.json")["state"] == "done"
+    assert len(fetch(url + "api/studies/1")["trials"]) == NUM_TRIALS
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 0, stderr
+    document = json.loads(stdout.splitlines()[-1])
+    assert list(document) == ["url", "study", "seconds"]
+    assert (document["url"], document["study"]) == (url, "demo")
+    assert "GET" not in stderr, "requests stay out of the terminal"
+
+
+def test_it_follows_a_search_of_another_process(
+    run_lpsearch: Run,
+    start_lpsearch: Callable[..., subprocess.Popen],
+    tiny_model_dir: Path,
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "study"
+    arguments = [
+        *("optimize", "--model", tiny_model_dir, "--data", text_file, "--windows", 3, "--seq-len", 24),
+        *("--latency", "off", "--dtype", "float32", "--device", "cpu", "--out", out),
+    ]
+    assert run_lpsearch(*arguments, "--budget", 2).exit_code == 0
+    with serve(out) as url:
+        seen = [("done", 2)]
+        search = start_lpsearch(*arguments, "--budget", 13)
+        while seen[-1] != ("done", 13):
+            assert search.poll() in (None, 0), search.stderr.read()
+            shown = fetch(url + "lpsearch/study.json")
+            seen.append((shown["state"], int(shown["message"].split()[0])))
+            time.sleep(0.05)
+        assert len(fetch(url + "api/studies/1")["trials"]) == 13
+    assert seen[1] == ("done", 2), "the page was looked at before the search went on"
+    counts = [count for _, count in seen]
+    assert counts == sorted(counts)
+    assert all(state == "searching" for state, count in seen if 2 < count < 13)
+    _, stderr = search.communicate(timeout=60)
+    assert search.returncode == 0, stderr
+
+
+def test_directories_without_a_study_are_refused(run_lpsearch: Run, tmp_path: Path) -> None:
+    outcome = run_lpsearch("dashboard", tmp_path / "nowhere", "--port", 0)
+    assert outcome.exit_code == 2
+    assert "no such directory" in outcome.document["error"]["message"]
+    outcome = run_lpsearch("dashboard", tmp_path, "--port", 0)
+    assert outcome.exit_code == 2
+    assert "holds no study.db" in outcome.document["error"]["message"]
+    assert not (tmp_path / "study.db").exists(), "looking for a study must not make one"
+    StudyStore(f"sqlite:///{tmp_path / 'study.db'}", study_name="x").close()
+    outcome = run_lpsearch("dashboard", tmp_path, "--port", 0)
+    assert outcome.exit_code == 2
+    assert "holds no study yet" in outcome.document["error"]["message"]
+
+
+def test_a_port_in_use_is_named(run_lpsearch: Run, finished_study: StudyReport, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        outcome = run_lpsearch("dashboard", tmp_path, "--port", port)
+    assert (outcome.exit_code, outcome.document["error"]["type"]) == (2, "UsageError")
+    assert f"port {port} of 127.0.0.1 is in use" in outcome.document["error"]["message"]
+    assert "--port 0" in outcome.document["error"]["message"]
+    assert run_lpsearch("dashboard", tmp_path, "--port", 99999).exit_code == 2
+
+
+def test_studies_of_another_version_are_refused(run_lpsearch: Run, finished_study: StudyReport, tmp_path: Path) -> None:
+    assert "holds no study 'other'" in run_lpsearch("dashboard", tmp_path, "--study", "other").stderr
+    front = json.loads((tmp_path / "front.json").read_text(encoding="utf-8"))
+    (tmp_path / "front.json").write_text(json.dumps({**front, "schema_version": 0}), encoding="utf-8")
+    outcome = run_lpsearch("dashboard", tmp_path, "--port", 0)
+    assert (outcome.exit_code, outcome.document["error"]["type"]) == (2, "StudyVersionError")
+    with closing(sqlite3.connect(tmp_path / "study.db")) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'v1.3.0.a'")
+    outcome = run_lpsearch("dashboard", tmp_path, "--port", 0)
+    assert (outcome.exit_code, outcome.document["error"]["type"]) == (2, "StudyVersionError")
+    (tmp_path / "study.db").write_bytes(b"SQLite format 3\0" + b"x" * 5000)
+    outcome = run_lpsearch("dashboard", tmp_path, "--port", 0)
+    assert (outcome.exit_code, outcome.document["error"]["type"]) == (1, "StudyError")
+
+
+def test_without_the_extra_it_says_what_to_install(
+    run_lpsearch: Run, finished_study: StudyReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith(("lpsearch_dashboard", "optuna_dashboard"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "optuna_dashboard", None)  # what Python itself does for a module it cannot find
+    outcome = run_lpsearch("dashboard", tmp_path, "--port", 0)
+    assert outcome.exit_code == 2
+    assert "pip install 'lpsearch[dashboard]'" in outcome.document["error"]["message"]
+
+
+def test_a_search_without_the_extra_leaves_the_rest(
+    run_lpsearch: Run, tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "optuna_dashboard", None)
+    outcome = run_lpsearch(
+        *("optimize", "--model", tiny_model_dir, "--data", text_file, "--windows", 2, "--seq-len", 16),
+        *("--latency", "off", "--dtype", "float32", "--device", "cpu", "--out", tmp_path / "study", "--budget", 3),
+    )
+    assert outcome.exit_code == 0, outcome.stderr
+    assert (tmp_path / "study" / "report.html").is_file()
+    assert not (tmp_path / "study" / "artifacts").exists()
+    assert "optuna-dashboard" not in outcome.stderr
