@@ -49,8 +49,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path, uri in INCLUDED.items():
         if path != "README.md":
             files.append(File.generated(config, uri, content=(ROOT / path).read_text(encoding="utf-8")))
-    pages = [file for file in files.documentation_pages() if file.src_uri not in {"README.md"}]
-    linked = {path for file in pages for path in _list_linked_files(file.content_string, file.src_uri)}
+    linked = {
+        path for file in files.documentation_pages() for path in _list_linked_files(file.content_string, file.src_uri)
+    }
     for path in sorted(linked - {*INCLUDED}):
         files.append(File.generated(config, _source_uri(path), content=_build_source_page(path)))
     return files
@@ -75,7 +76,7 @@ def _locate(link: str, uri: str) -> str | None:
     if "://" in link or link.startswith(("/", "mailto:")):
         return None
     path = os.path.normpath(_origin(uri) / link)
-    return None if PurePosixPath(path).parts[0] == "docs" and _origin(uri).parts[:1] == ("docs",) else path
+    return None if PurePosixPath(path).parts[:1] == ("docs",) and _origin(uri).parts[:1] == ("docs",) else path
 
 
 def _list_linked_files(markdown: str, uri: str) -> Iterator[str]:

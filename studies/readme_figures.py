@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy.engine import URL
-
-from lpsearch.errors import UsageError
+from lpsearch.commands.report import open_existing_study
+from lpsearch.errors import LpsearchError, UsageError
 from lpsearch.report import StudyReport, load_report
-from lpsearch.search import JoinSpace, PlanRecord, StudyStore
+from lpsearch.search import JoinSpace, PlanRecord
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 SHARED_SETTINGS = ("num_layers", "data", "heldout", "windows", "seq_len", "dtype", "metric", "max_group")
@@ -31,14 +31,25 @@ ATTENTION, MLP = ("#dbe7fb", "#2f62b5"), ("#fde6cf", "#b75e12")
 """Fill and line."""
 
 
-def main() -> None:
-    """Draw what was asked for."""
+def main() -> int:
+    """Draw what was asked for, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, nargs="?", help="study whose front is drawn")
     parser.add_argument("--windows", type=Path, help="study of `--sampler window` on the same data")
     parser.add_argument("--max-joins", type=int, default=10, help="most joins of a plan that is drawn")
     parser.add_argument("--out", type=Path, default=IMAGES, help="where the pictures go")
     arguments = parser.parse_args()
+    try:
+        print(json.dumps(draw(arguments)))
+    except LpsearchError as error:
+        print(f"readme_figures: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def draw(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Draw the group, and the front if there is a study, and return what was drawn."""
+    arguments.out.mkdir(parents=True, exist_ok=True)
     summary: dict[str, Any] = {"files": [str(arguments.out / "group.svg")]}
     (arguments.out / "group.svg").write_text(draw_group(), encoding="utf-8")
     if arguments.directory is not None:
@@ -52,7 +63,7 @@ def main() -> None:
         draw_front(front, study, path)
         summary |= {"baseline_nll": study.baseline.nll, "front": front}
         summary["files"].append(str(path))
-    print(json.dumps(summary))
+    return summary
 
 
 def read_study(directory: Path) -> StudyReport:
@@ -61,12 +72,7 @@ def read_study(directory: Path) -> StudyReport:
     Raises:
         UsageError: if there is none.
     """
-    path = directory / "study.db"
-    if not path.is_file():
-        raise UsageError(f"{directory}: holds no study.db; give a directory that `lpsearch optimize` wrote")
-    url = URL.create("sqlite", database=str(path.absolute())).render_as_string()
-    with StudyStore(url, study_name="") as store:
-        store.study_name = store.list_studies()[-1]
+    with open_existing_study(directory, storage=None, study=None) as store:
         return load_report(store, directory)
 
 
@@ -272,4 +278,4 @@ def _box(x: float, y: float, height: int, text: str, fill: str, line: str, *, si
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
