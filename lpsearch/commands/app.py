@@ -9,20 +9,30 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
 from lpsearch.commands.console import Answer, run_command
+from lpsearch.commands.options import (
+    DeviceOption,
+    DtypeName,
+    DtypeOption,
+    JsonOption,
+    MetricName,
+    ModelOption,
+    ObjectiveName,
+    PlanArgument,
+    QuietOption,
+    SamplerName,
+    SplitName,
+    TrustOption,
+)
 
 __all__ = ["app", "main"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-
-QuietOption = Annotated[bool, typer.Option("--quiet", help="warnings and the result only")]
-JsonOption = Annotated[bool, typer.Option("--json", help="for programs: every line on stderr is a JSON object too")]
 
 
 class _App(typer.Typer):
@@ -61,56 +71,6 @@ plan_app = _App(help="Look at plan files.", no_args_is_help=True)
 cache_app = _App(help="Look at or clear the cache of packaged models and sampled windows.", no_args_is_help=True)
 app.add_typer(plan_app, name="plan")
 app.add_typer(cache_app, name="cache")
-
-
-class SamplerName(StrEnum):
-    """Search methods that ``--sampler`` takes."""
-
-    PAIRSET = "pairset"
-    EVOLUTION = "evolution"
-    NSGA2 = "nsga2"
-    TPE = "tpe"
-    RANDOM = "random"
-    WINDOW = "window"
-
-
-class DtypeName(StrEnum):
-    """Dtypes of the weights that ``--dtype`` takes."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
-class MetricName(StrEnum):
-    """Losses that ``--metric`` takes."""
-
-    NLL = "nll"
-    KL = "kl"
-
-
-class ObjectiveName(StrEnum):
-    """What ``--objective`` trades against the loss."""
-
-    DEPTH = "depth"
-    LATENCY = "latency"
-
-
-class SplitName(StrEnum):
-    """Windows of the data that ``--split`` takes."""
-
-    PROXY = "proxy"
-    HELDOUT = "heldout"
-
-
-PlanArgument = Annotated[Path, typer.Argument(help="plan file, or a directory that holds plan.json", metavar="PLAN")]
-ModelOption = Annotated[
-    str | None, typer.Option(help="alias (see `lpsearch models`), hub id, directory or .gguf file", metavar="MODEL")
-]
-DeviceOption = Annotated[str, typer.Option(help="torch device, or auto")]
-DtypeOption = Annotated[DtypeName, typer.Option(help="dtype of the weights; auto: bfloat16 where it is fast")]
-TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="run the model's own Python code from the hub")]
 
 
 @app.callback()
@@ -358,7 +318,9 @@ def plan_diff(first: PlanArgument, second: PlanArgument) -> dict[str, Any]:
 @plan_app.command("pick")
 def plan_pick(
     study_dir: Annotated[Path, typer.Argument(help="directory that optimize wrote", metavar="STUDY_DIR")],
-    max_delta: Annotated[float | None, typer.Option(help="largest loss, in nats per token")] = None,
+    max_delta: Annotated[
+        float | None, typer.Option(help="largest loss, by the search's metric, in nats per token")
+    ] = None,
     min_speedup: Annotated[float | None, typer.Option(help="smallest speed-up")] = None,
 ) -> dict[str, Any]:
     """Pick the deepest plan of a study's front within a loss, or the best one beyond a speed-up."""
@@ -399,8 +361,30 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     # Looked for before anything is parsed, since a wrong option must be told in the form that was asked for.
+    flags = _find_flags(arguments)
     run_command(
         lambda: app(args=arguments, prog_name="lpsearch", standalone_mode=False),
-        quiet="--quiet" in arguments,
-        as_json="--json" in arguments,
+        quiet="--quiet" in flags,
+        as_json="--json" in flags,
     )
+
+
+def _find_flags(arguments: Sequence[str]) -> set[str]:
+    """Return the words that stand where an option would, and not as the value of one, e.g. ``--prompt --json``."""
+    command: Any = typer.main.get_command(app)
+    found: set[str] = set()
+    words = iter(arguments)
+    for word in words:
+        if word == "--":
+            break
+        if any(word in (*option.opts, *option.secondary_opts) for option in command.params if _takes_value(option)):
+            next(words, None)
+        elif word in getattr(command, "commands", {}):
+            command = command.commands[word]
+        else:
+            found.add(word)
+    return found
+
+
+def _takes_value(parameter: Any) -> bool:
+    return bool(parameter.param_type_name == "option" and not parameter.is_flag)

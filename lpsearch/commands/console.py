@@ -21,7 +21,14 @@ from typing import Any, NoReturn
 import typer
 from rich.console import Console, RenderableType
 
-from lpsearch.commands.lines import ConsoleHandler, JsonFormatter, log_stray_lines
+from lpsearch.commands.lines import (
+    ConsoleHandler,
+    JsonFormatter,
+    LineHandler,
+    StderrConsole,
+    give_up_stream,
+    log_stray_lines,
+)
 from lpsearch.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, LpsearchError
 
 __all__ = ["Answer", "Output", "adopt_optuna_log", "get_output", "run_command"]
@@ -88,9 +95,20 @@ def run_command(command: Callable[[], Any], *, quiet: bool = False, as_json: boo
         as_json: on stderr, one JSON object a line and nothing else.
     """
     signal.signal(signal.SIGTERM, _interrupt)
+    _open_missing_streams()
     with _speak(quiet=quiet, as_json=as_json):
-        exit_code = _run(command)
+        try:
+            exit_code = _run(command)
+        except KeyboardInterrupt:  # again, or while the JSON line waits for a reader
+            exit_code = EXIT_INTERRUPTED
     sys.exit(exit_code)
+
+
+def _open_missing_streams() -> None:
+    """Let what is written to streams that the process was started without (``2>&-``) go nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
 
 
 @contextmanager
@@ -98,7 +116,7 @@ def _speak(*, quiet: bool, as_json: bool) -> Iterator[None]:
     """Send this package's log, and with ``as_json`` whatever else comes, to stderr in the form that was asked for."""
     is_terminal = sys.stderr.isatty() and not as_json
     # Bound to the stream of now, since loading a model holds back what libraries write to sys.stderr.
-    console = Console(
+    console = StderrConsole(
         file=sys.stderr,
         highlight=False,
         quiet=quiet or as_json,
@@ -109,7 +127,7 @@ def _speak(*, quiet: bool, as_json: bool) -> Iterator[None]:
     if is_terminal and not quiet:
         handler = ConsoleHandler(console)
     else:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = LineHandler(sys.stderr)
         handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(levelname)s %(message)s"))
     package = logging.getLogger("lpsearch")
     package.handlers[:] = [handler]
@@ -161,24 +179,37 @@ def _run(command: Callable[[], Any]) -> int:
         logger.exception("unexpected failure; please report it with the lines above")
         return _fail(type(error).__name__, str(error), EXIT_FAILED)
     if isinstance(result, Answer):
-        _show_answer(result)
-        return EXIT_DONE
+        return _show_answer(result)
     if isinstance(result, Mapping):
-        _print_json(result)
-        return EXIT_DONE
+        return _print_json(result)
     return int(result or EXIT_DONE)
 
 
-def _show_answer(answer: Answer) -> None:
+def _show_answer(answer: Answer) -> int:
     """Print both forms of an answer, the one that its reader wants last.
 
     The JSON line of a search is long; on the screen it would push the summary out of sight.
     """
     if sys.stdout.isatty():
-        _print_json(answer.document)
-    get_output().console.print(answer.summary, soft_wrap=True)
-    if not sys.stdout.isatty():
-        _print_json(answer.document)
+        exit_code = _print_json(answer.document)
+        _print_summary(answer.summary)
+        return exit_code
+    _print_summary(answer.summary)
+    return _print_json(answer.document)
+
+
+def _print_summary(summary: RenderableType) -> None:
+    """Print what a person reads; the work is done by now, and whatever fails here must not take its result away.
+
+    That holds for an interrupt too: it ends the summary, and the command has done all that was asked of it.
+    """
+    try:
+        get_output().console.print(summary, soft_wrap=True)
+    except KeyboardInterrupt:
+        logger.warning("interrupted while the summary was printed; the result is complete")
+    except Exception as error:
+        logger.warning("the summary could not be printed: %s: %s", type(error).__name__, error)
+        logger.debug("while printing the summary", exc_info=True)
 
 
 def _fail(kind: str, message: str, exit_code: int) -> int:
@@ -187,13 +218,18 @@ def _fail(kind: str, message: str, exit_code: int) -> int:
     return exit_code
 
 
-def _print_json(document: Mapping[str, Any]) -> None:
+def _print_json(document: Mapping[str, Any]) -> int:
+    """Print the last line of stdout; return the exit code, which tells where it cannot be written."""
     try:
         sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
         sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader left; point stdout elsewhere so that the interpreter's own flush at exit stays silent.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader left, which is its right
+        give_up_stream(sys.stdout)
+    except OSError as error:
+        give_up_stream(sys.stdout)
+        logger.error("the result could not be written to stdout: %s", error)
+        return EXIT_FAILED
+    return EXIT_DONE
 
 
 def _is_out_of_memory(error: Exception) -> bool:

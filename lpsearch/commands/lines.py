@@ -5,14 +5,18 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, suppress
 from datetime import UTC, datetime
+from typing import IO, TextIO
 
 from rich.console import Console
 from rich.text import Text
 
-__all__ = ["ConsoleHandler", "JsonFormatter", "log_stray_lines"]
+__all__ = ["ConsoleHandler", "JsonFormatter", "LineHandler", "StderrConsole", "give_up_stream", "log_stray_lines"]
 
 
 class ConsoleHandler(logging.Handler):
@@ -33,6 +37,36 @@ class ConsoleHandler(logging.Handler):
             self._console.print(line, soft_wrap=True)  # the terminal breaks lines, so that paths can be copied
         except Exception:
             self.handleError(record)
+
+
+class LineHandler(logging.StreamHandler[TextIO]):
+    """Writes log lines to a stream, and goes on without a word where that cannot be written any more."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name is that of logging
+        """Give the stream up if its reader left; a full disk is no reason for a traceback a line."""
+        error = sys.exception()
+        if isinstance(error, BrokenPipeError):
+            give_up_stream(self.stream)
+        elif not isinstance(error, OSError):
+            super().handleError(record)
+
+
+class StderrConsole(Console):
+    """A console whose reader may leave: what is printed goes nowhere from then on, and the command goes on."""
+
+    def on_broken_pipe(self) -> None:
+        """Stay silent; the stock console would take stdout away and end the process."""
+        self.quiet = True
+        give_up_stream(self.file)
+
+
+def give_up_stream(stream: IO[str]) -> None:
+    """Let what is still written to a standard stream go nowhere, so that neither libraries nor the exit fail by it."""
+    with suppress(OSError, ValueError):  # no file, or closed
+        target = stream.fileno()
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, target)
+        os.close(devnull)
 
 
 class JsonFormatter(logging.Formatter):
@@ -69,30 +103,43 @@ def log_stray_lines(logger: logging.Logger) -> Iterator[None]:
 
 
 class _LineStream(io.TextIOBase):
-    """A text stream that logs each line as it ends."""
+    """A text stream that logs each line as it ends; every thread writes lines of its own."""
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
-        self._rest = ""
-        self._is_logging = False
+        self._rests: dict[int, str] = {}
+        # Not held while logging: a thread that logs by itself holds its handler's lock when that writes here.
+        # Re-entrant, since a finalizer may write at any moment.
+        self._lock = threading.RLock()
+        self._local = threading.local()
 
     def write(self, text: str) -> int:
-        if self._is_logging:  # a handler that fails says so on sys.stderr, which is this
+        if getattr(self._local, "is_logging", False):  # a handler that fails says so on sys.stderr, which is this
             return len(text)
-        *lines, self._rest = (self._rest + text).split("\n")
-        self._is_logging = True
-        try:
-            for line in lines:
-                shown = line.rstrip("\r").rpartition("\r")[2]  # the last state of a bar that was drawn over and over
-                if shown.strip():
-                    self._logger.warning("%s", shown)
-        finally:
-            self._is_logging = False
+        thread = threading.get_ident()
+        with self._lock:
+            *lines, rest = (self._rests.pop(thread, "") + text).split("\n")
+            if rest:
+                self._rests[thread] = rest
+        self._log(lines)
         return len(text)
 
     def writable(self) -> bool:
         return True
 
     def write_rest(self) -> None:
-        """Log a last line that did not end."""
-        self.write("\n")
+        """Log the last line of every thread that did not end."""
+        with self._lock:
+            lines = [*self._rests.values()]
+            self._rests.clear()
+        self._log(lines)
+
+    def _log(self, lines: Sequence[str]) -> None:
+        self._local.is_logging = True
+        try:
+            for line in lines:
+                shown = line.rstrip("\r").rpartition("\r")[2]  # the last state of a bar that was drawn over and over
+                if shown.strip():
+                    self._logger.warning("%s", shown)
+        finally:
+            self._local.is_logging = False

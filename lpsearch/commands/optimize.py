@@ -98,6 +98,7 @@ def optimize(config: ResolvedConfig, *, fresh: bool) -> Answer:
                 study_name=store.study_name,
                 seed=values.seed,
                 objective=values.objective,
+                metric=values.metric,
                 loaded=loaded,
                 device_name=describe_device(device),
                 result=result,
@@ -111,7 +112,13 @@ def optimize(config: ResolvedConfig, *, fresh: bool) -> Answer:
             raise
         with show_steps("writing the report"):
             report = try_write_report(store, out)
-    summary = SearchSummary(front=front, out=out, report=report, elapsed_s=time.monotonic() - began_at)
+    summary = SearchSummary(
+        front=front,
+        out=out,
+        storage=store.where,
+        report=report,
+        elapsed_s=time.monotonic() - began_at,
+    )
     return Answer(build_summary(front, out), summary)
 
 

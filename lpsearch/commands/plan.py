@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from lpsearch.errors import StudyError, UsageError
+from lpsearch.picking import Candidate, pick_candidate
 from lpsearch.plan import load_plan
 
 __all__ = ["diff_plans", "pick_plan", "show_plan", "validate_plan"]
+
+logger = logging.getLogger(__name__)
 
 
 def show_plan(path: Path) -> dict[str, Any]:
@@ -70,11 +74,12 @@ def pick_plan(study_dir: Path, *, max_delta: float | None, min_speedup: float | 
     """Return the point of a study's front that a user with these limits wants.
 
     Within a loss it is the point of least depth, or of least latency where that was optimised; among points beyond a
-    speed-up, the one of least loss. The loss is the held-out one where there is one.
+    speed-up, the one of least loss. The loss is the one that was searched, held out where that is known. Where no plan
+    with a join meets the limits but the unmodified model does, it is the answer.
 
     Args:
         study_dir: directory that ``optimize`` wrote.
-        max_delta: largest loss against the unmodified model, in nats per token.
+        max_delta: largest loss against the unmodified model, or divergence from it, in nats per token.
         min_speedup: smallest speed-up.
 
     Raises:
@@ -85,28 +90,24 @@ def pick_plan(study_dir: Path, *, max_delta: float | None, min_speedup: float | 
         raise UsageError("say what you need: --max-delta NATS, --min-speedup X, or both")
     document = load_front(study_dir)
     front = document["front"]
-
-    def loss(point: dict[str, Any]) -> float:
-        heldout = point["heldout_delta_nll"]
-        return float(point["delta_nll"] if heldout is None else heldout)
-
-    meeting = [
-        point
-        for point in front
-        if (max_delta is None or loss(point) <= max_delta)
-        and (min_speedup is None or (point["speedup"] is not None and point["speedup"] >= min_speedup))
-    ]
-    if not meeting:
+    metric = document.get("metric", "nll")
+    if "metric" not in document and any(point.get("kl_nats_per_token") is not None for point in front):
+        logger.warning(
+            "%s: written by an older lpsearch, without held-out divergences, so the added nll decides; run the same "
+            "`lpsearch optimize` again to rewrite it",
+            study_dir / "front.json",
+        )
+    index = pick_candidate(
+        [Candidate(point["num_joins"], _get_loss(point, metric), point["speedup"]) for point in front],
+        objective=document.get("objective", "depth"),
+        max_loss=max_delta,
+        min_speedup=min_speedup,
+    )
+    if index is None:
         raise UsageError(f"no plan of {study_dir} meets that; its front: {json.dumps(front)}")
-
-    def saving(point: dict[str, Any]) -> float:
-        by_latency = document.get("objective") == "latency"
-        return float(point["speedup"] or 0.0 if by_latency else point["num_joins"])
-
-    if max_delta is None:
-        chosen = min(meeting, key=loss)
-    else:
-        chosen = max(meeting, key=lambda point: (saving(point), -loss(point)))
+    chosen = front[index]
+    if chosen["num_joins"] == 0:
+        logger.warning("no plan of %s with a join meets that; this is the unmodified model", study_dir)
     return {**chosen, "plan": str(study_dir / chosen["plan"])}
 
 
@@ -131,3 +132,10 @@ def load_front(study_dir: Path) -> dict[str, Any]:
             f"{path}: cannot be read: {error}; run the same `lpsearch optimize` again to rewrite it"
         ) from None
     return document
+
+
+def _get_loss(point: dict[str, Any], metric: str) -> float:
+    """Return the loss of a point by the metric of the search: held out where that is known."""
+    name = "kl_nats_per_token" if metric == "kl" else "delta_nll"
+    heldout = point[f"heldout_{name}"]
+    return float(point[name] if heldout is None else heldout)

@@ -17,10 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from lpsearch.commands.console import get_output
-from lpsearch.commands.tables import build_front_table, describe_layers, name_count, spread_rows
+from lpsearch.commands.tables import build_front_table, get_metric, spread_rows
 from lpsearch.plan import Plan
 from lpsearch.search import EvaluationUpdate, PlanRecord, TrialUpdate
 from lpsearch.search.records import finite_or_none
+from lpsearch.wording import describe_layers, name_count
 
 __all__ = ["SearchProgress", "format_seconds", "show_search", "show_steps"]
 
@@ -124,17 +125,19 @@ class _SearchLines:
         self._logged_at, self._num_tenths = time.monotonic(), num_tenths
         left_s = self._clock.estimate_seconds_left(update.budget - update.num_finished)
         record = update.record
+        metric = get_metric(update.front or [record])
         best = ", ".join(
-            f"{point.delta_nll:.3f} at {name_count(point.num_joins, 'join')}"
+            f"{point.get_cost(metric):.3f} at {name_count(point.num_joins, 'join')}"
             for point in spread_rows(update.front[1:], 4)
         )
         logger.info(
-            "trial %d/%d  %s: %s, delta %.4f  front of %d%s  %s left",
+            "trial %d/%d  %s: %s, %s %.4f  front of %d%s  %s left",
             update.num_finished,
             update.budget,
             record.origin,
             name_count(record.num_joins, "join"),
-            record.delta_nll,
+            "delta nll" if metric == "nll" else "kl",
+            record.get_cost(metric),
             len(update.front),
             f": {best}" if best else "",
             format_seconds(left_s),

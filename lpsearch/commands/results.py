@@ -18,7 +18,7 @@ from lpsearch.evaluation.losses import PairedDelta, WindowLosses, compute_paired
 from lpsearch.plan import Plan, PlanMetadata, PlanMetrics, Provenance, ProxyMetrics, save_plan, write_json
 from lpsearch.search import PlanRecord, Split, StudyResult
 from lpsearch.search.front import Objective
-from lpsearch.search.records import compute_perplexity
+from lpsearch.search.records import Metric, compute_perplexity, finite_or_none
 from lpsearch.versions import read_versions
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class MeasuredFront:
         study_name: name of the Optuna study.
         seed: seed of the search.
         objective: what was traded against the loss.
+        metric: the loss that was searched.
         loaded: the model.
         device_name: what evaluated it.
         result: the study's records and front.
@@ -68,6 +69,7 @@ class MeasuredFront:
     study_name: str
     seed: int
     objective: Objective
+    metric: Metric
     loaded: LoadedModel
     device_name: str
     result: StudyResult
@@ -84,6 +86,20 @@ class MeasuredFront:
             for plan, losses in self.heldout_losses.items()
             if all(map(math.isfinite, losses.nll_nats_per_token))
         }
+
+    @cached_property
+    def heldout_kl(self) -> dict[Plan, PairedDelta]:
+        """Held-out divergence from the unmodified model, of every plan of the front where it is known and finite."""
+        return {
+            plan: compute_paired_delta(losses.kl_nats_per_token, (0.0,) * len(losses.kl_nats_per_token))
+            for plan, losses in self.heldout_losses.items()
+            if losses.kl_nats_per_token is not None and all(map(math.isfinite, losses.kl_nats_per_token))
+        }
+
+    @property
+    def heldout_costs(self) -> dict[Plan, PairedDelta]:
+        """Held-out loss by the metric of the search."""
+        return self.heldout_deltas if self.metric == "nll" else self.heldout_kl
 
     @cached_property
     def records(self) -> list[PlanRecord]:
@@ -132,6 +148,7 @@ def write_front(front: MeasuredFront, out: Path) -> dict[str, Any]:
         "study": front.study_name,
         "model": front.loaded.identity.model_dump(mode="json"),
         "objective": front.objective,
+        "metric": front.metric,
         "trials": len(front.result.records),
         "exact": front.result.exact,
         "baseline_nll": front.result.baseline.nll,
@@ -250,6 +267,7 @@ def _build_metadata(front: MeasuredFront, record: PlanRecord) -> PlanMetadata:
 def _build_point(front: MeasuredFront, record: PlanRecord) -> dict[str, Any]:
     """Build the entry of one point of the front."""
     heldout = front.heldout_deltas.get(record.plan)
+    heldout_kl = front.heldout_kl.get(record.plan)
     latency = front.latency_model
     return {
         "plan": front.plan_names[record.plan],
@@ -260,6 +278,9 @@ def _build_point(front: MeasuredFront, record: PlanRecord) -> dict[str, Any]:
         "heldout_delta_nll": None if heldout is None else heldout.delta,
         "heldout_delta_nll_se": None if heldout is None else heldout.standard_error,
         "kl_nats_per_token": record.kl_nats_per_token,
+        "kl_se": finite_or_none(record.kl_se),
+        "heldout_kl_nats_per_token": None if heldout_kl is None else heldout_kl.delta,
+        "heldout_kl_se": None if heldout_kl is None else heldout_kl.standard_error,
         "perplexity": record.perplexity,
         "latency_ms": None if latency is None else latency.estimate_latency_ms(record.plan),
         "speedup": None if latency is None else latency.estimate_speedup(record.plan),

@@ -12,7 +12,8 @@ from rich.text import Text
 from lpsearch.commands.progress import format_seconds
 from lpsearch.commands.report import REPORT_NAME
 from lpsearch.commands.results import MeasuredFront
-from lpsearch.commands.tables import build_front_table, name_count
+from lpsearch.commands.tables import build_front_table
+from lpsearch.wording import name_count
 
 if TYPE_CHECKING:
     from lpsearch.report import StudyReport
@@ -28,12 +29,14 @@ class SearchSummary:
     Attributes:
         front: what was found.
         out: directory of the study.
-        report: what its report shows; None where there is none.
+        storage: its database as messages name it, without a password.
+        report: what its report shows; None where it was not written.
         elapsed_s: seconds that the command took.
     """
 
     front: MeasuredFront
     out: Path
+    storage: str
     report: StudyReport | None
     elapsed_s: float
 
@@ -42,11 +45,11 @@ class SearchSummary:
         yield ""
         yield _wrap(self._describe_search(), "bold")
         yield ""
-        yield build_front_table(self.front.records, width=options.max_width, heldout=self.front.heldout_deltas)
+        yield build_front_table(self.front.records, width=options.max_width, heldout=self.front.heldout_costs)
         yield ""
         yield _wrap(self._explain_columns(), "dim")
         yield ""
-        yield Text(f"All of it is in {self.out}: study.db, front.json, plans/, {REPORT_NAME}")
+        yield Text(self._list_files())
         if self.report is not None:
             yield from self._advise(self.report)
 
@@ -62,10 +65,16 @@ class SearchSummary:
 
     def _explain_columns(self) -> str:
         """Say what the columns mean that do not say so themselves."""
-        lines = [
-            "delta nll: nats per token lost against the unmodified model on the search's windows, ± standard error.",
-            "held out: the same on windows that the search never saw. Trust this one: the best of many is optimistic.",
-        ]
+        delta = "delta nll: nats per token lost against the unmodified model on the search's windows, ± standard error."
+        unseen = "the same on windows that the search never saw. Trust this one: the best of many is optimistic."
+        if self.front.metric == "kl":
+            lines = [
+                "kl: divergence from the unmodified model in nats per token on the search's windows, ± standard error.",
+                f"held-out kl: {unseen}",
+                delta,
+            ]
+        else:
+            lines = [delta, f"held out: {unseen}"]
         if self.front.latency_model is not None:
             metrics = self.front.latency_model.build_metrics(self.front.result.baseline.plan)
             lines.append(
@@ -74,12 +83,22 @@ class SearchSummary:
             )
         return "\n".join(lines)
 
+    def _list_files(self) -> str:
+        is_own = Path(self.storage).absolute() == (self.out / "study.db").absolute()
+        names = ["study.db"] if is_own else []
+        names += ["front.json", "plans/"]
+        names += [] if self.report is None else [REPORT_NAME]
+        if is_own:
+            return f"All of it is in {self.out}: {', '.join(names)}"
+        return f"The results are in {self.out}: {', '.join(names)}; the trials in {self.storage}"
+
     def _advise(self, report: StudyReport) -> RenderResult:
         """Name three plans to start from, and the commands for one of them."""
         from lpsearch.report.advice import list_commands, pick_plans
 
         picks = {pick.name: pick for pick in pick_plans(report)}
-        yield _wrap("Plans to start from, by the loss that you accept:", "bold")
+        loss = "loss" if report.metric == "nll" else "kl"
+        yield _wrap(f"Plans to start from, by the {loss} that you accept:", "bold")
         for pick in picks.values():
             yield _wrap(f"  {pick.name:<9} {_describe_pick(report, pick)}", "")
         chosen = next((picks[name] for name in ("balanced", "free", "fast") if picks[name].index is not None), None)
@@ -95,11 +114,11 @@ class SearchSummary:
 def _describe_pick(report: StudyReport, pick: Pick) -> str:
     limit = f"≤ {pick.max_loss}"
     if pick.index is None:
-        return f"{limit}: no plan with a join loses so little"
+        return f"{limit}: no plan with a join has so little"
     point = report.front[pick.index]
     words = [name_count(point.record.num_joins, "join"), f"{point.record.depth_reduction:.1%} less depth"]
     words += [] if point.speedup is None else [f"{point.speedup:.3f}x"]
-    words += [f"loses {point.get_loss(report.metric):.3f}"]
+    words += [f"{'loses' if report.metric == 'nll' else 'kl'} {point.get_loss(report.metric):.3f}"]
     return f"{limit}: {', '.join(words)}  {point.plan_file or ''}".rstrip()
 
 

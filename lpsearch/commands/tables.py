@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,8 +13,10 @@ from rich.table import Table
 from lpsearch.evaluation.losses import PairedDelta
 from lpsearch.plan import Plan
 from lpsearch.search import PlanRecord
+from lpsearch.search.records import Metric
+from lpsearch.wording import describe_layers
 
-__all__ = ["build_front_table", "describe_layers", "name_count", "spread_rows"]
+__all__ = ["build_front_table", "get_metric", "spread_rows"]
 
 _Row = TypeVar("_Row")
 
@@ -60,7 +63,7 @@ def build_front_table(
     Args:
         front: the baseline and the points of the front.
         width: columns of the terminal. Perplexity, time, speed-up, layers and depth give way, in this order.
-        heldout: held-out loss of each plan, where it is known.
+        heldout: held-out loss of each plan by the metric of the search, where it is known.
         is_brief: one line a plan, without perplexity and time.
         newest: the plan to point out.
     """
@@ -87,14 +90,9 @@ def build_front_table(
     return table
 
 
-def describe_layers(plan: Plan) -> str:
-    """Write the groups of several layers, e.g. ``3-4 7-9``."""
-    return " ".join(f"{group[0]}-{group[-1]}" for group in plan.groups if len(group) > 1)
-
-
-def name_count(count: int, noun: str) -> str:
-    """Say how many of a thing there are, e.g. ``1 join``, ``1,200 joins``."""
-    return f"{count:,} {noun}" + "s" * (count != 1)
+def get_metric(front: Sequence[PlanRecord]) -> Metric:
+    """Return the loss that was searched: the divergence is measured only where it is what is searched."""
+    return "nll" if front[0].kl_nats_per_token is None else "kl"
 
 
 def spread_rows(rows: Sequence[_Row], count: int) -> list[_Row]:
@@ -109,13 +107,18 @@ def _build_columns(front: Sequence[PlanRecord], heldout: Mapping[Plan, PairedDel
         _Column("joins", [str(record.num_joins) for record in front]),
         _Column("less depth", [f"{record.depth_reduction:.1%}" for record in front], rank=1),
     ]
-    if front[0].kl_nats_per_token is not None:  # measured only where it is what is searched
-        columns.append(_Column("kl", [_format_loss(record.kl_nats_per_token or 0.0, record.kl_se) for record in front]))
-    columns.append(_Column("delta nll", [_format_loss(record.delta_nll, record.delta_nll_se) for record in front]))
+    delta = _Column("delta nll", [_format_loss(record.delta_nll, record.delta_nll_se) for record in front])
+    is_kl = get_metric(front) == "kl"
+    if is_kl:
+        columns.append(_Column("kl", [_format_loss(record.get_cost("kl"), record.kl_se) for record in front]))
+    else:
+        columns.append(delta)
     if heldout is not None:
         known = [heldout.get(record.plan) for record in front]
         cells = ["" if paired is None else _format_loss(paired.delta, paired.standard_error) for paired in known]
-        columns.append(_Column("held out", cells))
+        columns.append(_Column("held-out kl" if is_kl else "held out", cells))
+    if is_kl:
+        columns.append(dataclasses.replace(delta, rank=3))  # not what is searched
     columns.append(_Column("perplexity", [f"{record.perplexity:.2f}" for record in front], rank=4))
     base_ms = front[0].latency_ms
     if base_ms is not None:

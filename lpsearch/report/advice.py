@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
+from lpsearch.picking import Candidate, pick_candidate
 from lpsearch.report.study import FrontPoint, StudyReport
 
 __all__ = ["LOSS_LIMITS", "Command", "Pick", "list_commands", "pick_plans"]
@@ -46,8 +46,9 @@ class Command:
 def pick_plans(report: StudyReport) -> tuple[Pick, ...]:
     """Pick the plan that saves most within each loss limit, as ``lpsearch plan pick DIR --max-delta NATS`` does.
 
-    The loss is the held-out one where there is one. What is saved is what the study trades against it: joins, or
-    estimated time.
+    Where only the unmodified model loses so little, nothing is picked; ``plan pick`` says so and returns that model.
+    The loss is the one that was searched, held out where that is known. What is saved is what the study trades against
+    it: joins, or estimated time.
 
     Args:
         report: the study.
@@ -82,14 +83,8 @@ def list_commands(report: StudyReport, point: FrontPoint) -> tuple[Command, ...]
 
 
 def _find_best(report: StudyReport, limit: float) -> int | None:
-    def loss(index: int) -> float:
-        return report.front[index].get_loss(report.metric)
-
-    def saving(index: int) -> float:
-        point = report.front[index]
-        return point.record.num_joins if report.objective == "depth" else point.speedup or 0.0
-
-    within: Sequence[int] = [
-        index for index, point in enumerate(report.front) if point.record.num_joins > 0 and loss(index) <= limit
+    candidates = [
+        Candidate(point.record.num_joins, point.get_loss(report.metric), point.speedup) for point in report.front
     ]
-    return max(within, key=lambda index: (saving(index), -loss(index)), default=None)
+    index = pick_candidate(candidates, objective=report.objective, max_loss=limit)
+    return index if index is not None and candidates[index].num_joins > 0 else None

@@ -13,6 +13,7 @@ from lpsearch.report.study import FrontPoint, StudyReport, count_joins, name_row
 from lpsearch.report.theme import LIGHT, Theme, style_figure
 from lpsearch.search import PlanRecord
 from lpsearch.search.records import compute_perplexity
+from lpsearch.wording import describe_layers
 
 __all__ = [
     "build_front_figure",
@@ -32,9 +33,8 @@ MAX_FAINT_TRIALS = 2000
 
 
 def describe_groups(plan: Plan) -> str:
-    """Write the groups of several layers, e.g. ``3-4 7-9``."""
-    groups = [f"{group[0]}-{group[-1]}" for group in plan.groups if len(group) > 1]
-    return " ".join(groups) or "every layer alone"
+    """Write the groups of several layers, e.g. ``3-4 7-9``, or that there are none."""
+    return describe_layers(plan) or "every layer alone"
 
 
 def name_loss(report: StudyReport, loss: Loss = "delta") -> str:

@@ -288,7 +288,8 @@ def _render_advice(report: StudyReport) -> str:
     return (
         f"<section id='next'><h2>What to do next</h2><p>Three plans to start from: of all plans of the front within a "
         f"{loss}, the one {best}. The held-out value counts where there is one. "
-        f"<code>lpsearch plan pick DIR --max-delta NATS</code> picks the same way.</p>"
+        f"<code>lpsearch plan pick DIR --max-delta NATS</code> picks the same way, and the unmodified model where no "
+        f"plan with a join is within.</p>"
         f"<div class='cards'>{cards}</div><p class='small'>{_SERVE_NOTE}</p></section>"
     )
 
@@ -305,10 +306,11 @@ def _render_pick(report: StudyReport, pick: Pick) -> str:
     point = report.front[pick.index]
     record = point.record
     speed = "" if point.speedup is None else f", {point.speedup:.3f}x estimated"
+    lost = "lost" if report.metric == "nll" else "of KL divergence"
     return (
         f"<article class='card' data-pick='{pick.name}'><h3>{pick.name}</h3><p class='small'>{rule}</p>"
         f"<p><strong>{count_joins(record)}, {record.depth_reduction:.1%} less depth{speed}</strong><br>"
-        f"{point.get_loss(report.metric):.4f} nats per token lost; layers {escape(describe_groups(record.plan))}</p>"
+        f"{point.get_loss(report.metric):.4f} nats per token {lost}; layers {escape(describe_groups(record.plan))}</p>"
         f"<button type='button' class='show' data-show='{pick.index}' hidden>Show in the front</button>"
         f"{_render_commands(report, point)}</article>"
     )

@@ -25,6 +25,7 @@ from lpsearch.search import JoinSpace, PlanRecord, StudyStore, build_front, load
 from lpsearch.search.front import Objective
 from lpsearch.search.pairset import Observation, fit_surrogate
 from lpsearch.search.records import Metric
+from lpsearch.wording import name_count
 
 __all__ = ["FrontPoint", "JoinEffects", "StudyReport", "build_report", "count_joins", "load_report", "name_row"]
 
@@ -231,7 +232,7 @@ def build_report(
 
 def count_joins(record: PlanRecord) -> str:
     """Say how many joins a plan has."""
-    return f"{record.num_joins} join" + "s" * (record.num_joins != 1)
+    return name_count(record.num_joins, "join")
 
 
 def name_row(report: StudyReport, record: PlanRecord) -> str:

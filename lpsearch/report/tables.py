@@ -78,7 +78,8 @@ def build_front_table(report: StudyReport) -> Table:
             window = windows.get(record.num_joins)
             row += ["" if window is None else f"{window.get_cost(report.metric):.4f}"]
         rows.append([*row, describe_groups(record.plan)])
-    return Table("The front; losses in nats per token", [*columns, "layers together"], rows, selects=True)
+    losses = "losses" if report.metric == "nll" else "KL divergences as losses,"
+    return Table(f"The front; {losses} in nats per token", [*columns, "layers together"], rows, selects=True)
 
 
 def build_layers_table(report: StudyReport) -> Table:

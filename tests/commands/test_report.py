@@ -43,17 +43,30 @@ def test_a_search_leaves_a_report_and_report_writes_the_same(
     assert (tmp_path / "again.html").read_text(encoding="utf-8") == written
 
 
-def test_picks_agree_with_plan_pick(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
-    from lpsearch.report import load_report
+@pytest.mark.parametrize("metric", ["nll", "kl"])
+def test_picks_agree_with_plan_pick(
+    run_lpsearch: Run, arguments: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str
+) -> None:
+    from lpsearch.report import advice, load_report
     from lpsearch.report.advice import pick_plans
     from lpsearch.search import StudyStore
 
-    document = run_lpsearch(*arguments, "--budget", 13).document
+    document = run_lpsearch(*arguments, "--budget", 13, "--metric", metric).document
     with StudyStore(f"sqlite:///{tmp_path}/study/study.db", study_name=document["study"]) as store:
         report = load_report(store, tmp_path / "study")
+    losses = [point.get_loss(metric) for point in report.front]
+    assert len(losses) > 2
+    monkeypatch.setattr(advice, "LOSS_LIMITS", {"none": min(losses[1:]) / 2, **{str(loss): loss for loss in losses}})
+    assert any(pick.index is not None for pick in pick_plans(report))
     for pick in pick_plans(report):
-        picked = run_lpsearch("plan", "pick", tmp_path / "study", "--max-delta", pick.max_loss).document
-        assert picked["num_joins"] == (0 if pick.index is None else report.front[pick.index].record.num_joins)
+        outcome = run_lpsearch("plan", "pick", tmp_path / "study", "--max-delta", repr(pick.max_loss))
+        if outcome.exit_code:
+            assert pick.index is None
+            assert pick.max_loss < 0, "less than the unmodified model loses"
+            continue
+        expected = 0 if pick.index is None else report.front[pick.index].record.num_joins
+        assert outcome.document["num_joins"] == expected
+        assert ("this is the unmodified model" in outcome.stderr) == (expected == 0)
 
 
 def test_an_interrupted_search_leaves_a_report(
@@ -144,3 +157,27 @@ def test_plan_pick_takes_what_saves_most_by_the_objective(
     (tmp_path / "front.json").write_text(json.dumps({"objective": objective, "front": points}), encoding="utf-8")
     picked = run_lpsearch("plan", "pick", tmp_path, "--max-delta", 0.1)
     assert picked.document["plan"] == str(tmp_path / best)
+
+
+@pytest.mark.parametrize(("metric", "best"), [("nll", "a.json"), ("kl", "b.json"), (None, "a.json")])
+def test_plan_pick_compares_the_loss_that_was_searched(
+    run_lpsearch: Run, tmp_path: Path, metric: str | None, best: str
+) -> None:
+    points = [
+        {
+            **{"plan": name, "num_joins": num_joins, "speedup": None, "delta_nll": nll, "heldout_delta_nll": nll},
+            "kl_nats_per_token": kl,
+            **({} if metric is None else {"heldout_kl_nats_per_token": heldout}),
+        }
+        for name, num_joins, nll, kl, heldout in (
+            ("base.json", 0, 0.0, 0.0, 0.0),
+            ("a.json", 1, 0.05, 0.03, 0.04),
+            ("b.json", 2, 0.2, 0.3, 0.09),
+            ("c.json", 3, 0.3, 0.05, 0.2),
+        )
+    ]
+    named = {} if metric is None else {"metric": metric}
+    (tmp_path / "front.json").write_text(json.dumps({**named, "front": points}), encoding="utf-8")
+    outcome = run_lpsearch("plan", "pick", tmp_path, "--max-delta", 0.1)
+    assert outcome.document["plan"] == str(tmp_path / best)
+    assert ("written by an older lpsearch" in outcome.stderr) == (metric is None)

@@ -8,10 +8,11 @@ import itertools
 import pytest
 from rich.console import Console
 
-from lpsearch.commands.tables import build_front_table, describe_layers, spread_rows
+from lpsearch.commands.tables import build_front_table, spread_rows
 from lpsearch.evaluation.losses import PairedDelta
 from lpsearch.plan import Plan
 from lpsearch.search import PlanRecord
+from lpsearch.wording import describe_layers
 
 
 def build_front(num_layers: int = 30, **fields: float) -> list[PlanRecord]:
@@ -83,6 +84,19 @@ def test_layers_stand_whole_where_there_is_room() -> None:
 def test_kl_is_shown_where_it_was_measured() -> None:
     assert " kl " in render(build_front(kl_nats_per_token=0.5, kl_se=0.1), 120)[0]
     assert " kl " not in render(build_front(), 120)[0]
+
+
+def test_columns_are_named_by_the_loss_that_was_searched() -> None:
+    for front, names, value in (
+        (build_front(), ["delta nll", "held out"], "0.100 ±0.010"),
+        (build_front(kl_nats_per_token=0.5, kl_se=0.1), ["kl", "held-out kl", "delta nll"], "0.500 ±0.100"),
+    ):
+        heldout = {record.plan: PairedDelta(0.75, 0.02) for record in front}
+        header, _, _, row, *_ = render(front, 200, heldout=heldout)
+        places = [header.index(f" {name}") for name in names]
+        assert places == sorted(places)
+        assert row.split("  ")[0].strip() == "1"
+        assert row.index(value) < row.index("0.750 ±0.020")
 
 
 def test_rows_are_spread_from_the_first_to_the_last() -> None:

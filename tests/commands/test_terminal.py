@@ -8,6 +8,8 @@ import logging
 import os
 import re
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,40 @@ def test_a_pipe_gets_few_lines_and_no_control_characters(
     assert f"{best['delta_nll']:.3f} at 1 join" in trials[-1]
 
 
+def test_a_search_of_divergence_says_kl(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
+    outcome = run_lpsearch(*arguments, "--budget", 13, "--metric", "kl")
+    points = json.loads((tmp_path / "study" / "front.json").read_text(encoding="utf-8"))["front"]
+    trials = [line for line in outcome.stderr.splitlines() if line.startswith("INFO trial ")]
+    assert all(", kl " in line for line in trials)
+    assert f"{points[1]['kl_nats_per_token']:.3f} at 1 join" in trials[-1]
+    table = outcome.stderr.split("the front of 13 plans")[1]
+    for point in points[1:]:
+        cells = [
+            f"{point[name]:.3f} ±{point[error]:.3f}"
+            for name, error in (
+                ("kl_nats_per_token", "kl_se"),
+                ("heldout_kl_nats_per_token", "heldout_kl_se"),
+                ("delta_nll", "delta_nll_se"),
+            )
+        ]
+        assert any(all(cell in line for cell in cells) for line in table.splitlines())
+    for words in ("held-out kl: the same on windows", "kl: divergence from", "by the kl that you accept"):
+        assert words in table
+
+
+def test_the_summary_lists_what_is_there(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    stderr = run_lpsearch(*arguments, "--budget", 3).stderr
+    assert f"All of it is in {out}: study.db, front.json, plans/, report.html\n" in stderr
+    other = tmp_path / "other.db"
+    stderr = run_lpsearch(*arguments, "--budget", 3, "--fresh", "--storage", f"sqlite:///{other}").stderr
+    assert f"The results are in {out}: front.json, plans/, report.html; the trials in {other}\n" in stderr
+    (out / "report.html").unlink()
+    (out / "report.html").mkdir()
+    stderr = run_lpsearch(*arguments, "--budget", 4, "--storage", f"sqlite:///{other}").stderr
+    assert f"The results are in {out}: front.json, plans/; the trials in {other}\n" in stderr
+
+
 def test_json_makes_every_line_an_object(run_lpsearch: Run, arguments: list) -> None:
     outcome = run_lpsearch(*arguments, "--budget", 13, "--json")
     assert outcome.exit_code == 0
@@ -186,6 +222,37 @@ def test_stray_lines_become_warnings() -> None:
     lines = read_lines(stream.getvalue())
     assert [line["message"] for line in lines] == ["100%", "first", "second"]
     assert {line["level"] for line in lines} == {"WARNING"}
+
+
+def test_no_thread_takes_the_lines_of_another() -> None:
+    num_threads, num_lines = 8, 200
+    logged: list[str] = []
+
+    class Slow(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            time.sleep(1e-5)  # lets the other threads write meanwhile
+            logged.append(record.getMessage())
+
+    stray = logging.getLogger("tests.threads")
+    handler = Slow()
+    stray.addHandler(handler)
+    stray.propagate = False
+
+    def write(name: int) -> None:
+        for line in range(num_lines):
+            sys.stderr.write(f"{name} ")
+            sys.stderr.write(f"{line}\n")
+        sys.stderr.write(f"{name} end")
+
+    with log_stray_lines(stray):
+        threads = [threading.Thread(target=write, args=(name,)) for name in range(num_threads)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    stray.removeHandler(handler)
+    expected = [f"{name} {line}" for name in range(num_threads) for line in [*range(num_lines), "end"]]
+    assert sorted(logged) == sorted(expected)
 
 
 def test_a_failing_handler_does_not_go_round_in_circles() -> None:
