@@ -152,6 +152,7 @@ def test_the_chosen_plan_stays_as_the_front_grows_below_it(
         page = open_page(url, out=tmp_path, front=[{} for _ in report.front]).page
         index = len(report.front) - 1
         trial = report.front[index].record.trial
+        page.click("#front summary")
         page.click(f"#front table [data-show='{index}']")
         assert get_shown_plans(page) == [index]
         before = page.inner_text(f"#plan-{index} code >> nth=0")
