@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import optuna_dashboard
+import plotly
 from optuna.artifacts import FileSystemArtifactStore
 from plotly.offline import get_plotlyjs
 
@@ -44,6 +46,8 @@ _BACK_LINK = (
     b'box-shadow:0 1px 4px rgba(0,0,0,.4)">lpsearch</a>'
 )
 
+_UNAVAILABLE = "503 Service Unavailable"
+
 _Answer = tuple[str, str, bytes, dict[str, str]]
 """Status, content type, body and further headers."""
 
@@ -58,11 +62,15 @@ def build_app(study: LiveStudy, directory: Path) -> WSGIApplication:
         study: what is shown.
         directory: its directory, with the plan files as artifacts.
     """
-    optuna_app: WSGIApplication = optuna_dashboard.wsgi(
-        study.store.optuna_storage, artifact_store=FileSystemArtifactStore(directory / ARTIFACTS_NAME)
-    )
+
+    @lru_cache(maxsize=1)
+    def build_optuna_app(inode: int | None) -> WSGIApplication:
+        """Build optuna-dashboard, for each database file anew: it remembers trials by numbers that both files have."""
+        artifacts = FileSystemArtifactStore(directory / ARTIFACTS_NAME)
+        app: WSGIApplication = optuna_dashboard.wsgi(study.store.optuna_storage, artifact_store=artifacts)
+        return app
+
     scripts: dict[str, Callable[[], str]] = {
-        "/lpsearch/plotly.js": get_plotlyjs,
         "/lpsearch/page.js": lambda: read_asset("page.js"),
         "/lpsearch/live.js": lambda: files("lpsearch_dashboard").joinpath("live.js").read_text(encoding="utf-8"),
     }
@@ -73,14 +81,18 @@ def build_app(study: LiveStudy, directory: Path) -> WSGIApplication:
             answer = _refuse("Open this dashboard as 127.0.0.1 or localhost.")
         elif path in ("/", "/lpsearch/study.json"):
             answer = _answer_live(study, path, environ)
+        elif path == "/lpsearch/plotly.js":
+            answer = _answer_plotly(environ)
         elif path in scripts:
             answer = ("200 OK", "text/javascript; charset=utf-8", scripts[path]().encode(), {})
         elif method not in ("GET", "HEAD") and not (method == "PUT" and _NOTE_PATH.fullmatch(path.rstrip("/"))):
             answer = _refuse(_READ_ONLY)
         elif path == "/dashboard" or path.startswith("/dashboard/"):
-            return _add_back_link(optuna_app, environ, start_response)
+            return _add_back_link(build_optuna_app(study.inode), environ, start_response)
+        elif (failure := _follow_database(study, path)) is not None:
+            answer = failure
         else:
-            return optuna_app(environ, start_response)
+            return build_optuna_app(study.inode)(environ, start_response)
         status, content_type, body, headers = answer
         length = {"Content-Type": content_type, "Content-Length": str(len(body))}
         start_response(status, [*length.items(), ("X-Content-Type-Options", "nosniff"), *headers.items()])
@@ -97,18 +109,44 @@ def _answer_live(study: LiveStudy, path: str, environ: WSGIEnvironment) -> _Answ
             return "200 OK", "text/html; charset=utf-8", page, {**headers, "Content-Security-Policy": _POLICY}
         snapshot = study.read()
     except LpsearchError as error:
-        return _build_json("503 Service Unavailable", {"reason": str(error)}, headers)
+        if path == "/":
+            page = study.render_failure(str(error)).encode()
+            return _UNAVAILABLE, "text/html; charset=utf-8", page, {**headers, "Content-Security-Policy": _POLICY}
+        return _build_json(_UNAVAILABLE, {"reason": str(error)}, headers)
     headers["ETag"] = snapshot.etag
     if environ.get("HTTP_IF_NONE_MATCH") == snapshot.etag:
         return "304 Not Modified", "application/json", b"", headers
     return "200 OK", "application/json", snapshot.to_json().encode(), headers
 
 
+def _answer_plotly(environ: WSGIEnvironment) -> _Answer:
+    """Answer with plotly.js, whose 5 MB a browser that has this version already need not read again."""
+    kind, etag = "text/javascript; charset=utf-8", f'"plotly-{plotly.__version__}"'
+    headers = {"Cache-Control": "no-cache", "ETag": etag}  # kept, but asked for each time
+    if environ.get("HTTP_IF_NONE_MATCH") == etag:
+        return "304 Not Modified", kind, b"", headers
+    return "200 OK", kind, get_plotlyjs().encode(), headers
+
+
+def _follow_database(study: LiveStudy, path: str) -> _Answer | None:
+    """See to it that optuna-dashboard uses the study's present file; return what to answer where there is none."""
+    if path.startswith("/static/"):  # read from no database
+        return None
+    try:
+        study.follow_database()
+    except LpsearchError as error:
+        return _build_json(_UNAVAILABLE, {"reason": str(error)}, {"Cache-Control": "no-store"})
+    return None
+
+
 def _is_local(environ: WSGIEnvironment) -> bool:
     """Say whether a request names this machine, and was not sent by a page from elsewhere."""
-    host = urlsplit(f"//{environ.get('HTTP_HOST', '')}").hostname
-    origin = environ.get("HTTP_ORIGIN")
-    return host in _LOCAL_NAMES and (origin is None or urlsplit(origin).hostname in _LOCAL_NAMES)
+    try:
+        host = urlsplit(f"//{environ.get('HTTP_HOST', '')}").hostname
+        origin = environ.get("HTTP_ORIGIN")
+        return host in _LOCAL_NAMES and (origin is None or urlsplit(origin).hostname in _LOCAL_NAMES)
+    except ValueError:  # brackets that hold no address
+        return False
 
 
 def _refuse(reason: str) -> _Answer:

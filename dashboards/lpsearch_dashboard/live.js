@@ -42,12 +42,10 @@
       location.reload();
       return;
     }
-    if (data !== null) {
-      const fresh = document.createElement("template");
-      fresh.innerHTML = body;
-      for (const name of ["header", "main"]) change(document.querySelector(name), fresh.content.querySelector(name));
-      document.dispatchEvent(new CustomEvent("lpsearch:figures", { detail: data }));
-    }
+    const fresh = document.createElement("template");
+    fresh.innerHTML = body;
+    for (const name of ["header", "main"]) change(document.querySelector(name), fresh.content.querySelector(name));
+    if (data !== null) document.dispatchEvent(new CustomEvent("lpsearch:figures", { detail: data }));
     say(state, text);
   };
 

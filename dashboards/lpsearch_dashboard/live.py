@@ -30,7 +30,8 @@ class Snapshot:
 
     Attributes:
         state: ``waiting`` before the first plan is finished, ``searching``, or ``done`` once the plan files are those
-            of the front; a search that was interrupted cannot be told from one under way.
+            of the front; a search that was interrupted cannot be told from one under way. ``lost`` is a page of a study
+            that cannot be read.
         message: the same for people.
         title: of the page, as HTML.
         body: ``<header>`` and ``<main>``.
@@ -68,16 +69,23 @@ class LiveStudy:
         self._store = store
         self._directory = directory
         self._lock = threading.Lock()
+        self._database_lock = threading.Lock()  # of its own: reading the study takes long
         self._database_path = find_sqlite_path(store.optuna_storage.engine.url)
         self._inode = self._read_inode()
         self._revision = ""
         self._snapshot: Snapshot | None = None
+        self._failure: Exception | None = None
         self._not_before = 0.0
 
     @property
     def store(self) -> StudyStore:
         """Its database."""
         return self._store
+
+    @property
+    def inode(self) -> int | None:
+        """The database file that was last followed, by its number; None for another kind of database."""
+        return self._inode
 
     def read(self) -> Snapshot:
         """Return what there is to show now, or was a moment ago.
@@ -87,15 +95,24 @@ class LiveStudy:
         """
         with self._lock:
             began_at = time.monotonic()
-            if self._snapshot is not None and began_at < self._not_before:
-                return self._snapshot
-            self._follow_database()
+            if began_at < self._not_before:
+                if self._failure is not None:
+                    raise self._failure.with_traceback(None)
+                if self._snapshot is not None:
+                    return self._snapshot
+            self._failure = None
+            self.follow_database()
             revision = self._read_revision()
             if self._snapshot is None or revision != self._revision:
-                self._snapshot = self._build()
-                self._revision = revision
-                duration_s = time.monotonic() - began_at
-                self._not_before = began_at + duration_s / MAX_BUSY_SHARE
+                try:
+                    self._snapshot = self._build()
+                    self._revision = revision
+                except Exception as error:  # to read a study that cannot be shown takes as long
+                    self._failure = error
+                    raise
+                finally:
+                    duration_s = time.monotonic() - began_at
+                    self._not_before = began_at + duration_s / MAX_BUSY_SHARE
             return self._snapshot
 
     def render_page(self) -> str:
@@ -105,28 +122,28 @@ class LiveStudy:
             StudyError: if the study cannot be read.
         """
         snapshot = self.read()
-        return _PAGE.format(
-            title=snapshot.title,
-            style=read_asset("page.css") + _read_own_asset("live.css"),
-            state=snapshot.state,
-            etag=escape(snapshot.etag),
-            message=escape(snapshot.message),
-            optuna_path=self._find_optuna_path(),
-            body=snapshot.body,
-            data=snapshot.data,
-            scripts="".join(f'<script src="/lpsearch/{name}"></script>\n' for name in _list_scripts(snapshot)),
-        )
+        return _render(snapshot, etag=snapshot.etag, optuna_path=self._find_optuna_path())
 
-    def _follow_database(self) -> None:
+    def render_failure(self, reason: str) -> str:
+        """Return a page for a study that cannot be read now, which shows the study once it can.
+
+        Args:
+            reason: why it cannot be read.
+        """
+        snapshot = self._build_waiting("lost", reason, _LOST)
+        return _render(snapshot, etag="", optuna_path="/dashboard")  # no tag, so that the first answer is whole
+
+    def follow_database(self) -> None:
         """Let go of a database file that was moved aside, as ``optimize --fresh`` does, and take the one in its place.
 
         Raises:
             StudyError: if there is none; SQLite would make one.
         """
-        inode = self._read_inode()
-        if inode != self._inode:
-            self._store.optuna_storage.engine.dispose()
-            self._inode = inode
+        with self._database_lock:
+            inode = self._read_inode()
+            if inode != self._inode:
+                self._store.optuna_storage.engine.dispose()
+                self._inode = inode
 
     def _read_inode(self) -> int | None:
         if self._database_path is None:
@@ -143,15 +160,21 @@ class LiveStudy:
         return f"{read_revision(self._store)} {status.st_ino} {status.st_mtime_ns} {status.st_size}"
 
     def _build(self) -> Snapshot:
-        title = escape(f"{self._store.study_name}: layer parallelism")
         try:
             report = load_report(self._store, self._directory)
         except UsageError as error:  # no plan is finished yet
-            body = _WAITING.format(name=escape(self._store.study_name), reason=escape(str(error)))
-            return Snapshot("waiting", "waiting for the first plan", title, body, "null")
+            return self._build_waiting(
+                "waiting", "waiting for the first plan", f"{error}; the figures come by themselves."
+            )
         parts = build_parts(report)
         state = "done" if report.is_current else "searching"
         return Snapshot(state, _describe(report), parts.title, parts.body, parts.data)
+
+    def _build_waiting(self, state: str, message: str, note: str) -> Snapshot:
+        name = escape(self._store.study_name)
+        return Snapshot(
+            state, message, f"{name}: layer parallelism", _WAITING.format(name=name, note=escape(note)), "null"
+        )
 
     def _find_optuna_path(self) -> str:
         """Return where optuna-dashboard shows the study; its list of studies where Optuna does not have it yet."""
@@ -170,18 +193,31 @@ def _describe(report: StudyReport) -> str:
     return f"{plans} so far; this page follows the search"
 
 
+def _render(snapshot: Snapshot, *, etag: str, optuna_path: str) -> str:
+    return _PAGE.format(
+        title=snapshot.title,
+        style=read_asset("page.css") + _read_own_asset("live.css"),
+        state=snapshot.state,
+        etag=escape(etag),
+        message=escape(snapshot.message),
+        optuna_path=optuna_path,
+        body=snapshot.body,
+        data=snapshot.data,
+        scripts="".join(f'<script src="/lpsearch/{name}"></script>\n' for name in _list_scripts(snapshot)),
+    )
+
+
 def _list_scripts(snapshot: Snapshot) -> tuple[str, ...]:
-    return ("live.js",) if snapshot.state == "waiting" else ("plotly.js", "page.js", "live.js")
+    return ("live.js",) if snapshot.data == "null" else ("plotly.js", "page.js", "live.js")
 
 
 def _read_own_asset(name: str) -> str:
     return files("lpsearch_dashboard").joinpath(name).read_text(encoding="utf-8")
 
 
-_WAITING = (
-    "<header><div class='bar'><h1>{name}</h1></div></header>\n"
-    "<main id='main'><p class='note'>{reason}; the figures come by themselves.</p></main>"
-)
+_WAITING = "<header><div class='bar'><h1>{name}</h1></div></header>\n<main id='main'><p class='note'>{note}</p></main>"
+
+_LOST = "The study cannot be read now. This page asks again, and shows the study once it can be read."
 
 _PAGE = """<!doctype html>
 <html lang="en">

@@ -36,6 +36,7 @@ class DashboardServer(socketserver.ThreadingMixIn, WSGIServer):
     """Serves until ``serve_forever`` is interrupted; a context manager that closes the port."""
 
     daemon_threads = True
+    allow_reuse_port = False  # newer versions of Python turn it on, and two servers would share a port unseen
 
     @property
     def url(self) -> str:

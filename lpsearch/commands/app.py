@@ -261,7 +261,7 @@ def profile(
 def report(
     directory: Annotated[Path, typer.Argument(help="directory that optimize wrote", metavar="DIR")],
     storage: Annotated[str | None, typer.Option(help="database URL; default study.db in DIR", metavar="URL")] = None,
-    study: Annotated[str | None, typer.Option(help="name of the study; default: the latest")] = None,
+    study: Annotated[str | None, typer.Option(help="name of the study; default: that of DIR")] = None,
     out: Annotated[Path | None, typer.Option(help="file to write; default report.html in DIR", metavar="FILE")] = None,
 ) -> dict[str, Any]:
     """Write a study's report, finished or not, as one HTML file that needs no network."""
@@ -275,7 +275,7 @@ def dashboard(
     directory: Annotated[Path, typer.Argument(help="directory that optimize wrote", metavar="DIR")],
     port: Annotated[int, typer.Option(help="port of 127.0.0.1; 0: any free one", min=0, max=65535)] = 8080,
     storage: Annotated[str | None, typer.Option(help="database URL; default study.db in DIR", metavar="URL")] = None,
-    study: Annotated[str | None, typer.Option(help="name of the study; default: the latest")] = None,
+    study: Annotated[str | None, typer.Option(help="name of the study; default: that of DIR")] = None,
 ) -> dict[str, Any]:
     """Serve a study, finished or not: its live figures and optuna-dashboard, until Ctrl-C."""
     from lpsearch.commands.dashboard import dashboard as serve_dashboard

@@ -29,13 +29,14 @@ def dashboard(directory: Path, *, port: int, storage: str | None, study: str | N
         directory: what ``optimize`` wrote.
         port: port of 127.0.0.1; 0 takes any free one.
         storage: database URL; None takes ``study.db`` in the directory.
-        study: name of the study; None takes the latest in the database.
+        study: name of the study; None takes the one that the directory's ``front.json`` names, or the only one.
 
     Returns:
         ``url``, ``study`` and ``seconds``.
 
     Raises:
-        UsageError: for a directory or database without a study, a port that is in use, or a missing extra.
+        UsageError: for a directory or database without a study, or with several and none chosen, a port that is in
+            use, or a missing extra.
         StudyVersionError: for a study of another version.
         StudyError: if the database fails.
     """
@@ -44,7 +45,13 @@ def dashboard(directory: Path, *, port: int, storage: str | None, study: str | N
         build_server = _load_server()
         started = time.perf_counter()
         with build_server(store, directory, port=port) as server:
-            logger.info("%s is shown at %s ; end with Ctrl-C", store.study_name, server.url)
+            logger.setLevel(logging.INFO)  # with --quiet too: nothing else tells which port was free
+            logger.info(
+                "%s is shown at %s ; end with Ctrl-C",
+                store.study_name,
+                server.url,
+                extra={"progress": {"step": "serving", "url": server.url, "study": store.study_name}},
+            )
             with suppress(KeyboardInterrupt):  # the way to end it, so nothing was cut short
                 server.serve_forever(poll_interval=0.2)
         return {"url": server.url, "study": store.study_name, "seconds": round(time.perf_counter() - started, 1)}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from sqlalchemy.engine import URL
 from lpsearch.commands.console import adopt_optuna_log
 from lpsearch.errors import UsageError
 from lpsearch.search import StudyStore
+from lpsearch.search.options import list_study_options
 
 if TYPE_CHECKING:
     from lpsearch.report import StudyReport
@@ -32,14 +35,15 @@ def report(directory: Path, *, storage: str | None, study: str | None, out: Path
     Args:
         directory: what ``optimize`` wrote.
         storage: database URL; None takes ``study.db`` in the directory.
-        study: name of the study; None takes the latest in the database.
+        study: name of the study; None takes the one that the directory's ``front.json`` names, or the only one.
         out: file to write; None takes ``report.html`` in the directory.
 
     Returns:
         ``report``, ``study``, ``trials``, ``front_plans``, ``num_bytes`` and ``seconds``.
 
     Raises:
-        UsageError: for a directory or database without a study, or a study without a finished plan.
+        UsageError: for a directory or database without a study, or with several and none chosen, or a study without a
+            finished plan.
         StudyVersionError: for a study of another version.
         StudyError: if the database fails.
         OSError: if the file cannot be written.
@@ -71,13 +75,13 @@ def open_existing_study(directory: Path, *, storage: str | None, study: str | No
     Args:
         directory: what ``optimize`` wrote.
         storage: database URL; None takes ``study.db`` in the directory.
-        study: name of the study; None takes the latest in the database.
+        study: name of the study; None takes the one that the directory's ``front.json`` names, or the only one.
 
     Yields:
         The open store.
 
     Raises:
-        UsageError: for a directory or database without a study.
+        UsageError: for a directory or database without a study, or with several and none chosen.
         StudyVersionError: for a database of another version.
         StudyError: if the database fails.
     """
@@ -96,8 +100,36 @@ def open_existing_study(directory: Path, *, storage: str | None, study: str | No
             named = f"no study {study!r}" if study is not None and held else "no study yet"
             known = f"it holds {', '.join(map(repr, held))}" if held else "begin one with `lpsearch optimize`"
             raise UsageError(f"{store.where}: holds {named}; {known}")
-        store.study_name = study or held[-1]
+        store.study_name = study if study is not None else _choose_study(store, held, directory)
         yield store
+
+
+def _choose_study(store: StudyStore, held: Sequence[str], directory: Path) -> str:
+    """Choose a study where none was named: the one whose front the directory has, or the only one.
+
+    Raises:
+        UsageError: if there are several.
+    """
+    named = _read_front_study(directory)
+    if named is not None and named in held:
+        return named
+    if len(held) == 1:
+        return held[0]
+    found = f"names {named!r}, which is none of them" if named is not None else "does not say which is meant"
+    raise UsageError(
+        f"{store.where}: holds {len(held)} studies, and {directory / 'front.json'} {found}; "
+        f"choose one with --study: {', '.join(map(repr, held))}"
+    )
+
+
+def _read_front_study(directory: Path) -> str | None:
+    """Return the study that ``front.json`` names; None where it names none."""
+    try:
+        document = json.loads((directory / "front.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # said when the report is read
+        return None
+    named = document.get("study") if isinstance(document, dict) else None
+    return named if isinstance(named, str) else None
 
 
 def try_write_report(store: StudyStore, out: Path) -> StudyReport | None:
@@ -120,7 +152,8 @@ def try_write_report(store: StudyStore, out: Path) -> StudyReport | None:
         return None
     except Exception as error:
         # A report can be written again at any time; a search that is done must not fail by it.
-        logger.warning("the report was not written: %s; `lpsearch report %s` tries again", error, out)
+        command = shlex.join(["lpsearch", "report", str(out), *list_study_options(store, out)])
+        logger.warning("the report was not written: %s; `%s` tries again", error, command)
         logger.debug("while writing the report", exc_info=True)
         return None
     _try_annotate(store, found, out)

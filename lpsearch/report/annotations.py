@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from lpsearch.report.figures import build_front_figure, describe_groups
 from lpsearch.report.study import FrontPoint, StudyReport, count_joins
 from lpsearch.report.tables import Table, build_front_table, format_loss
 from lpsearch.search import StudyStore
+from lpsearch.search.options import list_study_options
 
 __all__ = ["ARTIFACTS_NAME", "FRONT_FIGURE_ID", "annotate_study"]
 
@@ -104,7 +106,7 @@ def _save_figure(dashboard: Dashboard, study: optuna.Study, report: StudyReport)
 
 
 def _save_notes(dashboard: Dashboard, store: StudyStore, study: optuna.Study, report: StudyReport) -> None:
-    _save_note(dashboard, study, _describe_study(report))
+    _save_note(dashboard, study, _describe_study(store, report))
     storage = store.optuna_storage
     trial_ids = {trial.number: trial._trial_id for trial in study.get_trials(deepcopy=False)}
     points = {point.record.trial: point for point in report.front}
@@ -133,8 +135,10 @@ def _save_note(dashboard: Dashboard, subject: optuna.Study | _FinishedTrial, tex
         dashboard.save_note(subject, note)
 
 
-def _describe_study(report: StudyReport) -> str:
+def _describe_study(store: StudyStore, report: StudyReport) -> str:
     settings = report.settings
+    options = list_study_options(store, Path(report.directory))
+    command = shlex.join(["lpsearch", "dashboard", report.directory, *options])
     state = "" if report.is_current else " The search is under way or was interrupted."
     return "\n".join(
         [
@@ -146,7 +150,7 @@ def _describe_study(report: StudyReport) -> str:
             "",
             *_render_markdown(build_front_table(report)),
             "",
-            f"The page with all figures: `lpsearch dashboard {report.directory}`",
+            f"The page with all figures: `{command}`",
         ]
     )
 

@@ -8,6 +8,7 @@
     modeBarButtons: [["toImage"]], toImageButtonOptions: { scale: 2 },
   };
   let chosen = 0;
+  let chosenTrial; // kept, since a page that is served live has other plans in its elements before it says so
   let isPicked = true; // the chosen plan is the page's own pick, not the reader's
   const collect = () => {
     plans = [...document.querySelectorAll("[data-plan]")];
@@ -80,6 +81,7 @@
   };
   const choose = (index, move = false) => {
     chosen = Math.min(Math.max(index, 0), plans.length - 1);
+    chosenTrial = plans[chosen]?.dataset.trial;
     plans.forEach((plan, place) => { plan.hidden = place !== chosen; });
     ring();
     if (move) document.getElementById("front").scrollIntoView({ block: "start" });
@@ -164,10 +166,9 @@
 
   // ---- A page that is served live changes its body, then hands over the new figures ----
   document.addEventListener("lpsearch:figures", (event) => {
-    const trial = plans[chosen]?.dataset.trial;
     data = event.detail;
     collect();
-    const place = plans.findIndex((plan) => plan.dataset.trial === trial);
+    const place = plans.findIndex((plan) => plan.dataset.trial === chosenTrial);
     chosen = place < 0 ? Math.min(chosen, plans.length - 1) : place;
     redraw();
     if (isPicked) pick(); else choose(chosen);

@@ -169,7 +169,7 @@ def load_report(store: StudyStore, directory: Path) -> StudyReport:
         raise _build_version_error(store, f"its record has no {', '.join(missing)}")
     records = _load_finished(store)
     profile = parse_recorded_profile(store.load_latency_profile())
-    front_file = _load_front_file(directory)
+    front_file = _load_front_file(directory, store.study_name)
     return build_report(store, directory, settings, records, profile, front_file)
 
 
@@ -256,8 +256,8 @@ def _load_finished(store: StudyStore) -> list[PlanRecord]:
     return records
 
 
-def _load_front_file(directory: Path) -> dict[str, Any] | None:
-    """Return the content of ``front.json``; None where it is not written yet or not readable."""
+def _load_front_file(directory: Path, study_name: str) -> dict[str, Any] | None:
+    """Return the content of ``front.json``; None where it is not written yet, not readable or of another study."""
     path = directory / "front.json"
     try:
         document: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -279,6 +279,10 @@ def _load_front_file(directory: Path) -> dict[str, Any] | None:
         logger.warning("%s: not the front of a study (%r); the report names no plan files", path, error)
         return None
     assert isinstance(document, dict)
+    named = document.get("study", study_name)
+    if named != study_name:
+        logger.warning("%s: of the study %r, not %r; the report names no plan files", path, named, study_name)
+        return None
     return document
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -12,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from lpsearch.search import StudyStore
 from tests.commands.conftest import Run
+from tests.report.conftest import search_formula
 
 
 @pytest.fixture
@@ -49,7 +53,6 @@ def test_picks_agree_with_plan_pick(
 ) -> None:
     from lpsearch.report import advice, load_report
     from lpsearch.report.advice import pick_plans
-    from lpsearch.search import StudyStore
 
     document = run_lpsearch(*arguments, "--budget", 13, "--metric", metric).document
     with StudyStore(f"sqlite:///{tmp_path}/study/study.db", study_name=document["study"]) as store:
@@ -107,6 +110,52 @@ def test_a_report_that_cannot_be_written_does_not_fail_the_search(
     assert "the report was not written" in outcome.stderr
     outcome = run_lpsearch("report", tmp_path / "study")
     assert (outcome.exit_code, outcome.document["error"]["type"]) == (2, "UsageError")
+
+
+def test_the_hint_of_a_report_that_was_not_written_writes_it(
+    run_lpsearch: Run, arguments: list, tmp_path: Path
+) -> None:
+    out = tmp_path / "my study"
+    (out / "report.html").mkdir(parents=True)
+    storage = f"sqlite:///{tmp_path / 'all.db'}"
+    with StudyStore(storage, study_name="other") as store:
+        store.save_settings({})
+    outcome = run_lpsearch(*arguments, "--budget", 3, "--out", out, "--storage", storage, "--study", "a b")
+    assert outcome.exit_code == 0, outcome.stderr
+    (out / "report.html").rmdir()
+    command = shlex.split(re.search(r"`(lpsearch report .+)` tries again", outcome.stderr).group(1))
+    outcome = run_lpsearch(*command[1:])
+    assert outcome.exit_code == 0, outcome.stderr
+    assert outcome.document["study"] == "a b"
+    assert (out / "report.html").is_file()
+
+
+def test_a_shared_database_is_asked_for_the_study_of_the_directory(run_lpsearch: Run, tmp_path: Path) -> None:
+    search_formula(tmp_path, budget=5, heldout=False)
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    path = tmp_path / "front.json"
+    front = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**front, "study": "gone"}), encoding="utf-8")
+    alone = run_lpsearch("report", tmp_path, "--storage", storage)
+    assert (alone.exit_code, alone.document["study"]) == (0, "demo"), "the only one"
+    assert "of the study 'gone', not 'demo'" in alone.stderr
+
+    with StudyStore(storage, study_name="later") as store:
+        store.save_settings({})
+    for named in ("gone", None):
+        if named is None:
+            path.unlink()
+        for command in (["report"], ["dashboard", "--port", 0]):
+            refused = run_lpsearch(*command, tmp_path, "--storage", storage)
+            assert (refused.exit_code, refused.document["error"]["type"]) == (2, "UsageError")
+            for part in ("holds 2 studies", "--study: 'demo', 'later'", str(path)):
+                assert part in refused.document["error"]["message"]
+    assert run_lpsearch("report", tmp_path, "--storage", storage, "--study", "demo").exit_code == 0
+
+    path.write_text(json.dumps({**front, "study": "demo"}), encoding="utf-8")
+    chosen = run_lpsearch("report", tmp_path, "--storage", storage)
+    assert (chosen.exit_code, chosen.document["study"]) == (0, "demo")
+    assert "not 'demo'" not in chosen.stderr
 
 
 def test_directories_without_a_study_are_refused(run_lpsearch: Run, tmp_path: Path) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
 import optuna
+import plotly
 import pytest
 
+from lpsearch import report
 from lpsearch.report import StudyReport
 from lpsearch.search import StudyStore
 from lpsearch_dashboard import live
@@ -67,6 +70,25 @@ def test_the_page_takes_a_bounded_share_of_the_machine(
     first = ask("/lpsearch/study.json").json
     (tmp_path / "front.json").unlink()
     assert ask("/lpsearch/study.json").json == first
+
+
+def test_a_study_that_cannot_be_shown_takes_no_more_of_it(
+    finished_study: StudyReport, tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[Path] = []
+
+    def load_report(store: StudyStore, directory: Path) -> StudyReport:
+        reads.append(directory)
+        return report.load_report(store, directory)
+
+    monkeypatch.setattr(live, "load_report", load_report)
+    monkeypatch.setattr(live, "MAX_BUSY_SHARE", 1e-9)
+    front = (tmp_path / "front.json").read_text(encoding="utf-8")
+    (tmp_path / "front.json").write_text(json.dumps({**json.loads(front), "schema_version": 0}), encoding="utf-8")
+    answers = [ask("/lpsearch/study.json") for _ in range(3)]
+    assert reads == [tmp_path]
+    assert {answer.status for answer in answers} == {503}
+    assert all("schema_version is 0" in answer.json["reason"] for answer in answers)
 
 
 def test_a_study_without_a_finished_trial_waits(tmp_path: Path, ask: Ask, make_study: MakeStudy) -> None:
@@ -135,6 +157,56 @@ def test_pages_from_elsewhere_reach_nothing(finished_study: StudyReport, ask: As
     assert ask(*note, HTTP_ORIGIN="http://127.0.0.1:8080").status == 204
 
 
+def test_names_that_are_no_addresses_reach_nothing(finished_study: StudyReport, ask: Ask) -> None:
+    for name in ("[", "[::1", "[localhost]", "[v1.x]:80"):
+        assert ask("/", HTTP_HOST=name).status == 403, name
+        assert ask("/", HTTP_ORIGIN=f"http://{name}").status == 403, name
+
+
+def test_a_browser_that_has_plotly_is_not_sent_it_again(finished_study: StudyReport, ask: Ask) -> None:
+    whole = ask("/lpsearch/plotly.js")
+    assert (whole.status, len(whole.body) > 1_000_000) == (200, True)
+    assert plotly.__version__ in whole.headers["ETag"]
+    assert whole.headers["Cache-Control"] == "no-cache"
+    again = ask("/lpsearch/plotly.js", HTTP_IF_NONE_MATCH=whole.headers["ETag"])
+    assert (again.status, again.body, again.headers["ETag"]) == (304, b"", whole.headers["ETag"])
+    other = ask("/lpsearch/plotly.js", HTTP_IF_NONE_MATCH='"plotly-of-another-version"')
+    assert (other.status, other.body) == (200, whole.body)
+
+
+@pytest.mark.parametrize("broken", ["moved", "version", "database"])
+def test_the_page_of_a_study_that_cannot_be_read_says_why_and_asks_again(
+    finished_study: StudyReport, tmp_path: Path, ask: Ask, broken: str
+) -> None:
+    assert ask("/").status == 200
+    aside = tmp_path / "aside"
+    front = json.loads((tmp_path / "front.json").read_text(encoding="utf-8"))
+    if broken == "moved":
+        shutil.move(tmp_path / "study.db", aside)
+    elif broken == "version":
+        (tmp_path / "front.json").write_text(json.dumps({**front, "schema_version": 0}), encoding="utf-8")
+    else:
+        with closing(sqlite3.connect(tmp_path / "study.db")) as connection, connection:
+            connection.execute("ALTER TABLE lpsearch_evaluations RENAME TO elsewhere")
+    answer = ask("/")
+    assert answer.status == 503
+    assert answer.headers["Content-Type"].startswith("text/html")
+    assert "'self'" in answer.headers["Content-Security-Policy"]
+    page = parse(answer.body.decode())
+    assert ask("/lpsearch/study.json").json["reason"] in page.text
+    assert "demo" in page.text
+    assert [reference for reference in page.references if reference.endswith(".js")] == ["/lpsearch/live.js"]
+    assert b'data-state="lost" data-etag=""' in answer.body, "the next answer is whole"
+    if broken == "moved":
+        shutil.move(aside, tmp_path / "study.db")
+    elif broken == "version":
+        (tmp_path / "front.json").write_text(json.dumps(front), encoding="utf-8")
+    else:
+        with closing(sqlite3.connect(tmp_path / "study.db")) as connection, connection:
+            connection.execute("ALTER TABLE elsewhere RENAME TO lpsearch_evaluations")
+    assert ask("/").status == 200
+
+
 def test_a_study_that_breaks_is_named_and_the_server_goes_on(
     finished_study: StudyReport, tmp_path: Path, ask: Ask
 ) -> None:
@@ -164,3 +236,32 @@ def test_a_fresh_study_in_the_place_of_the_old_one_is_shown(
     make_study(budget=3)
     assert ask("/lpsearch/study.json").json["message"].startswith("3 plans")
     assert len(ask("/api/studies/1").json["trials"]) == 3
+
+
+def test_optuna_dashboard_follows_a_database_that_was_moved_aside(
+    finished_study: StudyReport, make_study: MakeStudy, tmp_path: Path, ask: Ask
+) -> None:
+    """With optuna-dashboard's pages alone open: nothing asks for the live page."""
+    former = ask("/api/studies/1").json
+    assert len(former["trials"]) == NUM_TRIALS
+    aside = tmp_path / "aside"
+    aside.mkdir()
+    for path in [*tmp_path.glob("study.db*"), tmp_path / "front.json"]:
+        path.rename(aside / path.name)
+    for path, method in (("/api/studies/1", "GET"), ("/api/studies/1/note", "PUT")):
+        answer = ask(path, method, b'{"version": 99, "body": "mine"}')
+        assert (answer.status, "study.db" in answer.json["reason"]) == (503, True)
+    assert ask("/dashboard/studies/1").status == 200
+    assert ask("/static/bundle.js").status == 200
+    assert not (tmp_path / "study.db").exists(), "looking for a study must not make one"
+    make_study(budget=3)
+    study = ask("/api/studies/1").json
+    assert len(study["trials"]) == 3
+    note = json.dumps({"version": study["note"]["version"] + 1, "body": "mine"}).encode()
+    assert ask("/api/studies/1/note", "PUT", note).status == 204
+    assert ask("/api/studies/1").json["note"]["body"] == "mine"
+    with closing(sqlite3.connect(aside / "study.db")) as connection:
+        kept = connection.execute(
+            "SELECT value_json FROM study_system_attributes WHERE key LIKE 'dashboard:note_str:%'"
+        ).fetchall()
+    assert "mine" not in "".join(json.loads(value) for (value,) in kept)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lpsearch.search import StudyStore
 from tests.browsing import CHARTS, Opened, count_drawn, get_shown_plans, join_groups, open_in_browser, point_at
 from tests.dashboards.conftest import serve
 from tests.report.conftest import MakeStudy
@@ -143,9 +144,61 @@ def test_the_page_follows_the_study_and_leaves_the_reader_alone(
             assert count_drawn(page, name) > 0, name
 
 
-def test_a_page_that_waits_shows_the_first_plans(open_page: Any, make_study: MakeStudy, tmp_path: Path) -> None:
-    from lpsearch.search import StudyStore
+def test_the_chosen_plan_stays_as_the_front_grows_below_it(
+    open_page: Any, make_study: MakeStudy, tmp_path: Path
+) -> None:
+    report = make_study(budget=18)
+    with serve(tmp_path) as url:
+        page = open_page(url, out=tmp_path, front=[{} for _ in report.front]).page
+        index = len(report.front) - 1
+        trial = report.front[index].record.trial
+        page.click("#front summary")
+        page.click(f"#front table [data-show='{index}']")
+        assert get_shown_plans(page) == [index]
+        before = page.inner_text(f"#plan-{index} code >> nth=0")
 
+        grown = make_study(budget=24)
+        place = [point.record.trial for point in grown.front].index(trial)
+        assert place > index, "a plan entered the front below the chosen one"
+        page.wait_for_selector("#live-message:has-text('24 plans')")
+        page.wait_for_function("document.querySelectorAll('[data-plan]:not([hidden])').length === 1")
+        assert get_shown_plans(page) == [place]
+        assert page.get_attribute(f"#plan-{place}", "data-trial") == str(trial)
+        assert page.inner_text(f"#plan-{place} code >> nth=0") == before
+
+
+def test_a_page_that_is_loaded_again_takes_plotly_from_the_browser(open_page: Any, served: dict[str, Any]) -> None:
+    page = open_page(**served).page
+    with page.expect_response("**/plotly.js") as asked:
+        page.reload()
+    sizes = asked.value.request.sizes()
+    assert sizes["responseBodySize"] < 1000
+    page.wait_for_selector("#chart-front .main-svg")
+    assert count_drawn(page, "front") > 0
+
+
+def test_a_page_of_a_study_that_cannot_be_read_comes_back(browser: Any, make_study: MakeStudy, tmp_path: Path) -> None:
+    """Not by ``open_page``: a browser complains of an answer that is no success."""
+    make_study(budget=6)
+    with serve(tmp_path) as url:
+        aside = tmp_path / "aside"
+        aside.mkdir()
+        for path in [*tmp_path.glob("study.db*"), tmp_path / "front.json"]:
+            path.rename(aside / path.name)
+        page = open_in_browser(browser, url, out=tmp_path, front=[], until="#live[data-state='lost']").page
+        assert "study.db" in page.inner_text("#live")
+        assert "cannot be read now" in page.inner_text("main")
+        with StudyStore(f"sqlite:///{tmp_path / 'study.db'}", study_name="demo") as store:
+            store.save_settings({"num_layers": 10, "max_group": 2, "metric": "nll", "objective": "depth"})
+        page.wait_for_selector("#live[data-state='waiting']")
+        assert "is finished yet" in page.inner_text("main")
+        make_study(budget=6)
+        page.wait_for_selector("#chart-front .main-svg")
+        page.wait_for_selector("#live[data-state='done']")
+        page.context.close()
+
+
+def test_a_page_that_waits_shows_the_first_plans(open_page: Any, make_study: MakeStudy, tmp_path: Path) -> None:
     with StudyStore(f"sqlite:///{tmp_path / 'study.db'}", study_name="demo") as store:
         store.save_settings({"num_layers": 10, "max_group": 2, "metric": "nll", "objective": "depth"})
     with serve(tmp_path) as url:

@@ -13,13 +13,17 @@ import time
 import urllib.request
 from collections.abc import Callable
 from contextlib import closing
+from http.server import HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lpsearch.commands.report import open_existing_study
+from lpsearch.errors import UsageError
 from lpsearch.report import StudyReport
 from lpsearch.search import StudyStore
+from lpsearch_dashboard import build_server
 from tests.commands.conftest import Run
 from tests.dashboards.conftest import NUM_TRIALS, serve
 
@@ -51,6 +55,26 @@ def test_it_serves_until_ctrl_c(
     assert list(document) == ["url", "study", "seconds"]
     assert (document["url"], document["study"]) == (url, "demo")
     assert "GET" not in stderr, "requests stay out of the terminal"
+
+
+@pytest.mark.parametrize("option", ["--quiet", "--json"])
+def test_its_address_is_told_in_every_manner_of_speaking(
+    start_lpsearch: Callable[..., subprocess.Popen], finished_study: StudyReport, tmp_path: Path, option: str
+) -> None:
+    process = start_lpsearch("dashboard", tmp_path, "--port", 0, option)
+    line = process.stderr.readline()
+    if option == "--json":
+        said = json.loads(line)
+        assert said["level"] == "INFO"
+        url = said["progress"].pop("url")
+        assert said["progress"] == {"step": "serving", "study": "demo"}
+    else:
+        url = re.search(r"http://127\.0\.0\.1:\d+/", line).group()
+    assert fetch(url + "lpsearch/study.json")["state"] == "done"
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stderr) == (0, "")
+    assert json.loads(stdout)["url"] == url
 
 
 def test_it_follows_a_search_of_another_process(
@@ -105,6 +129,16 @@ def test_a_port_in_use_is_named(run_lpsearch: Run, finished_study: StudyReport, 
     assert f"port {port} of 127.0.0.1 is in use" in outcome.document["error"]["message"]
     assert "--port 0" in outcome.document["error"]["message"]
     assert run_lpsearch("dashboard", tmp_path, "--port", 99999).exit_code == 2
+
+
+def test_a_port_that_another_dashboard_has_is_in_use(
+    finished_study: StudyReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HTTPServer, "allow_reuse_port", True)  # as newer versions of Python have it
+    with serve(tmp_path) as url, open_existing_study(tmp_path, storage=None, study=None) as store:
+        port = int(url.rstrip("/").rpartition(":")[2])
+        with pytest.raises(UsageError, match=f"port {port} of 127.0.0.1 is in use"):
+            build_server(store, tmp_path, port=port)
 
 
 def test_studies_of_another_version_are_refused(run_lpsearch: Run, finished_study: StudyReport, tmp_path: Path) -> None:

@@ -74,16 +74,17 @@ def test_a_study_on_postgresql_is_served(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "study"
+    storage = postgres_url.replace("lpsearch@", "lpsearch:secret@")  # it asks for none
     searched = run_lpsearch(
         *("optimize", "--model", tiny_model_dir, "--data", text_file, "--windows", 3, "--seq-len", 24),
         *("--latency", "off", "--dtype", "float32", "--device", "cpu"),
-        *("--out", out, "--storage", postgres_url, "--budget", 6),
+        *("--out", out, "--storage", storage, "--budget", 6),
     )
     assert searched.exit_code == 0, searched.stderr
     assert not (out / "study.db").exists()
     front = searched.document["front"]
 
-    process = start_lpsearch("dashboard", out, "--storage", postgres_url, "--port", 0)
+    process = start_lpsearch("dashboard", out, "--storage", storage, "--port", 0)
     url = wait_for_address(process)
     shown = fetch(url + "lpsearch/study.json")
     assert shown["state"] == "done"
@@ -94,6 +95,9 @@ def test_a_study_on_postgresql_is_served(
     assert len(study["trials"]) == 6
     assert study["objective_names"] == ["depth_reduction", "perplexity"]
     assert study["note"]["body"].count("\n| ") == len(front) + 2
+    hidden = storage.replace("secret", "***")
+    command = f"lpsearch dashboard {out} --storage '{hidden}' --study {searched.document['study']}"
+    assert f"`{command}`" in study["note"]["body"]
     assert [one["id"] for one in study["plotly_graph_objects"]] == ["lpsearch-front"]
     artifacts = {one["filename"]: one["artifact_id"] for one in study["artifacts"]}
     assert {f"plans/{name}" for name in artifacts} == {point["plan"] for point in front}

@@ -87,7 +87,9 @@ def search_formula(
     """Run a study in a directory, or go on with the one there, and read what a report shows of it."""
     evaluator = evaluator or SyntheticEvaluator(NUM_LAYERS, num_windows=8)
     with StudyStore(f"sqlite:///{directory / 'study.db'}", study_name="demo") as store:
-        store.save_settings({"model": "m", "data": "a text.txt", "windows": 8, "seq_len": 64, **settings})
+        # What is there stays, since somebody may be looking.
+        own = {"model": "m", "data": "a text.txt", "windows": 8, "seq_len": 64, **settings}
+        store.save_settings({**(store.load_settings() or {}), **own})
         profile = build_profile() if latency else None
         if profile is not None:
             store.save_latency_profile(profile.model_dump(mode="json"))

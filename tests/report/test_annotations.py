@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,6 +99,38 @@ def test_notes_are_of_the_present_front_and_keep_what_people_wrote(make_study: M
         for number, point in points.items():
             assert f"lpsearch evaluate {tmp_path}/{point.plan_file} " in notes[number]
             assert f"held out: {point.heldout.delta:.4f}" in notes[number]
+
+
+@pytest.mark.parametrize("place", ["study.db", "elsewhere/all studies.db"])
+def test_the_command_of_the_note_finds_the_study(make_study: MakeStudy, tmp_path: Path, place: str) -> None:
+    """What the note says is what a shell would be given, so it is taken apart as by one, and followed."""
+    from lpsearch.commands.report import open_existing_study
+    from lpsearch.report import load_report
+    from lpsearch.report.annotations import annotate_study
+
+    make_study(budget=12)
+    directory = tmp_path / "a study's directory"
+    directory.mkdir()
+    for name in ("plans", "front.json"):
+        (tmp_path / name).rename(directory / name)
+    path = directory / place
+    path.parent.mkdir(exist_ok=True)
+    (tmp_path / "study.db").rename(path)
+    with StudyStore(f"sqlite:///{path}", study_name="other") as store:
+        store.save_settings({})
+    with StudyStore(f"sqlite:///{path}", study_name="demo") as store:
+        annotate_study(store, load_report(store, directory), directory)
+    study = optuna.load_study(study_name="demo", storage=f"sqlite:///{path}")
+    note = optuna_dashboard.get_note(study)
+    words = shlex.split(re.search(r"all figures: `(.+)`", note).group(1))
+    assert words[:3] == ["lpsearch", "dashboard", str(directory)]
+    options = dict(zip(words[3::2], words[4::2], strict=True))
+    if place == "study.db":
+        assert options == {}
+        return
+    assert [*options] == ["--storage", "--study"]
+    with open_existing_study(directory, storage=options["--storage"], study=options["--study"]) as store:
+        assert load_report(store, directory).is_current
 
 
 def test_plan_files_are_artifacts_once_each(make_study: MakeStudy, tmp_path: Path) -> None:

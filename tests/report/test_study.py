@@ -183,6 +183,20 @@ def test_studies_of_other_versions_are_refused(make_study: MakeStudy, tmp_path: 
         read(tmp_path)
 
 
+def test_the_front_file_of_another_study_is_left_out(
+    make_study: MakeStudy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_study(budget=12)
+    path = tmp_path / "front.json"
+    front = json.loads(path.read_text(encoding="utf-8"))
+    for named, is_own in (("demo", True), ("other", False)):
+        path.write_text(json.dumps({**front, "study": named}), encoding="utf-8")
+        report = read(tmp_path)
+        assert report.is_current == is_own
+        assert all((point.plan_file is not None) == is_own for point in report.front)
+        assert ("of the study 'other', not 'demo'" in caplog.text) == (not is_own)
+
+
 def test_a_profile_of_another_version_is_left_out(make_study: MakeStudy, tmp_path: Path) -> None:
     report = make_study()
     with StudyStore(f"sqlite:///{tmp_path / 'study.db'}", study_name="demo") as store:

@@ -1,0 +1,28 @@
+"""How a command line names a study: by its directory, and by its database where that is elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lpsearch.search.database import find_sqlite_path
+from lpsearch.search.store import StudyStore
+
+__all__ = ["list_study_options"]
+
+
+def list_study_options(store: StudyStore, directory: Path) -> list[str]:
+    """Return what a command needs besides the directory of a study to find it, one word each, not quoted.
+
+    Args:
+        store: its database.
+        directory: its directory.
+
+    Returns:
+        Nothing where ``study.db`` in the directory is the database; else ``--storage`` with the URL, whose password is
+        hidden, and ``--study``, since others may be in it too.
+    """
+    url = store.optuna_storage.engine.url
+    path = find_sqlite_path(url)
+    if path is not None and path.resolve() == (directory / "study.db").resolve():
+        return []
+    return ["--storage", url.render_as_string(hide_password=True), "--study", store.study_name]
