@@ -1,8 +1,8 @@
 """Draw the pictures of the README and the documentation as SVG: the front of a study, and a group of layers.
 
-    lpsearch optimize --model smollm2-135m --budget 40 --out DIR
-    lpsearch optimize --model smollm2-135m --sampler window --budget 226 --latency off --out WINDOW_DIR
-    python studies/readme_figures.py DIR --windows WINDOW_DIR
+    lpsearch optimize --model M --data TEXT --windows 4 --seq-len 512 --budget 100 --out A
+    lpsearch optimize --model M --data TEXT --windows 4 --seq-len 512 --sampler window --budget 226 --latency off --out B
+    python studies/readme_figures.py A --windows B
 
 The same study gives the same bytes. The last line is JSON: the files and the numbers drawn. The front needs matplotlib
 (the extra ``docs``); without DIR the group alone is drawn, which needs nothing.

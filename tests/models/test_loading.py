@@ -107,6 +107,7 @@ def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
 
 
 @pytest.mark.packaged
+@pytest.mark.timeout(900)  # the first to ask for a model downloads and converts it: minutes on a busy machine
 @pytest.mark.parametrize("alias", PACKAGED)
 def test_packaged_model_fits_its_bundled_geometry(alias: str) -> None:
     package_id, adds_bos = PACKAGED[alias]
