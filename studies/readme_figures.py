@@ -1,7 +1,7 @@
 """Draw the pictures of the README and the documentation as SVG: the front of a study, and a group of layers.
 
-    lpsearch optimize --model M --data TEXT --windows 4 --seq-len 512 --budget 100 --out A
-    lpsearch optimize --model M --data TEXT --windows 4 --seq-len 512 --sampler window --budget 226 --latency off --out B
+    lpsearch optimize --model M --data TEXT --windows W --seq-len T --budget 100 --out A
+    lpsearch optimize --model M --data TEXT --windows W --seq-len T --sampler window --budget 226 --latency off --out B
     python studies/readme_figures.py A --windows B
 
 The same study gives the same bytes. The last line is JSON: the files and the numbers drawn. The front needs matplotlib
