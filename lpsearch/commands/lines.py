@@ -107,7 +107,8 @@ class _LineStream(io.TextIOBase):
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
-        self._rests: dict[int, str] = {}
+        # By its own object, since the system gives the number of a thread that ended to a new one.
+        self._rests: dict[threading.Thread, str] = {}
         # Not held while logging: a thread that logs by itself holds its handler's lock when that writes here.
         # Re-entrant, since a finalizer may write at any moment.
         self._lock = threading.RLock()
@@ -116,7 +117,7 @@ class _LineStream(io.TextIOBase):
     def write(self, text: str) -> int:
         if getattr(self._local, "is_logging", False):  # a handler that fails says so on sys.stderr, which is this
             return len(text)
-        thread = threading.get_ident()
+        thread = threading.current_thread()
         with self._lock:
             *lines, rest = (self._rests.pop(thread, "") + text).split("\n")
             if rest:

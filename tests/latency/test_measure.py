@@ -136,7 +136,8 @@ def test_ranks_that_are_not_there_are_an_estimate():
     profile = emulate_profile_on_ranks(config, num_ranks=2, all_reduce_us=1e6, workloads=workloads, **options)
     assert profile.emulated
     assert "estimate" in profile.runtime
-    assert all(2000 < cost < 2100 for cost in profile.workloads[0].cost_ms.values())
+    # Two sums a group, and what was measured: a cost of 0 where a tiny layer is lost in the noise.
+    assert all(2000 <= cost < 2100 for cost in profile.workloads[0].cost_ms.values())
     with pytest.raises(ConfigError, match="decode steps only"):
         emulate_profile_on_ranks(config, num_ranks=2, all_reduce_us=1, workloads=[Workload("prefill", 1, 8)], **options)
     with pytest.raises(ConfigError, match="cannot be divided over 3 ranks"):
