@@ -13,10 +13,11 @@ from pathlib import Path
 
 from lpsearch.errors import UsageError
 from lpsearch.report import StudyReport, load_report
-from lpsearch.report.html import build_parts, read_asset
+from lpsearch.report.html import PAGE_TOP, build_parts, read_asset
 from lpsearch.search import StudyStore
 from lpsearch.search.database import find_sqlite_path
 from lpsearch.search.revision import read_revision
+from lpsearch.wording import name_count
 
 __all__ = ["LiveStudy", "Snapshot"]
 
@@ -187,7 +188,7 @@ class LiveStudy:
 
 
 def _describe(report: StudyReport) -> str:
-    plans = f"{len(report.records)} plan" + "s" * (len(report.records) != 1)
+    plans = name_count(len(report.records), "plan")
     if report.is_current:
         return f"{plans}; the search is done, and its plan files are written"
     return f"{plans} so far; this page follows the search"
@@ -195,6 +196,7 @@ def _describe(report: StudyReport) -> str:
 
 def _render(snapshot: Snapshot, *, etag: str, optuna_path: str) -> str:
     return _PAGE.format(
+        meta="",
         title=snapshot.title,
         style=read_asset("page.css") + _read_own_asset("live.css"),
         state=snapshot.state,
@@ -219,22 +221,13 @@ _WAITING = "<header><div class='bar'><h1>{name}</h1></div></header>\n<main id='m
 
 _LOST = "The study cannot be read now. This page asks again, and shows the study once it can be read."
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<a class="skip" href="#main">Skip to the report</a>
-<div id="live" data-state="{state}" data-etag="{etag}"><p role="status"><span class="dot"></span>\
+_PAGE = (
+    PAGE_TOP
+    + """<div id="live" data-state="{state}" data-etag="{etag}"><p role="status"><span class="dot"></span>\
 <span id="live-message">{message}</span></p><a href="{optuna_path}">Optuna dashboard</a></div>
 {body}
 <script type="application/json" id="data">{data}</script>
 {scripts}</body>
 </html>
 """
+)

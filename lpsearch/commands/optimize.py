@@ -34,6 +34,7 @@ from lpsearch.search import (
     evaluate_stored_plan,
     run_study,
 )
+from lpsearch.search.options import has_own_database
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +116,7 @@ def optimize(config: ResolvedConfig, *, fresh: bool) -> Answer:
     summary = SearchSummary(
         front=front,
         out=out,
-        storage=store.where,
+        storage=None if has_own_database(store, out) else store.where,
         report=report,
         elapsed_s=time.monotonic() - began_at,
     )

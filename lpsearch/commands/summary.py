@@ -29,14 +29,14 @@ class SearchSummary:
     Attributes:
         front: what was found.
         out: directory of the study.
-        storage: its database as messages name it, without a password.
+        storage: its database as messages name it, without a password; None where that is ``study.db`` in ``out``.
         report: what its report shows; None where it was not written.
         elapsed_s: seconds that the command took.
     """
 
     front: MeasuredFront
     out: Path
-    storage: str
+    storage: str | None
     report: StudyReport | None
     elapsed_s: float
 
@@ -84,12 +84,10 @@ class SearchSummary:
         return "\n".join(lines)
 
     def _list_files(self) -> str:
-        is_own = Path(self.storage).absolute() == (self.out / "study.db").absolute()
-        names = ["study.db"] if is_own else []
-        names += ["front.json", "plans/"]
+        names = ["front.json", "plans/"]
         names += [] if self.report is None else [REPORT_NAME]
-        if is_own:
-            return f"All of it is in {self.out}: {', '.join(names)}"
+        if self.storage is None:
+            return f"All of it is in {self.out}: {', '.join(['study.db', *names])}"
         return f"The results are in {self.out}: {', '.join(names)}; the trials in {self.storage}"
 
     def _advise(self, report: StudyReport) -> RenderResult:

@@ -21,7 +21,7 @@ from lpsearch.report.study import FrontPoint, StudyReport, count_joins
 from lpsearch.report.tables import Table, format_loss
 from lpsearch.report.theme import map_colours
 
-__all__ = ["PageParts", "build_html", "build_parts", "read_asset", "write_html"]
+__all__ = ["PAGE_TOP", "PageParts", "build_html", "build_parts", "read_asset", "write_html"]
 
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 """What the browser may load: nothing from any network."""
@@ -97,7 +97,7 @@ def build_html(report: StudyReport) -> str:
     parts = build_parts(report)
     return _PAGE.format(
         title=parts.title,
-        policy=_POLICY,
+        meta=f'\n<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
         style=read_asset("page.css"),
         body=parts.body,
         data=parts.data,
@@ -129,12 +129,11 @@ def write_html(report: StudyReport, path: Path) -> int:
     return len(content)
 
 
-_PAGE = """<!doctype html>
+PAGE_TOP = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">{meta}
 <meta name="color-scheme" content="light dark">
 <link rel="icon" href="data:,">
 <title>{title}</title>
@@ -142,13 +141,19 @@ _PAGE = """<!doctype html>
 </head>
 <body>
 <a class="skip" href="#main">Skip to the report</a>
-{body}
+"""
+"""How a page begins; ``meta`` is for what the page must say early, each such element on a line of its own."""
+
+_PAGE = (
+    PAGE_TOP
+    + """{body}
 <script type="application/json" id="data">{data}</script>
 <script>{plotly}</script>
 <script>{script}</script>
 </body>
 </html>
 """
+)
 
 _EXPLAIN = {
     "layers": "A row for each plan of the front. Layers of one group share a colour and run in parallel; neighbouring "

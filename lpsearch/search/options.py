@@ -7,7 +7,18 @@ from pathlib import Path
 from lpsearch.search.database import find_sqlite_path
 from lpsearch.search.store import StudyStore
 
-__all__ = ["list_study_options"]
+__all__ = ["has_own_database", "list_study_options"]
+
+
+def has_own_database(store: StudyStore, directory: Path) -> bool:
+    """Say whether a study's database is ``study.db`` in its directory.
+
+    Args:
+        store: the database.
+        directory: directory of the study.
+    """
+    path = find_sqlite_path(store.optuna_storage.engine.url)
+    return path is not None and path.resolve() == (directory / "study.db").resolve()
 
 
 def list_study_options(store: StudyStore, directory: Path) -> list[str]:
@@ -21,8 +32,7 @@ def list_study_options(store: StudyStore, directory: Path) -> list[str]:
         Nothing where ``study.db`` in the directory is the database; else ``--storage`` with the URL, whose password is
         hidden, and ``--study``, since others may be in it too.
     """
-    url = store.optuna_storage.engine.url
-    path = find_sqlite_path(url)
-    if path is not None and path.resolve() == (directory / "study.db").resolve():
+    if has_own_database(store, directory):
         return []
+    url = store.optuna_storage.engine.url
     return ["--storage", url.render_as_string(hide_password=True), "--study", store.study_name]
