@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import psutil
 import torch
 
-from lpsearch.latency.architecture import RUNTIME_FAMILIES, Architecture, read_architecture
+from lpsearch.latency.architecture import Architecture, read_architecture
 from lpsearch.latency.eager import measure_eager_workload
 from lpsearch.latency.model import fit_group_costs
 from lpsearch.latency.parallel import OneRank, Ranks
@@ -25,6 +25,7 @@ from lpsearch.latency.profile import LatencyProfile, MeasuredPoint, ProfileGeome
 from lpsearch.latency.runtime import RunMode, default_mode
 from lpsearch.latency.shaped import ShapedDecoders, count_fitting_layers
 from lpsearch.latency.timing import MIN_BLOCKS, StepTiming, measure_interleaved
+from lpsearch.models.traits import read_traits
 from lpsearch.plan import Plan
 from lpsearch.versions import read_versions
 
@@ -127,7 +128,7 @@ def measure_profile(
             if on_progress is not None:
                 on_progress((done + share) / len(workloads))
 
-        if config.model_type not in RUNTIME_FAMILIES:
+        if read_traits(config).runtime_obstacle is not None:
             if workload.kind != "decode":
                 read_architecture(config)  # which says which families prompts can be timed of
             runtime, result = measure_eager_workload(

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from lpsearch.errors import ConfigError, LpsearchError
-from lpsearch.latency.architecture import RUNTIME_FAMILIES, read_architecture
+from lpsearch.latency.architecture import read_architecture
 from lpsearch.latency.parallel import GroupRanks, run_ranks
 from lpsearch.latency.runtime import build_decoder
 from lpsearch.latency.symmetric import SymmetricRanks
 from lpsearch.plan import Plan
-from tests.tiny_models import build_tiny_model
+from tests.tiny_models import RUNTIME_FAMILIES, build_tiny_model
 from tests.tolerances import BFLOAT16_LOGITS, FLOAT32_LOGITS
 
 PLAN = Plan.from_groups([[0, 1, 2], [3], [4, 5]])
