@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from lpsearch.errors import LpsearchError
+from lpsearch.latency.fallback import ShapeModel, cache_size, can_widen, layer_sizes, select_layers
 from lpsearch.latency.model import fit_group_costs
 from lpsearch.latency.profile import MeasuredPoint, ProfileGeometry, WorkloadProfile
-from lpsearch.latency.shapes import ShapeModel, cache_size, can_widen, layer_sizes, select_layers
 from lpsearch.latency.timing import measure_interleaved
 
 if TYPE_CHECKING:

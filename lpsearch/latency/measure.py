@@ -20,10 +20,10 @@ import torch
 from lpsearch.latency.architecture import RUNTIME_FAMILIES, Architecture, read_architecture
 from lpsearch.latency.eager import measure_eager_workload
 from lpsearch.latency.model import fit_group_costs
-from lpsearch.latency.parallel import OneRank, Ranks
 from lpsearch.latency.profile import LatencyProfile, MeasuredPoint, ProfileGeometry, WorkloadProfile
-from lpsearch.latency.runtime import RunMode, default_mode
-from lpsearch.latency.shaped import ShapedDecoders, count_fitting_layers
+from lpsearch.latency.runtime.decoder import RunMode, default_mode
+from lpsearch.latency.runtime.shaped import ShapedDecoders, count_fitting_layers
+from lpsearch.latency.sums import OneRank, Ranks
 from lpsearch.latency.timing import MIN_BLOCKS, StepTiming, measure_interleaved
 from lpsearch.plan import Plan
 from lpsearch.versions import read_versions

@@ -13,10 +13,10 @@ from lpsearch.errors import ConfigError, LpsearchError
 from lpsearch.latency import LatencyModel, Workload, measure_or_reuse_profile, measure_profile
 from lpsearch.latency import measure as measure_module
 from lpsearch.latency.architecture import RUNTIME_FAMILIES, read_architecture
-from lpsearch.latency.arena import Arena
+from lpsearch.latency.fallback import FixedCacheLayer, ShapeModel, widen_config
 from lpsearch.latency.measure import _choose_depths
-from lpsearch.latency.ranked import emulate_profile_on_ranks, measure_profile_on_ranks
-from lpsearch.latency.shapes import FixedCacheLayer, ShapeModel, widen_config
+from lpsearch.latency.ranks.measuring import emulate_profile_on_ranks, measure_profile_on_ranks
+from lpsearch.latency.runtime.memory import Workspace
 from lpsearch.latency.timing import StepTiming, bootstrap_ratio, measure_interleaved
 from lpsearch.plan import Plan
 from lpsearch.transform import applied_plan
@@ -197,10 +197,10 @@ def test_depths_share_the_memory_of_one_model(family):
 
 
 def test_a_fixed_cache_holds_the_context_and_slides_where_attention_does():
-    arena = Arena(num_elements=4096, dtype=torch.float32, device=torch.device("cpu"))
+    workspace = Workspace(num_elements=4096, dtype=torch.float32, device=torch.device("cpu"))
     keys = torch.ones(2, 3, 1, 8)
     for window, held in ((None, 12), (SLIDING_WINDOW, SLIDING_WINDOW - 1)):
-        layer = FixedCacheLayer(context_len=12, sliding_window=window, arena=arena)
+        layer = FixedCacheLayer(context_len=12, sliding_window=window, workspace=workspace)
         for _ in range(2):  # a second step finds the same length
             found, values = layer.update(keys, 2 * keys)
             assert found.shape == values.shape == (2, 3, held + 1, 8)

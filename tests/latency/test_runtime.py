@@ -7,7 +7,7 @@ import torch
 
 from lpsearch.errors import ConfigError, FamilyError
 from lpsearch.latency.architecture import RUNTIME_FAMILIES, read_architecture
-from lpsearch.latency.runtime import build_decoder
+from lpsearch.latency.runtime.decoder import build_decoder
 from lpsearch.plan import Plan
 from lpsearch.transform import applied_plan
 from tests.tiny_models import VOCAB_SIZE, build_tiny_model

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from lpsearch.errors import FamilyError
-from lpsearch.latency.arena import Arena, align_elements
+from lpsearch.latency.runtime.memory import Workspace, align_elements
 from lpsearch.models.families import get_decoder, get_decoder_layers
 
 if TYPE_CHECKING:
@@ -66,19 +66,19 @@ class FixedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     Attends to valid entries only and copies none of them, as a static cache of the right length would.
     """
 
-    def __init__(self, *, context_len: int, sliding_window: int | None, arena: Arena) -> None:
+    def __init__(self, *, context_len: int, sliding_window: int | None, workspace: Workspace) -> None:
         """Describe the cache; memory is taken at the first step, when the number of heads is known.
 
         Args:
             context_len: tokens before the one that is decoded.
             sliding_window: tokens that the layer attends to at most, itself included; None for all.
-            arena: where to take the memory from.
+            workspace: where to take the memory from.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.is_sliding = sliding_window is not None
         self._context_len = context_len
         self._num_cached = context_len if sliding_window is None else min(context_len, sliding_window - 1)
-        self._arena = arena
+        self._workspace = workspace
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -86,8 +86,8 @@ class FixedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Write one token's keys and values, ``(batch, kv_heads, 1, head_dim)``, and return all."""
         if not self.is_initialized:
             self.dtype, self.device = key_states.dtype, key_states.device
-            self.keys = self._arena.take((*key_states.shape[:2], self._num_cached + 1, key_states.shape[-1]))
-            self.values = self._arena.take((*value_states.shape[:2], self._num_cached + 1, value_states.shape[-1]))
+            self.keys = self._workspace.take((*key_states.shape[:2], self._num_cached + 1, key_states.shape[-1]))
+            self.values = self._workspace.take((*value_states.shape[:2], self._num_cached + 1, value_states.shape[-1]))
             self.is_initialized = True
         assert self.keys is not None
         assert self.values is not None
@@ -106,7 +106,7 @@ class FixedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 @dataclass(frozen=True)
 class _Depth:
-    """One model within the arena: its layers, its cache, and the configuration values that go with them."""
+    """One model within the workspace: its layers, its cache, and the configuration values that go with them."""
 
     layers: tuple[nn.Module, ...]
     cache: Cache
@@ -140,9 +140,9 @@ class ShapeModel:
         self._input_ids = torch.zeros((batch_size, 1), dtype=torch.long, device=device)
         self._position_ids = torch.full((1, 1), context_len, dtype=torch.long, device=device)
         sizes = layer_sizes(self._config)
-        self._weights = Arena(num_elements=sum(sizes), dtype=dtype, device=device)
+        self._weights = Workspace(num_elements=sum(sizes), dtype=dtype, device=device)
         num_cached = cache_size(self._config, batch_size=batch_size, context_len=context_len)
-        self._caches = Arena(num_elements=num_cached, dtype=dtype, device=device)
+        self._caches = Workspace(num_elements=num_cached, dtype=dtype, device=device)
 
     def build_depth(self, group_sizes: Sequence[int]) -> _Depth:
         """Build the layers of a plan, one wide layer a group.
@@ -166,14 +166,14 @@ class ShapeModel:
                 FixedCacheLayer(
                     context_len=self._context_len,
                     sliding_window=getattr(layer, "sliding_window", None) if _is_sliding(layer) else None,
-                    arena=self._caches,
+                    workspace=self._caches,
                 )
                 for layer in _build_template_cache(base, len(group_sizes))
             ]
         )
         depth = _Depth(tuple(layers), cache, config_values)
         self.use_depth(depth)
-        self.run_step()  # takes the cache's memory now, before another depth rewinds the arena
+        self.run_step()  # takes the cache's memory now, before another depth rewinds the workspace
         return depth
 
     def use_depth(self, depth: _Depth) -> None:
@@ -253,13 +253,13 @@ def _build_meta_layer(layer_class: type[nn.Module], config: PretrainedConfig, la
         return layer_class(config, layer_idx).eval().requires_grad_(False)
 
 
-def _materialise(layer: nn.Module, arena: Arena) -> nn.Module:
-    """Give a layer without memory weights from the arena, and buffers of zeros."""
+def _materialise(layer: nn.Module, workspace: Workspace) -> nn.Module:
+    """Give a layer without memory weights from the workspace, and buffers of zeros."""
     for module in layer.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            module.register_parameter(name, nn.Parameter(arena.take(parameter.shape), requires_grad=False))
+            module.register_parameter(name, nn.Parameter(workspace.take(parameter.shape), requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=False)):
-            module.register_buffer(name, torch.zeros_like(buffer, device=arena.take((1,)).device), persistent=False)
+            module.register_buffer(name, torch.zeros_like(buffer, device=workspace.take((1,)).device), persistent=False)
     return layer
 
 

@@ -12,9 +12,11 @@ import torch.distributed as dist
 from lpsearch.errors import ConfigError
 from lpsearch.latency.architecture import read_architecture
 from lpsearch.latency.measure import Workload, measure_profile
-from lpsearch.latency.parallel import EmulatedRanks, Ranks, get_torchrun_size, join_ranks, run_ranks
 from lpsearch.latency.profile import LatencyProfile
-from lpsearch.latency.symmetric import choose_ranks
+from lpsearch.latency.ranks.parallel import EmulatedRanks
+from lpsearch.latency.ranks.processes import get_torchrun_size, join_ranks, run_ranks
+from lpsearch.latency.ranks.symmetric import choose_ranks
+from lpsearch.latency.sums import Ranks
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

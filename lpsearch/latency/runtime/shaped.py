@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lpsearch.errors import LpsearchError
 from lpsearch.latency.architecture import Architecture
-from lpsearch.latency.arena import Arena
-from lpsearch.latency.parallel import OneRank, Ranks
-from lpsearch.latency.runtime import Decoder, RunMode
+from lpsearch.latency.runtime.decoder import Decoder, RunMode
+from lpsearch.latency.runtime.memory import Workspace
+from lpsearch.latency.sums import OneRank, Ranks
 from lpsearch.latency.weights import (
     count_cache_elements,
     count_weight_elements,
@@ -69,8 +69,8 @@ class ShapedDecoders:
         num_layers = num_layers or architecture.num_layers
         baseline = Plan.baseline(num_layers)
         num_weights = count_weight_elements(architecture, baseline, num_ranks) + _SLACK
-        self._weights = Arena(num_elements=num_weights, dtype=dtype, device=device)
-        self._caches = Arena(
+        self._weights = Workspace(num_elements=num_weights, dtype=dtype, device=device)
+        self._caches = Workspace(
             num_elements=num_layers
             * count_cache_elements(architecture, batch_size=batch_size, capacity=capacity, num_ranks=num_ranks)
             + _SLACK,
@@ -78,7 +78,7 @@ class ShapedDecoders:
             device=device,
         )
         rows = split_vocabulary(architecture, num_ranks)
-        ends = Arena(
+        ends = Workspace(
             num_elements=2 * architecture.vocab_size * architecture.hidden_size + 128, dtype=dtype, device=device
         )
         self._embedding = ends.take((architecture.vocab_size, architecture.hidden_size))
@@ -117,7 +117,7 @@ class ShapedDecoders:
             capacity=self._capacity,
             mode=mode,
             ranks=ranks,
-            cache_arena=self._caches,
+            cache_workspace=self._caches,
             pool=self._pool,
         )
         decoder.set_length(length)

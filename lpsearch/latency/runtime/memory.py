@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["Arena", "align_elements"]
+__all__ = ["Workspace", "align_elements"]
 
 _ALIGNMENT = 64  # elements; keeps every weight on the address boundary that a fresh allocation would have
 _FILL_BLOCK = 1 << 20
 
 
-class Arena:
+class Workspace:
     """One block of device memory whose parts stand for weights or caches of several models that run in turn.
 
-    Depths of one model share an arena: each reads as many bytes as it would alone, and all together occupy only one
+    Depths of one model share a workspace: each reads as many bytes as it would alone, and all together occupy only one
     model's memory.
     """
 
@@ -44,15 +44,15 @@ class Arena:
         """Return the next part, of the given shape.
 
         Raises:
-            RuntimeError: if the arena is too small.
+            RuntimeError: if the workspace is too small.
         """
         start, stop = self._used, self._used + align_elements(torch.Size(shape).numel())
         if stop > len(self._block):
-            raise RuntimeError(f"an arena of {len(self._block)} elements is too small for {stop}")
+            raise RuntimeError(f"a workspace of {len(self._block)} elements is too small for {stop}")
         self._used = stop
         return self._block[start : start + torch.Size(shape).numel()].view(*shape)
 
 
 def align_elements(num_elements: int) -> int:
-    """Return the elements that a tensor of so many takes in an arena, padding included."""
+    """Return the elements that a tensor of so many takes in a workspace, padding included."""
     return -(-num_elements // _ALIGNMENT) * _ALIGNMENT
