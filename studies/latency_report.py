@@ -137,7 +137,7 @@ def run_part(group: Any, part: str, model: str, seconds: float) -> dict[str, Any
     elif part == "additive":
         profile = measure_profile(
             config, device=device, dtype=dtype, context_len=context, max_group=3, budget_s=seconds,
-            choose=None if group is None else lambda n: choose_ranks(group, num_elements=n),
+            choose_ranks=None if group is None else lambda n: choose_ranks(group, num_elements=n),
         )  # fmt: skip
         rng = np.random.default_rng(0)
         plans = {}

@@ -1,8 +1,8 @@
-"""Transformers models by shape: random weights, any depth, a group of layers as one wide layer.
+"""Steps of families that the runtime does not compute: transformers' own eager execution, by shape, decode steps only.
 
-Fused, a group of m layers is one decoder layer with m times the heads, key-value heads and intermediate size: the rows
-of its input projections are the members' stacked, the columns of its output projections the members' side by side, so
-that the sum over the group happens inside the products. Here only the time matters, so the weights are random.
+Where a widened configuration gives a decoder layer with exactly the members' weights, a group is one wide layer: m
+times the heads, key-value heads and intermediate size. Elsewhere (mixtures of experts, packed heads) layers are timed
+alone, and a group costs what its layers cost. The profile says which. Only the time matters, so the weights are random.
 """
 
 from __future__ import annotations
@@ -19,13 +19,17 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from lpsearch.errors import FamilyError
 from lpsearch.latency.runtime.memory import Workspace, align_elements
+from lpsearch.latency.sums import OneRank
+from lpsearch.latency.workload import Step, Workload
 from lpsearch.models.families import get_decoder, get_decoder_layers
+from lpsearch.plan import Plan
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["FixedCacheLayer", "ShapeModel", "can_widen", "widen_config"]
+__all__ = ["FixedCacheLayer", "TransformersSteps", "widen_config"]
 
+_MODE = "transformers eager"
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -43,37 +47,19 @@ def widen_config(config: PretrainedConfig, group_size: int) -> PretrainedConfig:
     return wide
 
 
-def can_widen(config: PretrainedConfig) -> bool:
-    """Tell whether the family's decoder layer, given a widened configuration, has exactly the members' weights.
-
-    It has not where experts are routed to, or where the head size follows from the number of heads.
-    """
-    if any((getattr(config, name, None) or 0) > 1 for name in _EXPERT_COUNTS):
-        return False
-    layer_class = _find_layer_class(config)
-    singles = [_build_meta_layer(layer_class, config, index) for index in range(config.num_hidden_layers)]
-    shapes = {tuple(parameter.shape for parameter in layer.parameters()) for layer in singles}
-    if len(shapes) > 1:  # layers differ from each other
-        return False
-    wide = _build_meta_layer(layer_class, widen_config(config, 2), 0)
-    pairs = list(zip(singles[0].parameters(), wide.parameters(), strict=True))
-    return all(w.numel() == 2 * s.numel() for s, w in pairs if s.ndim > 1)
-
-
 class FixedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """A layer's cache that always holds ``context_len`` tokens: each step writes the same last entry.
 
-    Attends to valid entries only and copies none of them, as a static cache of the right length would.
+    Attends to valid entries only and copies none of them, as a static cache of the right length would. Memory is taken
+    at the first step, when the number of heads is known.
+
+    Args:
+        context_len: tokens before the one that is decoded.
+        sliding_window: tokens that the layer attends to at most, itself included; None for all.
+        workspace: where to take the memory from.
     """
 
     def __init__(self, *, context_len: int, sliding_window: int | None, workspace: Workspace) -> None:
-        """Describe the cache; memory is taken at the first step, when the number of heads is known.
-
-        Args:
-            context_len: tokens before the one that is decoded.
-            sliding_window: tokens that the layer attends to at most, itself included; None for all.
-            workspace: where to take the memory from.
-        """
         super().__init__()  # type: ignore[no-untyped-call]
         self.is_sliding = sliding_window is not None
         self._context_len = context_len
@@ -105,112 +91,141 @@ class FixedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
-class _Depth:
-    """One model within the workspace: its layers, its cache, and the configuration values that go with them."""
+class _Layers:
+    """What the model runs under one plan: its layers, their cache, and the configuration values that go with them."""
 
     layers: tuple[nn.Module, ...]
     cache: Cache
     config_values: Mapping[str, Any]
 
 
-class ShapeModel:
-    """A transformers model of a given shape with random weights, that can take on several depths.
+class TransformersSteps:
+    """A :class:`lpsearch.latency.workload.StepBuilder`: decode steps of transformers' own model on one device.
 
     Args:
-        config: text configuration; its number of layers is the number built.
-        batch_size: sequences decoded together.
-        context_len: cached tokens of each.
+        config: text configuration.
+        workload: a decode workload.
         device: where to run.
-        dtype: dtype of weights and cache.
+        dtype: of weights and cache.
 
     Raises:
-        FamilyError: if transformers has no model for the configuration.
+        FamilyError: if transformers cannot build the model from its configuration.
     """
 
+    modes = (_MODE,)
+    ranks = OneRank()
+
     def __init__(
-        self, config: PretrainedConfig, *, batch_size: int, context_len: int, device: torch.device, dtype: torch.dtype
+        self, config: PretrainedConfig, workload: Workload, *, device: torch.device, dtype: torch.dtype
     ) -> None:
-        """Build everything but the layers."""
+        assert workload.kind == "decode"
         self._config = copy.deepcopy(config)
-        self._context_len = context_len
-        self._model = _build_skeleton(self._config, device=device, dtype=dtype)
-        self._config._attn_implementation = self._model.config._attn_implementation  # chosen when it was built
-        self._layers = get_decoder_layers(self._model)
-        self._layer_class = type(self._layers[0])
-        self._input_ids = torch.zeros((batch_size, 1), dtype=torch.long, device=device)
-        self._position_ids = torch.full((1, 1), context_len, dtype=torch.long, device=device)
-        sizes = layer_sizes(self._config)
-        self._weights = Workspace(num_elements=sum(sizes), dtype=dtype, device=device)
-        num_cached = cache_size(self._config, batch_size=batch_size, context_len=context_len)
-        self._caches = Workspace(num_elements=num_cached, dtype=dtype, device=device)
+        self._workload = workload
+        self._device, self._dtype = device, dtype
+        skeleton = _build_skeleton(self._config, device=torch.device("meta"), dtype=dtype)
+        self._layer_class = type(get_decoder_layers(skeleton)[0])
+        self._config._attn_implementation = skeleton.config._attn_implementation  # chosen when it was built
+        singles = [self._build_meta_layer(index, 1) for index in range(config.num_hidden_layers)]
+        self.fuses = self._can_widen(singles)
+        self.runtime = f"{_MODE}, {'fused layers' if self.fuses else 'layers not fused'}"
+        self.layer_elements = max(sum(align_elements(p.numel()) for p in layer.parameters()) for layer in singles)
+        num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.token_elements = 2 * num_heads * head_dim
+        # What transformers would cache says where attention slides; a cache that does not tell has fewer layers.
+        template: list[Any] = DynamicCache(config=self._config).layers
+        self._windows: list[int | None] = [None] * len(singles)
+        if len(template) == len(singles):
+            self._windows = [
+                getattr(layer, "sliding_window", None) if getattr(layer, "is_sliding", False) else None
+                for layer in template
+            ]
 
-    def build_depth(self, group_sizes: Sequence[int]) -> _Depth:
-        """Build the layers of a plan, one wide layer a group.
+    def reserve(self, num_layers: int) -> None:
+        """Build everything but the layers, and take the memory of so many."""
+        batch_size, context_len = self._workload.batch_size, self._workload.context_len
+        self._model = _build_skeleton(self._config, device=self._device, dtype=self._dtype)
+        self._input_ids = torch.zeros((batch_size, 1), dtype=torch.long, device=self._device)
+        self._position_ids = torch.full((1, 1), context_len, dtype=torch.long, device=self._device)
+        num_weights = num_layers * self.layer_elements
+        self._weights = Workspace(num_elements=num_weights, dtype=self._dtype, device=self._device)
+        num_cached = batch_size * (context_len + 1) * self.token_elements // 2
+        self._caches = Workspace(
+            num_elements=num_layers * 2 * align_elements(num_cached), dtype=self._dtype, device=self._device
+        )
 
-        Args:
-            group_sizes: layers in each group, in order.
-        """
-        firsts = [sum(group_sizes[:index]) for index in range(len(group_sizes))]
-        config_values = select_layers(self._config, firsts)
+    def build(self, plan: Plan, layers: Sequence[int], mode: str = _MODE) -> Step:
+        """Build a decode step: one token a sequence, embedding to argmax."""
+        built = self._build_layers([[layers[position] for position in group] for group in plan.groups])
+
+        def run() -> torch.Tensor:
+            self._use(built)
+            outputs = self._model(
+                input_ids=self._input_ids, position_ids=self._position_ids, past_key_values=built.cache, use_cache=True
+            )
+            return torch.as_tensor(outputs.logits)[:, -1].argmax(dim=-1)
+
+        run()  # takes the cache's memory now, before another plan rewinds the workspace
+        return Step(run)
+
+    def _build_layers(self, groups: Sequence[Sequence[int]]) -> _Layers:
+        """Build one wide layer a group; members that attend differently all attend like one that sees everything."""
+        members = [max(group, key=lambda layer_idx: self._windows[layer_idx] is None) for group in groups]
+        config_values = _select_layers(self._config, members)
         self._weights.rewind()
         self._caches.rewind()
         layers = []
-        for slot, size in enumerate(group_sizes):
-            wide = widen_config(self._config, size)
-            _set_values(wide, config_values)
-            layers.append(_materialise(_build_meta_layer(self._layer_class, wide, slot), self._weights))
-        base = copy.deepcopy(self._config)
-        _set_values(base, config_values)
-        cache = Cache(
-            layers=[
-                FixedCacheLayer(
-                    context_len=self._context_len,
-                    sliding_window=getattr(layer, "sliding_window", None) if _is_sliding(layer) else None,
-                    workspace=self._caches,
-                )
-                for layer in _build_template_cache(base, len(group_sizes))
-            ]
-        )
-        depth = _Depth(tuple(layers), cache, config_values)
-        self.use_depth(depth)
-        self.run_step()  # takes the cache's memory now, before another depth rewinds the workspace
-        return depth
+        for slot, (member, group) in enumerate(zip(members, groups, strict=True)):
+            layer = _materialise(self._build_meta_layer(member, len(group)), self._weights)
+            for module in layer.modules():  # which know their slot of the cache, and the configuration
+                known = vars(module)
+                if "layer_idx" in known:
+                    known["layer_idx"] = slot
+                if "config" in known:
+                    _set_values(known["config"], config_values)
+            layers.append(layer)
+        caches: list[Any] = [
+            FixedCacheLayer(
+                context_len=self._workload.context_len,
+                sliding_window=self._windows[member],
+                workspace=self._caches,
+            )
+            for member in members
+        ]
+        return _Layers(tuple(layers), Cache(layers=caches), config_values)
 
-    def use_depth(self, depth: _Depth) -> None:
-        """Make the model run the layers of a depth."""
-        del self._layers[:]
-        self._layers.extend(depth.layers)
+    def _use(self, built: _Layers) -> None:
+        """Make the model run these layers."""
+        layers = get_decoder_layers(self._model)
+        del layers[:]
+        layers.extend(built.layers)
         decoder: Any = get_decoder(self._model)
         for config in (self._model.config, decoder.config):  # one object in most families
-            _set_values(config, depth.config_values)
-        self._cache = depth.cache
+            _set_values(config, built.config_values)
 
-    def run_step(self) -> torch.Tensor:
-        """Decode one token a sequence, embedding to argmax; returns the tokens, ``(batch,)``."""
-        outputs = self._model(
-            input_ids=self._input_ids, position_ids=self._position_ids, past_key_values=self._cache, use_cache=True
-        )
-        return torch.as_tensor(outputs.logits)[:, -1].argmax(dim=-1)
+    def _can_widen(self, singles: Sequence[nn.Module]) -> bool:
+        """Tell whether the decoder layer, given a widened configuration, has exactly the members' weights.
+
+        It has not where experts are routed to, or where the head size follows from the number of heads.
+        """
+        if any((getattr(self._config, name, None) or 0) > 1 for name in _EXPERT_COUNTS):
+            return False
+        if len({tuple(parameter.shape for parameter in layer.parameters()) for layer in singles}) > 1:
+            return False
+        pairs = zip(singles[0].parameters(), self._build_meta_layer(0, 2).parameters(), strict=True)
+        return all(wide.numel() == 2 * single.numel() for single, wide in pairs if single.ndim > 1)
+
+    def _build_meta_layer(self, layer_idx: int, group_size: int) -> nn.Module:
+        """Build a layer of the model, so many times as wide, without memory."""
+        with torch.device("meta"):
+            layer = self._layer_class(widen_config(self._config, group_size), layer_idx)
+        return layer.eval().requires_grad_(False)
 
 
-def select_layers(config: PretrainedConfig, layers: Sequence[int]) -> dict[str, Any]:
+def _select_layers(config: PretrainedConfig, layers: Sequence[int]) -> dict[str, Any]:
     """Return the values of a configuration that has only some of the layers: their number and its per-layer lists."""
     lists = {name: [value[index] for index in layers] for name, value in _per_layer_lists(config).items()}
     return {**lists, "num_hidden_layers": len(layers)}
-
-
-def layer_sizes(config: PretrainedConfig) -> list[int]:
-    """Return the number of elements, padding included, of each decoder layer's weights."""
-    layer_class = _find_layer_class(config)
-    layers = (_build_meta_layer(layer_class, config, index) for index in range(config.num_hidden_layers))
-    return [sum(align_elements(parameter.numel()) for parameter in layer.parameters()) for layer in layers]
-
-
-def cache_size(config: PretrainedConfig, *, batch_size: int, context_len: int) -> int:
-    """Return the number of elements, padding included, of a full-attention cache of all layers."""
-    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(config.num_hidden_layers) * 2 * align_elements(batch_size * num_heads * (context_len + 1) * head_dim)
 
 
 def _per_layer_lists(config: PretrainedConfig) -> dict[str, list[Any]]:
@@ -230,7 +245,7 @@ def _build_skeleton(config: PretrainedConfig, *, device: torch.device, dtype: to
     per_layer = [tuple(values) for values in zip(*_per_layer_lists(config).values(), strict=True)]
     firsts = sorted({kind: index for index, kind in reversed(list(enumerate(per_layer)))}.values())
     skeleton_config = copy.deepcopy(config)
-    _set_values(skeleton_config, select_layers(config, firsts or [0]))
+    _set_values(skeleton_config, _select_layers(config, firsts or [0]))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
         try:
             model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
@@ -244,35 +259,16 @@ def _build_skeleton(config: PretrainedConfig, *, device: torch.device, dtype: to
     return cast("PreTrainedModel", model.eval().requires_grad_(False))
 
 
-def _find_layer_class(config: PretrainedConfig) -> type[nn.Module]:
-    return type(get_decoder_layers(_build_skeleton(config, device=torch.device("meta"), dtype=torch.float32))[0])
-
-
-def _build_meta_layer(layer_class: type[nn.Module], config: PretrainedConfig, layer_idx: int) -> nn.Module:
-    with torch.device("meta"):
-        return layer_class(config, layer_idx).eval().requires_grad_(False)
-
-
 def _materialise(layer: nn.Module, workspace: Workspace) -> nn.Module:
     """Give a layer without memory weights from the workspace, and buffers of zeros."""
     for module in layer.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             module.register_parameter(name, nn.Parameter(workspace.take(parameter.shape), requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=False)):
-            module.register_buffer(name, torch.zeros_like(buffer, device=workspace.take((1,)).device), persistent=False)
+            module.register_buffer(name, torch.zeros_like(buffer, device=workspace.device), persistent=False)
     return layer
 
 
 def _set_values(config: PretrainedConfig, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         setattr(config, name, value)
-
-
-def _build_template_cache(config: PretrainedConfig, num_layers: int) -> list[Any]:
-    """Return the cache layers that transformers would use, which say where attention slides; None if untold."""
-    layers: list[Any] = DynamicCache(config=config).layers
-    return layers if len(layers) == num_layers else [None] * num_layers
-
-
-def _is_sliding(cache_layer: Any) -> bool:
-    return bool(getattr(cache_layer, "is_sliding", False))

@@ -16,11 +16,10 @@ class Workspace:
     """One block of device memory whose parts stand for weights or caches of several models that run in turn.
 
     Depths of one model share a workspace: each reads as many bytes as it would alone, and all together occupy only one
-    model's memory.
+    model's memory. It holds small random values, since zeros and denormal numbers may take another time.
     """
 
     def __init__(self, *, num_elements: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocate and fill; small random values, since zeros and denormal numbers may take another time."""
         self._block = torch.empty(num_elements, dtype=dtype, device=device)
         generator = torch.Generator().manual_seed(0)
         values = (torch.randn(min(_FILL_BLOCK, num_elements), generator=generator) * 0.02).to(
@@ -32,9 +31,9 @@ class Workspace:
         self._used = 0
 
     @property
-    def num_used(self) -> int:
-        """Elements taken since the last rewind."""
-        return self._used
+    def device(self) -> torch.device:
+        """Where the memory is."""
+        return self._block.device
 
     def rewind(self) -> None:
         """Begin again from the start: what follows belongs to another model."""
