@@ -65,9 +65,10 @@ def measure_profile(
         config: the model's configuration.
         device: device to measure.
         dtype: dtype of weights and cache.
-        workloads: what to measure; None for decoding ``batch_size`` sequences with ``context_len`` tokens.
+        workloads: what to measure, shortened to what the model reads; None for decoding ``batch_size`` sequences with
+            ``context_len`` tokens.
         batch_size: sequences decoded together.
-        context_len: cached tokens of each; cut to what the model reads.
+        context_len: cached tokens of each.
         max_group: largest group to measure.
         budget_s: about how long the timed part of each workload takes.
         usable_bytes: memory to use on each rank; None for most of what is free.
@@ -84,8 +85,10 @@ def measure_profile(
     device = torch.device(device)
     config = config.get_text_config()
     geometry = ProfileGeometry.from_config(config)
-    longest = getattr(config, "max_position_embeddings", None) or context_len + 1
-    workloads = workloads or [Workload("decode", batch_size, min(context_len, longest - 1))]
+    workloads = workloads or [Workload("decode", batch_size, context_len)]
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None:
+        workloads = list(dict.fromkeys(workload.shorten(longest) for workload in workloads))
     measured = []
     for index, workload in enumerate(workloads):
 

@@ -1,4 +1,4 @@
-"""Profiles that were measured before, kept by everything that the measurement depends on."""
+"""Profiles that were measured before, kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def measure_or_reuse_profile(
         try:
             profile = load_profile(path)
         except ConfigError as error:
-            logger.warning("a profile in the cache is unusable and measured again: %s", error)
+            logger.warning("a profile in the cache is unusable and is measured again: %s", error)
         else:
             logger.info("latency was measured before, on %s", profile.created_at)
             return profile

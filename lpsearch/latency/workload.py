@@ -6,7 +6,7 @@ This module imports no torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from lpsearch.plan import Plan
@@ -30,6 +30,11 @@ class Workload:
     kind: Literal["decode", "prefill"]
     batch_size: int
     context_len: int
+
+    def shorten(self, longest: int) -> Workload:
+        """Return the workload with no more tokens than a model reads, the decoded one included."""
+        most = longest - 1 if self.kind == "decode" else longest
+        return replace(self, context_len=min(self.context_len, most))
 
 
 @dataclass(frozen=True)

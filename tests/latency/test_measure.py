@@ -141,6 +141,13 @@ def test_prompts_and_batches_are_workloads():
     assert profile.workloads[1].achieved_gb_per_s is None
 
 
+def test_workloads_are_shortened_to_what_the_model_reads():
+    config = build_tiny_model("llama", max_position_embeddings=16).config
+    workloads = [Workload("decode", 1, 15), Workload("decode", 1, 40), Workload("prefill", 1, 40)]
+    profile = measure_profile(config, device="cpu", dtype=torch.float32, workloads=workloads, budget_s=0.05)
+    assert [(w.kind, w.context_len) for w in profile.workloads] == [("decode", 15), ("prefill", 16)]
+
+
 def test_a_profile_is_measured_once(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("LPSEARCH_CACHE", str(tmp_path))
     options = {"device": torch.device("cpu"), "dtype": torch.float32, "context_len": 4, "budget_s": 0.05}

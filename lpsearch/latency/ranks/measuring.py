@@ -1,4 +1,4 @@
-"""Measuring a profile on several GPUs: real ranks, or one GPU's share of the work and a given time for the sums."""
+"""Measuring a profile on several GPUs: on real ranks, or one rank's work plus a given time for the sums."""
 
 from __future__ import annotations
 

@@ -20,7 +20,6 @@ class EmulatedRanks(OneRank):
     """One rank of several that are not there: its share of the work, without any sums."""
 
     def __init__(self, num_ranks: int) -> None:
-        """Stand for the first of so many ranks."""
         self.num_ranks = num_ranks
 
     def all_gather(self, tensor: Tensor) -> Tensor:
@@ -32,7 +31,6 @@ class GroupRanks:
     """The ranks of a process group of torch.distributed, by its own all-reduce (NCCL or gloo)."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        """Wrap a process group."""
         self._group = group
         self.rank = dist.get_rank(group)
         self.num_ranks = dist.get_world_size(group)
