@@ -1,4 +1,4 @@
-"""Attention over a static cache, in plain torch: what the kernels compute for one row, and all longer inputs."""
+"""Attention over a static cache in plain torch: the reference of the kernels, and the way of all longer inputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Rope", "attend", "norm_heads"]
 
 
 class Rope:
-    """Rotary embedding of one kind of attention for the positions of a cache.
+    """Rotary embedding of one kind of attention for the positions of a cache (Su et al., arXiv 2104.09864).
 
     Attributes:
         table: (2, positions, head_dim) cosines and signed sines, float32.
@@ -22,7 +22,6 @@ class Rope:
     def __init__(
         self, architecture: Architecture, kind: AttentionKind, *, num_positions: int, device: torch.device
     ) -> None:
-        """Build the table on a device."""
         self.table = build_rope_table(architecture, kind, num_positions=num_positions).to(device)
         self.partner = rope_partner(architecture, kind).to(device)
 

@@ -1,9 +1,8 @@
 """All-reduces over symmetric memory, for the few kilobytes that a decode step adds up.
 
 Each rank can write into a buffer of every other. ``one_shot`` is torch's own kernel: wait for all, read all, add up.
-``push`` writes each 32-bit word to the other ranks together with the number of the sum that it belongs to, so that
-whoever polls a word knows when it has arrived and no barrier is needed; this is how NCCL's low-latency protocol works.
-Neither uses NVLink multicast.
+``push`` (:mod:`lpsearch.latency.ranks.push`) writes each 32-bit word to the other ranks together with the number of its
+sum, and needs no barrier. Neither uses NVLink multicast.
 """
 
 from __future__ import annotations
@@ -16,9 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lpsearch.latency.graphs import capture_graph
-from lpsearch.latency.parallel import AllReduceKind, GroupRanks, Ranks
-from lpsearch.latency.push import push_sum
+from lpsearch.latency.ranks.parallel import GroupRanks
+from lpsearch.latency.ranks.push import push_sum
+from lpsearch.latency.runtime.graphs import capture_graph
+from lpsearch.latency.sums import AllReduceKind, Ranks
 
 __all__ = ["SymmetricRanks", "choose_ranks", "measure_all_reduce_ms"]
 
@@ -38,15 +38,15 @@ class SymmetricRanks(GroupRanks):
 
     A slot of the ``push`` buffer is written again only two sums later. By then every rank has finished the sum between,
     which needed what this rank sent after it had read the slot.
+
+    All ranks construct this together, since they share a buffer.
+
+    Args:
+        group: an NCCL process group of ranks that reach each other's memory.
+        kind: ``one_shot`` or ``push``.
     """
 
     def __init__(self, group: dist.ProcessGroup, kind: AllReduceKind) -> None:
-        """Share a buffer with the other ranks; all of them call this together.
-
-        Args:
-            group: an NCCL process group of ranks that reach each other's memory.
-            kind: ``one_shot`` or ``push``.
-        """
         super().__init__(group)
         import torch.distributed._symmetric_memory as symmetric_memory
 
