@@ -21,7 +21,8 @@ from lpsearch.latency.runtime.launch import has_kernels
 from lpsearch.latency.runtime.operations import Operations
 from lpsearch.latency.sums import OneRank, Ranks
 from lpsearch.latency.timing import measure_interleaved
-from lpsearch.latency.weights import DecoderWeights, WideLayer, fuse_model
+from lpsearch.latency.weights import DecoderWeights, fuse_model
+from lpsearch.transform.fused_weights import WideLayer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -105,7 +106,7 @@ class Decoder:
         for layer in weights.layers:
             shapes = [
                 (2, batch_size, len(segment.layers) * kv_heads, capacity, architecture.head_dim)
-                for segment in layer.segments
+                for segment in layer.parts
             ]
             self._caches.append(
                 [
@@ -228,7 +229,7 @@ class Decoder:
         matrices = [matrix for layer in self._weights.layers for matrix in layer.list_matrices()]
         num_bytes = sum(matrix.numel() * matrix.element_size() for matrix in [*matrices, self._weights.head])
         for layer, caches in zip(self._weights.layers, self._caches, strict=True):
-            for segment, cache in zip(layer.segments, caches, strict=True):
+            for segment, cache in zip(layer.parts, caches, strict=True):
                 held = min(self._length + 1, segment.kind.window or self._capacity)
                 num_bytes += cache.numel() // self._capacity * held * cache.element_size()
         return num_bytes
@@ -287,9 +288,9 @@ class Decoder:
         if arch.qk_norm == "full":
             qkv = self._norm_full_width(layer, qkv)
         fused = self.fused_attention and len(qkv) == batch
-        out = qkv.new_empty((len(qkv), sum(len(s.layers) for s in layer.segments) * heads * arch.head_dim))
+        out = qkv.new_empty((len(qkv), sum(len(s.layers) for s in layer.parts) * heads * arch.head_dim))
         row, column = 0, 0
-        for index, (segment, cache) in enumerate(zip(layer.segments, caches, strict=True)):
+        for index, (segment, cache) in enumerate(zip(layer.parts, caches, strict=True)):
             members = len(segment.layers)
             num_rows = members * (heads + 2 * kv_heads) * arch.head_dim
             num_columns = members * heads * arch.head_dim
@@ -351,9 +352,9 @@ class Decoder:
         """Norm each member's queries and keys over their whole width, which is spread over ranks."""
         arch, ranks = self._arch, self._ranks.num_ranks
         widths = [heads // ranks * arch.head_dim for heads in (arch.num_heads, arch.num_kv_heads, arch.num_kv_heads)]
-        counts = [len(segment.layers) * width for segment in layer.segments for width in widths]
+        counts = [len(segment.layers) * width for segment in layer.parts for width in widths]
         parts = list(torch.split(qkv, counts, dim=-1))
-        picked = [(3 * index + part, part) for index in range(len(layer.segments)) for part in (0, 1)]
+        picked = [(3 * index + part, part) for index in range(len(layer.parts)) for part in (0, 1)]
         split = {slot: parts[slot].float().reshape(len(qkv), -1, widths[part]) for slot, part in picked}
         squares = torch.cat([split[slot].square().sum(-1) for slot, _ in picked], dim=-1)  # (rows, 2 * members)
         squares = self._ranks.all_reduce(squares) / ranks
