@@ -80,7 +80,7 @@ def fuse_plan(model: _Model, plan: Plan) -> _Model:
             module.config = fused_config
         # Transformers hooks the layers for `output_hidden_states` once a model; these layers are new.
         vars(module).pop("_output_capturing_hooks_installed", None)
-    model.__class__ = getattr(modeling, modeling.class_name(base_config.model_type, "ForCausalLM"))
+    model.__class__ = getattr(modeling, fused_config.architectures[0])
     logger.debug("%s: %d layers became %d wide ones", type(model).__name__, plan.num_layers, plan.depth)
     return model
 

@@ -201,14 +201,18 @@ class FamilyTraits:
             )
 
 
-def read_traits(config: Any) -> FamilyTraits:
+def read_traits(config: Any, *, family: Family | None = None) -> FamilyTraits:
     """Read the traits of a model from its transformers configuration, or from the text part of that.
 
     What the configuration has no value for is neutral. A family without an entry gets the shape that its configuration
     says, and an obstacle to everything that needs more.
+
+    Args:
+        config: a transformers configuration.
+        family: its entry; None for that of its model type.
     """
     config = config.get_text_config(decoder=True)
-    family = FAMILIES.get(config.model_type, UNKNOWN)
+    family = family or FAMILIES.get(config.model_type, UNKNOWN)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     def read(*names: str, default: Any) -> Any:
