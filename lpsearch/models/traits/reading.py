@@ -136,7 +136,7 @@ class FamilyTraits:
     @property
     def fusing_obstacle(self) -> str | None:
         """Why a group cannot be one wide layer; None if it can."""
-        return "its attention and MLP read the same input" if self.is_parallel else self.family.obstacle
+        return self.family.find_fusing_obstacle(is_parallel=self.is_parallel)
 
     @property
     def runtime_obstacle(self) -> str | None:
