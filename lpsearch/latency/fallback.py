@@ -124,7 +124,8 @@ class TransformersSteps:
         self._device, self._dtype = device, dtype
         skeleton = _build_skeleton(self._config, device=torch.device("meta"), dtype=dtype)
         self._layer_class = type(get_decoder_layers(skeleton)[0])
-        self._config._attn_implementation = skeleton.config._attn_implementation  # chosen when it was built
+        for choice in ("_attn_implementation", "_experts_implementation"):  # made when the model is built
+            setattr(self._config, choice, getattr(skeleton.config, choice, None))
         singles = [self._build_meta_layer(index, 1) for index in range(config.num_hidden_layers)]
         self.fuses = self._can_widen(singles)
         self.runtime = f"{_MODE}, {'fused layers' if self.fuses else 'layers not fused'}"
