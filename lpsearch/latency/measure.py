@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from lpsearch.errors import LpsearchError
-from lpsearch.latency.architecture import RUNTIME_FAMILIES, read_architecture
+from lpsearch.latency.architecture import read_architecture
 from lpsearch.latency.depths import choose_depths, find_group_kinds
 from lpsearch.latency.fallback import TransformersSteps
 from lpsearch.latency.model import GroupCosts, fit_group_costs
@@ -25,6 +25,7 @@ from lpsearch.latency.runtime.steps import RuntimeSteps
 from lpsearch.latency.sums import OneRank, Ranks
 from lpsearch.latency.timing import MIN_BLOCKS, StepTiming, measure_interleaved
 from lpsearch.latency.workload import StepBuilder, Workload
+from lpsearch.models.traits import read_traits
 from lpsearch.versions import read_versions
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def measure_profile(
 
         builder: StepBuilder
         sum_us: Mapping[str, float] = {}
-        if config.model_type in RUNTIME_FAMILIES or workload.kind == "prefill":
+        if read_traits(config).runtime_obstacle is None or workload.kind == "prefill":
             architecture = read_architecture(config)  # which says of which families prompts can be timed
             ranks: Ranks = OneRank()
             if choose_ranks is not None:

@@ -13,7 +13,7 @@ from lpsearch.errors import ModelError
 from lpsearch.plan import Plan
 from lpsearch.transform import modeling_lpsearch as modeling
 from lpsearch.transform.apply import check_plan_model, check_unplanned
-from lpsearch.transform.fused_weights import FusedWeights, build_fused_config, find_fusible_family
+from lpsearch.transform.fused_weights import FusedWeights, build_fused_config, read_fusible_traits
 
 __all__ = ["check_fusible", "fuse_plan"]
 
@@ -95,11 +95,10 @@ def check_fusible(model: PreTrainedModel) -> None:
     """
     if str(model.config.model_type).startswith(modeling.MODEL_TYPE_PREFIX):
         raise ModelError(f"{type(model).__name__} is fused already; give the unmodified model that its plan is for")
-    family = find_fusible_family(model.config)
-    expected = modeling.stock_class_name(family)
+    expected = read_fusible_traits(model.config).family.language_model
     if type(model).__name__ != expected:
         raise ModelError(
-            f"{type(model).__name__} is not {expected}, the language model of {family}; load it with "
+            f"{type(model).__name__} is not {expected}, the language model of {model.config.model_type}; load it with "
             "AutoModelForCausalLM, without adapters"
         )
     quantised = getattr(model.config, "quantization_config", None)

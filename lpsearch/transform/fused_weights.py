@@ -15,49 +15,31 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from lpsearch.errors import FamilyError
+from lpsearch.models.traits import LAYER_LISTS, FamilyTraits, list_fusible_families, read_traits
 from lpsearch.plan import Plan
 from lpsearch.transform import modeling_lpsearch as modeling
 
-__all__ = ["FusedWeights", "build_fused_config", "find_fusible_family"]
-
-_LAYER_LISTS = ("layer_types", "no_rope_layers")
-"""Attributes of a configuration with one entry a layer; layers that differ in one attend differently."""
-
-_REASONS = {
-    "cohere": "its attention and MLP read the same input",
-    "gpt_neox": "its attention and MLP read the same input",
-    "phi": "its attention and MLP read the same input",
-    "mixtral": "its MLP is a mixture of experts",
-    "qwen3_moe": "its MLP is a mixture of experts",
-}
-
-_PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
-_NORMS = {
-    "gemma2": ("input_layernorm", "pre_feedforward_layernorm"),
-    "gemma3_text": ("input_layernorm", "pre_feedforward_layernorm"),
-    "olmo2": (None, None),
-}
-"""The norms before attention and MLP of the families that have norms after them as well, or only those."""
+__all__ = ["FusedWeights", "build_fused_config", "read_fusible_traits"]
 
 _LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _MEMBER_NAME = re.compile(r"(.+)\.(\d+)\.(\w+)")
-_OUTPUTS = ("o_proj", "down_proj", "c_proj")
+_OUTPUTS = ("o", "down")
 
 
-def find_fusible_family(config: PretrainedConfig) -> str:
-    """Return the model type of a model whose groups can be fused into wide layers.
+def read_fusible_traits(config: PretrainedConfig) -> FamilyTraits:
+    """Read the traits of a model whose groups can be fused into wide layers.
 
     Raises:
         FamilyError: for any other, with the reason.
     """
-    family: str = config.model_type
-    if family in modeling.FAMILIES:
-        return family
-    reason = _REASONS.get(family, "its layers are not known well enough")
-    raise FamilyError(
-        f"model type {family} cannot be fused into wide layers: {reason}; fused are {', '.join(modeling.FAMILIES)}. "
-        "A plan of any other family runs with `apply_plan`, which `lpsearch generate` and `lpsearch evaluate` use"
-    )
+    traits = read_traits(config)
+    if traits.fusing_obstacle is not None:
+        raise FamilyError(
+            f"model type {config.model_type} cannot be fused into wide layers: {traits.fusing_obstacle}; fused are "
+            f"{', '.join(list_fusible_families())}. A plan of any other family runs with `apply_plan`, which "
+            "`lpsearch generate` and `lpsearch evaluate` use"
+        )
+    return traits
 
 
 def build_fused_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig:
@@ -70,27 +52,29 @@ def build_fused_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig
     Raises:
         FamilyError: if the family cannot be fused.
     """
-    family = find_fusible_family(config)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    slots = [slot for group in plan.groups for slot in _split_group(config, group)]
+    traits = read_fusible_traits(config)
+    family = config.model_type
+    slots = [part.layers for group in plan.groups for part in traits.split_group(group)]
     group_of = {layer: group for group in plan.groups for layer in group}
     per_layer_config = {}
     for slot, members in enumerate(slots):
         overrides: dict[str, Any] = {}
         group = group_of[members[0]]
         if len(members) > 1:
-            overrides["num_attention_heads"] = len(members) * config.num_attention_heads
-            overrides["num_key_value_heads"] = len(members) * config.num_key_value_heads
+            overrides["num_attention_heads"] = len(members) * traits.num_heads
+            overrides["num_key_value_heads"] = len(members) * traits.num_kv_heads
         if len(group) > 1 and (slot + 1 == len(slots) or slots[slot + 1][0] not in group):
-            overrides["intermediate_size"] = len(group) * config.intermediate_size
-            if getattr(config, "use_bias", None) is False:  # Starcoder2's norms have a bias, which must go somewhere
-                overrides["use_bias"] = True
+            overrides["intermediate_size"] = len(group) * traits.intermediate_size
+            if traits.family.norm_kind == "layer":  # the bias of a norm becomes one of the projections behind it
+                for option in (traits.family.qkv_bias, traits.family.mlp_bias):
+                    if isinstance(option, str) and not getattr(config, option):
+                        overrides[option] = True
         if overrides:
             per_layer_config[slot] = overrides
     fields = config.to_dict()
     for name in ("model_type", "transformers_version", "auto_map", "_name_or_path"):
         fields.pop(name, None)
-    for name in _LAYER_LISTS:
+    for name in LAYER_LISTS:
         if fields.get(name) is not None:
             fields[name] = [fields[name][members[0]] for members in slots]
     names = {kind: modeling.class_name(family, kind) for kind in ("Config", "Model", "ForCausalLM")}
@@ -102,7 +86,7 @@ def build_fused_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig
             "AutoModel": f"{module}.{names['Model']}",
             "AutoModelForCausalLM": f"{module}.{names['ForCausalLM']}",
         },
-        "head_dim": head_dim,
+        "head_dim": traits.head_dim,
         "num_hidden_layers": len(slots),
         "per_layer_config": per_layer_config,
         "lpsearch": {"groups": [list(group) for group in plan.groups], "slots": [list(slot) for slot in slots]},
@@ -110,15 +94,6 @@ def build_fused_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig
     fused: PretrainedConfig = getattr(modeling, names["Config"])(**fields)
     fused._attn_implementation = config._attn_implementation
     return fused
-
-
-def _split_group(config: PretrainedConfig, group: Sequence[int]) -> list[tuple[int, ...]]:
-    """Split a group into the layers that attend alike, in the order of their first layers."""
-    slots: dict[tuple[Any, ...], list[int]] = {}
-    lists = [values for name in _LAYER_LISTS if (values := getattr(config, name, None)) is not None]
-    for layer in group:
-        slots.setdefault(tuple(values[layer] for values in lists), []).append(layer)
-    return [tuple(slot) for slot in slots.values()]
 
 
 class FusedWeights:
@@ -143,19 +118,10 @@ class FusedWeights:
             for group in fused_config.lpsearch["groups"]
             if members[0] in group
         ]
-        self._attention_norm, self._mlp_norm = _NORMS.get(config.model_type, _PRE_NORMS)
-        self._norm_offset = 1.0 if config.model_type.startswith("gemma") else 0.0
-        self._hidden_size: int = config.hidden_size
-        self._intermediate_size: int = config.intermediate_size
-        self._attention_blocks: int = config.num_key_value_heads
-        self._mlp_blocks = modeling.count_mlp_blocks(config.intermediate_size) if config.model_type in _NORMS else 1
-        query_rows, key_rows = (
-            heads * fused_config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
-        )
-        self._packed = {
-            "qkv_proj": [query_rows, key_rows, key_rows],
-            "gate_up_proj": [config.intermediate_size, config.intermediate_size],
-        }
+        self._traits = read_traits(config)
+        self._attention_blocks = self._traits.num_kv_heads
+        inner = self._traits.intermediate_size
+        self._mlp_blocks = modeling.count_mlp_blocks(inner) if self._traits.has_post_norms else 1
 
     @torch.no_grad()
     def compute(self, name: str, dtype: torch.dtype) -> Tensor:
@@ -179,8 +145,8 @@ class FusedWeights:
         module, _, kind = rest.rpartition(".")
         if module.endswith("layernorm"):
             like = self._get(f"model.layers.{layers[0]}.{rest}")
-            return torch.full_like(like, 1.0 - self._norm_offset if kind == "weight" else 0.0, dtype=dtype)
-        if not module.endswith(_OUTPUTS):
+            return torch.full_like(like, 1.0 - self._traits.norm_offset if kind == "weight" else 0.0, dtype=dtype)
+        if self._traits.family.projections[module][0] not in _OUTPUTS:
             return self._stack_inputs(layers, module, kind, dtype)
         if kind == "weight":
             columns = [self._get(f"model.layers.{layer}.{rest}").to(dtype) for layer in layers]
@@ -194,7 +160,7 @@ class FusedWeights:
 
     def _add_biases(self, layers: Sequence[int], rest: str) -> Tensor:
         """Add the biases of output projections, those that there are."""
-        total = torch.zeros(self._hidden_size)
+        total = torch.zeros(self._traits.hidden_size)
         for layer in layers:
             bias = self._read(f"model.layers.{layer}.{rest}")
             total = total if bias is None else total.to(bias.device) + bias.float()
@@ -204,11 +170,10 @@ class FusedWeights:
         """Stack the rows of input projections, or their biases, with the norm before them folded in."""
         in_attention = module.startswith("self_attn.")
         blocks = self._attention_blocks if in_attention else self._mlp_blocks
-        norm = self._attention_norm if in_attention else self._mlp_norm
+        block = self._traits.family.block
+        norm = block.attention_norm if in_attention else block.mlp_norm
         folded = [self._fold(f"model.layers.{layer}.", module, norm, kind).to(dtype) for layer in layers]
-        sections = self._packed.get(module.rpartition(".")[2])
-        if sections is None:
-            return _take_turns(folded, blocks, dim=0)
+        sections = [self._traits.part_sizes[part] for part in self._traits.family.projections[module]]
         parts = zip(*(torch.split(tensor, sections) for tensor in folded), strict=True)
         return torch.cat([_take_turns(part, blocks, dim=0) for part in parts])
 
@@ -217,7 +182,7 @@ class FusedWeights:
         if norm is None:
             return self._get(f"{layer}{module}.{kind}")
         if kind == "weight":
-            scale = self._get(f"{layer}{norm}.weight").float() + self._norm_offset
+            scale = self._get(f"{layer}{norm}.weight").float() + self._traits.norm_offset
             return self._get(f"{layer}{module}.weight").float() * scale
         bias, norm_bias = self._read(f"{layer}{module}.bias"), self._read(f"{layer}{norm}.bias")
         if norm_bias is None:

@@ -11,7 +11,6 @@ from torch import nn
 
 from lpsearch.errors import ConfigError, FamilyError, LpsearchError
 from lpsearch.latency import LatencyModel, Workload, measure_or_reuse_profile, measure_profile
-from lpsearch.latency.architecture import RUNTIME_FAMILIES
 from lpsearch.latency.depths import choose_depths, find_group_kinds
 from lpsearch.latency.fallback import FixedCacheLayer, TransformersSteps, widen_config
 from lpsearch.latency.profile import ProfileGeometry
@@ -20,7 +19,7 @@ from lpsearch.latency.runtime.memory import Workspace
 from lpsearch.latency.timing import StepTiming, bootstrap_ratio, measure_interleaved
 from lpsearch.plan import Plan
 from lpsearch.transform import applied_plan
-from tests.tiny_models import FAMILIES, SLIDING_WINDOW, build_tiny_model
+from tests.tiny_models import FAMILIES, RUNTIME_FAMILIES, SLIDING_WINDOW, build_tiny_model
 from tests.tolerances import FLOAT32_LOGITS
 
 UNFUSED = {"gpt_neox", "gpt_neox_sequential", "mixtral", "qwen3_moe"}
@@ -77,7 +76,7 @@ def test_every_family_is_measured(family):
     times = [workload.overhead_ms, *workload.cost_ms.values(), *(point.median_ms for point in workload.points)]
     assert all(math.isfinite(time) and time >= 0 for time in times)
     assert {point.use for point in workload.points} == {"fit", "check"}
-    if config.model_type in RUNTIME_FAMILIES:
+    if family in RUNTIME_FAMILIES:
         assert profile.runtime == "wide layers, eager"
     else:
         assert profile.runtime.endswith("layers not fused" if family in UNFUSED else "fused layers")

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from lpsearch.errors import ConfigError, LpsearchError
-from lpsearch.latency.architecture import RUNTIME_FAMILIES, read_architecture
+from lpsearch.latency.architecture import read_architecture
 from lpsearch.latency.ranks.parallel import GroupRanks
 from lpsearch.latency.ranks.processes import run_ranks
 from lpsearch.latency.ranks.symmetric import SymmetricRanks
 from lpsearch.latency.runtime.decoder import build_decoder
 from lpsearch.plan import Plan
-from tests.tiny_models import build_tiny_model
+from tests.tiny_models import RUNTIME_FAMILIES, build_tiny_model
 from tests.tolerances import BFLOAT16_LOGITS, FLOAT32_LOGITS
 
 PLAN = Plan.from_groups([[0, 1, 2], [3], [4, 5]])

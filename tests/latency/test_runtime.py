@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from lpsearch.errors import ConfigError, FamilyError
-from lpsearch.latency.architecture import RUNTIME_FAMILIES, read_architecture
+from lpsearch.latency.architecture import read_architecture
 from lpsearch.latency.runtime.decoder import build_decoder
 from lpsearch.plan import Plan
 from lpsearch.transform import applied_plan
-from tests.tiny_models import VOCAB_SIZE, build_tiny_model
+from tests.tiny_models import RUNTIME_FAMILIES, VOCAB_SIZE, build_tiny_model
 from tests.tolerances import BFLOAT16_LOGITS, FLOAT32_LOGITS
 
 PLANS = {

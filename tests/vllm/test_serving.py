@@ -13,7 +13,8 @@ import urllib.request
 import numpy as np
 import pytest
 
-from lpsearch.transform.modeling_lpsearch import FAMILIES, class_name
+from lpsearch.transform.modeling_lpsearch import class_name
+from tests.tiny_models import FUSED_FAMILIES
 from tests.tolerances import VLLM_LOGITS
 from tests.vllm.conftest import REPOSITORY, ROUTES, running
 from tests.vllm.prepare import SMOLLM2_PLANS
@@ -55,10 +56,10 @@ def check(served, exports, name, *, route, num_ranks):
 
 
 @pytest.mark.timeout(FAMILIES_TIMEOUT_S + 60)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FUSED_FAMILIES)
 @pytest.mark.parametrize("route", ROUTES)
 def test_tiny_model_of_every_family(serve, exports, route, family):
-    served = serve(tuple(FAMILIES), route=route, timeout_s=FAMILIES_TIMEOUT_S)
+    served = serve(FUSED_FAMILIES, route=route, timeout_s=FAMILIES_TIMEOUT_S)
     check(served, exports, family, route=route, num_ranks=1)
 
 
@@ -125,7 +126,7 @@ def _wait_until_healthy(server, url, *, log, timeout_s):
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("name", [*FAMILIES, *SMOLLM2_PLANS])
+@pytest.mark.parametrize("name", [*FUSED_FAMILIES, *SMOLLM2_PLANS])
 def test_this_older_transformers_computes_the_same(exports, name):
     """The directory's own code, without lpsearch's help, in the version of transformers that vLLM wants."""
     import torch
