@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lpsearch.latency.architecture import Architecture, Segment
+from lpsearch.models.traits import AttentionPart as Segment
+from lpsearch.models.traits import FamilyTraits as Architecture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

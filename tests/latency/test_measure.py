@@ -17,6 +17,7 @@ from lpsearch.latency.profile import ProfileGeometry
 from lpsearch.latency.ranks.measuring import emulate_profile_on_ranks, measure_profile_on_ranks
 from lpsearch.latency.runtime.memory import Workspace
 from lpsearch.latency.timing import StepTiming, bootstrap_ratio, measure_interleaved
+from lpsearch.models.traits import read_traits
 from lpsearch.plan import Plan
 from lpsearch.transform import applied_plan
 from tests.tiny_models import FAMILIES, RUNTIME_FAMILIES, SLIDING_WINDOW, build_tiny_model
@@ -235,7 +236,7 @@ class _LayerRecorder:
 def test_plans_share_the_memory_of_one_model(family):
     model = build_tiny_model(family)
     steps = TransformersSteps(
-        copy_config(model), Workload("decode", 2, 9), device=torch.device("cpu"), dtype=torch.float32
+        read_traits(copy_config(model)), Workload("decode", 2, 9), device=torch.device("cpu"), dtype=torch.float32
     )
     assert steps.fuses
     recorder = _LayerRecorder(type(model.model.layers[0]))
@@ -263,7 +264,7 @@ def test_layers_stand_in_any_order_and_number():
     sizes = [sum(p.numel() for p in layer.parameters() if p.ndim > 1) for layer in model.model.layers]
     assert sizes[1] != sizes[0]
     steps = TransformersSteps(
-        copy_config(model), Workload("decode", 1, 4), device=torch.device("cpu"), dtype=torch.float32
+        read_traits(copy_config(model)), Workload("decode", 1, 4), device=torch.device("cpu"), dtype=torch.float32
     )
     assert not steps.fuses
     recorder = _LayerRecorder(type(model.model.layers[0]))
