@@ -29,7 +29,7 @@ from lpsearch.models.packaged import LICENCE_NAMES, fetch_package
 from lpsearch.models.quiet import quiet_transformers
 from lpsearch.plan import ModelIdentity
 from lpsearch.transform import check_fusible
-from lpsearch.transform.fused_weights import read_fusible_traits
+from lpsearch.transform.fused_config import read_fusible_traits
 
 __all__ = ["BaseModel", "open_model", "open_source"]
 

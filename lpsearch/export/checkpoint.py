@@ -23,7 +23,8 @@ from lpsearch.models.quiet import quiet_transformers
 from lpsearch.plan import RECOVERED_PLAN_NAME, ModelIdentity, Plan, PlanMetadata, save_plan, write_json
 from lpsearch.transform import check_plan_numbers
 from lpsearch.transform import modeling_lpsearch as modeling
-from lpsearch.transform.fused_weights import FusedWeights, build_fused_config
+from lpsearch.transform.fused_config import build_fused_config
+from lpsearch.transform.fused_weights import InterleavedWeights
 
 __all__ = ["export_checkpoint", "export_source"]
 
@@ -142,7 +143,7 @@ def _write_directory(
     _check_disk(target, sum(shard.num_bytes for shard in shards) + _OTHER_FILES_BYTES)
     plan = _complete_plan(plan, base.identity)
     with _staged(target) as staging:
-        _write_weights(staging, shards, FusedWeights(base.config, config, base.read), on_progress)
+        _write_weights(staging, shards, InterleavedWeights(base.config, config, base.read), on_progress)
         with quiet_transformers():
             config.save_pretrained(staging)  # with the modelling code
             base.generation_config.save_pretrained(staging)
@@ -170,7 +171,7 @@ def _list_tensors(config: Any) -> list[TensorSpec]:
 
 
 def _write_weights(
-    directory: Path, shards: list[Shard], weights: FusedWeights, on_progress: Callable[[int, int], None]
+    directory: Path, shards: list[Shard], weights: InterleavedWeights, on_progress: Callable[[int, int], None]
 ) -> None:
     """Write all safetensors files, and their index if there are several."""
     total = sum(len(shard.tensors) for shard in shards)

@@ -13,7 +13,8 @@ from lpsearch.errors import ModelError
 from lpsearch.plan import Plan
 from lpsearch.transform import modeling_lpsearch as modeling
 from lpsearch.transform.apply import check_plan_model, check_unplanned
-from lpsearch.transform.fused_weights import FusedWeights, build_fused_config, read_fusible_traits
+from lpsearch.transform.fused_config import build_fused_config, read_fusible_traits
+from lpsearch.transform.fused_weights import InterleavedWeights, name_tensors
 
 __all__ = ["check_fusible", "fuse_plan"]
 
@@ -61,11 +62,9 @@ def fuse_plan(model: _Model, plan: Plan) -> _Model:
     decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
     base_layers, decoder.layers = list(decoder.layers), nn.ModuleList()
     is_training = base_layers[0].training
-    tensors: dict[str, nn.Parameter] = {}
-    for layer_idx, layer in enumerate(base_layers):
-        tensors |= {f"model.layers.{layer_idx}.{name}": tensor for name, tensor in layer.named_parameters()}
+    tensors = name_tensors(base_layers)
     base_layers.clear()
-    weights = FusedWeights(base_config, fused_config, tensors.get)
+    weights = InterleavedWeights(base_config, fused_config, tensors.get)
     with torch.device("meta"):
         layers = modeling.build_layers(fused_config)
     for group in plan.groups:
@@ -110,7 +109,7 @@ def check_fusible(model: PreTrainedModel) -> None:
     check_unplanned(model)
 
 
-def _fill_layer(layer: nn.Module, prefix: str, weights: FusedWeights, *, like: nn.Parameter) -> None:
+def _fill_layer(layer: nn.Module, prefix: str, weights: InterleavedWeights, *, like: nn.Parameter) -> None:
     """Give a layer on the meta device its weights; a layer alone in its group gets the very parameters that it had."""
     for name, _ in list(layer.named_parameters()):
         tensor = weights.compute(prefix + name, like.dtype)

@@ -107,7 +107,7 @@ def test_what_the_runtime_does_not_compute_is_refused():
 def test_members_that_attend_differently_keep_separate_attentions():
     traits = read_traits(build_tiny_model("gemma3_text").config)
     assert [kind.name for kind in traits.kinds] == ["sliding", "sliding", "full"] * 2
-    assert [segment.layers for segment in traits.split_group([1, 2, 3])] == [(1, 3), (2,)]
+    assert [part.layers for part in traits.split_group([1, 2, 3])] == [(1, 3), (2,)]
 
 
 @pytest.mark.gpu

@@ -14,8 +14,8 @@ from torch import Tensor
 from lpsearch.latency.runtime import kernels
 from lpsearch.latency.runtime.rope import Rope
 from lpsearch.latency.sums import Ranks
-from lpsearch.latency.weights import WideLayer
 from lpsearch.models.traits import AttentionKind, FamilyTraits
+from lpsearch.transform.fused_weights import WideLayer
 
 __all__ = ["GroupAttention"]
 
@@ -56,17 +56,17 @@ class GroupAttention:
         head_dim = self._traits.head_dim
         if self._traits.qk_norm == "full":
             qkv = self._norm_full_width(layer, qkv)
-        members = [len(segment.layers) for segment in layer.segments]
+        members = [len(part.layers) for part in layer.parts]
         rows = [count * (self._num_heads + 2 * self._num_kv_heads) * head_dim for count in members]
         columns = [count * self._num_heads * head_dim for count in members]
         out = qkv.new_empty((len(qkv), sum(columns)))
-        parts = zip(layer.segments, caches, torch.split(qkv, rows, 1), torch.split(out, columns, 1), strict=True)
-        for index, (segment, cache, part_qkv, part_out) in enumerate(parts):
+        pieces = zip(layer.parts, caches, torch.split(qkv, rows, 1), torch.split(out, columns, 1), strict=True)
+        for index, (part, cache, part_qkv, part_out) in enumerate(pieces):
             norms = (layer.q_norm[index], layer.k_norm[index]) if self._traits.qk_norm == "head" else (None, None)
             if position is not None:
-                self._attend_by_kernel(segment.kind, cache, part_qkv, part_out, norms, position)
+                self._attend_by_kernel(part.kind, cache, part_qkv, part_out, norms, position)
             else:
-                self._attend_plain(segment.kind, cache, part_qkv, part_out, norms, length)
+                self._attend_plain(part.kind, cache, part_qkv, part_out, norms, length)
         return out
 
     def _attend_by_kernel(
@@ -124,19 +124,19 @@ class GroupAttention:
 
     def _norm_full_width(self, layer: WideLayer, qkv: Tensor) -> Tensor:
         """Norm each member's queries and keys over their whole width, which is spread over ranks."""
-        widths = [heads * self._traits.head_dim for heads in (self._num_heads, self._num_kv_heads, self._num_kv_heads)]
-        counts = [len(segment.layers) * width for segment in layer.segments for width in widths]
-        parts = list(torch.split(qkv, counts, dim=-1))
-        picked = [(3 * index + part, part) for index in range(len(layer.segments)) for part in (0, 1)]
-        split = {slot: parts[slot].float().reshape(len(qkv), -1, widths[part]) for slot, part in picked}
-        squares = torch.cat([split[slot].square().sum(-1) for slot, _ in picked], dim=-1)  # (rows, 2 * members)
+        head_dim, eps = self._traits.head_dim, self._traits.norm_eps
+        widths = [heads * head_dim for heads in (self._num_heads, self._num_kv_heads, self._num_kv_heads)]
+        pieces = list(torch.split(qkv, [len(part.layers) * width for part in layer.parts for width in widths], dim=1))
+        normed = [index for index in range(len(pieces)) if index % 3 < 2]  # each part's queries and keys, not values
+        weights = [weight for pair in zip(layer.q_norm, layer.k_norm, strict=True) for weight in pair]
+        members = [pieces[i].float().view(-1, *weight.shape) for i, weight in zip(normed, weights, strict=True)]
+        squares = torch.cat([member.square().sum(-1) for member in members], dim=1)  # (rows, 2 * members of all parts)
         squares = self._ranks.all_reduce(squares) / self._ranks.num_ranks
-        counts = [split[slot].shape[1] for slot, _ in picked]
-        for (slot, part), total in zip(picked, torch.split(squares, counts, dim=-1), strict=True):
-            weight = (layer.q_norm, layer.k_norm)[part][slot // 3]
-            factor = torch.rsqrt(total / widths[part] + self._traits.norm_eps)
-            parts[slot] = (split[slot] * factor[..., None] * weight.float()).flatten(1).to(qkv.dtype)
-        return torch.cat(parts, dim=-1)
+        sums = torch.split(squares, [len(weight) for weight in weights], 1)
+        for i, member, weight, total in zip(normed, members, weights, sums, strict=True):
+            factor = torch.rsqrt(total / weight.shape[1] + eps)
+            pieces[i] = (member * factor[..., None] * weight.float()).flatten(1).to(qkv.dtype)
+        return torch.cat(pieces, dim=1)
 
 
 def _norm_heads(heads: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -17,10 +17,11 @@ from lpsearch.latency.runtime.attention import GroupAttention
 from lpsearch.latency.runtime.graphs import capture_graph
 from lpsearch.latency.runtime.launch import has_kernels
 from lpsearch.latency.runtime.operations import Operations
+from lpsearch.latency.runtime.weights import DecoderWeights, fuse_model
 from lpsearch.latency.sums import OneRank, Ranks
 from lpsearch.latency.timing import measure_interleaved
-from lpsearch.latency.weights import DecoderWeights, WideLayer, fuse_model
 from lpsearch.models.traits import FamilyTraits, read_traits
+from lpsearch.transform.fused_weights import WideLayer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,9 +102,7 @@ class Decoder:
         kv_heads = traits.num_kv_heads // self._ranks.num_ranks
         self._caches: list[list[Tensor]] = []
         for layer in weights.layers:
-            shapes = [
-                (2, batch_size, len(segment.layers) * kv_heads, capacity, traits.head_dim) for segment in layer.segments
-            ]
+            shapes = [(2, batch_size, len(part.layers) * kv_heads, capacity, traits.head_dim) for part in layer.parts]
             self._caches.append(
                 [
                     cache_workspace.take(shape)
@@ -225,8 +224,8 @@ class Decoder:
         matrices = [matrix for layer in self._weights.layers for matrix in layer.list_matrices()]
         num_bytes = sum(matrix.numel() * matrix.element_size() for matrix in [*matrices, self._weights.head])
         for layer, caches in zip(self._weights.layers, self._caches, strict=True):
-            for segment, cache in zip(layer.segments, caches, strict=True):
-                held = min(self._length + 1, segment.kind.window or self._capacity)
+            for part, cache in zip(layer.parts, caches, strict=True):
+                held = min(self._length + 1, part.kind.window or self._capacity)
                 num_bytes += cache.numel() // self._capacity * held * cache.element_size()
         return num_bytes
 

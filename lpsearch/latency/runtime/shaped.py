@@ -10,13 +10,13 @@ from torch import Tensor
 
 from lpsearch.latency.runtime.decoder import Decoder, RunMode
 from lpsearch.latency.runtime.memory import Workspace
-from lpsearch.latency.sums import OneRank, Ranks
-from lpsearch.latency.weights import (
+from lpsearch.latency.runtime.weights import (
     count_cache_elements,
     count_weight_elements,
     split_vocabulary,
     take_random_weights,
 )
+from lpsearch.latency.sums import OneRank, Ranks
 from lpsearch.models.traits import FamilyTraits
 from lpsearch.plan import Plan
 

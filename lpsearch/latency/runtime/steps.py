@@ -8,8 +8,8 @@ import torch
 
 from lpsearch.latency.runtime.decoder import RunMode, default_mode
 from lpsearch.latency.runtime.shaped import ShapedDecoders
+from lpsearch.latency.runtime.weights import count_cache_elements, count_weight_elements
 from lpsearch.latency.sums import Ranks
-from lpsearch.latency.weights import count_cache_elements, count_weight_elements
 from lpsearch.latency.workload import Step, Workload
 from lpsearch.models.traits import FamilyTraits
 from lpsearch.plan import Plan

@@ -9,12 +9,13 @@ and fingerprints. To add a family is to add its entry to :data:`~lpsearch.models
 This package imports neither torch nor transformers.
 """
 
-from lpsearch.models.traits.entries import FAMILIES, BlockForm, Family, Part, list_fusible_families
+from lpsearch.models.traits.entries import FAMILIES, OUTPUTS, BlockForm, Family, Part, list_fusible_families
 from lpsearch.models.traits.reading import LAYER_LISTS, AttentionKind, AttentionPart, FamilyTraits, read_traits
 
 __all__ = [
     "FAMILIES",
     "LAYER_LISTS",
+    "OUTPUTS",
     "AttentionKind",
     "AttentionPart",
     "BlockForm",

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["FAMILIES", "UNKNOWN", "BlockForm", "Family", "Part", "list_fusible_families"]
+__all__ = ["FAMILIES", "OUTPUTS", "UNKNOWN", "BlockForm", "Family", "Part", "list_fusible_families"]
 
 Part = Literal["q", "k", "v", "o", "gate", "up", "down"]
 """A projection of a decoder layer, however transformers packs it."""
+
+OUTPUTS: tuple[Part, ...] = ("o", "down")
+"""Those whose outputs are added to the residual stream."""
 
 _Projections = Mapping[str, tuple[Part, ...]]
 _ATTENTION: _Projections = {f"self_attn.{part}_proj": (part,) for part in ("q", "k", "v", "o")}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lpsearch.errors import ConfigError, FamilyError
-from lpsearch.models.traits.entries import FAMILIES, UNKNOWN, Family, Part
+from lpsearch.models.traits.entries import FAMILIES, OUTPUTS, UNKNOWN, Family, Part
 
 __all__ = ["LAYER_LISTS", "AttentionKind", "AttentionPart", "FamilyTraits", "read_traits"]
 
@@ -172,6 +172,29 @@ class FamilyTraits:
                 f"{self.runtime_obstacle}; it is measured by transformers' own execution"
             )
 
+    def has_bias(self, part: Part) -> bool:
+        """Say whether a projection has a bias."""
+        if part == "o":
+            return self.o_bias
+        return self.qkv_bias if part in ("q", "k", "v") else self.mlp_bias
+
+    def list_tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor of a decoder layer, by its name within the layer."""
+        block, hidden = self.family.block, self.hidden_size
+        norms = {block.attention_norm, block.attention_post_norm, block.mlp_norm, block.mlp_post_norm} - {None}
+        kinds = ("weight", "bias") if self.family.norm_kind == "layer" else ("weight",)
+        shapes: dict[str, tuple[int, ...]] = {f"{norm}.{kind}": (hidden,) for norm in norms for kind in kinds}
+        for module, parts in self.family.projections.items():
+            size = sum(self.part_sizes[part] for part in parts)
+            shapes[f"{module}.weight"] = (hidden, size) if parts[0] in OUTPUTS else (size, hidden)
+            if self.has_bias(parts[0]):
+                shapes[f"{module}.bias"] = shapes[f"{module}.weight"][:1]
+        if self.qk_norm != "none":
+            heads, kv_heads = (1, 1) if self.qk_norm == "head" else (self.num_heads, self.num_kv_heads)
+            shapes[f"{block.attention}.q_norm.weight"] = (heads * self.head_dim,)
+            shapes[f"{block.attention}.k_norm.weight"] = (kv_heads * self.head_dim,)
+        return shapes
+
     def check_ranks(self, num_ranks: int) -> None:
         """Refuse a tensor-parallel size that does not divide the model.
 
@@ -206,7 +229,7 @@ def read_traits(config: Any) -> FamilyTraits:
         found = (getattr(config, name, None) for name in names)
         return next((value for value in found if value is not None), default)
 
-    def has_bias(option: bool | str) -> bool:
+    def read_flag(option: bool | str) -> bool:
         return bool(getattr(config, option, False)) if isinstance(option, str) else option
 
     return FamilyTraits(
@@ -223,9 +246,9 @@ def read_traits(config: Any) -> FamilyTraits:
         norm_eps=read("rms_norm_eps", "layer_norm_eps", "norm_epsilon", default=0.0),
         is_parallel=bool(read("use_parallel_residual", default=family.block.parallel)),
         hidden_act=str(read("hidden_activation", "hidden_act", default="")),
-        qkv_bias=has_bias(family.qkv_bias),
-        o_bias=has_bias(family.o_bias),
-        mlp_bias=has_bias(family.mlp_bias),
+        qkv_bias=read_flag(family.qkv_bias),
+        o_bias=read_flag(family.o_bias),
+        mlp_bias=read_flag(family.mlp_bias),
         attention_scale=read("attention_multiplier", default=read("query_pre_attn_scalar", default=head_dim) ** -0.5),
         attention_softcap=read("attn_logit_softcapping", default=None),
         logits_softcap=read("final_logit_softcapping", default=None),
