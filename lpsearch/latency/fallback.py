@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 from lpsearch.errors import FamilyError
 from lpsearch.latency.runtime.memory import Workspace, align_elements
 from lpsearch.latency.sums import OneRank
 from lpsearch.latency.workload import Step, Workload
 from lpsearch.models.families import get_decoder, get_decoder_layers
+from lpsearch.models.traits import FamilyTraits
 from lpsearch.plan import Plan
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["FixedCacheLayer", "TransformersSteps", "widen_config"]
 
 _MODE = "transformers eager"
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def widen_config(config: PretrainedConfig, group_size: int) -> PretrainedConfig:
@@ -103,7 +103,7 @@ class TransformersSteps:
     """A :class:`lpsearch.latency.workload.StepBuilder`: decode steps of transformers' own model on one device.
 
     Args:
-        config: text configuration.
+        traits: of the model.
         workload: a decode workload.
         device: where to run.
         dtype: of weights and cache.
@@ -115,31 +115,21 @@ class TransformersSteps:
     modes = (_MODE,)
     ranks = OneRank()
 
-    def __init__(
-        self, config: PretrainedConfig, workload: Workload, *, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, traits: FamilyTraits, workload: Workload, *, device: torch.device, dtype: torch.dtype) -> None:
         assert workload.kind == "decode"
-        self._config = copy.deepcopy(config)
+        self._config = copy.deepcopy(traits.config)
         self._workload = workload
         self._device, self._dtype = device, dtype
         skeleton = _build_skeleton(self._config, device=torch.device("meta"), dtype=dtype)
         self._layer_class = type(get_decoder_layers(skeleton)[0])
-        self._config._attn_implementation = skeleton.config._attn_implementation  # chosen when it was built
-        singles = [self._build_meta_layer(index, 1) for index in range(config.num_hidden_layers)]
-        self.fuses = self._can_widen(singles)
+        for choice in ("_attn_implementation", "_experts_implementation"):  # made when the model is built
+            setattr(self._config, choice, getattr(skeleton.config, choice, None))
+        singles = [self._build_meta_layer(index, 1) for index in range(traits.num_layers)]
+        self.fuses = not any(traits.has_experts) and self._can_widen(singles)
         self.runtime = f"{_MODE}, {'fused layers' if self.fuses else 'layers not fused'}"
         self.layer_elements = max(sum(align_elements(p.numel()) for p in layer.parameters()) for layer in singles)
-        num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.token_elements = 2 * num_heads * head_dim
-        # What transformers would cache says where attention slides; a cache that does not tell has fewer layers.
-        template: list[Any] = DynamicCache(config=self._config).layers
-        self._windows: list[int | None] = [None] * len(singles)
-        if len(template) == len(singles):
-            self._windows = [
-                getattr(layer, "sliding_window", None) if getattr(layer, "is_sliding", False) else None
-                for layer in template
-            ]
+        self.token_elements = 2 * traits.num_kv_heads * traits.head_dim
+        self._windows = [kind.window for kind in traits.kinds]
 
     def reserve(self, num_layers: int) -> None:
         """Build everything but the layers, and take the memory of so many."""
@@ -206,10 +196,8 @@ class TransformersSteps:
     def _can_widen(self, singles: Sequence[nn.Module]) -> bool:
         """Tell whether the decoder layer, given a widened configuration, has exactly the members' weights.
 
-        It has not where experts are routed to, or where the head size follows from the number of heads.
+        It has not where the head size follows from the number of heads.
         """
-        if any((getattr(self._config, name, None) or 0) > 1 for name in _EXPERT_COUNTS):
-            return False
         if len({tuple(parameter.shape for parameter in layer.parameters()) for layer in singles}) > 1:
             return False
         pairs = zip(singles[0].parameters(), self._build_meta_layer(0, 2).parameters(), strict=True)

@@ -16,7 +16,6 @@ import psutil
 import torch
 
 from lpsearch.errors import LpsearchError
-from lpsearch.latency.architecture import read_architecture
 from lpsearch.latency.depths import choose_depths, find_group_kinds
 from lpsearch.latency.fallback import TransformersSteps
 from lpsearch.latency.model import GroupCosts, fit_group_costs
@@ -84,10 +83,10 @@ def measure_profile(
         LpsearchError: if not even a few layers fit into memory.
     """
     device = torch.device(device)
-    config = config.get_text_config()
+    traits = read_traits(config)
     geometry = ProfileGeometry.from_config(config)
     workloads = workloads or [Workload("decode", batch_size, context_len)]
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = getattr(traits.config, "max_position_embeddings", None)
     if longest is not None:
         workloads = list(dict.fromkeys(workload.shorten(longest) for workload in workloads))
     measured = []
@@ -99,14 +98,13 @@ def measure_profile(
 
         builder: StepBuilder
         sum_us: Mapping[str, float] = {}
-        if read_traits(config).runtime_obstacle is None or workload.kind == "prefill":
-            architecture = read_architecture(config)  # which says of which families prompts can be timed
+        if traits.runtime_obstacle is None or workload.kind == "prefill":
             ranks: Ranks = OneRank()
             if choose_ranks is not None:
-                ranks, sum_us = choose_ranks(workload.batch_size * config.hidden_size)
-            builder = RuntimeSteps(architecture, workload, device=device, dtype=dtype, ranks=ranks)
+                ranks, sum_us = choose_ranks(workload.batch_size * traits.hidden_size)
+            builder = RuntimeSteps(traits, workload, device=device, dtype=dtype, ranks=ranks)
         else:
-            builder = TransformersSteps(config, workload, device=device, dtype=dtype)
+            builder = TransformersSteps(traits, workload, device=device, dtype=dtype)
         measured.append(
             _measure_workload(
                 builder,

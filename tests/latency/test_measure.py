@@ -17,6 +17,7 @@ from lpsearch.latency.profile import ProfileGeometry
 from lpsearch.latency.ranks.measuring import emulate_profile_on_ranks, measure_profile_on_ranks
 from lpsearch.latency.runtime.memory import Workspace
 from lpsearch.latency.timing import StepTiming, bootstrap_ratio, measure_interleaved
+from lpsearch.models.traits import read_traits
 from lpsearch.plan import Plan
 from lpsearch.transform import applied_plan
 from tests.tiny_models import FAMILIES, RUNTIME_FAMILIES, SLIDING_WINDOW, build_tiny_model
@@ -208,23 +209,35 @@ def test_a_ratio_comes_with_its_interval():
     assert ratio == pytest.approx(2, rel=0.02)
 
 
+def get_implementations(config):
+    """Return how attention and experts are computed, which transformers chooses when it builds a model."""
+    return config._attn_implementation, config._experts_implementation
+
+
+def copy_config(model):
+    """Return the configuration as it was before the model was built."""
+    return type(model.config).from_dict(model.config.to_dict())
+
+
 class _LayerRecorder:
     """Notes of each decoder layer that runs where its first matrix is and how large its matrices are together."""
 
     def __init__(self, layer_class):
-        self.layer_class, self.seen, self.attention = layer_class, [], set()
+        self.layer_class, self.seen, self.implementations = layer_class, [], set()
 
     def __call__(self, module, arguments, output):
         if isinstance(module, self.layer_class):
             weights = [parameter for parameter in module.parameters() if parameter.ndim > 1]
             self.seen.append((weights[0].data_ptr(), sum(weight.numel() for weight in weights)))
-            self.attention.add(module.self_attn.config._attn_implementation)
+            self.implementations.add(get_implementations(module.self_attn.config))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_plans_share_the_memory_of_one_model(family):
     model = build_tiny_model(family)
-    steps = TransformersSteps(model.config, Workload("decode", 2, 9), device=torch.device("cpu"), dtype=torch.float32)
+    steps = TransformersSteps(
+        read_traits(copy_config(model)), Workload("decode", 2, 9), device=torch.device("cpu"), dtype=torch.float32
+    )
     assert steps.fuses
     recorder = _LayerRecorder(type(model.model.layers[0]))
     with torch.inference_mode(), nn.modules.module.register_module_forward_hook(recorder):
@@ -237,7 +250,7 @@ def test_plans_share_the_memory_of_one_model(family):
             recorder.seen.clear()
             assert step.run().shape == (2,)
             runs.append(list(recorder.seen))
-    assert recorder.attention == {"sdpa"}
+    assert recorder.implementations == {get_implementations(model.config)}
     assert [len(run) for run in runs] == [6, 3, 6]
     assert runs[0] == runs[2]
     assert runs[0][0][0] == runs[1][0][0]
@@ -250,7 +263,9 @@ def test_layers_stand_in_any_order_and_number():
     model = build_tiny_model("qwen3_moe")
     sizes = [sum(p.numel() for p in layer.parameters() if p.ndim > 1) for layer in model.model.layers]
     assert sizes[1] != sizes[0]
-    steps = TransformersSteps(model.config, Workload("decode", 1, 4), device=torch.device("cpu"), dtype=torch.float32)
+    steps = TransformersSteps(
+        read_traits(copy_config(model)), Workload("decode", 1, 4), device=torch.device("cpu"), dtype=torch.float32
+    )
     assert not steps.fuses
     recorder = _LayerRecorder(type(model.model.layers[0]))
     with torch.inference_mode(), nn.modules.module.register_module_forward_hook(recorder):
@@ -258,6 +273,7 @@ def test_layers_stand_in_any_order_and_number():
         step = steps.build(Plan.baseline(5), [1, 0, 1, 5, 1])
         recorder.seen.clear()
         step.run()
+    assert recorder.implementations == {get_implementations(model.config)}
     assert [size for _, size in recorder.seen] == [sizes[i] for i in (1, 0, 1, 5, 1)]
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from lpsearch.errors import ConfigError, LpsearchError
-from lpsearch.latency.architecture import read_architecture
 from lpsearch.latency.ranks.parallel import GroupRanks
 from lpsearch.latency.ranks.processes import run_ranks
 from lpsearch.latency.ranks.symmetric import SymmetricRanks
 from lpsearch.latency.runtime.decoder import build_decoder
+from lpsearch.models.traits import read_traits
 from lpsearch.plan import Plan
 from tests.tiny_models import RUNTIME_FAMILIES, build_tiny_model
 from tests.tolerances import BFLOAT16_LOGITS, FLOAT32_LOGITS
@@ -79,12 +79,12 @@ def test_ranks_together_are_one_rank(num_ranks):
 
 
 def test_heads_that_cannot_be_divided_are_refused_by_name():
-    architecture = read_architecture(build_tiny_model("llama").config)
-    architecture.check_ranks(2)
+    traits = read_traits(build_tiny_model("llama").config)
+    traits.check_ranks(2)
     with pytest.raises(ConfigError, match="llama: 2 key-value heads cannot be divided over 4 ranks; choose one of 1"):
-        architecture.check_ranks(4)
+        traits.check_ranks(4)
     with pytest.raises(ConfigError, match="4 attention heads and 2 key-value heads cannot"):
-        architecture.check_ranks(3)
+        traits.check_ranks(3)
 
 
 def test_a_failing_rank_ends_all_with_its_message():

@@ -11,7 +11,6 @@ import torch
 import transformers
 
 from lpsearch.errors import FamilyError
-from lpsearch.latency.architecture import read_architecture
 from lpsearch.models.families import build_blocks
 from lpsearch.models.traits import FAMILIES, AttentionKind, Family, list_fusible_families, read_traits
 from lpsearch.transform.fused_config import read_fusible_traits
@@ -49,7 +48,7 @@ def test_what_is_not_fused_or_not_computed_has_its_reason() -> None:
             read_fusible_traits(build_tiny_config(family))
     for family, reason in NOT_IN_RUNTIME.items():
         with pytest.raises(FamilyError, match=rf"^model type \w+: the runtime computes .*, and {reason}; "):
-            read_architecture(build_tiny_config(family))
+            read_traits(build_tiny_config(family)).check_runtime()
 
 
 def test_a_family_without_an_entry_has_its_shape_and_is_refused_the_rest() -> None:

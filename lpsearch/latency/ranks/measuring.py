@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 
 from lpsearch.errors import ConfigError
-from lpsearch.latency.architecture import read_architecture
 from lpsearch.latency.measure import measure_profile
 from lpsearch.latency.profile import LatencyProfile
 from lpsearch.latency.ranks.parallel import EmulatedRanks
 from lpsearch.latency.ranks.processes import get_torchrun_size, join_ranks, run_ranks
 from lpsearch.latency.ranks.symmetric import choose_ranks
 from lpsearch.latency.workload import Workload
+from lpsearch.models.traits import read_traits
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -55,7 +55,7 @@ def measure_profile_on_ranks(
         ConfigError: if the ranks do not divide the model or outnumber the GPUs.
         LpsearchError: if a rank fails.
     """
-    read_architecture(config).check_ranks(num_ranks)
+    _check_model(config, num_ranks)
     backend = "nccl" if device.type == "cuda" else "gloo"
     options = (config, device.type, dtype, list(workloads), max_group, budget_s)
     started = get_torchrun_size()
@@ -102,7 +102,7 @@ def emulate_profile_on_ranks(
     Raises:
         ConfigError: for a prefill, whose sums take another time, or if the ranks do not divide the model.
     """
-    read_architecture(config).check_ranks(num_ranks)
+    _check_model(config, num_ranks)
     if any(workload.kind != "decode" for workload in workloads):
         raise ConfigError("--emulate-tp estimates decode steps only; drop --prefill")
     measured = measure_profile(
@@ -137,6 +137,13 @@ def emulate_profile_on_ranks(
             "workloads": tuple(estimated),
         }
     )
+
+
+def _check_model(config: PretrainedConfig, num_ranks: int) -> None:
+    """Refuse a model that ranks cannot share, before any of them starts."""
+    traits = read_traits(config)
+    traits.check_runtime()
+    traits.check_ranks(num_ranks)
 
 
 def _measure_rank(

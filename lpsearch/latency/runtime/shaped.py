@@ -8,16 +8,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lpsearch.latency.architecture import Architecture
 from lpsearch.latency.runtime.decoder import Decoder, RunMode
 from lpsearch.latency.runtime.memory import Workspace
-from lpsearch.latency.sums import OneRank, Ranks
-from lpsearch.latency.weights import (
+from lpsearch.latency.runtime.weights import (
     count_cache_elements,
     count_weight_elements,
     split_vocabulary,
     take_random_weights,
 )
+from lpsearch.latency.sums import OneRank, Ranks
+from lpsearch.models.traits import FamilyTraits
 from lpsearch.plan import Plan
 
 __all__ = ["ShapedDecoders"]
@@ -29,7 +29,7 @@ class ShapedDecoders:
     """Builds decoders of one shape under many plans, which share weights, cache and graph memory and run in turn.
 
     Args:
-        architecture: the shape.
+        traits: the shape.
         batch_size: sequences.
         capacity: tokens that the cache holds.
         device: where to run.
@@ -38,12 +38,13 @@ class ShapedDecoders:
         ranks: the ranks that share the model.
 
     Raises:
+        FamilyError: for a model that the runtime does not compute.
         ConfigError: if the ranks do not divide the model.
     """
 
     def __init__(
         self,
-        architecture: Architecture,
+        traits: FamilyTraits,
         *,
         num_layers: int | None = None,
         batch_size: int,
@@ -53,29 +54,28 @@ class ShapedDecoders:
         ranks: Ranks | None = None,
     ) -> None:
         self.ranks = ranks or OneRank()
-        self.architecture = architecture
+        self.traits = traits
         self.device = device
         self._batch_size, self._capacity = batch_size, capacity
         num_ranks = self.ranks.num_ranks
-        architecture.check_ranks(num_ranks)
-        num_layers = num_layers or architecture.num_layers
+        traits.check_runtime()
+        traits.check_ranks(num_ranks)
+        num_layers = num_layers or traits.num_layers
         baseline = Plan.baseline(num_layers)
-        num_weights = count_weight_elements(architecture, baseline, num_ranks) + _SLACK
+        num_weights = count_weight_elements(traits, baseline, num_ranks) + _SLACK
         self._weights = Workspace(num_elements=num_weights, dtype=dtype, device=device)
         self._caches = Workspace(
             num_elements=num_layers
-            * count_cache_elements(architecture, batch_size=batch_size, capacity=capacity, num_ranks=num_ranks)
+            * count_cache_elements(traits, batch_size=batch_size, capacity=capacity, num_ranks=num_ranks)
             + _SLACK,
             dtype=dtype,
             device=device,
         )
-        rows = split_vocabulary(architecture, num_ranks)
-        ends = Workspace(
-            num_elements=2 * architecture.vocab_size * architecture.hidden_size + 128, dtype=dtype, device=device
-        )
-        self._embedding = ends.take((architecture.vocab_size, architecture.hidden_size))
-        self._head = ends.take((rows, architecture.hidden_size))
-        self._head = self._head[: architecture.vocab_size - self.ranks.rank * rows]
+        rows = split_vocabulary(traits, num_ranks)
+        ends = Workspace(num_elements=2 * traits.vocab_size * traits.hidden_size + 128, dtype=dtype, device=device)
+        self._embedding = ends.take((traits.vocab_size, traits.hidden_size))
+        self._head = ends.take((rows, traits.hidden_size))
+        self._head = self._head[: traits.vocab_size - self.ranks.rank * rows]
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def build(
@@ -87,15 +87,15 @@ class ShapedDecoders:
             plan: groups over the layers.
             length: tokens cached.
             mode: how steps run.
-            layers: layers of the architecture that the plan is over; None for all.
+            layers: layers of the model that the plan is over; None for all.
             ranks: another way of adding up over the same ranks.
         """
-        architecture = self.architecture
+        traits = self.traits
         if layers is not None:  # of a layer only its kind matters here
-            architecture = dataclasses.replace(architecture, kinds=tuple(architecture.kinds[i] for i in layers))
+            traits = dataclasses.replace(traits, kinds=tuple(traits.kinds[i] for i in layers))
         ranks = ranks or self.ranks
         weights = take_random_weights(
-            architecture,
+            traits,
             plan,
             self._weights,
             embedding=self._embedding,
@@ -105,7 +105,7 @@ class ShapedDecoders:
         )
         self._caches.rewind()
         decoder = Decoder(
-            architecture,
+            traits,
             weights,
             batch_size=self._batch_size,
             capacity=self._capacity,
@@ -121,5 +121,5 @@ class ShapedDecoders:
         """Return a function that prefills so many random tokens a sequence."""
         generator = torch.Generator().manual_seed(0)
         shape = (self._batch_size, num_tokens)
-        tokens: Tensor = torch.randint(self.architecture.vocab_size, shape, generator=generator).to(self.device)
+        tokens: Tensor = torch.randint(self.traits.vocab_size, shape, generator=generator).to(self.device)
         return decoder.capture_prefill(tokens)

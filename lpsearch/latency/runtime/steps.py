@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from lpsearch.latency.architecture import Architecture
 from lpsearch.latency.runtime.decoder import RunMode, default_mode
 from lpsearch.latency.runtime.shaped import ShapedDecoders
+from lpsearch.latency.runtime.weights import count_cache_elements, count_weight_elements
 from lpsearch.latency.sums import Ranks
-from lpsearch.latency.weights import count_cache_elements, count_weight_elements
 from lpsearch.latency.workload import Step, Workload
+from lpsearch.models.traits import FamilyTraits
 from lpsearch.plan import Plan
 
 __all__ = ["RuntimeSteps"]
@@ -27,36 +27,38 @@ class RuntimeSteps:
     """A :class:`lpsearch.latency.workload.StepBuilder`: groups as wide layers, in the fastest mode of the device.
 
     Args:
-        architecture: shape of the model.
+        traits: shape of the model.
         workload: what is timed.
         device: where to run.
         dtype: of weights and cache.
         ranks: the ranks that share the model.
 
     Raises:
+        FamilyError: for a model that the runtime does not compute.
         ConfigError: if the ranks do not divide the model.
     """
 
     fuses = True
 
     def __init__(
-        self, architecture: Architecture, workload: Workload, *, device: torch.device, dtype: torch.dtype, ranks: Ranks
+        self, traits: FamilyTraits, workload: Workload, *, device: torch.device, dtype: torch.dtype, ranks: Ranks
     ) -> None:
-        architecture.check_ranks(ranks.num_ranks)
+        traits.check_runtime()
+        traits.check_ranks(ranks.num_ranks)
         self.ranks = ranks
         mode = default_mode(device)
         self.modes: tuple[RunMode, ...] = (mode,) if mode == "eager" else (mode, "eager", "graph")
         self.runtime = _RUNTIMES[mode]
-        baseline = Plan.baseline(architecture.num_layers)
-        self.layer_elements = count_weight_elements(architecture, baseline, ranks.num_ranks) // architecture.num_layers
-        self.token_elements = count_cache_elements(architecture, batch_size=1, capacity=1, num_ranks=ranks.num_ranks)
-        self._architecture, self._workload = architecture, workload
+        baseline = Plan.baseline(traits.num_layers)
+        self.layer_elements = count_weight_elements(traits, baseline, ranks.num_ranks) // traits.num_layers
+        self.token_elements = count_cache_elements(traits, batch_size=1, capacity=1, num_ranks=ranks.num_ranks)
+        self._traits, self._workload = traits, workload
         self._device, self._dtype = device, dtype
 
     def reserve(self, num_layers: int) -> None:
         """Take the memory of so many layers."""
         self._shaped = ShapedDecoders(
-            self._architecture,
+            self._traits,
             num_layers=num_layers,
             batch_size=self._workload.batch_size,
             capacity=self._workload.context_len + 1,

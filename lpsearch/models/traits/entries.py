@@ -222,7 +222,12 @@ FAMILIES: dict[str, Family] = {
 }
 """The entries by transformers' model type. A family without one runs too if its layers have one of these forms."""
 
-UNKNOWN = Family(stem="", projections={}, obstacle="it has no entry in lpsearch/models/traits/entries.py")
+UNKNOWN = Family(
+    stem="",
+    projections={},
+    slides_everywhere=True,  # as transformers' cache takes it
+    obstacle="it has no entry in lpsearch/models/traits/entries.py",
+)
 """What is taken of a family without an entry."""
 
 

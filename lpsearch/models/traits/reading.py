@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lpsearch.errors import ConfigError
+from lpsearch.errors import ConfigError, FamilyError
 from lpsearch.models.traits.entries import FAMILIES, OUTPUTS, UNKNOWN, Family, Part
 
 __all__ = ["LAYER_LISTS", "AttentionKind", "AttentionPart", "FamilyTraits", "read_traits"]
@@ -60,6 +60,7 @@ class FamilyTraits:
         family: the entry of its family.
         config: the text configuration that it was read from.
         kinds: how each layer attends.
+        has_experts: for each layer whether its MLP is a mixture of experts.
         norm_eps: epsilon of the norms.
         is_parallel: whether attention and MLP read the same input.
         hidden_act: activation of the MLP, by transformers' name.
@@ -74,6 +75,7 @@ class FamilyTraits:
     family: Family
     config: Any = field(repr=False, compare=False)
     kinds: tuple[AttentionKind, ...]
+    has_experts: tuple[bool, ...]
     hidden_size: int
     intermediate_size: int
     num_heads: int
@@ -158,6 +160,18 @@ class FamilyTraits:
         kinds = dict.fromkeys(self.kinds[layer_idx] for layer_idx in group)
         return tuple(AttentionPart(kind, tuple(i for i in group if self.kinds[i] == kind)) for kind in kinds)
 
+    def check_runtime(self) -> None:
+        """Refuse a model that the latency runtime does not compute.
+
+        Raises:
+            FamilyError: with the reason.
+        """
+        if self.runtime_obstacle is not None:
+            raise FamilyError(
+                f"model type {self.config.model_type}: the runtime computes dense sequential layers, and "
+                f"{self.runtime_obstacle}; it is measured by transformers' own execution"
+            )
+
     def has_bias(self, part: Part) -> bool:
         """Say whether a projection has a bias."""
         if part == "o":
@@ -226,6 +240,7 @@ def read_traits(config: Any, *, family: Family | None = None) -> FamilyTraits:
         family=family,
         config=config,
         kinds=_read_kinds(config, family),
+        has_experts=_find_experts(config),
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         num_heads=config.num_attention_heads,
@@ -270,3 +285,11 @@ def _read_kinds(config: Any, family: Family) -> tuple[AttentionKind, ...]:
             )
         )
     return tuple(kinds)
+
+
+def _find_experts(config: Any) -> tuple[bool, ...]:
+    """Return for each layer whether its MLP is a mixture of experts."""
+    counts = (getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    routed = any((count or 0) > 1 for count in counts)
+    dense = set(getattr(config, "mlp_only_layers", None) or ())
+    return tuple(routed and layer_idx not in dense for layer_idx in range(config.num_hidden_layers))
