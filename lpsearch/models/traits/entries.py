@@ -148,7 +148,7 @@ FAMILIES: dict[str, Family] = {
         projections={**_ATTENTION, **_PACKED_MLP},
         o_bias=False,
         interleaves_rope=True,
-        obstacle="its layers are not known well enough",
+        vllm=("glm4", "Glm4"),
     ),
     "gpt_neox": Family(
         stem="GPTNeoX",

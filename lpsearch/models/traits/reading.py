@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lpsearch.errors import ConfigError, FamilyError
-from lpsearch.models.traits.entries import FAMILIES, OUTPUTS, UNKNOWN, Family, Part
+from lpsearch.models.traits.entries import FAMILIES, OUTPUTS, UNKNOWN, Family, Part, list_fusible_families
 
 __all__ = ["LAYER_LISTS", "AttentionKind", "AttentionPart", "FamilyTraits", "read_traits"]
 
@@ -151,14 +151,25 @@ class FamilyTraits:
             return "its MLP has no gate"
         if self.hidden_act not in _ACTIVATIONS:
             return f"its MLP has activation {self.hidden_act!r}"
-        if not all(kind.rotates for kind in self.kinds):
-            return "some of its layers have no rotary embedding"
         return None
 
     def split_group(self, group: Sequence[int]) -> tuple[AttentionPart, ...]:
         """Split a group into the wide attentions that compute it, in order of first appearance."""
         kinds = dict.fromkeys(self.kinds[layer_idx] for layer_idx in group)
         return tuple(AttentionPart(kind, tuple(i for i in group if self.kinds[i] == kind)) for kind in kinds)
+
+    def check_fusing(self) -> None:
+        """Refuse a model whose groups cannot be fused into wide layers.
+
+        Raises:
+            FamilyError: with the reason.
+        """
+        if self.fusing_obstacle is not None:
+            raise FamilyError(
+                f"model type {self.config.model_type} cannot be fused into wide layers: {self.fusing_obstacle}; fused "
+                f"are {', '.join(list_fusible_families())}. A plan of any other family runs with `apply_plan`, which "
+                "`lpsearch generate` and `lpsearch evaluate` use"
+            )
 
     def check_runtime(self) -> None:
         """Refuse a model that the latency runtime does not compute.
