@@ -208,6 +208,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(stem="Qwen2", qkv_bias=True, o_bias=False, vllm=("llama", "Llama")),
     "qwen3": Family(stem="Qwen3", qk_norm_axis=-2, vllm=("qwen3", "Qwen3")),
     "qwen3_moe": Family(stem="Qwen3Moe", projections=_ATTENTION, qk_norm_axis=-2, obstacle=_EXPERTS),
+    "seed_oss": Family(stem="SeedOss", o_bias="attention_out_bias", vllm=("llama", "Llama")),
     # vLLM has no SmolLM3 of its own; it is a Llama some of whose layers have no rotary embedding.
     "smollm3": Family(stem="SmolLM3", vllm=("llama", "Llama")),
     "starcoder2": Family(
