@@ -121,6 +121,12 @@ _SANDWICH = BlockForm(
     mlp_norm="pre_feedforward_layernorm",
     mlp_post_norm="post_feedforward_layernorm",
 )
+_POST_NORM = BlockForm(
+    attention_norm=None,
+    attention_post_norm="post_attention_layernorm",
+    mlp_norm=None,
+    mlp_post_norm="post_feedforward_layernorm",
+)
 _EXPERTS = "its MLP is a mixture of experts"
 
 FAMILIES: dict[str, Family] = {
@@ -167,16 +173,7 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(stem="Llama", vllm=("llama", "Llama")),
     "mistral": Family(stem="Mistral", slides_everywhere=True, vllm=("mistral", "Mistral")),
     "mixtral": Family(stem="Mixtral", projections=_ATTENTION, slides_everywhere=True, obstacle=_EXPERTS),
-    "olmo2": Family(
-        stem="Olmo2",
-        block=BlockForm(
-            attention_norm=None,
-            attention_post_norm="post_attention_layernorm",
-            mlp_norm=None,
-            mlp_post_norm="post_feedforward_layernorm",
-        ),
-        qk_norm_axis=-1,
-    ),
+    "olmo2": Family(stem="Olmo2", block=_POST_NORM, qk_norm_axis=-1),
     "phi": Family(
         stem="Phi",
         block=BlockForm(
