@@ -174,6 +174,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(stem="Mistral", slides_everywhere=True, vllm=("mistral", "Mistral")),
     "mixtral": Family(stem="Mixtral", projections=_ATTENTION, slides_everywhere=True, obstacle=_EXPERTS),
     "olmo2": Family(stem="Olmo2", block=_POST_NORM, qk_norm_axis=-1),
+    "olmo3": Family(stem="Olmo3", block=_POST_NORM, qk_norm_axis=-1),
     "phi": Family(
         stem="Phi",
         block=BlockForm(
