@@ -6,19 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["FAMILIES", "OUTPUTS", "UNKNOWN", "BlockForm", "Family", "Part", "list_fusible_families"]
+__all__ = ["FAMILIES", "OUTPUTS", "UNKNOWN", "BlockForm", "Family", "Projection", "list_fusible_families"]
 
-Part = Literal["q", "k", "v", "o", "gate", "up", "down"]
+Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
 """A projection of a decoder layer, however transformers packs it."""
 
-OUTPUTS: tuple[Part, ...] = ("o", "down")
+OUTPUTS: tuple[Projection, ...] = ("o", "down")
 """Those whose outputs are added to the residual stream."""
 
-_Projections = Mapping[str, tuple[Part, ...]]
-_ATTENTION: _Projections = {f"self_attn.{part}_proj": (part,) for part in ("q", "k", "v", "o")}
-_PACKED_ATTENTION: _Projections = {"self_attn.qkv_proj": ("q", "k", "v"), "self_attn.o_proj": ("o",)}
-_GATED_MLP: _Projections = {f"mlp.{part}_proj": (part,) for part in ("gate", "up", "down")}
-_PACKED_MLP: _Projections = {"mlp.gate_up_proj": ("gate", "up"), "mlp.down_proj": ("down",)}
+_Packing = Mapping[str, tuple[Projection, ...]]
+_ATTENTION: _Packing = {f"self_attn.{part}_proj": (part,) for part in ("q", "k", "v", "o")}
+_PACKED_ATTENTION: _Packing = {"self_attn.qkv_proj": ("q", "k", "v"), "self_attn.o_proj": ("o",)}
+_GATED_MLP: _Packing = {f"mlp.{part}_proj": (part,) for part in ("gate", "up", "down")}
+_PACKED_MLP: _Packing = {"mlp.gate_up_proj": ("gate", "up"), "mlp.down_proj": ("down",)}
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Family:
         stem: what the names of its classes in transformers begin with, e.g. ``Llama`` for ``LlamaConfig``. A "Text" at
             its end is not in the names of the language model and the decoder layer.
         block: which submodule of a decoder layer plays which part.
-        projections: for each linear module of a layer the parts whose rows it stacks, in order. A plain MLP has no
+        projections: for each linear module of a layer the projections whose rows it stacks. A plain MLP has no
             ``gate``; experts, and what packs its rows otherwise, are left out.
         norm_kind: ``rms``, or ``layer`` with a bias.
         norm_offset: added to every norm weight: 1 for Gemma, whose norms multiply by 1 + w.
@@ -89,7 +89,7 @@ class Family:
 
     stem: str
     block: BlockForm = BlockForm()
-    projections: _Projections = field(default_factory=lambda: {**_ATTENTION, **_GATED_MLP})
+    projections: _Packing = field(default_factory=lambda: {**_ATTENTION, **_GATED_MLP})
     norm_kind: Literal["rms", "layer"] = "rms"
     norm_offset: float = 0.0
     qk_norm_axis: Literal[-1, -2, -3] | None = None
