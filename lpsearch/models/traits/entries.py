@@ -89,7 +89,7 @@ class Family:
 
     stem: str
     block: BlockForm = BlockForm()
-    projections: _Packing = field(default_factory=lambda: {**_ATTENTION, **_GATED_MLP})
+    projections: _Packing = field(default_factory=lambda: {**_ATTENTION, **_GATED_MLP}, hash=False)
     norm_kind: Literal["rms", "layer"] = "rms"
     norm_offset: float = 0.0
     qk_norm_axis: Literal[-1, -2, -3] | None = None
