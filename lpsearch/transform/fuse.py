@@ -49,8 +49,8 @@ def fuse_plan(model: _Model, plan: Plan) -> _Model:
         >>> import lpsearch
         >>> from transformers import AutoModelForCausalLM, LlamaConfig
         >>> config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4)
-        >>> model = AutoModelForCausalLM.from_config(config)  # in earnest: from_pretrained(...)
-        >>> plan = lpsearch.Plan.from_groups([[0], [1, 2], [3]])  # in earnest: load_plan("studies/.../joins-06.json")
+        >>> model = AutoModelForCausalLM.from_config(config)  # usually: from_pretrained(...)
+        >>> plan = lpsearch.Plan.from_groups([[0], [1, 2], [3]])  # usually: load_plan("studies/.../joins-06.json")
         >>> model = lpsearch.fuse_plan(model, plan)
         >>> [layer.self_attn.q_proj.out_features for layer in model.model.layers]
         [64, 128, 64]
@@ -80,7 +80,7 @@ def fuse_plan(model: _Model, plan: Plan) -> _Model:
             module.config = fused_config
         # Transformers hooks the layers for `output_hidden_states` once a model; these layers are new.
         vars(module).pop("_output_capturing_hooks_installed", None)
-    model.__class__ = getattr(modeling, modeling.class_name(base_config.model_type, "ForCausalLM"))
+    model.__class__ = getattr(modeling, fused_config.architectures[0])
     logger.debug("%s: %d layers became %d wide ones", type(model).__name__, plan.num_layers, plan.depth)
     return model
 

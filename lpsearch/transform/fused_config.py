@@ -41,7 +41,7 @@ def build_fused_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig
         FamilyError: if the family cannot be fused.
     """
     traits = read_fusible_traits(config)
-    family = config.model_type
+    stem, block = traits.family.stem, traits.family.block
     slots = [part.layers for group in plan.groups for part in traits.split_group(group)]
     group_of = {layer: group for group in plan.groups for layer in group}
     per_layer_config = {}
@@ -65,7 +65,7 @@ def build_fused_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig
     for name in LAYER_LISTS:
         if fields.get(name) is not None:
             fields[name] = [fields[name][members[0]] for members in slots]
-    names = {kind: modeling.class_name(family, kind) for kind in ("Config", "Model", "ForCausalLM")}
+    names = {kind: modeling.class_name(stem, kind) for kind in ("Config", "Model", "ForCausalLM")}
     module = modeling.__name__.rpartition(".")[2]
     fields |= {
         "architectures": [names["ForCausalLM"]],
@@ -77,8 +77,17 @@ def build_fused_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig
         "head_dim": traits.head_dim,
         "num_hidden_layers": len(slots),
         "per_layer_config": per_layer_config,
-        "lpsearch": {"groups": [list(group) for group in plan.groups], "slots": [list(slot) for slot in slots]},
+        "lpsearch": {
+            "stem": stem,
+            "groups": [list(group) for group in plan.groups],
+            "slots": [list(slot) for slot in slots],
+            "attention_norm": block.attention_norm,
+            "post_norms": [block.attention_post_norm, block.mlp_post_norm] if traits.has_post_norms else None,
+            "qk_norm_axis": traits.family.qk_norm_axis,
+        },
     }
+    if traits.logits_scale != 1:
+        fields["logit_scale"] = traits.logits_scale  # by which vLLM's Transformers backend multiplies logits
     fused: PretrainedConfig = getattr(modeling, names["Config"])(**fields)
     fused._attn_implementation = config._attn_implementation
     return fused

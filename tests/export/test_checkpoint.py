@@ -130,6 +130,18 @@ def test_streaming_writes_what_memory_writes(tiny_model_dir: Path, tiny_plan: Pl
     assert AutoTokenizer.from_pretrained(tmp_path / "streamed")("a b").input_ids == tokenizer("a b").input_ids
 
 
+@pytest.mark.parametrize("change", [{"stem": None}, {"stem": "NoSuch"}])
+def test_a_directory_of_another_version_is_refused_with_what_to_do(
+    tiny_model_dir: Path, tiny_plan: Plan, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    export_source(resolve_source(str(tiny_model_dir)), tiny_plan, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["lpsearch"] |= change
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="export it again"):
+        load_exported(tmp_path / "out", device="cpu", dtype=torch.float32)
+
+
 def test_many_shards_hold_what_one_holds(tiny_model_dir: Path, tiny_plan: Plan, tmp_path: Path) -> None:
     source = resolve_source(str(tiny_model_dir))
     export_source(source, tiny_plan, tmp_path / "one")

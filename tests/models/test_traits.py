@@ -12,7 +12,7 @@ import transformers
 
 from lpsearch.errors import FamilyError
 from lpsearch.models.families import build_blocks
-from lpsearch.models.traits import FAMILIES, AttentionKind, list_fusible_families, read_traits
+from lpsearch.models.traits import FAMILIES, AttentionKind, Family, list_fusible_families, read_traits
 from lpsearch.transform.fused_config import read_fusible_traits
 from tests.tiny_models import FAMILIES as TINY_FAMILIES
 from tests.tiny_models import FUSED_FAMILIES, RUNTIME_FAMILIES, SLIDING_WINDOW, build_tiny_config, build_tiny_model
@@ -56,6 +56,12 @@ def test_a_family_without_an_entry_has_its_shape_and_is_refused_the_rest() -> No
     traits = read_traits(config)
     assert (traits.num_layers, traits.num_heads, traits.num_kv_heads, traits.head_dim) == (3, 8, 4, 320)
     assert traits.fusing_obstacle == traits.runtime_obstacle == "it has no entry in lpsearch/models/traits/entries.py"
+
+
+def test_a_bias_of_norms_needs_a_place() -> None:
+    entry = Family(stem="StableLm", norm_kind="layer", qkv_bias="use_qkv_bias", o_bias=False, mlp_bias=False)
+    obstacle = read_traits(transformers.StableLmConfig(), family=entry).fusing_obstacle
+    assert obstacle == "its norms have a bias, and the projections behind them have none that could take it up"
 
 
 def test_no_two_forms_have_the_same_submodules() -> None:

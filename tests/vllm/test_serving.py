@@ -13,6 +13,7 @@ import urllib.request
 import numpy as np
 import pytest
 
+from lpsearch.models.traits import FAMILIES
 from lpsearch.transform.modeling_lpsearch import class_name
 from tests.tiny_models import FUSED_FAMILIES
 from tests.tolerances import VLLM_LOGITS
@@ -20,7 +21,7 @@ from tests.vllm.conftest import REPOSITORY, ROUTES, running
 from tests.vllm.prepare import SMOLLM2_PLANS
 
 BACKEND_MODULE = "vllm.model_executor.models.transformers"
-BACKEND_FAMILIES = {"olmo2", "starcoder2"}
+BACKEND_FAMILIES = {family for family in FUSED_FAMILIES if FAMILIES[family].vllm is None}
 """Of which vLLM has no decoder layer, so that the plugin too runs lpsearch's modelling code."""
 
 FAMILIES_TIMEOUT_S = 900
@@ -46,7 +47,7 @@ def check(served, exports, name, *, route, num_ranks):
     for rank in served[name]["served"]:
         if is_native:
             assert rank["module"] == "lpsearch.export.vllm_plugin.models"
-            assert rank["name"] == class_name(family, "ForCausalLM") == config["architectures"][0]
+            assert rank["name"] == class_name(FAMILIES[family].stem, "ForCausalLM") == config["architectures"][0]
         else:
             assert rank["module"].startswith(BACKEND_MODULE)
         stock = config["num_key_value_heads"]

@@ -107,6 +107,14 @@ class Family:
         """Name of the language model's class in transformers, e.g. ``LlamaForCausalLM``."""
         return f"{self.stem.removesuffix('Text')}ForCausalLM"
 
+    def find_fusing_obstacle(self, *, is_parallel: bool) -> str | None:
+        """Say why a group of such layers cannot be one wide layer; None if it can."""
+        if is_parallel:
+            return "its attention and MLP read the same input"
+        if self.norm_kind == "layer" and False in (self.qkv_bias, self.mlp_bias):
+            return "its norms have a bias, and the projections behind them have none that could take it up"
+        return self.obstacle
+
 
 _SANDWICH = BlockForm(
     attention_post_norm="post_attention_layernorm",
@@ -226,5 +234,7 @@ UNKNOWN = Family(
 def list_fusible_families() -> tuple[str, ...]:
     """Return the model types whose groups can be fused into wide layers."""
     return tuple(
-        model_type for model_type, family in FAMILIES.items() if family.obstacle is None and not family.block.parallel
+        model_type
+        for model_type, family in FAMILIES.items()
+        if family.find_fusing_obstacle(is_parallel=family.block.parallel) is None
     )

@@ -138,7 +138,7 @@ class FamilyTraits:
     @property
     def fusing_obstacle(self) -> str | None:
         """Why a group cannot be one wide layer; None if it can."""
-        return "its attention and MLP read the same input" if self.is_parallel else self.family.obstacle
+        return self.family.find_fusing_obstacle(is_parallel=self.is_parallel)
 
     @property
     def runtime_obstacle(self) -> str | None:
@@ -215,14 +215,18 @@ class FamilyTraits:
             )
 
 
-def read_traits(config: Any) -> FamilyTraits:
+def read_traits(config: Any, *, family: Family | None = None) -> FamilyTraits:
     """Read the traits of a model from its transformers configuration, or from the text part of that.
 
     What the configuration has no value for is neutral. A family without an entry gets the shape that its configuration
     says, and an obstacle to everything that needs more.
+
+    Args:
+        config: a transformers configuration.
+        family: its entry; None for that of its model type.
     """
     config = config.get_text_config(decoder=True)
-    family = FAMILIES.get(config.model_type, UNKNOWN)
+    family = family or FAMILIES.get(config.model_type, UNKNOWN)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     def read(*names: str, default: Any) -> Any:
