@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lpsearch.latency.ranks.parallel import GroupRanks
+from lpsearch.latency.ranks.parallel import ProcessGroupRanks
 from lpsearch.latency.ranks.processes import run_ranks
 from lpsearch.latency.ranks.symmetric import SymmetricRanks, measure_all_reduce_ms
 from lpsearch.latency.runtime import kernels
@@ -90,7 +90,7 @@ def variants(group: Any, model: str, tokens: int, profile: bool, kinds: list[Any
     traits = read_traits(load_geometry(model))
     choices: dict[str, Ranks] = {"": OneRank()}
     if group is not None:
-        choices = {"nccl": GroupRanks(group)}
+        choices = {"nccl": ProcessGroupRanks(group)}
         choices |= {kind: SymmetricRanks(group, kind) for kind in kinds if kind != "nccl"}
     first = next(iter(choices.values()))
     result: dict[str, Any] = {"tp": first.num_ranks, "all_reduce_us": {}}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lpsearch.latency.sums import AllReduceKind, OneRank
 
-__all__ = ["EmulatedRanks", "GroupRanks"]
+__all__ = ["EmulatedRanks", "ProcessGroupRanks"]
 
 
 class EmulatedRanks(OneRank):
@@ -27,7 +27,7 @@ class EmulatedRanks(OneRank):
         return tensor.expand(self.num_ranks, *tensor.shape)
 
 
-class GroupRanks:
+class ProcessGroupRanks:
     """The ranks of a process group of torch.distributed, by its own all-reduce (NCCL or gloo)."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:

@@ -65,7 +65,7 @@ def run_ranks(
     """
     if backend == "nccl" and num_ranks > torch.cuda.device_count():
         raise ConfigError(
-            f"{num_ranks} ranks need {num_ranks} GPUs, and {torch.cuda.device_count()} are here; "
+            f"{num_ranks} ranks need {num_ranks} GPUs, and this machine has {torch.cuda.device_count()}; "
             "choose a smaller --tp, or --emulate-tp to estimate from one GPU"
         )
     context = torch.multiprocessing.get_context("spawn")
@@ -103,7 +103,7 @@ def _collect(connections: list[Any], processes: list[Any], on_progress: Callable
                 kind, value = connections[rank].recv()
             except EOFError:
                 processes[rank].join(timeout=10)
-                kind, value = "failure", f"ended without a word, exit code {processes[rank].exitcode}"
+                kind, value = "failure", f"ended without a message, exit code {processes[rank].exitcode}"
             if kind == "progress":
                 if on_progress is not None:
                     on_progress(value)
