@@ -119,7 +119,7 @@ def count_with_tree(requests: Sequence[Request], *, boundaries: float) -> tuple[
     return layers, len(tree)
 
 
-def _list_beginnings(request: Request) -> dict[tuple[object, ...], int]:
+def _list_prefixes(request: Request) -> dict[tuple[object, ...], int]:
     """Return the number of layers of each prefix of a plan on its batch."""
     plan, batch = request
     return {(batch, *plan.groups[:end]): plan.groups[end - 1][-1] + 1 for end in range(1, plan.depth)}
@@ -131,13 +131,13 @@ def count_with_lru(requests: Sequence[Request], *, boundaries: float) -> int:
     layers = 0
     for request in requests:
         plan, batch = request
-        beginnings = _list_beginnings(request)
-        skipped = max((size for beginning, size in beginnings.items() if beginning in held), default=0)
+        prefixes = _list_prefixes(request)
+        skipped = max((size for prefix, size in prefixes.items() if prefix in held), default=0)
         layers += (plan.num_layers - skipped) * len(batch)
-        for beginning, size in reversed(beginnings.items()):  # the shortest prefix of a plan is the most recent
-            if beginning in held or size > skipped:
-                held[beginning] = None
-                held.move_to_end(beginning)
+        for prefix, size in reversed(prefixes.items()):  # the shortest prefix of a plan is the most recent
+            if prefix in held or size > skipped:
+                held[prefix] = None
+                held.move_to_end(prefix)
         while len(held) > boundaries:
             held.popitem(last=False)
     return layers
@@ -147,24 +147,24 @@ def count_with_clairvoyance(requests: Sequence[Request], *, boundaries: float) -
     """Count the layers that run with eviction of the boundary worth least to the plans to come, near ones first."""
     uses: dict[tuple[object, ...], list[int]] = {}
     for index, request in enumerate(requests):
-        for beginning in _list_beginnings(request):
-            uses.setdefault(beginning, []).append(index)
+        for prefix in _list_prefixes(request):
+            uses.setdefault(prefix, []).append(index)
     held: dict[tuple[object, ...], int] = {}
     layers = 0
     for now, request in enumerate(requests):
         plan, batch = request
-        beginnings = _list_beginnings(request)
-        skipped = max((size for beginning, size in beginnings.items() if beginning in held), default=0)
+        prefixes = _list_prefixes(request)
+        skipped = max((size for prefix, size in prefixes.items() if prefix in held), default=0)
         layers += (plan.num_layers - skipped) * len(batch)
         held |= {
-            beginning: size
-            for beginning, size in beginnings.items()
-            if size > skipped and uses[beginning][-1] > now  # no later plan uses the others
+            prefix: size
+            for prefix, size in prefixes.items()
+            if size > skipped and uses[prefix][-1] > now  # no later plan uses the others
         }
-        held = {beginning: size for beginning, size in held.items() if uses[beginning][-1] > now}
+        held = {prefix: size for prefix, size in held.items() if uses[prefix][-1] > now}
         chance = {
-            beginning: sum(0.5 ** ((use - now) / LOOKAHEAD_HALF_LIFE_PLANS) for use in uses[beginning] if use > now)
-            for beginning in held
+            prefix: sum(0.5 ** ((use - now) / LOOKAHEAD_HALF_LIFE_PLANS) for use in uses[prefix] if use > now)
+            for prefix in held
         }
         while len(held) > boundaries:
             del held[_find_least_useful(held, chance)]
@@ -175,12 +175,12 @@ def _find_least_useful(
     held: dict[tuple[object, ...], int], chance: dict[tuple[object, ...], float]
 ) -> tuple[object, ...]:
     worth, span = dict(chance), dict(held)
-    for beginning in held:
-        above = next((b for end in range(len(beginning) - 1, 1, -1) if (b := beginning[:end]) in held), None)
+    for prefix in held:
+        above = next((b for end in range(len(prefix) - 1, 1, -1) if (b := prefix[:end]) in held), None)
         if above is not None:
-            worth[above] -= chance[beginning]
-            span[beginning] -= held[above]
-    return min(held, key=lambda beginning: worth[beginning] * span[beginning])
+            worth[above] -= chance[prefix]
+            span[prefix] -= held[above]
+    return min(held, key=lambda prefix: worth[prefix] * span[prefix])
 
 
 def main() -> None:
