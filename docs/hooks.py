@@ -261,15 +261,16 @@ def build_plan_schema_block() -> str:
 
 
 def build_families() -> str:
-    """List what works for which family, from the tables that the code goes by."""
-    from lpsearch.latency.architecture import RUNTIME_FAMILIES
-    from lpsearch.models.families import TESTED_FAMILIES
-    from lpsearch.transform.modeling_lpsearch import FAMILIES
+    """List what works for which family, from the entries that the code goes by and transformers' configurations."""
+    from transformers import AutoConfig
+
+    from lpsearch.models.traits import FAMILIES, read_traits
 
     rows = ["| model type | search and run | fuse and export | latency as wide layers |\n|---|---|---|---|"]
-    for family in TESTED_FAMILIES:
-        columns = ["yes" if family in known else "" for known in (TESTED_FAMILIES, FAMILIES, RUNTIME_FAMILIES)]
-        rows.append(f"| `{family}` | {' | '.join(columns)} |")
+    for family in FAMILIES:
+        traits = read_traits(AutoConfig.for_model(family))
+        columns = ["yes" if obstacle is None else "" for obstacle in (traits.fusing_obstacle, traits.runtime_obstacle)]
+        rows.append(f"| `{family}` | yes | {' | '.join(columns)} |")
     return "\n".join(rows)
 
 

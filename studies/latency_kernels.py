@@ -15,14 +15,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lpsearch.latency import kernels
-from lpsearch.latency.architecture import Architecture, read_architecture
-from lpsearch.latency.graphs import capture_graph
-from lpsearch.latency.parallel import GroupRanks, OneRank, Ranks, run_ranks
-from lpsearch.latency.shaped import ShapedDecoders
-from lpsearch.latency.symmetric import SymmetricRanks, measure_all_reduce_ms
+from lpsearch.latency.ranks.parallel import ProcessGroupRanks
+from lpsearch.latency.ranks.processes import run_ranks
+from lpsearch.latency.ranks.symmetric import SymmetricRanks, measure_all_reduce_ms
+from lpsearch.latency.runtime import kernels
+from lpsearch.latency.runtime.graphs import capture_graph
+from lpsearch.latency.runtime.shaped import ShapedDecoders
+from lpsearch.latency.sums import OneRank, Ranks
 from lpsearch.latency.timing import bootstrap_ratio, measure_interleaved
 from lpsearch.models import load_geometry
+from lpsearch.models.traits import FamilyTraits, read_traits
 from lpsearch.plan import Plan
 
 BLOCKS = [
@@ -45,9 +47,9 @@ def time_ms(run: Any, count: int) -> float:
     return timing.median_ms / count
 
 
-def sweep(architecture: Architecture, num_ranks: int, members: int) -> list[dict[str, Any]]:
-    """Time every projection with every block size and with the library; the weights are larger than the L2 cache."""
-    arch, rows = architecture, []
+def sweep(traits: FamilyTraits, num_ranks: int, members: int) -> list[dict[str, Any]]:
+    """Time every projection with every block size and with the library, over weights that exceed the cache."""
+    arch, rows = traits, []
     heads, kv, inner = arch.num_heads // num_ranks, arch.num_kv_heads // num_ranks, arch.intermediate_size // num_ranks
     shapes = {
         "qkv": (members * (heads + 2 * kv) * arch.head_dim, arch.hidden_size, None),
@@ -85,20 +87,20 @@ def sweep(architecture: Architecture, num_ranks: int, members: int) -> list[dict
 def variants(group: Any, model: str, tokens: int, profile: bool, kinds: list[Any]) -> dict[str, Any]:
     """Time the unmodified model and plans of 7 and 13 pairs in every mode and with every all-reduce, on this rank."""
     device = torch.device("cuda", torch.cuda.current_device())
-    architecture = read_architecture(load_geometry(model))
+    traits = read_traits(load_geometry(model))
     choices: dict[str, Ranks] = {"": OneRank()}
     if group is not None:
-        choices = {"nccl": GroupRanks(group)}
+        choices = {"nccl": ProcessGroupRanks(group)}
         choices |= {kind: SymmetricRanks(group, kind) for kind in kinds if kind != "nccl"}
     first = next(iter(choices.values()))
     result: dict[str, Any] = {"tp": first.num_ranks, "all_reduce_us": {}}
     if group is not None:
         for kind, ranks in choices.items():
-            result["all_reduce_us"][kind] = 1e3 * measure_all_reduce_ms(ranks, num_elements=architecture.hidden_size)
+            result["all_reduce_us"][kind] = 1e3 * measure_all_reduce_ms(ranks, num_elements=traits.hidden_size)
     shaped = ShapedDecoders(
-        architecture, batch_size=1, capacity=tokens + 64, device=device, dtype=torch.bfloat16, ranks=first
+        traits, batch_size=1, capacity=tokens + 64, device=device, dtype=torch.bfloat16, ranks=first
     )
-    plans = {0: Plan.baseline(architecture.num_layers)} | {n: pairs(architecture.num_layers, n) for n in (7, 13)}
+    plans = {0: Plan.baseline(traits.num_layers)} | {n: pairs(traits.num_layers, n) for n in (7, 13)}
     decoders = {}
     for kind, ranks in choices.items():
         for number, plan in plans.items():
@@ -153,10 +155,10 @@ def main() -> None:
     arguments = parser.parse_args()
     result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     if arguments.sweep:
-        architecture = read_architecture(load_geometry(arguments.model))
+        traits = read_traits(load_geometry(arguments.model))
         with torch.inference_mode():
             cases = [(arguments.tp, 1), (arguments.tp, 2)]
-            result["sweep"] = [row for case in cases for row in sweep(architecture, *case)]
+            result["sweep"] = [row for case in cases for row in sweep(traits, *case)]
     if arguments.variants:
         options = (arguments.model, arguments.context, arguments.profile, arguments.kinds.split(","))
         if arguments.tp == 1:

@@ -23,15 +23,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from lpsearch.latency.architecture import read_architecture
 from lpsearch.latency.measure import measure_profile
 from lpsearch.latency.model import LatencyModel
-from lpsearch.latency.parallel import EmulatedRanks, OneRank, Ranks, run_ranks
-from lpsearch.latency.runtime import default_mode
-from lpsearch.latency.shaped import ShapedDecoders
-from lpsearch.latency.symmetric import choose_ranks, measure_all_reduce_ms
+from lpsearch.latency.ranks.parallel import EmulatedRanks
+from lpsearch.latency.ranks.processes import run_ranks
+from lpsearch.latency.ranks.symmetric import choose_ranks, measure_all_reduce_ms
+from lpsearch.latency.runtime.decoder import default_mode
+from lpsearch.latency.runtime.shaped import ShapedDecoders
+from lpsearch.latency.sums import OneRank, Ranks
 from lpsearch.latency.timing import bootstrap_ratio, measure_interleaved
 from lpsearch.models import load_geometry
+from lpsearch.models.traits import read_traits
 from lpsearch.plan import Plan
 
 WORKLOADS = [
@@ -103,15 +105,15 @@ def run_part(group: Any, part: str, model: str, seconds: float) -> dict[str, Any
     """Run one part of the report on this rank."""
     device = get_device()
     config = load_geometry(model)
-    architecture = read_architecture(config)
+    traits = read_traits(config)
     mode = default_mode(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    num_layers = architecture.num_layers
-    ranks, sums = get_ranks(group, architecture.hidden_size)
+    num_layers = traits.num_layers
+    ranks, sums = get_ranks(group, traits.hidden_size)
     result: dict[str, Any] = {"model": model, "tp": ranks.num_ranks, "all_reduce": ranks.kind, "all_reduce_us": sums}
 
     def shape(batch: int, capacity: int, own: Ranks) -> ShapedDecoders:
-        return ShapedDecoders(architecture, batch_size=batch, capacity=capacity, device=device, dtype=dtype, ranks=own)
+        return ShapedDecoders(traits, batch_size=batch, capacity=capacity, device=device, dtype=dtype, ranks=own)
 
     modes = ("compiled", "graph", "eager") if mode == "compiled" else ("eager",)
     context = min(1024, config.max_position_embeddings - 2)
@@ -123,7 +125,7 @@ def run_part(group: Any, part: str, model: str, seconds: float) -> dict[str, Any
         for kind, batch, tokens in WORKLOADS:
             if tokens >= config.max_position_embeddings + (kind == "prefill"):
                 continue
-            ranks, _ = get_ranks(group, architecture.hidden_size * batch * (1 if kind == "decode" else tokens))
+            ranks, _ = get_ranks(group, traits.hidden_size * batch * (1 if kind == "decode" else tokens))
             plans = plans_of(num_layers)
             if (kind, batch, tokens) != WORKLOADS[0]:
                 plans = {name: plan for name, plan in plans.items() if "," not in name}
@@ -138,7 +140,7 @@ def run_part(group: Any, part: str, model: str, seconds: float) -> dict[str, Any
     elif part == "additive":
         profile = measure_profile(
             config, device=device, dtype=dtype, context_len=context, max_group=3, budget_s=seconds,
-            choose=None if group is None else lambda n: choose_ranks(group, num_elements=n),
+            choose_ranks=None if group is None else lambda n: choose_ranks(group, num_elements=n),
         )  # fmt: skip
         rng = np.random.default_rng(0)
         plans = {}
@@ -172,7 +174,7 @@ def run_part(group: Any, part: str, model: str, seconds: float) -> dict[str, Any
             "7 pairs": grouped(num_layers, 7),
             "13 pairs": grouped(num_layers, 13),
         }
-        sum_ms = measure_all_reduce_ms(ranks, num_elements=architecture.hidden_size)
+        sum_ms = measure_all_reduce_ms(ranks, num_elements=traits.hidden_size)
         alone = EmulatedRanks(ranks.num_ranks)
         real = time_plans(shape(1, context + 1, ranks), plans, "decode", context, (mode,), seconds)
         shard = time_plans(shape(1, context + 1, alone), plans, "decode", context, (mode,), seconds)

@@ -67,10 +67,10 @@ def test_every_group_of_commands_is_listed(hooks: ModuleType) -> None:
 
 
 def test_families_are_those_of_the_code(hooks: ModuleType) -> None:
-    from lpsearch.models.families import TESTED_FAMILIES
+    from lpsearch.models.traits import FAMILIES
 
     rows = re.findall(r"^\| `(\w+)` \| yes \| (yes)? *\| (yes)? *\|$", hooks.build_families(), re.MULTILINE)
-    assert [row[0] for row in rows] == list(TESTED_FAMILIES)
+    assert [row[0] for row in rows] == list(FAMILIES)
     by_name = {row[0]: row[1:] for row in rows}
     assert by_name["llama"] == ("yes", "yes")
     assert by_name["smollm3"] == ("yes", "")

@@ -7,47 +7,136 @@ too, so that a wrong norm, a missing bias or a swapped branch moves the output v
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-__all__ = ["FAMILIES", "SLIDING_WINDOW", "VOCAB_SIZE", "build_left_padded_batch", "build_tiny_model"]
+from lpsearch.models.traits import read_traits
+
+__all__ = [
+    "FAMILIES",
+    "FUSED_FAMILIES",
+    "RUNTIME_FAMILIES",
+    "SLIDING_WINDOW",
+    "TINY_FAMILIES",
+    "VOCAB_SIZE",
+    "TinyFamily",
+    "build_left_padded_batch",
+    "build_tiny_config",
+    "build_tiny_model",
+]
 
 VOCAB_SIZE = 97
 SLIDING_WINDOW = 5
 
-_FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"sliding_window": SLIDING_WINDOW},
-    "qwen2": {"use_sliding_window": True, "sliding_window": SLIDING_WINDOW, "max_window_layers": 3},
-    "qwen3": {"use_sliding_window": True, "sliding_window": SLIDING_WINDOW, "max_window_layers": 3},
-    "gemma": {"hidden_activation": "gelu_pytorch_tanh"},
-    "gemma2": {"sliding_window": SLIDING_WINDOW, "query_pre_attn_scalar": 8},
-    "gemma3_text": {"sliding_window": SLIDING_WINDOW, "sliding_window_pattern": 3, "query_pre_attn_scalar": 8},
-    "phi3": {"sliding_window": SLIDING_WINDOW},
-    "olmo2": {},
-    "granite": {
-        "attention_multiplier": 0.3,
-        "embedding_multiplier": 3.0,
-        "residual_multiplier": 0.6,
-        "logits_scaling": 2.0,
-    },
-    "smollm3": {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": SLIDING_WINDOW},
-    "starcoder2": {"sliding_window": SLIDING_WINDOW},
-    "glm4": {"attention_bias": True},
-    "phi": {},
-    "gpt_neox": {"use_parallel_residual": True},
-    "gpt_neox_sequential": {"use_parallel_residual": False},
-    "cohere": {"use_qk_norm": False},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [1]},
+_HIDDEN_SIZE = 32
+
+
+@dataclass(frozen=True)
+class TinyFamily:
+    """A family's tiny configuration, and what the reference in ``tests/transform`` must know of it.
+
+    Attributes:
+        options: configuration values that turn on what makes the family special.
+        model_type: of transformers; None for the family's own name.
+        has_head_dim: whether its configuration takes a ``head_dim``; elsewhere it follows from the hidden size.
+        branches: whose branches its layers have, by the reference's names.
+        parallel: whether attention and MLP read the same input.
+        sliding: those of six layers that attend to :data:`SLIDING_WINDOW` tokens.
+        embedding_scale: what the model multiplies its embeddings by.
+        residual_scale: what the model multiplies its branches by.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    model_type: str | None = None
+    has_head_dim: bool = True
+    branches: str = "pre-norm"
+    parallel: bool = False
+    sliding: tuple[int, ...] = ()
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+
+
+_ALL = (0, 1, 2, 3, 4, 5)
+_WINDOW = {"sliding_window": SLIDING_WINDOW}
+_LAST_LAYERS_SLIDE = {**_WINDOW, "use_sliding_window": True, "max_window_layers": 3}
+
+TINY_FAMILIES = {
+    "llama": TinyFamily(),
+    "mistral": TinyFamily(_WINDOW, has_head_dim=False, sliding=_ALL),
+    "qwen2": TinyFamily(_LAST_LAYERS_SLIDE, has_head_dim=False, sliding=(3, 4, 5)),
+    "qwen3": TinyFamily(_LAST_LAYERS_SLIDE, sliding=(3, 4, 5)),
+    "gemma": TinyFamily({"hidden_activation": "gelu_pytorch_tanh"}, embedding_scale=_HIDDEN_SIZE**0.5),
+    "gemma2": TinyFamily(
+        {**_WINDOW, "query_pre_attn_scalar": 8},
+        branches="sandwich",
+        sliding=(0, 2, 4),
+        embedding_scale=_HIDDEN_SIZE**0.5,
+    ),
+    "gemma3_text": TinyFamily(
+        {**_WINDOW, "sliding_window_pattern": 3, "query_pre_attn_scalar": 8},
+        branches="sandwich",
+        sliding=(0, 1, 3, 4),
+        embedding_scale=_HIDDEN_SIZE**0.5,
+    ),
+    "phi3": TinyFamily(_WINDOW, has_head_dim=False, sliding=_ALL),
+    "olmo2": TinyFamily(branches="post-norm"),
+    "granite": TinyFamily(
+        {"attention_multiplier": 0.3, "embedding_multiplier": 3.0, "residual_multiplier": 0.6, "logits_scaling": 2.0},
+        embedding_scale=3.0,
+        residual_scale=0.6,
+    ),
+    "smollm3": TinyFamily({**_WINDOW, "no_rope_layer_interval": 2, "use_sliding_window": True}, sliding=(1, 3, 5)),
+    "starcoder2": TinyFamily(_WINDOW, has_head_dim=False, sliding=_ALL),
+    "glm4": TinyFamily({"attention_bias": True}, branches="glm4"),
+    "phi": TinyFamily(has_head_dim=False, branches="one norm", parallel=True),
+    "gpt_neox": TinyFamily({"use_parallel_residual": True}, has_head_dim=False, branches="gpt_neox", parallel=True),
+    "gpt_neox_sequential": TinyFamily(
+        {"use_parallel_residual": False}, model_type="gpt_neox", has_head_dim=False, branches="gpt_neox"
+    ),
+    "cohere": TinyFamily({"use_qk_norm": False}, branches="one norm", parallel=True),
+    "mixtral": TinyFamily({"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": TinyFamily(
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [1]}
+    ),
 }
 
-_MODEL_TYPES = {"gpt_neox_sequential": "gpt_neox"}
-
-FAMILIES: tuple[str, ...] = tuple(_FAMILY_OPTIONS)
+FAMILIES: tuple[str, ...] = tuple(TINY_FAMILIES)
 """Names that :func:`build_tiny_model` takes: the transformers model type, but for ``gpt_neox_sequential``."""
+
+
+def build_tiny_config(family: str, *, num_layers: int = 6, **overrides: Any) -> PretrainedConfig:
+    """Build the configuration of a tiny model; the arguments are those of :func:`build_tiny_model`."""
+    tiny = TINY_FAMILIES[family]
+    options: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": _HIDDEN_SIZE,
+        "intermediate_size": 48,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    options |= tiny.options | overrides
+    if not tiny.has_head_dim:
+        del options["head_dim"]
+    if family.startswith("gpt_neox"):
+        del options["num_key_value_heads"]
+    config: PretrainedConfig = CONFIG_MAPPING[tiny.model_type or family](**options)
+    return config
+
+
+FUSED_FAMILIES = tuple(f for f in FAMILIES if read_traits(build_tiny_config(f)).fusing_obstacle is None)
+"""Those whose groups can be fused; a test names the others, with the reason of each."""
+
+RUNTIME_FAMILIES = tuple(f for f in FAMILIES if read_traits(build_tiny_config(f)).runtime_obstacle is None)
+"""Those that the latency runtime computes; a test names the others, with the reason of each."""
 
 
 def build_tiny_model(family: str, *, num_layers: int = 6, seed: int = 0, **overrides: Any) -> PreTrainedModel:
@@ -59,24 +148,7 @@ def build_tiny_model(family: str, *, num_layers: int = 6, seed: int = 0, **overr
         seed: seed of every weight; the global random state is left as it was.
         overrides: configuration values that replace the family's.
     """
-    options: dict[str, Any] = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 128,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    if family.startswith(("phi", "gpt_neox", "starcoder2", "mistral", "qwen2")):
-        del options["head_dim"]  # derived from the hidden size, or unknown to the family
-    if family.startswith("gpt_neox"):
-        del options["num_key_value_heads"]
-    config = CONFIG_MAPPING[_MODEL_TYPES.get(family, family)](**(options | _FAMILY_OPTIONS[family] | overrides))
+    config = build_tiny_config(family, num_layers=num_layers, **overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -14,7 +14,7 @@ from lpsearch.plan import Plan
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lpsearch.latency import LatencyProfile, Workload
+    from lpsearch.latency import LatencyProfile
 
 __all__ = ["parse_counts", "profile"]
 
@@ -63,6 +63,7 @@ def profile(
         raise ConfigError("--tp measures real GPUs and --emulate-tp estimates; give one of them")
     from lpsearch.latency import (
         LatencyModel,
+        Workload,
         emulate_profile_on_ranks,
         measure_profile,
         measure_profile_on_ranks,
@@ -72,7 +73,8 @@ def profile(
 
     target = resolve_device(device)
     config = load_geometry(model)
-    workloads = _list_workloads(config.get_text_config(), batch_sizes, context_lens, prefill_lens)
+    workloads = [Workload("decode", batch, tokens) for batch in batch_sizes for tokens in context_lens]
+    workloads += [Workload("prefill", 1, tokens) for tokens in prefill_lens]
     options: dict[str, Any] = {
         "device": target,
         "dtype": resolve_dtype(dtype, target),
@@ -125,18 +127,6 @@ def parse_counts(text: str, *, option: str, least: int) -> tuple[int, ...]:
     if not all(part.isdigit() and int(part) >= least for part in parts):
         raise ConfigError(f"{option} {text}: expected whole numbers from {least} between commas, e.g. 1,16,64")
     return tuple(dict.fromkeys(int(part) for part in parts))
-
-
-def _list_workloads(
-    config: Any, batch_sizes: tuple[int, ...], context_lens: tuple[int, ...], prefill_lens: tuple[int, ...]
-) -> list[Workload]:
-    """Return the workloads, with contexts cut to what the model reads."""
-    from lpsearch.latency import Workload
-
-    longest = getattr(config, "max_position_embeddings", None) or max(context_lens) + 1
-    contexts = dict.fromkeys(min(tokens, longest - 1) for tokens in context_lens)
-    decodes = [Workload("decode", batch, tokens) for batch in batch_sizes for tokens in contexts]
-    return decodes + [Workload("prefill", 1, min(tokens, longest)) for tokens in prefill_lens]
 
 
 def _deepest(measured: LatencyProfile, max_group: int) -> Plan:

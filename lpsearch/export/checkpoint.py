@@ -23,7 +23,8 @@ from lpsearch.models.quiet import quiet_transformers
 from lpsearch.plan import RECOVERED_PLAN_NAME, ModelIdentity, Plan, PlanMetadata, save_plan, write_json
 from lpsearch.transform import check_plan_numbers
 from lpsearch.transform import modeling_lpsearch as modeling
-from lpsearch.transform.fused_weights import FusedWeights, build_fused_config
+from lpsearch.transform.fused_config import build_fused_config
+from lpsearch.transform.fused_weights import InterleavedWeights
 
 __all__ = ["export_checkpoint", "export_source"]
 
@@ -74,8 +75,8 @@ def export_checkpoint(
         >>> import lpsearch
         >>> from transformers import AutoModelForCausalLM, LlamaConfig
         >>> config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4)
-        >>> model = AutoModelForCausalLM.from_config(config)  # in earnest: from_pretrained(...)
-        >>> plan = lpsearch.Plan.from_groups([[0], [1, 2], [3]])  # in earnest: load_plan("studies/.../joins-06.json")
+        >>> model = AutoModelForCausalLM.from_config(config)  # usually: from_pretrained(...)
+        >>> plan = lpsearch.Plan.from_groups([[0], [1, 2], [3]])  # usually: load_plan("studies/.../joins-06.json")
         >>> directory = lpsearch.export_checkpoint(model, plan, tempfile.mkdtemp())
         >>> fused = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)  # needs no lpsearch
         >>> fused.config.num_hidden_layers
@@ -142,7 +143,7 @@ def _write_directory(
     _check_disk(target, sum(shard.num_bytes for shard in shards) + _OTHER_FILES_BYTES)
     plan = _complete_plan(plan, base.identity)
     with _staged(target) as staging:
-        _write_weights(staging, shards, FusedWeights(base.config, config, base.read), on_progress)
+        _write_weights(staging, shards, InterleavedWeights(base.config, config, base.read), on_progress)
         with quiet_transformers():
             config.save_pretrained(staging)  # with the modelling code
             base.generation_config.save_pretrained(staging)
@@ -170,7 +171,7 @@ def _list_tensors(config: Any) -> list[TensorSpec]:
 
 
 def _write_weights(
-    directory: Path, shards: list[Shard], weights: FusedWeights, on_progress: Callable[[int, int], None]
+    directory: Path, shards: list[Shard], weights: InterleavedWeights, on_progress: Callable[[int, int], None]
 ) -> None:
     """Write all safetensors files, and their index if there are several."""
     total = sum(len(shard.tensors) for shard in shards)

@@ -36,17 +36,17 @@ def load_exported(
     Raises:
         ModelError: if it is not one, or is damaged or incomplete.
     """
-    family = str(_read_config(directory).get("model_type")).removeprefix(modeling.MODEL_TYPE_PREFIX)
-    if not is_exported(directory) or family not in modeling.FAMILIES:
-        raise ModelError(f"{directory}: not a directory that this version of `lpsearch export` wrote")
-    model_class: Any = getattr(modeling, modeling.class_name(family, "ForCausalLM"))
-    config_class: Any = getattr(modeling, modeling.class_name(family, "Config"))
+    stem = (_read_config(directory).get("lpsearch") or {}).get("stem")
+    if not is_exported(directory) or not isinstance(stem, str):
+        raise ModelError(f"{directory}: not a directory that this version of `lpsearch export` wrote; export it again")
     try:
+        model_class: Any = getattr(modeling, modeling.class_name(stem, "ForCausalLM"))
+        config_class: Any = getattr(modeling, modeling.class_name(stem, "Config"))
         with quiet_transformers():
             config = config_class.from_pretrained(directory)
             model, info = model_class.from_pretrained(directory, config=config, dtype=dtype, output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(directory, config=config)
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+    except (SafetensorError, AttributeError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{directory}: cannot be loaded: {first_line(error)}; export it again") from error
     refuse_incomplete(directory, info)
     model.to(device).requires_grad_(False)

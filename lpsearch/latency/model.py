@@ -103,7 +103,9 @@ class LatencyModel:
 
 
 def fit_group_costs(num_groups: Sequence[Mapping[str, int]], latency_ms: Sequence[float]) -> GroupCosts:
-    """Fit overhead and costs to measured depths by least squares of the relative errors, none of them negative.
+    """Fit overhead and costs to measured depths by non-negative least squares of the relative errors.
+
+    The solver is that of Lawson and Hanson, "Solving Least Squares Problems" (1974), chapter 23.
 
     Args:
         num_groups: for each depth, the number of groups of each kind.
@@ -118,7 +120,7 @@ def fit_group_costs(num_groups: Sequence[Mapping[str, int]], latency_ms: Sequenc
 
 
 def _order_costs(costs: Mapping[str, float]) -> dict[str, float]:
-    """Raise the cost of any group to that of every group that it contains: noise must not make more layers cheaper."""
+    """Make each group cost at least what every group within it costs: noise must not make more layers cheaper."""
     members = {kind: _count_members(kind) for kind in costs}
     return {kind: max(cost for other, cost in costs.items() if not members[other] - members[kind]) for kind in costs}
 

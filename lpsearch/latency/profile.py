@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lpsearch.errors import ConfigError
+from lpsearch.models.traits import read_traits
 from lpsearch.plan import write_json
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class ProfileGeometry(_FileModel):
     """The shape of a model as far as its speed depends on it; a profile holds for models of the same shape.
 
     Attributes:
-        layer_kinds: for each layer, what distinguishes its time, e.g. ``full`` or ``sliding``.
+        layer_kinds: for each layer what its time depends on: how far it attends, and whether its MLP is a mixture of
+            experts, e.g. ``full``, ``sliding`` or ``full moe``.
     """
 
     model_type: str
@@ -61,21 +63,23 @@ class ProfileGeometry(_FileModel):
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> ProfileGeometry:
         """Read the shape from a transformers configuration."""
-        config = config.get_text_config()
-        num_heads = config.num_attention_heads
+        traits = read_traits(config)
         return cls(
-            model_type=config.model_type,
-            num_layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_attention_heads=num_heads,
-            num_key_value_heads=getattr(config, "num_key_value_heads", None) or num_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
-            vocab_size=config.vocab_size,
-            layer_kinds=_list_kinds(config),
+            model_type=traits.config.model_type,
+            num_layers=traits.num_layers,
+            hidden_size=traits.hidden_size,
+            intermediate_size=traits.intermediate_size,
+            num_attention_heads=traits.num_heads,
+            num_key_value_heads=traits.num_kv_heads,
+            head_dim=traits.head_dim,
+            vocab_size=traits.vocab_size,
+            layer_kinds=tuple(
+                f"{kind.name} moe" if has_experts else kind.name
+                for kind, has_experts in zip(traits.kinds, traits.has_experts, strict=True)
+            ),
         )
 
-    def describe_group(self, group: tuple[int, ...] | range) -> str:
+    def describe_group(self, group: Sequence[int]) -> str:
         """Name a group by what its time depends on, e.g. ``2 full`` or ``1 full + 1 sliding``."""
         kinds = [self.layer_kinds[layer_idx] for layer_idx in group]
         return " + ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
@@ -236,18 +240,3 @@ def check_profile_geometry(profile: LatencyProfile, config: PretrainedConfig) ->
             f"the latency profile is of another geometry: {', '.join(differences)}; measure this model, or drop "
             "--latency to measure here"
         )
-
-
-def _list_kinds(config: Any) -> tuple[str, ...]:
-    """Return what distinguishes each layer's time: how far it attends, and whether its MLP is dense."""
-    num_layers: int = config.num_hidden_layers
-    layer_types = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    if layer_types is not None:
-        kinds = ["sliding" if name == "sliding_attention" and window else "full" for name in layer_types]
-    else:
-        kinds = ["sliding" if window and config.model_type in ("mistral", "phi3", "mixtral") else "full"] * num_layers
-    if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
-        dense = set(getattr(config, "mlp_only_layers", None) or ())
-        kinds = [kind if layer_idx in dense else f"{kind} moe" for layer_idx, kind in enumerate(kinds)]
-    return tuple(kinds)

@@ -1,6 +1,7 @@
-"""Timing several steps fairly: interleaved there and back in one process, in blocks, on the slowest rank.
+"""Timing several steps fairly: interleaved in one process, in blocks, on the slowest rank.
 
-A drift of the machine's speed meets all steps alike, and ratios come from the same blocks.
+Steps run in the order ABBA, so that a drift of the machine's speed meets all of them alike, and ratios come from the
+same rounds.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lpsearch.latency.parallel import OneRank, Ranks
+from lpsearch.latency.sums import OneRank, Ranks
 
 __all__ = ["StepTiming", "bootstrap_ratio", "measure_interleaved"]
 
@@ -62,13 +63,13 @@ def measure_interleaved(
     warm_up_s: float = WARM_UP_S,
     on_progress: Callable[[float], None] | None = None,
 ) -> list[StepTiming]:
-    """Time steps in blocks, ABBA: each round runs every step's block once, forwards and backwards by turns.
+    """Time steps in blocks: each round runs one block of every step, forwards in one round and backwards in the next.
 
     Args:
         steps: what to time; each leaves the device as it found it. All ranks pass the same.
         device: CUDA steps are timed by events, others by the clock.
         ranks: wait for each other before each block; the slowest counts.
-        budget_s: about how long the blocks take; ``min_blocks`` are run anyhow.
+        budget_s: about how long the blocks take; at least ``min_blocks`` are run.
         min_blocks: least number of blocks of each step.
         warm_up_s: how long all steps run first.
         on_progress: called with the share done.
@@ -91,7 +92,7 @@ def measure_interleaved(
 
 
 def bootstrap_ratio(first: StepTiming, second: StepTiming, *, seed: int = 0) -> tuple[float, float, float]:
-    """Return the ratio of two steps' medians and its 95 % bootstrap interval over blocks, drawn together.
+    """Return the ratio of two steps' medians and its 95 % bootstrap interval (Efron 1979), resampling rounds.
 
     Args:
         first: the numerator, e.g. the baseline.

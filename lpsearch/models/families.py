@@ -1,10 +1,10 @@
 """Decoder layers as residual branches: what a family's layer consists of, and the test that it is so.
 
 A decoder layer k is an attention branch A_k(N_k(x)) and an MLP branch F_k(N'_k(x)), each with its own post-norm,
-dropout and residual multiplier where the family has them. Families are recognised by structure, the exact set of
-submodules of a layer, not by name: a :class:`BlockForm` says which submodule plays which part. Structure cannot show
-the arithmetic between the submodules, so :func:`check_family` runs every layer both ways and refuses a model whose
-layers compute anything else.
+dropout and residual multiplier where the family has them. Layers are recognised by structure, the exact set of their
+submodules, not by name: a :class:`~lpsearch.models.traits.BlockForm` says which submodule plays which part. Structure
+cannot show the arithmetic between the submodules, so :func:`check_family` runs every layer both ways and refuses a
+model whose layers compute anything else.
 
 The layers may be a mixture of experts or dense; the MLP branch is whatever ``layer.mlp`` computes.
 """
@@ -23,10 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from lpsearch.errors import FamilyError, ModelError
+from lpsearch.models.traits import FAMILIES, BlockForm
 
 __all__ = [
-    "TESTED_FAMILIES",
-    "BlockForm",
     "DecoderBlock",
     "build_blocks",
     "check_family",
@@ -37,93 +36,12 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-TESTED_FAMILIES = (
-    "cohere",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "glm4",
-    "gpt_neox",
-    "granite",
-    "llama",
-    "mistral",
-    "mixtral",
-    "olmo2",
-    "phi",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-    "smollm3",
-    "starcoder2",
-)
-"""Model types that the test suite covers; others run when their layers have one of these structures."""
-
 _SELF_TEST_TOKENS = 12
 _SELF_TEST_ULPS = 8
 """Rounding steps, of the layer's dtype, that the two ways of computing a layer may differ by."""
 
 
-@dataclass(frozen=True)
-class BlockForm:
-    """Which submodule of a decoder layer plays which part.
-
-    Attributes:
-        attention: the attention module.
-        attention_norm: the norm before it, N_k; None where it reads the residual stream itself.
-        attention_post: what its output passes before it is added: a post-norm, a dropout.
-        mlp_norm: the norm before the MLP, N'_k; None where it reads the residual stream itself.
-        mlp_post: what the MLP's output passes before it is added.
-        parallel: whether both branches read the layer's input. A layer's own ``use_parallel_residual`` overrules it.
-    """
-
-    attention: str = "self_attn"
-    attention_norm: str | None = "input_layernorm"
-    attention_post: tuple[str, ...] = ()
-    mlp_norm: str | None = "post_attention_layernorm"
-    mlp_post: tuple[str, ...] = ()
-    parallel: bool = False
-
-    @property
-    def submodules(self) -> frozenset[str]:
-        """Names of all submodules of a layer of this form, no more and no fewer."""
-        norms = {name for name in (self.attention_norm, self.mlp_norm) if name is not None}
-        return frozenset({self.attention, "mlp", *norms, *self.attention_post, *self.mlp_post})
-
-
-_FORMS = (
-    # llama, mistral, qwen2, qwen3, gemma, granite, smollm3, starcoder2, mixtral, qwen3_moe
-    BlockForm(),
-    # phi3
-    BlockForm(attention_post=("resid_attn_dropout",), mlp_post=("resid_mlp_dropout",)),
-    # gemma2, gemma3
-    BlockForm(
-        attention_post=("post_attention_layernorm",),
-        mlp_norm="pre_feedforward_layernorm",
-        mlp_post=("post_feedforward_layernorm",),
-    ),
-    # glm4
-    BlockForm(attention_post=("post_self_attn_layernorm",), mlp_post=("post_mlp_layernorm",)),
-    # olmo2
-    BlockForm(
-        attention_norm=None,
-        attention_post=("post_attention_layernorm",),
-        mlp_norm=None,
-        mlp_post=("post_feedforward_layernorm",),
-    ),
-    # cohere
-    BlockForm(mlp_norm="input_layernorm", parallel=True),
-    # phi
-    BlockForm(
-        attention_post=("resid_dropout",), mlp_norm="input_layernorm", mlp_post=("resid_dropout",), parallel=True
-    ),
-    # gpt_neox
-    BlockForm(
-        attention="attention", attention_post=("post_attention_dropout",), mlp_post=("post_mlp_dropout",), parallel=True
-    ),
-)
-
-_FORM_OF_SUBMODULES = {form.submodules: form for form in _FORMS}
+_FORM_OF_SUBMODULES = {family.block.submodules: family.block for family in FAMILIES.values()}
 
 # Layers that passed the self-test. Weak and keyed by the module itself: a replaced layer is tested again.
 _PASSED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -350,4 +268,4 @@ def _name(model: nn.Module) -> str:
     return f"model type {model_type} ({type(model).__name__})"
 
 
-_MEND = f"Use a model of a supported family ({', '.join(TESTED_FAMILIES)}, or one built like them)"
+_MEND = f"Use a model of a supported family ({', '.join(FAMILIES)}, or one built like them)"

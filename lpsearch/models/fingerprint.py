@@ -23,6 +23,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lpsearch.models.families import get_decoder_layers
+from lpsearch.models.traits import read_traits
 
 __all__ = ["fingerprint_geometry", "fingerprint_model", "fingerprint_tensors", "fingerprints_match"]
 
@@ -57,17 +58,16 @@ def fingerprint_tensors(model: PreTrainedModel, read: Callable[[str], torch.Tens
 
 def fingerprint_geometry(config: PretrainedConfig) -> str:
     """Return the geometry part of the fingerprint of any model with this configuration."""
-    text = config.get_text_config(decoder=True)
-    num_heads = text.num_attention_heads
+    traits = read_traits(config)
     geometry = {
-        "model_type": text.model_type,
-        "num_layers": text.num_hidden_layers,
-        "hidden_size": text.hidden_size,
-        "intermediate_size": text.intermediate_size,
-        "num_heads": num_heads,
-        "num_key_value_heads": getattr(text, "num_key_value_heads", None) or num_heads,
-        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // num_heads,
-        "vocab_size": text.vocab_size,
+        "model_type": traits.config.model_type,
+        "num_layers": traits.num_layers,
+        "hidden_size": traits.hidden_size,
+        "intermediate_size": traits.intermediate_size,
+        "num_heads": traits.num_heads,
+        "num_key_value_heads": traits.num_kv_heads,
+        "head_dim": traits.head_dim,
+        "vocab_size": traits.vocab_size,
     }
     canonical = json.dumps(geometry, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:_HASH_DIGITS]

@@ -64,8 +64,8 @@ def apply_plan(model: _Model, plan: Plan) -> _Model:
         >>> import lpsearch
         >>> from transformers import AutoModelForCausalLM, LlamaConfig
         >>> config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4)
-        >>> model = AutoModelForCausalLM.from_config(config)  # in earnest: from_pretrained(...)
-        >>> plan = lpsearch.Plan.from_groups([[0], [1, 2], [3]])  # in earnest: load_plan("studies/.../joins-06.json")
+        >>> model = AutoModelForCausalLM.from_config(config)  # usually: from_pretrained(...)
+        >>> plan = lpsearch.Plan.from_groups([[0], [1, 2], [3]])  # usually: load_plan("studies/.../joins-06.json")
         >>> model = lpsearch.apply_plan(model, plan)
         >>> model = lpsearch.undo_plan(model)
         >>> with lpsearch.applied_plan(model, plan):

@@ -13,7 +13,8 @@ from lpsearch.errors import ModelError
 from lpsearch.plan import Plan
 from lpsearch.transform import modeling_lpsearch as modeling
 from lpsearch.transform.apply import check_plan_model, check_unplanned
-from lpsearch.transform.fused_weights import FusedWeights, build_fused_config, find_fusible_family
+from lpsearch.transform.fused_config import build_fused_config, read_fusible_traits
+from lpsearch.transform.fused_weights import InterleavedWeights, name_tensors
 
 __all__ = ["check_fusible", "fuse_plan"]
 
@@ -48,8 +49,8 @@ def fuse_plan(model: _Model, plan: Plan) -> _Model:
         >>> import lpsearch
         >>> from transformers import AutoModelForCausalLM, LlamaConfig
         >>> config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4)
-        >>> model = AutoModelForCausalLM.from_config(config)  # in earnest: from_pretrained(...)
-        >>> plan = lpsearch.Plan.from_groups([[0], [1, 2], [3]])  # in earnest: load_plan("studies/.../joins-06.json")
+        >>> model = AutoModelForCausalLM.from_config(config)  # usually: from_pretrained(...)
+        >>> plan = lpsearch.Plan.from_groups([[0], [1, 2], [3]])  # usually: load_plan("studies/.../joins-06.json")
         >>> model = lpsearch.fuse_plan(model, plan)
         >>> [layer.self_attn.q_proj.out_features for layer in model.model.layers]
         [64, 128, 64]
@@ -61,11 +62,9 @@ def fuse_plan(model: _Model, plan: Plan) -> _Model:
     decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
     base_layers, decoder.layers = list(decoder.layers), nn.ModuleList()
     is_training = base_layers[0].training
-    tensors: dict[str, nn.Parameter] = {}
-    for layer_idx, layer in enumerate(base_layers):
-        tensors |= {f"model.layers.{layer_idx}.{name}": tensor for name, tensor in layer.named_parameters()}
+    tensors = name_tensors(base_layers)
     base_layers.clear()
-    weights = FusedWeights(base_config, fused_config, tensors.get)
+    weights = InterleavedWeights(base_config, fused_config, tensors.get)
     with torch.device("meta"):
         layers = modeling.build_layers(fused_config)
     for group in plan.groups:
@@ -81,7 +80,7 @@ def fuse_plan(model: _Model, plan: Plan) -> _Model:
             module.config = fused_config
         # Transformers hooks the layers for `output_hidden_states` once a model; these layers are new.
         vars(module).pop("_output_capturing_hooks_installed", None)
-    model.__class__ = getattr(modeling, modeling.class_name(base_config.model_type, "ForCausalLM"))
+    model.__class__ = getattr(modeling, fused_config.architectures[0])
     logger.debug("%s: %d layers became %d wide ones", type(model).__name__, plan.num_layers, plan.depth)
     return model
 
@@ -95,11 +94,10 @@ def check_fusible(model: PreTrainedModel) -> None:
     """
     if str(model.config.model_type).startswith(modeling.MODEL_TYPE_PREFIX):
         raise ModelError(f"{type(model).__name__} is fused already; give the unmodified model that its plan is for")
-    family = find_fusible_family(model.config)
-    expected = modeling.stock_class_name(family)
+    expected = read_fusible_traits(model.config).family.language_model
     if type(model).__name__ != expected:
         raise ModelError(
-            f"{type(model).__name__} is not {expected}, the language model of {family}; load it with "
+            f"{type(model).__name__} is not {expected}, the language model of {model.config.model_type}; load it with "
             "AutoModelForCausalLM, without adapters"
         )
     quantised = getattr(model.config, "quantization_config", None)
@@ -111,7 +109,7 @@ def check_fusible(model: PreTrainedModel) -> None:
     check_unplanned(model)
 
 
-def _fill_layer(layer: nn.Module, prefix: str, weights: FusedWeights, *, like: nn.Parameter) -> None:
+def _fill_layer(layer: nn.Module, prefix: str, weights: InterleavedWeights, *, like: nn.Parameter) -> None:
     """Give a layer on the meta device its weights; a layer alone in its group gets the very parameters that it had."""
     for name, _ in list(layer.named_parameters()):
         tensor = weights.compute(prefix + name, like.dtype)

@@ -1,140 +1,122 @@
-"""What a fused model is made of: its configuration, and each of its tensors from those of the base model.
+"""What a fused model is made of: each of its tensors from those of the base model.
 
-The weight of a norm is folded into the projections behind it, in float32 and rounded once, wherever members share the
-norm; what remains of the norm is its scale. A member that shares nothing keeps its weights bit for bit.
+:class:`MemberWeights` computes what one layer brings into a wide one. The weight of a norm is folded into the
+projections behind it, in float32 and rounded once; what remains of the norm is its scale. Two layouts arrange the
+members of a group:
+
+* :class:`InterleavedWeights`, for ``fuse_plan`` and export: a tensor at a time, by its name in the fused model. The
+  key-value heads of the members take turns, so that tensor parallelism gives every rank an equal part of every member.
+  A layer alone in its group keeps its weights bit for bit.
+* :class:`StackedWeights`, for the latency runtime: one :class:`WideLayer` a group, one rank's part of it, with the rows
+  of all members part by part. Norms are folded into single layers too, since its kernels norm without a weight.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from lpsearch.errors import FamilyError
-from lpsearch.plan import Plan
-from lpsearch.transform import modeling_lpsearch as modeling
+from lpsearch.models.traits import OUTPUTS, AttentionPart, FamilyTraits, Part, read_traits
+from lpsearch.transform.modeling_lpsearch import count_mlp_blocks
 
-__all__ = ["FusedWeights", "build_fused_config", "find_fusible_family"]
+__all__ = ["InterleavedWeights", "MemberWeights", "StackedWeights", "WideLayer", "name_tensors"]
 
-_LAYER_LISTS = ("layer_types", "no_rope_layers")
-"""Attributes of a configuration with one entry a layer; layers that differ in one attend differently."""
+TensorReader = Callable[[str], Tensor | None]
+"""Returns a tensor of the base model by its name in the state dict; None if there is none."""
 
-_REASONS = {
-    "cohere": "its attention and MLP read the same input",
-    "gpt_neox": "its attention and MLP read the same input",
-    "phi": "its attention and MLP read the same input",
-    "mixtral": "its MLP is a mixture of experts",
-    "qwen3_moe": "its MLP is a mixture of experts",
-}
-
-_PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
-_NORMS = {
-    "gemma2": ("input_layernorm", "pre_feedforward_layernorm"),
-    "gemma3_text": ("input_layernorm", "pre_feedforward_layernorm"),
-    "olmo2": (None, None),
-}
-"""The norms before attention and MLP of the families that have norms after them as well, or only those."""
+_TensorKind = Literal["weight", "bias"]
 
 _LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _MEMBER_NAME = re.compile(r"(.+)\.(\d+)\.(\w+)")
-_OUTPUTS = ("o_proj", "down_proj", "c_proj")
 
 
-def find_fusible_family(config: PretrainedConfig) -> str:
-    """Return the model type of a model whose groups can be fused into wide layers.
+def name_tensors(layers: Iterable[nn.Module]) -> dict[str, nn.Parameter]:
+    """Return the parameters of decoder layers by their names in the state dict of a language model."""
+    return {
+        f"model.layers.{layer_idx}.{name}": parameter
+        for layer_idx, layer in enumerate(layers)
+        for name, parameter in layer.named_parameters()
+    }
 
-    Raises:
-        FamilyError: for any other, with the reason.
+
+@dataclass(frozen=True)
+class MemberWeights:
+    """What one layer of the base model brings into a wide layer.
+
+    Attributes:
+        traits: of the base model.
+        read: reads its tensors.
     """
-    family: str = config.model_type
-    if family in modeling.FAMILIES:
-        return family
-    reason = _REASONS.get(family, "its layers are not known well enough")
-    raise FamilyError(
-        f"model type {family} cannot be fused into wide layers: {reason}; fused are {', '.join(modeling.FAMILIES)}. "
-        "A plan of any other family runs with `apply_plan`, which `lpsearch generate` and `lpsearch evaluate` use"
-    )
+
+    traits: FamilyTraits
+    read: TensorReader
+
+    def get(self, layer: int, name: str) -> Tensor:
+        """Return a tensor that a layer is known to have, by its name within the layer."""
+        tensor = self.read(f"model.layers.{layer}.{name}")
+        assert tensor is not None, (layer, name)
+        return tensor
+
+    def find(self, layer: int, name: str) -> Tensor | None:
+        """Return a tensor by its name within a layer; None if the layer has none of this name."""
+        return self.read(f"model.layers.{layer}.{name}")
+
+    def read_norm(self, layer: int, name: str) -> Tensor:
+        """Return what a norm multiplies by, in float32."""
+        return self.get(layer, f"{name}.weight").float() + self.traits.norm_offset
+
+    def fold(self, layer: int, module: str, kind: _TensorKind) -> Tensor | None:
+        """Return the weight or the bias of a projection, with the norm before it folded in.
+
+        Returns:
+            Float32 if something was folded, else the stored tensor; None for a bias that there is not.
+        """
+        stored = self.find(layer, f"{module}.{kind}")
+        norm = self.find_norm(module)
+        if norm is None:
+            return stored
+        if kind == "weight":
+            return self.get(layer, f"{module}.weight").float() * self.read_norm(layer, norm)
+        norm_bias = self.find(layer, f"{norm}.bias")
+        if norm_bias is None:
+            return stored
+        moved = self.get(layer, f"{module}.weight").float() @ norm_bias.float()
+        return moved if stored is None else moved + stored.float()
+
+    def find_norm(self, module: str) -> str | None:
+        """Return the norm before a projection; None if there is none."""
+        if self.is_output(module):
+            return None
+        block = self.traits.family.block
+        return block.attention_norm if module.startswith(f"{block.attention}.") else block.mlp_norm
+
+    def is_output(self, module: str) -> bool:
+        """Say whether a projection is one whose outputs are added up over members."""
+        return self.traits.family.projections[module][0] in OUTPUTS
+
+    def split_rows(self, module: str, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Split the rows of an input projection into the parts that it stacks."""
+        return torch.split(tensor, [self.traits.part_sizes[part] for part in self.traits.family.projections[module]])
 
 
-def build_fused_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig:
-    """Build the configuration of the fused model; the one given stays as it is.
+class InterleavedWeights:
+    """The tensors of a fused model, each computed when it is asked for.
 
     Args:
         config: of the unmodified model.
-        plan: for this model.
-
-    Raises:
-        FamilyError: if the family cannot be fused.
+        fused_config: from :func:`lpsearch.transform.fused_config.build_fused_config`.
+        read: reads the tensors of the unmodified model.
     """
-    family = find_fusible_family(config)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    slots = [slot for group in plan.groups for slot in _split_group(config, group)]
-    group_of = {layer: group for group in plan.groups for layer in group}
-    per_layer_config = {}
-    for slot, members in enumerate(slots):
-        overrides: dict[str, Any] = {}
-        group = group_of[members[0]]
-        if len(members) > 1:
-            overrides["num_attention_heads"] = len(members) * config.num_attention_heads
-            overrides["num_key_value_heads"] = len(members) * config.num_key_value_heads
-        if len(group) > 1 and (slot + 1 == len(slots) or slots[slot + 1][0] not in group):
-            overrides["intermediate_size"] = len(group) * config.intermediate_size
-            if getattr(config, "use_bias", None) is False:  # Starcoder2's norms have a bias, which must go somewhere
-                overrides["use_bias"] = True
-        if overrides:
-            per_layer_config[slot] = overrides
-    fields = config.to_dict()
-    for name in ("model_type", "transformers_version", "auto_map", "_name_or_path"):
-        fields.pop(name, None)
-    for name in _LAYER_LISTS:
-        if fields.get(name) is not None:
-            fields[name] = [fields[name][members[0]] for members in slots]
-    names = {kind: modeling.class_name(family, kind) for kind in ("Config", "Model", "ForCausalLM")}
-    module = modeling.__name__.rpartition(".")[2]
-    fields |= {
-        "architectures": [names["ForCausalLM"]],
-        "auto_map": {
-            "AutoConfig": f"{module}.{names['Config']}",
-            "AutoModel": f"{module}.{names['Model']}",
-            "AutoModelForCausalLM": f"{module}.{names['ForCausalLM']}",
-        },
-        "head_dim": head_dim,
-        "num_hidden_layers": len(slots),
-        "per_layer_config": per_layer_config,
-        "lpsearch": {"groups": [list(group) for group in plan.groups], "slots": [list(slot) for slot in slots]},
-    }
-    fused: PretrainedConfig = getattr(modeling, names["Config"])(**fields)
-    fused._attn_implementation = config._attn_implementation
-    return fused
 
-
-def _split_group(config: PretrainedConfig, group: Sequence[int]) -> list[tuple[int, ...]]:
-    """Split a group into the layers that attend alike, in the order of their first layers."""
-    slots: dict[tuple[Any, ...], list[int]] = {}
-    lists = [values for name in _LAYER_LISTS if (values := getattr(config, name, None)) is not None]
-    for layer in group:
-        slots.setdefault(tuple(values[layer] for values in lists), []).append(layer)
-    return [tuple(slot) for slot in slots.values()]
-
-
-class FusedWeights:
-    """The tensors of a fused model, each computed when it is asked for."""
-
-    def __init__(
-        self, config: PretrainedConfig, fused_config: PretrainedConfig, read: Callable[[str], Tensor | None]
-    ) -> None:
-        """Prepare to compute tensors.
-
-        Args:
-            config: of the unmodified model.
-            fused_config: from :func:`build_fused_config`.
-            read: returns a tensor of the unmodified model by its name in the state dict; None if there is none.
-        """
-        self._read = read
+    def __init__(self, config: PretrainedConfig, fused_config: PretrainedConfig, read: TensorReader) -> None:
+        self._traits = read_traits(config)
+        self._members = MemberWeights(self._traits, read)
         self._slots: list[list[int]] = fused_config.lpsearch["slots"]
         # What is kept apart for each member of a group stands in the order of the slots.
         self._group_of_slot = [
@@ -143,19 +125,6 @@ class FusedWeights:
             for group in fused_config.lpsearch["groups"]
             if members[0] in group
         ]
-        self._attention_norm, self._mlp_norm = _NORMS.get(config.model_type, _PRE_NORMS)
-        self._norm_offset = 1.0 if config.model_type.startswith("gemma") else 0.0
-        self._hidden_size: int = config.hidden_size
-        self._intermediate_size: int = config.intermediate_size
-        self._attention_blocks: int = config.num_key_value_heads
-        self._mlp_blocks = modeling.count_mlp_blocks(config.intermediate_size) if config.model_type in _NORMS else 1
-        query_rows, key_rows = (
-            heads * fused_config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
-        )
-        self._packed = {
-            "qkv_proj": [query_rows, key_rows, key_rows],
-            "gate_up_proj": [config.intermediate_size, config.intermediate_size],
-        }
 
     @torch.no_grad()
     def compute(self, name: str, dtype: torch.dtype) -> Tensor:
@@ -167,66 +136,215 @@ class FusedWeights:
         """
         match = _LAYER_NAME.fullmatch(name)
         if match is None:
-            return self._get(name).to(dtype)
+            tensor = self._members.read(name)
+            assert tensor is not None, name
+            return tensor.to(dtype)
         slot, rest = int(match[1]), match[2]
-        in_attention = rest.startswith(("self_attn.", "input_layernorm."))
+        block = self._traits.family.block
+        in_attention = rest.startswith((f"{block.attention}.", f"{block.attention_norm}."))
         layers = self._slots[slot] if in_attention else self._group_of_slot[slot]
         if len(layers) == 1:
-            return self._get(f"model.layers.{layers[0]}.{rest}").to(dtype)
+            return self._members.get(layers[0], rest).to(dtype)
         if match := _MEMBER_NAME.fullmatch(rest):
             module = match[1].replace("_projs", "_proj")
-            return self._get(f"model.layers.{layers[int(match[2])]}.{module}.{match[3]}").to(dtype)
+            return self._members.get(layers[int(match[2])], f"{module}.{match[3]}").to(dtype)
         module, _, kind = rest.rpartition(".")
-        if module.endswith("layernorm"):
-            like = self._get(f"model.layers.{layers[0]}.{rest}")
-            return torch.full_like(like, 1.0 - self._norm_offset if kind == "weight" else 0.0, dtype=dtype)
-        if not module.endswith(_OUTPUTS):
-            return self._stack_inputs(layers, module, kind, dtype)
+        if module not in self._traits.family.projections:  # a norm that is folded
+            neutral = 1.0 - self._traits.norm_offset if kind == "weight" else 0.0
+            return torch.full_like(self._members.get(layers[0], rest), neutral, dtype=dtype)
+        if not self._members.is_output(module):
+            return self._stack_rows(layers, module, "weight" if kind == "weight" else "bias", dtype)
         if kind == "weight":
-            columns = [self._get(f"model.layers.{layer}.{rest}").to(dtype) for layer in layers]
-            return _take_turns(columns, self._attention_blocks if in_attention else 1, dim=1)
+            columns = [self._members.get(layer, rest).to(dtype) for layer in layers]
+            return _take_turns(columns, self._traits.num_kv_heads if in_attention else 1, dim=1)
         return self._add_biases(layers, rest).to(dtype)
 
-    def _get(self, name: str) -> Tensor:
-        tensor = self._read(name)
-        assert tensor is not None, name
-        return tensor
-
-    def _add_biases(self, layers: Sequence[int], rest: str) -> Tensor:
-        """Add the biases of output projections, those that there are."""
-        total = torch.zeros(self._hidden_size)
+    def _stack_rows(self, layers: Sequence[int], module: str, kind: _TensorKind, dtype: torch.dtype) -> Tensor:
+        """Stack the rows of input projections, or their biases; members take turns within each part."""
+        folded = []
         for layer in layers:
-            bias = self._read(f"model.layers.{layer}.{rest}")
+            tensor = self._members.fold(layer, module, kind)
+            assert tensor is not None, (layer, module, kind)
+            folded.append(self._members.split_rows(module, tensor.to(dtype)))
+        if module.startswith(f"{self._traits.family.block.attention}."):
+            blocks = self._traits.num_kv_heads
+        else:
+            blocks = count_mlp_blocks(self._traits.intermediate_size) if self._traits.has_post_norms else 1
+        return torch.cat([_take_turns(part, blocks, dim=0) for part in zip(*folded, strict=True)])
+
+    def _add_biases(self, layers: Sequence[int], name: str) -> Tensor:
+        """Add the biases of output projections, those that there are."""
+        total = torch.zeros(self._traits.hidden_size)
+        for layer in layers:
+            bias = self._members.find(layer, name)
             total = total if bias is None else total.to(bias.device) + bias.float()
         return total
-
-    def _stack_inputs(self, layers: Sequence[int], module: str, kind: str, dtype: torch.dtype) -> Tensor:
-        """Stack the rows of input projections, or their biases, with the norm before them folded in."""
-        in_attention = module.startswith("self_attn.")
-        blocks = self._attention_blocks if in_attention else self._mlp_blocks
-        norm = self._attention_norm if in_attention else self._mlp_norm
-        folded = [self._fold(f"model.layers.{layer}.", module, norm, kind).to(dtype) for layer in layers]
-        sections = self._packed.get(module.rpartition(".")[2])
-        if sections is None:
-            return _take_turns(folded, blocks, dim=0)
-        parts = zip(*(torch.split(tensor, sections) for tensor in folded), strict=True)
-        return torch.cat([_take_turns(part, blocks, dim=0) for part in parts])
-
-    def _fold(self, layer: str, module: str, norm: str | None, kind: str) -> Tensor:
-        """Fold the norm before a projection into its weight or its bias, in float32."""
-        if norm is None:
-            return self._get(f"{layer}{module}.{kind}")
-        if kind == "weight":
-            scale = self._get(f"{layer}{norm}.weight").float() + self._norm_offset
-            return self._get(f"{layer}{module}.weight").float() * scale
-        bias, norm_bias = self._read(f"{layer}{module}.bias"), self._read(f"{layer}{norm}.bias")
-        if norm_bias is None:
-            return self._get(f"{layer}{module}.bias")
-        moved = self._get(f"{layer}{module}.weight").float() @ norm_bias.float()
-        return moved if bias is None else moved + bias.float()
 
 
 def _take_turns(members: Sequence[Tensor], blocks: int, *, dim: int) -> Tensor:
     """Join tensors along a dimension, block by block: the first block of each member, then the second of each."""
     parts = [torch.unflatten(member, dim, (blocks, -1)) for member in members]
     return torch.stack(parts, dim=dim + 1).flatten(dim, dim + 2)
+
+
+@dataclass(frozen=True)
+class WideLayer:
+    """Weights of one group on one rank. P is 1, or the number of members where each has post-norms.
+
+    Attributes:
+        parts: the members, by how they attend; every tensor has them in this order.
+        qkv: (rows, hidden); for each attention part the queries' rows of all its members, then keys', then values'.
+        o: (P, hidden, columns): the members' columns side by side if P is 1.
+        gate_up: (rows, hidden): the gates of all members, then the ups.
+        down: (P, hidden, columns).
+        qkv_bias: (rows,).
+        o_bias: (P, hidden); zero on all ranks but the first, likewise ``down_bias``.
+        gate_up_bias: (rows,).
+        down_bias: (P, hidden).
+        q_norm: for each attention part (heads, head_dim) of all its members, or (members, width) for full-width norms.
+        k_norm: likewise for the key-value heads.
+        attention_post: (P, hidden), the post-norms' weights; None without post-norms.
+        mlp_post: as ``attention_post``.
+    """
+
+    parts: tuple[AttentionPart, ...]
+    qkv: Tensor
+    o: Tensor
+    gate_up: Tensor
+    down: Tensor
+    qkv_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    q_norm: tuple[Tensor, ...] = ()
+    k_norm: tuple[Tensor, ...] = ()
+    attention_post: Tensor | None = None
+    mlp_post: Tensor | None = None
+
+    def list_matrices(self) -> tuple[Tensor, ...]:
+        """Return the matrices, which a decode step reads once."""
+        return self.qkv, self.o, self.gate_up, self.down
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> WideLayer:
+        """Return a layer with each tensor replaced by what a function makes of it, in the order of the attributes."""
+        changed: dict[str, Any] = {}
+        for attribute in fields(self):
+            value = getattr(self, attribute.name)
+            if isinstance(value, Tensor):
+                changed[attribute.name] = function(value)
+            elif attribute.name in ("q_norm", "k_norm"):
+                changed[attribute.name] = tuple(function(tensor) for tensor in value)
+        return replace(self, **changed)
+
+
+class StackedWeights:
+    """The wide layers of a model as the latency runtime reads them.
+
+    Args:
+        traits: of the unmodified model.
+        read: reads its tensors.
+        rank: whose part of them.
+        num_ranks: ranks that share the model.
+    """
+
+    def __init__(self, traits: FamilyTraits, read: TensorReader, *, rank: int = 0, num_ranks: int = 1) -> None:
+        self._traits = traits
+        self._members = MemberWeights(traits, read)
+        self._rank, self._num_ranks = rank, num_ranks
+
+    @classmethod
+    def from_shape(cls, traits: FamilyTraits, *, num_ranks: int = 1) -> StackedWeights:
+        """Stack tensors that have a shape and no memory, to know the shapes of what they become."""
+        shapes = traits.list_tensor_shapes()
+
+        def read(name: str) -> Tensor | None:
+            match = _LAYER_NAME.fullmatch(name)
+            assert match is not None
+            return torch.empty(shapes[match[2]], device="meta") if match[2] in shapes else None
+
+        return cls(traits, read, num_ranks=num_ranks)
+
+    @torch.no_grad()
+    def compute(self, group: Sequence[int]) -> WideLayer:
+        """Compute the wide layer of a group; what is folded is in float32."""
+        traits, block = self._traits, self._traits.family.block
+        parts = traits.split_group(group)
+        layers = [layer for part in parts for layer in part.layers]
+        found = {layer: self._read_parts(layer) for layer in layers}
+        in_attention: list[tuple[Part, int]] = [
+            (n, layer) for p in parts for n in ("q", "k", "v") for layer in p.layers
+        ]
+        in_mlp: list[tuple[Part, int]] = [(name, layer) for name in ("gate", "up") for layer in layers]
+
+        def stack(rows: Sequence[tuple[Part, int]], kind: _TensorKind) -> Tensor | None:
+            tensors = [tensor for name, layer in rows if (tensor := found[layer].get((name, kind))) is not None]
+            return torch.cat([self._shard(tensor, 0) for tensor in tensors]) if tensors else None
+
+        def join(name: Part) -> Tensor:
+            columns = [self._shard(self._scale(found[layer][name, "weight"]), 1) for layer in layers]
+            return torch.stack(columns) if traits.has_post_norms else torch.cat(columns, 1)[None]
+
+        def add_biases(name: Part) -> Tensor | None:
+            biases = [tensor.float() for layer in layers if (tensor := found[layer].get((name, "bias"))) is not None]
+            if not biases:
+                return None
+            stacked = self._scale(torch.stack(biases)) * (self._rank == 0)
+            return stacked if traits.has_post_norms else stacked.sum(0, keepdim=True)
+
+        def stack_post_norms(name: str | None) -> Tensor | None:
+            if name is None:
+                return None
+            return torch.stack([self._members.read_norm(layer, name) for layer in layers]) * traits.residual_scale
+
+        qkv, gate_up = stack(in_attention, "weight"), stack(in_mlp, "weight")
+        assert qkv is not None
+        assert gate_up is not None
+        return WideLayer(
+            parts=parts,
+            qkv=qkv,
+            o=join("o"),
+            gate_up=gate_up,
+            down=join("down"),
+            qkv_bias=stack(in_attention, "bias"),
+            o_bias=add_biases("o"),
+            gate_up_bias=stack(in_mlp, "bias"),
+            down_bias=add_biases("down"),
+            q_norm=self._stack_head_norms(parts, "q_norm", traits.num_heads),
+            k_norm=self._stack_head_norms(parts, "k_norm", traits.num_kv_heads),
+            attention_post=stack_post_norms(block.attention_post_norm),
+            mlp_post=stack_post_norms(block.mlp_post_norm),
+        )
+
+    def _read_parts(self, layer: int) -> dict[tuple[Part, _TensorKind], Tensor]:
+        """Return a layer's weights and biases by part, with the norms before them folded in."""
+        found: dict[tuple[Part, _TensorKind], Tensor] = {}
+        kinds: tuple[_TensorKind, ...] = ("weight", "bias")
+        for module, names in self._traits.family.projections.items():
+            for kind in kinds:
+                tensor = self._members.fold(layer, module, kind)
+                if tensor is None:
+                    continue
+                rows = (tensor,) if self._members.is_output(module) else self._members.split_rows(module, tensor)
+                found |= {(name, kind): part for name, part in zip(names, rows, strict=True)}
+        return found
+
+    def _stack_head_norms(self, parts: Sequence[AttentionPart], name: str, num_heads: int) -> tuple[Tensor, ...]:
+        """Return the norms of queries or keys of each attention part."""
+        if self._traits.qk_norm == "none":
+            return ()
+        module = f"{self._traits.family.block.attention}.{name}"
+        norms = [[self._members.read_norm(layer, module) for layer in part.layers] for part in parts]
+        if self._traits.qk_norm == "full":
+            return tuple(torch.stack([self._shard(norm, 0) for norm in members]) for members in norms)
+        num_rows = num_heads // self._num_ranks
+        return tuple(torch.cat([norm.expand(num_rows, -1) for norm in members]) for members in norms)
+
+    def _scale(self, tensor: Tensor) -> Tensor:
+        """Fold the factor of the branches into an output, unless the post-norm behind it takes the factor."""
+        if self._traits.has_post_norms or self._traits.residual_scale == 1:
+            return tensor
+        return tensor.float() * self._traits.residual_scale
+
+    def _shard(self, tensor: Tensor, dim: int) -> Tensor:
+        """Return this rank's part of a tensor."""
+        return tensor.chunk(self._num_ranks, dim)[self._rank]

@@ -5,13 +5,18 @@ This file needs torch and transformers only. It stands in every exported directo
 
 Every family's model, attention and MLP are those of transformers, unchanged: a wide layer of m members is the family's
 own decoder layer, built for m times the heads, key-value heads and intermediate size. The configuration says so in
-``per_layer_config``, by cache slot, and names in ``lpsearch`` the layers of the base model:
+``per_layer_config``, by cache slot, and says in ``lpsearch`` what else this file must know:
 
-* ``groups``: for each group its layers. Their attention outputs are added to the residual stream at once, then their
-  MLP outputs.
+* ``stem``: what the names of the family's classes in transformers begin with, e.g. ``Llama`` or ``Gemma3Text``.
+* ``groups``: for each group its layers in the base model. Their attention outputs are added to the residual stream at
+  once, then their MLP outputs.
 * ``slots``: the layers that attend alike within a group share a cache slot, and ``model.layers`` has one entry a slot.
   Most groups are one slot. In a group of several (sliding and full attention, with and without rotary embedding), the
   last slot is the layer; those before it only attend, and hand what they found on beside the hidden states.
+* ``attention_norm``: the submodule that norms what the attention reads, or null.
+* ``post_norms``: the submodules that norm what attention and MLP give, or null.
+* ``qk_norm_axis``: which axis of what the norms of queries and keys get has the heads, counted from the end; the last
+  where they take all heads at once; null without such norms.
 
 The key-value heads of the members take turns: head j of the first member, of the second ..., then heads j + 1, each
 followed by its query heads. Hence tensor parallelism gives every rank an equal part of every member. Where a norm must
@@ -22,36 +27,21 @@ and OLMo 2), there is one module a member.
 from __future__ import annotations
 
 import math
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib import import_module
 from inspect import signature
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-
-FAMILIES = {
-    "gemma": ("gemma", "Gemma"),
-    "gemma2": ("gemma2", "Gemma2"),
-    "gemma3_text": ("gemma3", "Gemma3Text"),
-    "granite": ("granite", "Granite"),
-    "llama": ("llama", "Llama"),
-    "mistral": ("mistral", "Mistral"),
-    "olmo2": ("olmo2", "Olmo2"),
-    "phi3": ("phi3", "Phi3"),
-    "qwen2": ("qwen2", "Qwen2"),
-    "qwen3": ("qwen3", "Qwen3"),
-    "smollm3": ("smollm3", "SmolLM3"),
-    "starcoder2": ("starcoder2", "Starcoder2"),
-}
-"""For each model type of transformers: the package of its modelling code, and what its class names begin with."""
 
 MODEL_TYPE_PREFIX = "lpsearch_"
 
-_HEAD_AXES = {"gemma3_text": -3, "olmo2": -1, "qwen3": -2}
-"""Which axis of what the query and key norms get has the heads; the last where they take all heads at once."""
+_CLASS_NAME = re.compile(r"LP(\w+?)(?:Config|Model|ForCausalLM)")
 
 _MLP_BLOCKS = 64
 """Into how many parts at most the members of a group with post-norms split their intermediate size to take turns."""
@@ -69,7 +59,6 @@ class LayerConfig:
     """
 
     def __init__(self, config: Any, overrides: dict[str, Any]) -> None:
-        """Look at a model's configuration through a layer's overrides."""
         self.__dict__["_config"] = config
         self.__dict__["_overrides"] = overrides
 
@@ -81,10 +70,14 @@ class LayerConfig:
 
 
 class MemberLinears(nn.ModuleList):
-    """One linear module a member, each on its own features; the outputs stand side by side."""
+    """One linear module a member, each on its own features; the outputs stand side by side.
+
+    Args:
+        linears: one a member.
+        block: features that a member has in each of its turns.
+    """
 
     def __init__(self, linears: list[nn.Module], block: int) -> None:
-        """Take one module a member; ``block`` is the number of features that a member has in each of its turns."""
         super().__init__(linears)
         self.block = block
 
@@ -95,16 +88,15 @@ class MemberLinears(nn.ModuleList):
 
 
 class MemberNorms(nn.ModuleList):
-    """One norm a member, for its queries or keys."""
+    """One norm a member, for its queries or keys.
+
+    Args:
+        norms: one a member.
+        axis: of the heads, counted from the end. If it is the last, the norm takes all heads of a member at once.
+        block: entries along the axis that a member has in each of its turns.
+    """
 
     def __init__(self, norms: list[nn.Module], axis: int, block: int) -> None:
-        """Take one norm a member.
-
-        Args:
-            norms: one a member.
-            axis: of the heads, counted from the end. If it is the last, the norm takes all heads of a member at once.
-            block: entries along the axis that a member has in each of its turns.
-        """
         super().__init__(norms)
         self.axis = axis
         self.block = block
@@ -134,20 +126,25 @@ class MemberPostNorms(nn.ModuleList):
 # Transformers lets the attention implementation be chosen unless a class named "...Attention..." here derives from
 # nn.Module: such names are left to subclasses of its own.
 class LeadingSlot(nn.Module):
-    """The members of a group that attend in a way of their own, ahead of the slot that is the layer."""
+    """The members of a group that attend in a way of their own, ahead of the slot that is the layer.
 
-    def __init__(self, layer: Any) -> None:
-        """Keep of a layer what attends."""
+    Args:
+        layer: of which the attention and the norm before it are kept.
+        attention_norm: the name of that norm; None if there is none.
+    """
+
+    def __init__(self, layer: Any, attention_norm: str | None) -> None:
         super().__init__()
-        if hasattr(layer, "input_layernorm"):
-            self.input_layernorm = layer.input_layernorm
+        self.attention_norm = attention_norm
+        if attention_norm is not None:
+            self.add_module(attention_norm, layer.get_submodule(attention_norm))
         self.self_attn = layer.self_attn
         self.hidden_size = layer.hidden_size
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """Take (..., hidden + carried) to the same hidden states with this slot's attention carried too."""
         hidden_states, carried = _split_carried(hidden_states, self.hidden_size)
-        normed = self.input_layernorm(hidden_states) if hasattr(self, "input_layernorm") else hidden_states
+        normed = hidden_states if self.attention_norm is None else getattr(self, self.attention_norm)(hidden_states)
         attended, _ = self.self_attn(hidden_states=normed, carried=carried, **kwargs)
         return torch.cat([hidden_states, attended], dim=-1)
 
@@ -189,55 +186,52 @@ def _carrying_layer(layer_class: Any) -> type[nn.Module]:
 
 def build_layers(config: Any) -> nn.ModuleList:
     """Build one entry a cache slot for a configuration of one of this file's classes."""
-    family = config.model_type.removeprefix(MODEL_TYPE_PREFIX)
-    package, prefix = FAMILIES[family]
-    modeling = import_module(f"transformers.models.{package}.modeling_{package}")
-    layer_class = getattr(modeling, f"{prefix.removesuffix('Text')}DecoderLayer")
+    names = config.lpsearch
+    stem: str = names["stem"]
+    modeling = sys.modules[getattr(transformers, f"{stem}Model").__module__]
+    layer_class = getattr(modeling, f"{stem.removesuffix('Text')}DecoderLayer")
     overrides = {int(slot): values for slot, values in (config.to_dict().get("per_layer_config") or {}).items()}
-    group_of = {layer: tuple(group) for group in config.lpsearch["groups"] for layer in group}
+    group_of = {layer: tuple(group) for group in names["groups"] for layer in group}
     layers: list[nn.Module] = []
-    for slot, members in enumerate(config.lpsearch["slots"]):
+    for slot, members in enumerate(names["slots"]):
         group = group_of[members[0]]
         layer = layer_class(LayerConfig(config, overrides[slot]) if slot in overrides else config, slot)
-        _give_members_their_own(layer, config, family=family, num_members=len(members), num_grouped=len(group))
+        layer.hidden_size = config.hidden_size
+        _give_members_their_own(layer, names, num_members=len(members), num_grouped=len(group))
         if len(members) < len(group):
-            side_by_side = hasattr(layer, "post_feedforward_layernorm")
+            side_by_side = names["post_norms"] is not None
             stock: Any = type(layer.self_attn)
             layer.self_attn.__class__ = _carrying_attention(stock, side_by_side=side_by_side)
-            is_last = all(later[0] not in group for later in config.lpsearch["slots"][slot + 1 :])
+            is_last = all(later[0] not in group for later in names["slots"][slot + 1 :])
             if is_last:
                 layer.__class__ = _carrying_layer(layer_class)
             else:
-                layer = LeadingSlot(layer)
+                layer = LeadingSlot(layer, names["attention_norm"])
         layers.append(layer)
     return nn.ModuleList(layers)
 
 
-def _give_members_their_own(layer: Any, config: Any, *, family: str, num_members: int, num_grouped: int) -> None:
+def _give_members_their_own(layer: Any, names: dict[str, Any], *, num_members: int, num_grouped: int) -> None:
     """Replace the modules of a wide layer that may not mix its members by one a member."""
-    attention = layer.self_attn
+    attention, axis = layer.self_attn, names["qk_norm_axis"]
     head_dim = attention.head_dim
     query_block = attention.num_key_value_groups  # query heads of one key-value head
-    if num_members > 1 and family in _HEAD_AXES:
-        axis = _HEAD_AXES[family]
+    if num_members > 1 and axis is not None:
         for name, block in (("q_norm", query_block), ("k_norm", 1)):
             norm = getattr(attention, name)
-            if axis == -1:
-                norms = [_build_norm(norm, norm.weight.shape[0] // num_members) for _ in range(num_members)]
-                setattr(attention, name, MemberNorms(norms, axis, block * head_dim))
-            else:
-                norms = [_build_norm(norm, head_dim) for _ in range(num_members)]
-                setattr(attention, name, MemberNorms(norms, axis, block))
-    if not hasattr(layer, "post_feedforward_layernorm"):
+            size = norm.weight.shape[0] // num_members if axis == -1 else head_dim
+            norms = [_build_norm(norm, size) for _ in range(num_members)]
+            setattr(attention, name, MemberNorms(norms, axis, block * head_dim if axis == -1 else block))
+    if names["post_norms"] is None:
         return
     if num_members > 1:
         _split_linear(attention, "o_proj", num_members, query_block * head_dim)
     if num_grouped > 1:
         inner = layer.mlp.down_proj.in_features // num_grouped
         _split_linear(layer.mlp, "down_proj", num_grouped, inner // count_mlp_blocks(inner))
-        for name in ("post_attention_layernorm", "post_feedforward_layernorm"):
+        for name in names["post_norms"]:
             norm = getattr(layer, name)
-            setattr(layer, name, MemberPostNorms([_build_norm(norm, config.hidden_size) for _ in range(num_grouped)]))
+            setattr(layer, name, MemberPostNorms([_build_norm(norm, layer.hidden_size) for _ in range(num_grouped)]))
 
 
 def _build_norm(norm: Any, size: int) -> nn.Module:
@@ -284,23 +278,28 @@ def _without_layers(config: Any) -> Iterator[None]:
 
 
 @cache
-def _build_classes(family: str) -> dict[str, type[Any]]:
+def _build_classes(stem: str) -> dict[str, type[Any]]:
     """Build the configuration, the decoder and the language model of a family, by their class names."""
-    package, prefix = FAMILIES[family]
-    modeling = import_module(f"transformers.models.{package}.modeling_{package}")
-    configuration = import_module(f"transformers.models.{package}.configuration_{package}")
-    stock_config = getattr(configuration, f"{prefix}Config")
-    stock_plan = stock_config.base_model_tp_plan
-    one_a_member = {
-        f"{name}.*" if name.endswith("_norm") else f"{name}s.*": style
-        for name, style in stock_plan.items()
-        if name.endswith(("_norm", ".o_proj", ".down_proj"))
-    }
+    stock_config: Any = getattr(transformers, f"{stem}Config")
+    stock_decoder: Any = getattr(transformers, f"{stem}Model")
+    stock_model: Any = getattr(transformers, f"{stem.removesuffix('Text')}ForCausalLM")
+    stock_plan: dict[str, str] = stock_config.base_model_tp_plan
 
-    class Config(stock_config):  # type: ignore[misc, valid-type]
-        model_type = MODEL_TYPE_PREFIX + family
-        base_model_tp_plan = stock_plan | (one_a_member if family in _HEAD_AXES or family == "gemma2" else {})
+    class Config(stock_config):  # type: ignore[misc]
+        model_type = MODEL_TYPE_PREFIX + stock_config.model_type
         _auto_class = "AutoConfig"
+
+        @property
+        def base_model_tp_plan(self) -> dict[str, str]:
+            """What tensor parallelism does to each module, those that there are one a member included."""
+            if self.lpsearch["post_norms"] is None and self.lpsearch["qk_norm_axis"] is None:
+                return stock_plan
+            one_a_member = {
+                f"{name}.*" if name.endswith("_norm") else f"{name}s.*": style
+                for name, style in stock_plan.items()
+                if name.endswith(("_norm", ".o_proj", ".down_proj"))
+            }
+            return stock_plan | one_a_member
 
         def __getattribute__(self, name: str) -> Any:
             # Transformers refuses to read what differs between layers from the configuration of the model; here it has
@@ -315,11 +314,7 @@ def _build_classes(family: str) -> dict[str, type[Any]]:
             except AttributeError:
                 return super().__getattribute__(name)
 
-    if family == "granite":
-        # What vLLM's Transformers backend multiplies logits by; transformers divides them by `logits_scaling` itself.
-        Config.logit_scale = property(lambda config: 1.0 / config.logits_scaling)
-
-    class Model(getattr(modeling, f"{prefix}Model")):  # type: ignore[misc]
+    class Model(stock_decoder):  # type: ignore[misc]
         config_class = Config
         _auto_class = "AutoModel"
 
@@ -332,8 +327,6 @@ def _build_classes(family: str) -> dict[str, type[Any]]:
                 # vLLM leaves queries and keys split by heads where the plan gathers them for a norm over all (OLMo 2).
                 plan: dict[str, str] = vars(self)["_tp_plan"]
                 self._tp_plan = {n: "rowwise" if s == "rowwise_split_input" else s for n, s in plan.items()}
-
-    stock_model: Any = getattr(modeling, stock_class_name(family))
 
     class ForCausalLM(stock_model):  # type: ignore[misc]
         config_class = Config
@@ -353,25 +346,20 @@ def _build_classes(family: str) -> dict[str, type[Any]]:
 
     classes = {}
     for built in (Config, Model, ForCausalLM):
-        name = class_name(family, built.__name__)
+        name = class_name(stem, built.__name__)
         built.__name__ = built.__qualname__ = name
         classes[name] = built
     return classes
 
 
-def class_name(family: str, kind: str) -> str:
+def class_name(stem: str, kind: str) -> str:
     """Name a class of this file: ``kind`` is Config, Model or ForCausalLM, e.g. ``LPLlamaForCausalLM``."""
-    return f"LP{FAMILIES[family][1]}{kind}"
-
-
-def stock_class_name(family: str) -> str:
-    """Name the language model of transformers that a family's own subclasses, e.g. ``LlamaForCausalLM``."""
-    return f"{FAMILIES[family][1].removesuffix('Text')}ForCausalLM"
+    return f"LP{stem}{kind}"
 
 
 def __getattr__(name: str) -> Any:
     """Build the classes of a family when one is asked for, so that only its code is imported."""
-    for family in FAMILIES:
-        if name in (class_name(family, kind) for kind in ("Config", "Model", "ForCausalLM")):
-            return _build_classes(family)[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    match = _CLASS_NAME.fullmatch(name)
+    if match is None or not hasattr(transformers, f"{match[1]}Config"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _build_classes(match[1])[name]

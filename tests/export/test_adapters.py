@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lpsearch.export import export_checkpoint
+from tests.fusing import MIXED
 from tests.tiny_models import build_left_padded_batch, build_tiny_model
-from tests.transform.test_fuse import MIXED
 
 peft = pytest.importorskip("peft", reason="needs peft: pip install lpsearch[recover]")
 

@@ -21,10 +21,10 @@ from lpsearch.errors import FamilyError, LpsearchError, ModelError, PlanError, U
 from lpsearch.export import export_checkpoint, export_source, load_exported
 from lpsearch.models import fingerprint_model, resolve_source
 from lpsearch.plan import ModelIdentity, Plan, PlanMetadata, PlanMetrics, ProxyMetrics, load_plan
-from lpsearch.transform.modeling_lpsearch import FAMILIES
-from tests.tiny_models import build_tiny_model
+from tests.export.byte_tokenizer import write_byte_tokenizer
+from tests.fusing import MIXED, PAIRS, compute_logits, compute_planned_logits, relative_difference
+from tests.tiny_models import FUSED_FAMILIES, build_tiny_model
 from tests.tolerances import FLOAT32_FUSED
-from tests.transform.test_fuse import MIXED, PAIRS, compute_logits, compute_planned_logits, relative_difference
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,7 +72,7 @@ def run_elsewhere(directory: Path, tmp_path: Path, **environment: str) -> dict[s
     return answer
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", FUSED_FAMILIES)
 def test_a_directory_computes_what_the_plan_computes(family: str, tmp_path: Path) -> None:
     model = build_tiny_model(family)
     expected = compute_planned_logits(model, MIXED)
@@ -101,7 +101,7 @@ def test_a_directory_loads_without_lpsearch(tiny_model_dir: Path, tiny_plan: Pla
 
 
 @pytest.mark.skipif("LPSEARCH_OTHER_TRANSFORMERS" not in os.environ, reason="names another transformers to load with")
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", FUSED_FAMILIES)
 def test_a_directory_loads_in_another_transformers(family: str, tmp_path: Path) -> None:
     model = build_tiny_model(family)
     export_checkpoint(model, MIXED, tmp_path / "out")
@@ -128,6 +128,18 @@ def test_streaming_writes_what_memory_writes(tiny_model_dir: Path, tiny_plan: Pl
     assert (tmp_path / "streamed" / code.name).read_bytes() == code.read_bytes()
     assert load_plan(tmp_path / "streamed") == tiny_plan
     assert AutoTokenizer.from_pretrained(tmp_path / "streamed")("a b").input_ids == tokenizer("a b").input_ids
+
+
+@pytest.mark.parametrize("change", [{"stem": None}, {"stem": "NoSuch"}])
+def test_a_directory_of_another_version_is_refused_with_what_to_do(
+    tiny_model_dir: Path, tiny_plan: Plan, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    export_source(resolve_source(str(tiny_model_dir)), tiny_plan, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["lpsearch"] |= change
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="export it again"):
+        load_exported(tmp_path / "out", device="cpu", dtype=torch.float32)
 
 
 def test_many_shards_hold_what_one_holds(tiny_model_dir: Path, tiny_plan: Plan, tmp_path: Path) -> None:
@@ -176,14 +188,6 @@ def test_weights_under_other_names_are_loaded_whole(tmp_path: Path) -> None:
     loaded, _ = load_exported(tmp_path / "out", device="cpu", dtype=torch.float32)
     assert relative_difference(compute_logits(loaded), expected) < FLOAT32_FUSED
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
-
-
-def write_byte_tokenizer(directory: Path) -> None:
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE(vocab={"<s>": 0, "a": 1, "b": 2}, merges=[]))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(directory)
 
 
 def test_the_card_says_what_was_done_and_keeps_the_licence(

@@ -13,10 +13,9 @@ import pytest
 import torch
 
 from lpsearch.export import export_checkpoint
-from lpsearch.transform.modeling_lpsearch import FAMILIES
-from tests.tiny_models import build_tiny_model
+from tests.fusing import MIXED, compute_planned_logits, relative_difference
+from tests.tiny_models import FUSED_FAMILIES, build_tiny_model
 from tests.tolerances import FLOAT32_FUSED
-from tests.transform.test_fuse import MIXED, compute_planned_logits, relative_difference
 
 RANK = """
 import json, sys
@@ -74,7 +73,7 @@ def test_two_ranks_together_are_one(tmp_path: Path) -> None:
 
     batch = build_left_padded_batch()
     tokens = batch["attention_mask"].bool()
-    families = sorted(FAMILIES)
+    families = FUSED_FAMILIES
     models = {family: build_tiny_model(family) for family in families}
     for family, model in models.items():
         export_checkpoint(model, MIXED, tmp_path / family)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from lpsearch.export.shards import SafetensorsReader, TensorSpec, list_shards, write_shard
+from tests.export.byte_tokenizer import write_byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,8 +70,6 @@ print(json.dumps({"above_baseline": read_status("VmHWM") - baseline}))
 def measure_peak(tmp_path: Path, *, hidden_size: int, intermediate_size: int, shard_bytes: int) -> tuple[int, int]:
     """Export a random model in a process of its own; return its peak above the baseline, and its largest shard."""
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    from tests.export.test_checkpoint import write_byte_tokenizer
 
     for name, hidden, intermediate in (("small", 64, 64), ("large", hidden_size, intermediate_size)):
         config = LlamaConfig(

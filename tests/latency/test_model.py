@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -111,6 +113,13 @@ def test_files_that_are_no_profiles_are_refused(tmp_path):
         (tmp_path / "other.json").write_text(content)
         with pytest.raises(ConfigError, match=r"other\.json"):
             load_profile(tmp_path / "other.json")
+
+
+def test_a_profile_is_read_without_torch():
+    modules = ", ".join(f"lpsearch.latency.{name}" for name in ("depths", "model", "profile", "workload"))
+    code = f"import sys, {modules}; print({{'torch', 'transformers'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_a_recorded_profile_of_another_version_is_left_aside(profile, caplog):

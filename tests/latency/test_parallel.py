@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from lpsearch.errors import ConfigError, LpsearchError
-from lpsearch.latency.architecture import RUNTIME_FAMILIES, read_architecture
-from lpsearch.latency.parallel import GroupRanks, run_ranks
-from lpsearch.latency.runtime import build_decoder
-from lpsearch.latency.symmetric import SymmetricRanks
+from lpsearch.latency.ranks.parallel import ProcessGroupRanks
+from lpsearch.latency.ranks.processes import run_ranks
+from lpsearch.latency.ranks.symmetric import SymmetricRanks
+from lpsearch.latency.runtime.decoder import build_decoder
+from lpsearch.models.traits import read_traits
 from lpsearch.plan import Plan
-from tests.tiny_models import build_tiny_model
+from tests.tiny_models import RUNTIME_FAMILIES, build_tiny_model
 from tests.tolerances import BFLOAT16_LOGITS, FLOAT32_LOGITS
 
 PLAN = Plan.from_groups([[0, 1, 2], [3], [4, 5]])
@@ -48,19 +49,19 @@ def to_arrays(tensors):
 
 
 def decode_families(group, families):
-    ranks = GroupRanks(group)
+    ranks = ProcessGroupRanks(group)
     cases = [(family, plan) for family in families for plan in PLANS]
     return [to_arrays(decode(build_model(family), plan, ranks)) for family, plan in cases]
 
 
 def fail_on_second_rank(group, error):
-    if GroupRanks(group).rank == 1:
+    if ProcessGroupRanks(group).rank == 1:
         raise error
     time.sleep(600)
 
 
 def die_on_second_rank(group):
-    if GroupRanks(group).rank == 1:
+    if ProcessGroupRanks(group).rank == 1:
         os._exit(7)
     time.sleep(600)
 
@@ -78,12 +79,12 @@ def test_ranks_together_are_one_rank(num_ranks):
 
 
 def test_heads_that_cannot_be_divided_are_refused_by_name():
-    architecture = read_architecture(build_tiny_model("llama").config)
-    architecture.check_ranks(2)
+    traits = read_traits(build_tiny_model("llama").config)
+    traits.check_ranks(2)
     with pytest.raises(ConfigError, match="llama: 2 key-value heads cannot be divided over 4 ranks; choose one of 1"):
-        architecture.check_ranks(4)
+        traits.check_ranks(4)
     with pytest.raises(ConfigError, match="4 attention heads and 2 key-value heads cannot"):
-        architecture.check_ranks(3)
+        traits.check_ranks(3)
 
 
 def test_a_failing_rank_ends_all_with_its_message():
@@ -91,7 +92,7 @@ def test_a_failing_rank_ends_all_with_its_message():
         run_ranks(fail_on_second_rank, num_ranks=2, backend="gloo", arguments=[ValueError("out of cheese")])
     with pytest.raises(ConfigError, match="no such thing"):
         run_ranks(fail_on_second_rank, num_ranks=2, backend="gloo", arguments=[ConfigError("no such thing")])
-    with pytest.raises(LpsearchError, match="rank 1 of 2 failed: ended without a word, exit code 7"):
+    with pytest.raises(LpsearchError, match="rank 1 of 2 failed: ended without a message, exit code 7"):
         run_ranks(die_on_second_rank, num_ranks=2, backend="gloo")
 
 
@@ -101,7 +102,7 @@ def test_more_ranks_than_gpus_are_refused():
 
 
 def decode_on_gpus(group, families, kind):
-    ranks = GroupRanks(group) if kind == "nccl" else SymmetricRanks(group, kind)
+    ranks = ProcessGroupRanks(group) if kind == "nccl" else SymmetricRanks(group, kind)
     models = [build_model(family).to("cuda", torch.bfloat16) for family in families]
     return [to_arrays(decode(model, plan, ranks, "compiled")) for model in models for plan in PLANS]
 

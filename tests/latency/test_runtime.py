@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from lpsearch.errors import ConfigError, FamilyError
-from lpsearch.latency.architecture import RUNTIME_FAMILIES, read_architecture
-from lpsearch.latency.runtime import build_decoder
+from lpsearch.latency.runtime.decoder import build_decoder
+from lpsearch.models.traits import read_traits
 from lpsearch.plan import Plan
 from lpsearch.transform import applied_plan
-from tests.tiny_models import VOCAB_SIZE, build_tiny_model
+from tests.tiny_models import RUNTIME_FAMILIES, VOCAB_SIZE, build_tiny_model
 from tests.tolerances import BFLOAT16_LOGITS, FLOAT32_LOGITS
 
 PLANS = {
@@ -97,18 +97,17 @@ def test_a_step_runs_at_any_length_it_is_told():
 
 def test_what_the_runtime_does_not_compute_is_refused():
     with pytest.raises(FamilyError, match="mixtral: the runtime computes"):
-        read_architecture(build_tiny_model("mixtral").config)
+        read_traits(build_tiny_model("mixtral").config).check_runtime()
     with pytest.raises(FamilyError, match="activation 'relu'"):
-        read_architecture(build_tiny_model("llama", hidden_act="relu").config)
+        read_traits(build_tiny_model("llama", hidden_act="relu").config).check_runtime()
     with pytest.raises(ConfigError, match="needs a CUDA device"):
         build_decoder(build_tiny_model("llama"), PLANS["pairs"], batch_size=1, capacity=8, mode="graph")
 
 
-def test_groups_are_named_by_what_their_time_depends_on():
-    architecture = read_architecture(build_tiny_model("gemma3_text").config)
-    assert [kind.name for kind in architecture.kinds] == ["sliding", "sliding", "full"] * 2
-    assert architecture.describe_group([1, 2, 3]) == "1 full + 2 sliding"
-    assert [segment.layers for segment in architecture.split_group([1, 2, 3])] == [(1, 3), (2,)]
+def test_members_that_attend_differently_keep_separate_attentions():
+    traits = read_traits(build_tiny_model("gemma3_text").config)
+    assert [kind.name for kind in traits.kinds] == ["sliding", "sliding", "full"] * 2
+    assert [part.layers for part in traits.split_group([1, 2, 3])] == [(1, 3), (2,)]
 
 
 @pytest.mark.gpu

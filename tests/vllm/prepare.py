@@ -19,8 +19,7 @@ from transformers import PreTrainedModel
 
 from lpsearch import Plan, applied_plan, export_checkpoint
 from lpsearch.models import load_model, resolve_source
-from lpsearch.transform.modeling_lpsearch import FAMILIES
-from tests.tiny_models import VOCAB_SIZE, build_tiny_model
+from tests.tiny_models import FUSED_FAMILIES, VOCAB_SIZE, build_tiny_model
 
 SMOLLM2_PLANS = {
     # Single layers, pairs, a group of three and one of four: 3, 6, 9 and 12 key-value heads.
@@ -52,15 +51,14 @@ def main(root: Path) -> None:
         shutil.rmtree(root)
     root.mkdir(parents=True)
     torch.manual_seed(0)
-    for family in FAMILIES:
-        derives_head_dim = family.startswith(("phi", "starcoder2", "mistral", "qwen2"))
+    for family in FUSED_FAMILIES:
         # vLLM's attention for CPUs takes heads of 32 and more.
         model = build_tiny_model(
             family,
             hidden_size=128,
             intermediate_size=192,
             max_position_embeddings=256,
-            **({} if derives_head_dim else {"head_dim": 32}),
+            head_dim=32,
         )
         plan = Plan.from_groups(TINY_PLAN)
         export_checkpoint(model, plan, root / family)

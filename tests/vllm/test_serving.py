@@ -13,13 +13,15 @@ import urllib.request
 import numpy as np
 import pytest
 
-from lpsearch.transform.modeling_lpsearch import FAMILIES, class_name
+from lpsearch.models.traits import FAMILIES
+from lpsearch.transform.modeling_lpsearch import class_name
+from tests.tiny_models import FUSED_FAMILIES
 from tests.tolerances import VLLM_LOGITS
 from tests.vllm.conftest import REPOSITORY, ROUTES, running
 from tests.vllm.prepare import SMOLLM2_PLANS
 
 BACKEND_MODULE = "vllm.model_executor.models.transformers"
-BACKEND_FAMILIES = {"olmo2", "starcoder2"}
+BACKEND_FAMILIES = {family for family in FUSED_FAMILIES if FAMILIES[family].vllm is None}
 """Of which vLLM has no decoder layer, so that the plugin too runs lpsearch's modelling code."""
 
 FAMILIES_TIMEOUT_S = 900
@@ -45,7 +47,7 @@ def check(served, exports, name, *, route, num_ranks):
     for rank in served[name]["served"]:
         if is_native:
             assert rank["module"] == "lpsearch.export.vllm_plugin.models"
-            assert rank["name"] == class_name(family, "ForCausalLM") == config["architectures"][0]
+            assert rank["name"] == class_name(FAMILIES[family].stem, "ForCausalLM") == config["architectures"][0]
         else:
             assert rank["module"].startswith(BACKEND_MODULE)
         stock = config["num_key_value_heads"]
@@ -55,10 +57,10 @@ def check(served, exports, name, *, route, num_ranks):
 
 
 @pytest.mark.timeout(FAMILIES_TIMEOUT_S + 60)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FUSED_FAMILIES)
 @pytest.mark.parametrize("route", ROUTES)
 def test_tiny_model_of_every_family(serve, exports, route, family):
-    served = serve(tuple(FAMILIES), route=route, timeout_s=FAMILIES_TIMEOUT_S)
+    served = serve(FUSED_FAMILIES, route=route, timeout_s=FAMILIES_TIMEOUT_S)
     check(served, exports, family, route=route, num_ranks=1)
 
 
@@ -125,7 +127,7 @@ def _wait_until_healthy(server, url, *, log, timeout_s):
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("name", [*FAMILIES, *SMOLLM2_PLANS])
+@pytest.mark.parametrize("name", [*FUSED_FAMILIES, *SMOLLM2_PLANS])
 def test_this_older_transformers_computes_the_same(exports, name):
     """The directory's own code, without lpsearch's help, in the version of transformers that vLLM wants."""
     import torch

@@ -4,16 +4,9 @@ vLLM calls :func:`register` in every one of its processes, by the entry point th
 ``vllm.general_plugins``. It tells transformers the configuration classes and vLLM the names of the models; the models
 themselves are imported when one is asked for.
 
-=====================  =================================================================================
-families               what serves them
-=====================  =================================================================================
-gemma, gemma2,         vLLM's own model of the family, with one decoder layer a group, each built for
-gemma3_text, granite,  its own number of heads (:mod:`lpsearch.export.vllm_plugin.models`)
-llama, mistral, phi3,
-qwen2, qwen3, smollm3
-olmo2, starcoder2      vLLM's Transformers backend running this package's own modelling code, since
-                       vLLM has no decoder layer of its own for them
-=====================  =================================================================================
+A family whose entry in :mod:`lpsearch.models.traits` names a model of vLLM is served by that model, with one decoder
+layer a group, each built for its own number of heads (:mod:`lpsearch.export.vllm_plugin.models`). For the others vLLM
+has no decoder layer, and its Transformers backend runs this package's own modelling code.
 """
 
 from __future__ import annotations
@@ -37,12 +30,14 @@ def register() -> None:
         ) from error
     from transformers import AutoConfig
 
+    from lpsearch.models.traits import FAMILIES, list_fusible_families
     from lpsearch.transform import modeling_lpsearch as modeling
 
     known = ModelRegistry.get_supported_archs()
-    for family in modeling.FAMILIES:
-        config_class = getattr(modeling, modeling.class_name(family, "Config"))
+    for model_type in list_fusible_families():
+        stem = FAMILIES[model_type].stem
+        config_class = getattr(modeling, modeling.class_name(stem, "Config"))
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        architecture = modeling.class_name(family, "ForCausalLM")
+        architecture = modeling.class_name(stem, "ForCausalLM")
         if architecture not in known:
             ModelRegistry.register_model(architecture, f"{__name__}.models:{architecture}")

@@ -19,38 +19,24 @@ from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.model_executor.models.utils import make_layers, maybe_prefix
 
 from lpsearch.export.vllm_plugin.slots import build_slot
+from lpsearch.models.traits import FAMILIES, Family
 from lpsearch.transform import modeling_lpsearch as modeling
-
-_STOCK_MODELS = {
-    "gemma": ("gemma", "GemmaForCausalLM"),
-    "gemma2": ("gemma2", "Gemma2ForCausalLM"),
-    "gemma3_text": ("gemma3", "Gemma3ForCausalLM"),
-    "granite": ("granite", "GraniteForCausalLM"),
-    "llama": ("llama", "LlamaForCausalLM"),
-    "mistral": ("mistral", "MistralForCausalLM"),
-    "phi3": ("phi3", "Phi3ForCausalLM"),
-    # Llama's model takes biases of queries, keys and values and a head size of its own; Qwen 2's takes no head size.
-    "qwen2": ("llama", "LlamaForCausalLM"),
-    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
-    # vLLM has no SmolLM3 of its own; it is a Llama some of whose layers have no rotary embedding.
-    "smollm3": ("llama", "LlamaForCausalLM"),
-}
-"""For each family: the module of vLLM's model and its class. A family that is not here has none."""
 
 
 def __getattr__(name: str) -> type[nn.Module]:
     """Build or find the model class of a family by its architecture's name."""
-    for family in modeling.FAMILIES:
-        if name == modeling.class_name(family, "ForCausalLM"):
-            return _build_model_class(family, name) if family in _STOCK_MODELS else _find_backend_class(family)
+    for family in FAMILIES.values():
+        if name == modeling.class_name(family.stem, "ForCausalLM"):
+            return _find_backend_class(family) if family.vllm is None else _build_model_class(family, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @cache
-def _build_model_class(family: str, name: str) -> type[nn.Module]:
+def _build_model_class(family: Family, name: str) -> type[nn.Module]:
     """Subclass vLLM's model of a family."""
-    module_name, stock_name = _STOCK_MODELS[family]
-    stock_class = getattr(import_module(f"vllm.model_executor.models.{module_name}"), stock_name)
+    assert family.vllm is not None
+    module_name, stem = family.vllm
+    stock_class = getattr(import_module(f"vllm.model_executor.models.{module_name}"), f"{stem}ForCausalLM")
 
     class ForCausalLM(stock_class):  # type: ignore[misc, valid-type]
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -64,7 +50,7 @@ def _build_model_class(family: str, name: str) -> type[nn.Module]:
             )
             if hasattr(config, "logits_scaling") and hasattr(self, "logits_processor"):
                 # Granite's model would apply both this and the `logit_scale` that says the same to the backend.
-                self.logits_processor.scale = config.logit_scale
+                self.logits_processor.scale = 1.0 / config.logits_scaling
 
     ForCausalLM.__name__ = ForCausalLM.__qualname__ = name
     return ForCausalLM
@@ -84,9 +70,10 @@ def _without_layers(config: Any) -> Iterator[None]:
             setattr(config, name, value)
 
 
-def _find_backend_class(family: str) -> type[nn.Module]:
+def _find_backend_class(family: Family) -> type[nn.Module]:
     """Return vLLM's Transformers backend, having told transformers of the decoder that it shall run."""
-    config_class, decoder_class = (getattr(modeling, modeling.class_name(family, kind)) for kind in ("Config", "Model"))
+    names = (modeling.class_name(family.stem, kind) for kind in ("Config", "Model"))
+    config_class, decoder_class = (getattr(modeling, name) for name in names)
     AutoModel.register(config_class, decoder_class, exist_ok=True)
     backend: type[nn.Module] = TransformersForCausalLM
     return backend

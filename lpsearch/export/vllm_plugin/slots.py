@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import torch
@@ -21,81 +22,77 @@ from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer
 
 from lpsearch.errors import ModelError
+from lpsearch.models.traits import BlockForm, Family, FamilyTraits, read_traits
 from lpsearch.transform.modeling_lpsearch import MemberNorms, MemberPostNorms, count_mlp_blocks
 
-_HEAD_NORM_FAMILIES = ("gemma3_text", "qwen3")
-_POST_NORM_FAMILIES = ("gemma2", "gemma3_text")
 
-
-def build_slot(vllm_config: VllmConfig, *, family: str, prefix: str) -> nn.Module:
+def build_slot(vllm_config: VllmConfig, *, family: Family, prefix: str) -> nn.Module:
     """Build the entry of ``model.layers`` that the last part of a prefix numbers.
 
     Args:
         vllm_config: vLLM's configuration.
-        family: the base model's type, e.g. ``llama``.
+        family: the base model's entry, which names a model of vLLM.
         prefix: the entry's name, e.g. ``model.layers.3``.
 
     Raises:
         ModelError: if tensor parallelism would cut through a member of a group that has norms of its own.
     """
     config = vllm_config.model_config.hf_config
+    traits = read_traits(config, family=family)
     slots, slot = config.lpsearch["slots"], int(prefix.rpartition(".")[2])
     group = next(group for group in config.lpsearch["groups"] if slots[slot][0] in group)
     num_members = len(slots[slot])
-    layer = _build_layer(family, vllm_config, config.per_layer_config[slot], prefix)
-    if family in _HEAD_NORM_FAMILIES or family in _POST_NORM_FAMILIES:
-        _check_tensor_parallel(family, layer, num_members=num_members, num_grouped=len(group), prefix=prefix)
-    if family in _HEAD_NORM_FAMILIES and num_members > 1:
+    layer = _build_layer(traits, vllm_config, prefix=prefix, slot=slot)
+    if len(group) > 1:
+        _check_tensor_parallel(traits, layer, num_members=num_members, num_grouped=len(group), prefix=prefix)
+    if traits.qk_norm != "none" and num_members > 1:
         _give_head_norms(layer.self_attn, num_members)
-    if family in _POST_NORM_FAMILIES and len(group) > 1:
-        _give_post_norms(layer, num_members=num_members, num_grouped=len(group), prefix=prefix)
+    if traits.has_post_norms and len(group) > 1:
+        _give_post_norms(layer, family.block, num_members=num_members, num_grouped=len(group), prefix=prefix)
     if num_members == len(group):
         built: nn.Module = layer
         return built
     is_first = slots[slot][0] == group[0]
     is_last = slot + 1 == len(slots) or slots[slot + 1][0] not in group
     if not is_last:
-        return LeadingSlot(layer, is_first=is_first, side_by_side=family in _POST_NORM_FAMILIES)
-    return ClosingPostNormSlot(layer) if family in _POST_NORM_FAMILIES else ClosingSlot(layer)
+        return LeadingSlot(layer, is_first=is_first, side_by_side=traits.has_post_norms)
+    return ClosingPostNormSlot(layer, family.block) if traits.has_post_norms else ClosingSlot(layer)
 
 
-def _build_layer(family: str, vllm_config: VllmConfig, config: Any, prefix: str) -> Any:
+def _build_layer(traits: FamilyTraits, vllm_config: VllmConfig, *, prefix: str, slot: int) -> Any:
     """Build vLLM's decoder layer of a family for one entry's own configuration."""
-    if family in ("llama", "phi3"):
-        return LlamaDecoderLayer(vllm_config, prefix=prefix, config=config)
-    if family == "qwen2":
+    assert traits.family.vllm is not None
+    module_name, stem = traits.family.vllm
+    module = import_module(f"vllm.model_executor.models.{module_name}")
+    layer_class: Callable[..., Any] = getattr(module, f"{stem}DecoderLayer", LlamaDecoderLayer)
+    config, kind = vllm_config.model_config.hf_config.per_layer_config[slot], traits.kinds[slot]
+    if layer_class is LlamaDecoderLayer and traits.qkv_bias != traits.o_bias:
         config = copy.copy(config)
-        config.qkv_bias = True
-        return LlamaDecoderLayer(vllm_config, prefix=prefix, config=config)
-    slot = int(prefix.rpartition(".")[2])
-    if family == "smollm3":
-        attention_class = LlamaAttention if config.no_rope_layers[slot] else NoRotaryAttention
-        return LlamaDecoderLayer(vllm_config, prefix=prefix, config=config, attn_layer_type=attention_class)
-    module_name, class_name = {
-        "gemma": ("gemma", "GemmaDecoderLayer"),
-        "gemma2": ("gemma2", "Gemma2DecoderLayer"),
-        "gemma3_text": ("gemma3", "Gemma3DecoderLayer"),
-        "granite": ("granite", "GraniteDecoderLayer"),
-        "mistral": ("mistral", "MistralDecoderLayer"),
-        "qwen3": ("qwen3", "Qwen3DecoderLayer"),
-    }[family]
-    layer_class: Callable[..., Any] = getattr(import_module(f"vllm.model_executor.models.{module_name}"), class_name)
-    if family == "mistral":
-        return layer_class(vllm_config, prefix=prefix, config=config)
-    own = {"cache_config": vllm_config.cache_config, "quant_config": vllm_config.quant_config, "prefix": prefix}
-    if family == "qwen3" and config.layer_types[slot] == "sliding_attention":
-        own["per_layer_sliding_window"] = config.sliding_window
-    return layer_class(config, **own)
+        config.qkv_bias, config.attention_bias = traits.qkv_bias, traits.o_bias
+    options: dict[str, Any] = {
+        "vllm_config": vllm_config,
+        "cache_config": vllm_config.cache_config,
+        "quant_config": vllm_config.quant_config,
+        "per_layer_sliding_window": kind.window,
+        "attn_layer_type": LlamaAttention if kind.rotates else NoRotaryAttention,
+    }
+    taken = signature(layer_class).parameters
+    own = {name: option for name, option in options.items() if name in taken}
+    return layer_class(config=config, prefix=prefix, **own)
 
 
-def _check_tensor_parallel(family: str, layer: Any, *, num_members: int, num_grouped: int, prefix: str) -> None:
+def _check_tensor_parallel(
+    traits: FamilyTraits, layer: Any, *, num_members: int, num_grouped: int, prefix: str
+) -> None:
     """Refuse more GPUs than a single member can be split over: its norms see its own heads and features alone."""
     world_size = get_tensor_model_parallel_world_size()
-    counts = {"key-value heads": layer.self_attn.total_num_kv_heads // num_members}
-    if family in _POST_NORM_FAMILIES:
+    counts = {}
+    if traits.qk_norm != "none" or traits.has_post_norms:
+        counts["key-value heads"] = layer.self_attn.total_num_kv_heads // num_members
+    if traits.has_post_norms:
         counts["blocks of MLP features"] = count_mlp_blocks(layer.mlp.down_proj.input_size // num_grouped)
     for what, count in counts.items():
-        if num_grouped > 1 and count % world_size:
+        if count % world_size:
             raise ModelError(
                 f"{prefix}: each of the {num_grouped} layers of this group has {count} {what}, which "
                 f"{world_size} tensor-parallel ranks cannot share equally; use a tensor parallel size that divides it"
@@ -111,15 +108,16 @@ def _give_head_norms(attention: Any, num_members: int) -> None:
         setattr(attention, name, MemberNorms(norms, -2, block))
 
 
-def _give_post_norms(layer: Any, *, num_members: int, num_grouped: int, prefix: str) -> None:
+def _give_post_norms(layer: Any, block: BlockForm, *, num_members: int, num_grouped: int, prefix: str) -> None:
     """Give every member its own output projections and post-norms."""
     attention, mlp = layer.self_attn, layer.mlp
     if num_members > 1:
-        block = attention.head_dim * attention.num_heads // attention.num_kv_heads
-        _split_linear(attention, "o_proj", num_members, block, prefix=f"{prefix}.self_attn")
+        turn = attention.head_dim * attention.num_heads // attention.num_kv_heads
+        _split_linear(attention, "o_proj", num_members, turn, prefix=f"{prefix}.self_attn")
     inner = mlp.down_proj.input_size // num_grouped
     _split_linear(mlp, "down_proj", num_grouped, inner // count_mlp_blocks(inner), prefix=f"{prefix}.mlp")
-    for name in ("post_attention_layernorm", "post_feedforward_layernorm"):
+    for name in (block.attention_post_norm, block.mlp_post_norm):
+        assert name is not None  # it has post-norms
         setattr(layer, name, MemberPostNorms([_build_norm(getattr(layer, name)) for _ in range(num_grouped)]))
 
 
@@ -175,7 +173,6 @@ class MemberLinears(nn.ModuleList):
     """
 
     def __init__(self, linears: list[nn.Module], block: int, *, is_reduced: bool) -> None:
-        """Take over the modules."""
         super().__init__(linears)
         self.block = block
         self.needs_reduction = not is_reduced and get_tensor_model_parallel_world_size() > 1
@@ -199,7 +196,6 @@ class LeadingSlot(nn.Module):
     """
 
     def __init__(self, layer: Any, *, is_first: bool, side_by_side: bool) -> None:
-        """Take over what is kept of the layer."""
         super().__init__()
         self.input_layernorm = layer.input_layernorm
         self.self_attn = layer.self_attn
@@ -230,7 +226,6 @@ class ClosingSlot(nn.Module):
     mlp: Any
 
     def __init__(self, layer: Any) -> None:
-        """Take over all of the layer's modules."""
         super().__init__()
         for name, module in layer.named_children():
             self.add_module(name, module)
@@ -246,19 +241,29 @@ class ClosingSlot(nn.Module):
 
 
 class ClosingPostNormSlot(ClosingSlot):
-    """The same for families with post-norms."""
+    """The same for families with post-norms.
 
-    pre_feedforward_layernorm: Any
-    post_feedforward_layernorm: Any
+    Args:
+        layer: a decoder layer.
+        block: which of its submodules is which norm.
+    """
+
+    def __init__(self, layer: Any, block: BlockForm) -> None:
+        super().__init__(layer)
+        self.block = block
 
     def forward(
         self, positions: Tensor, hidden_states: Tensor, residual: Tensor, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Take what earlier slots found and the residual stream as the group got it, and finish the group."""
+        attention_post, mlp_norm, mlp_post = (
+            getattr(self, str(name))
+            for name in (self.block.attention_post_norm, self.block.mlp_norm, self.block.mlp_post_norm)
+        )
         attended = self.self_attn(positions=positions, hidden_states=self.input_layernorm(residual))
-        attended = self.post_attention_layernorm(_join(hidden_states, attended, side_by_side=True))
-        hidden_states, residual = self.pre_feedforward_layernorm(attended, residual)
-        return self.post_feedforward_layernorm(self.mlp(hidden_states)), residual
+        attended = attention_post(_join(hidden_states, attended, side_by_side=True))
+        hidden_states, residual = mlp_norm(attended, residual)
+        return mlp_post(self.mlp(hidden_states)), residual
 
 
 def _join(carried: Tensor, attended: Tensor, *, side_by_side: bool) -> Tensor:

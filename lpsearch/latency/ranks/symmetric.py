@@ -1,9 +1,8 @@
 """All-reduces over symmetric memory, for the few kilobytes that a decode step adds up.
 
 Each rank can write into a buffer of every other. ``one_shot`` is torch's own kernel: wait for all, read all, add up.
-``push`` writes each 32-bit word to the other ranks together with the number of the sum that it belongs to, so that
-whoever polls a word knows when it has arrived and no barrier is needed; this is how NCCL's low-latency protocol works.
-Neither uses NVLink multicast.
+``push`` (:mod:`lpsearch.latency.ranks.push`) writes each 32-bit word to the other ranks together with the number of its
+sum, and needs no barrier. Neither uses NVLink multicast.
 """
 
 from __future__ import annotations
@@ -16,9 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lpsearch.latency.graphs import capture_graph
-from lpsearch.latency.parallel import AllReduceKind, GroupRanks, Ranks
-from lpsearch.latency.push import push_sum
+from lpsearch.latency.ranks.parallel import ProcessGroupRanks
+from lpsearch.latency.ranks.push import push_sum
+from lpsearch.latency.runtime.graphs import capture_graph
+from lpsearch.latency.sums import AllReduceKind, Ranks
 
 __all__ = ["SymmetricRanks", "choose_ranks", "measure_all_reduce_ms"]
 
@@ -33,20 +33,20 @@ _ROUNDING = 2**-7
 _REPEATS = 20
 
 
-class SymmetricRanks(GroupRanks):
+class SymmetricRanks(ProcessGroupRanks):
     """Ranks on one host whose small bfloat16 sums go over symmetric memory, all others over NCCL.
 
     A slot of the ``push`` buffer is written again only two sums later. By then every rank has finished the sum between,
     which needed what this rank sent after it had read the slot.
+
+    All ranks construct this together, since they share a buffer.
+
+    Args:
+        group: an NCCL process group of ranks that reach each other's memory.
+        kind: ``one_shot`` or ``push``.
     """
 
     def __init__(self, group: dist.ProcessGroup, kind: AllReduceKind) -> None:
-        """Share a buffer with the other ranks; all of them call this together.
-
-        Args:
-            group: an NCCL process group of ranks that reach each other's memory.
-            kind: ``one_shot`` or ``push``.
-        """
         super().__init__(group)
         import torch.distributed._symmetric_memory as symmetric_memory
 
@@ -114,7 +114,7 @@ def measure_all_reduce_ms(ranks: Ranks, *, num_elements: int) -> float:
     return float(ranks.all_gather(torch.tensor([statistics.median(times)], device="cuda")).max())
 
 
-def choose_ranks(group: dist.ProcessGroup, *, num_elements: int) -> tuple[GroupRanks, dict[str, float]]:
+def choose_ranks(group: dist.ProcessGroup, *, num_elements: int) -> tuple[ProcessGroupRanks, dict[str, float]]:
     """Choose how a group of ranks adds up, by measurement.
 
     Args:
@@ -124,10 +124,10 @@ def choose_ranks(group: dist.ProcessGroup, *, num_elements: int) -> tuple[GroupR
     Returns:
         The ranks, and the time of one sum in us of each kind that was tried, the choice the fastest.
     """
-    plain = GroupRanks(group)
+    plain = ProcessGroupRanks(group)
     if plain.kind == "gloo":
         return plain, {}
-    candidates: dict[str, GroupRanks] = {"nccl": plain}
+    candidates: dict[str, ProcessGroupRanks] = {"nccl": plain}
     if num_elements <= _MAX_ELEMENTS and _reach_each_other(plain):
         kinds: tuple[AllReduceKind, ...] = ("one_shot", "push")
         candidates |= {kind: SymmetricRanks(group, kind) for kind in kinds}
@@ -138,7 +138,7 @@ def choose_ranks(group: dist.ProcessGroup, *, num_elements: int) -> tuple[GroupR
     return candidates[min(times, key=lambda kind: times[kind])], times
 
 
-def _agrees(ranks: GroupRanks, plain: GroupRanks, num_elements: int) -> bool:
+def _agrees(ranks: ProcessGroupRanks, plain: ProcessGroupRanks, num_elements: int) -> bool:
     """Tell whether sums in a graph that is replayed are NCCL's but for rounding, on every rank."""
     generator = torch.Generator().manual_seed(ranks.rank)
     data = torch.randn((_CHECKED_SUMS, num_elements), generator=generator).to("cuda", torch.bfloat16)
@@ -161,7 +161,7 @@ def _agrees(ranks: GroupRanks, plain: GroupRanks, num_elements: int) -> bool:
     return bool(plain.all_gather(torch.tensor([float(agree)], device="cuda")).min() > 0)
 
 
-def _reach_each_other(ranks: GroupRanks) -> bool:
+def _reach_each_other(ranks: ProcessGroupRanks) -> bool:
     """Tell whether every rank's GPU is on this host and can read the others' memory."""
     mine = torch.cuda.current_device()
     others = [index for index in range(ranks.num_ranks) if index != mine]

@@ -1,8 +1,8 @@
 """The operations of a decoder step: plain torch, and the same fused.
 
-A row is one token of one sequence. Fused, a norm, activation, bias or residual becomes part of the product beside it:
-by kernels of this package where there is one row, else by torch.compile around the library's products. Fused and plain
-agree but for rounding; on a CPU everything is plain.
+A row is one token of one sequence. When fused, a norm, activation, bias or residual becomes part of the product beside
+it: by kernels of this package where there is one row, else by torch.compile around the library's products. Fused and
+plain operations agree but for rounding; on a CPU all are plain.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpsearch.latency import kernels
+from lpsearch.latency.runtime import kernels
 
 __all__ = ["Operations"]
 
@@ -32,7 +32,6 @@ class Operations:
     """
 
     def __init__(self, *, fused: bool, eps: float, activation: Activation) -> None:
-        """Choose the implementation."""
         self.fused = fused
         self._eps = eps
         self._activation: Activation = activation

@@ -1,8 +1,7 @@
-"""Measuring a profile on several GPUs: real ranks, or one GPU's share of the work and a given time for the sums."""
+"""Measuring a profile on several GPUs: on real ranks, or one rank's work plus a given time for the sums."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +9,13 @@ import torch
 import torch.distributed as dist
 
 from lpsearch.errors import ConfigError
-from lpsearch.latency.architecture import read_architecture
-from lpsearch.latency.measure import Workload, measure_profile
-from lpsearch.latency.parallel import EmulatedRanks, Ranks, get_torchrun_size, join_ranks, run_ranks
+from lpsearch.latency.measure import measure_profile
 from lpsearch.latency.profile import LatencyProfile
-from lpsearch.latency.symmetric import choose_ranks
+from lpsearch.latency.ranks.parallel import EmulatedRanks
+from lpsearch.latency.ranks.processes import get_torchrun_size, join_ranks, run_ranks
+from lpsearch.latency.ranks.symmetric import choose_ranks
+from lpsearch.latency.workload import Workload
+from lpsearch.models.traits import read_traits
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -54,7 +55,7 @@ def measure_profile_on_ranks(
         ConfigError: if the ranks do not divide the model or outnumber the GPUs.
         LpsearchError: if a rank fails.
     """
-    read_architecture(config).check_ranks(num_ranks)
+    _check_model(config, num_ranks)
     backend = "nccl" if device.type == "cuda" else "gloo"
     options = (config, device.type, dtype, list(workloads), max_group, budget_s)
     started = get_torchrun_size()
@@ -101,7 +102,7 @@ def emulate_profile_on_ranks(
     Raises:
         ConfigError: for a prefill, whose sums take another time, or if the ranks do not divide the model.
     """
-    read_architecture(config).check_ranks(num_ranks)
+    _check_model(config, num_ranks)
     if any(workload.kind != "decode" for workload in workloads):
         raise ConfigError("--emulate-tp estimates decode steps only; drop --prefill")
     measured = measure_profile(
@@ -111,7 +112,7 @@ def emulate_profile_on_ranks(
         workloads=workloads,
         max_group=max_group,
         budget_s=budget_s,
-        choose=lambda num_elements: (EmulatedRanks(num_ranks), {"given": all_reduce_us}),
+        choose_ranks=lambda num_elements: (EmulatedRanks(num_ranks), {"given": all_reduce_us}),
         on_progress=on_progress,
     )
     added_ms = _SUMS_PER_GROUP * all_reduce_us / 1e3
@@ -138,6 +139,13 @@ def emulate_profile_on_ranks(
     )
 
 
+def _check_model(config: PretrainedConfig, num_ranks: int) -> None:
+    """Refuse a model that ranks cannot share, before any of them starts."""
+    traits = read_traits(config)
+    traits.check_runtime()
+    traits.check_ranks(num_ranks)
+
+
 def _measure_rank(
     group: dist.ProcessGroup,
     config: PretrainedConfig,
@@ -150,18 +158,14 @@ def _measure_rank(
 ) -> dict[str, Any]:
     """Measure on one rank; returns the profile as a document."""
     device = torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
-
-    def choose(num_elements: int) -> tuple[Ranks, dict[str, float]]:
-        return choose_ranks(group, num_elements=num_elements)
-
     profile = measure_profile(
         config,
         device=device,
         dtype=dtype,
-        workloads=[dataclasses.replace(workload) for workload in workloads],
+        workloads=workloads,
         max_group=max_group,
         budget_s=budget_s,
-        choose=choose,
+        choose_ranks=lambda num_elements: choose_ranks(group, num_elements=num_elements),
         on_progress=on_progress,
     )
     return profile.model_dump(mode="json")

@@ -13,21 +13,22 @@ import torch
 from torch import Tensor
 
 from lpsearch.errors import ConfigError
-from lpsearch.latency import kernels
-from lpsearch.latency.architecture import Architecture, AttentionKind, Segment, read_architecture
-from lpsearch.latency.attention import Rope, attend, norm_heads
-from lpsearch.latency.graphs import capture_graph
-from lpsearch.latency.operations import Operations
-from lpsearch.latency.parallel import OneRank, Ranks
+from lpsearch.latency.runtime.attention import GroupAttention
+from lpsearch.latency.runtime.graphs import capture_graph
+from lpsearch.latency.runtime.launch import has_kernels
+from lpsearch.latency.runtime.operations import Operations
+from lpsearch.latency.runtime.weights import DecoderWeights, fuse_model
+from lpsearch.latency.sums import OneRank, Ranks
 from lpsearch.latency.timing import measure_interleaved
-from lpsearch.latency.weights import DecoderWeights, WideLayer, fuse_model
+from lpsearch.models.traits import FamilyTraits, read_traits
+from lpsearch.transform.fused_weights import WideLayer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from transformers import PreTrainedModel
 
-    from lpsearch.latency.arena import Arena
+    from lpsearch.latency.runtime.memory import Workspace
     from lpsearch.plan import Plan
 
 __all__ = ["Decoder", "RunMode", "build_decoder", "default_mode"]
@@ -41,7 +42,7 @@ _CHOICE_BLOCKS = 5
 
 def default_mode(device: torch.device) -> RunMode:
     """Return the fastest mode of a device: ``compiled`` on CUDA, else ``eager``."""
-    return "compiled" if kernels.has_kernels(device) else "eager"
+    return "compiled" if has_kernels(device) else "eager"
 
 
 class Decoder:
@@ -51,43 +52,45 @@ class Decoder:
     makes the same calls.
 
     Args:
-        architecture: shape and arithmetic.
+        traits: shape and arithmetic of the model.
         weights: this rank's weights.
         batch_size: sequences.
         capacity: tokens that the cache holds.
         mode: how steps run; anything but ``eager`` needs a CUDA device.
         ranks: the ranks that share the model; None for one.
-        cache_arena: where to take the cache from; None allocates it.
+        cache_workspace: where to take the cache from; None allocates it.
         pool: memory pool of the graphs; None takes one of its own.
 
     Attributes:
         mode: how steps run.
         tokens: (batch, 1), the last token of each sequence.
         fused_attention: whether steps attend by this package's kernel, in ``compiled`` mode alone.
+
+    Raises:
+        ConfigError: for a mode that the device has not.
     """
 
     def __init__(
         self,
-        architecture: Architecture,
+        traits: FamilyTraits,
         weights: DecoderWeights,
         *,
         batch_size: int,
         capacity: int,
         mode: RunMode,
         ranks: Ranks | None = None,
-        cache_arena: Arena | None = None,
+        cache_workspace: Workspace | None = None,
         pool: Any = None,
     ) -> None:
-        """Take the cache and lay out the rotary tables."""
         device = weights.embedding.device
         if mode != "eager" and device.type != "cuda":
             raise ConfigError(f"mode {mode} needs a CUDA device, and the model is on {device}; use eager")
         self.mode: RunMode = mode
         self.tokens = torch.zeros((batch_size, 1), dtype=torch.long, device=device)
-        self._arch = architecture
+        self._traits = traits
         self._weights = weights
         self._ranks = ranks or OneRank()
-        self._ops = Operations(fused=mode == "compiled", eps=architecture.norm_eps, activation=architecture.activation)
+        self._ops = Operations(fused=mode == "compiled", eps=traits.norm_eps, activation=traits.activation)
         self._capacity = capacity
         self._length = 0
         self._position = torch.zeros((), dtype=torch.int32, device=device)
@@ -95,21 +98,15 @@ class Decoder:
         self.fused_attention = mode == "compiled"
         self._graph: torch.cuda.CUDAGraph | None = None
         self._graph_length = -1
-        self._ropes: dict[AttentionKind, Rope] = {
-            kind: Rope(architecture, kind, num_positions=capacity, device=device)
-            for kind in dict.fromkeys(architecture.kinds)
-        }
-        kv_heads = architecture.num_kv_heads // self._ranks.num_ranks
+        self._attention = GroupAttention(traits, self._ranks, num_positions=capacity, device=device)
+        kv_heads = traits.num_kv_heads // self._ranks.num_ranks
         self._caches: list[list[Tensor]] = []
         for layer in weights.layers:
-            shapes = [
-                (2, batch_size, len(segment.layers) * kv_heads, capacity, architecture.head_dim)
-                for segment in layer.segments
-            ]
+            shapes = [(2, batch_size, len(part.layers) * kv_heads, capacity, traits.head_dim) for part in layer.parts]
             self._caches.append(
                 [
-                    cache_arena.take(shape)
-                    if cache_arena is not None
+                    cache_workspace.take(shape)
+                    if cache_workspace is not None
                     else torch.zeros(shape, dtype=weights.embedding.dtype, device=device)
                     for shape in shapes
                 ]
@@ -227,8 +224,8 @@ class Decoder:
         matrices = [matrix for layer in self._weights.layers for matrix in layer.list_matrices()]
         num_bytes = sum(matrix.numel() * matrix.element_size() for matrix in [*matrices, self._weights.head])
         for layer, caches in zip(self._weights.layers, self._caches, strict=True):
-            for segment, cache in zip(layer.segments, caches, strict=True):
-                held = min(self._length + 1, segment.kind.window or self._capacity)
+            for part, cache in zip(layer.parts, caches, strict=True):
+                held = min(self._length + 1, part.kind.window or self._capacity)
                 num_bytes += cache.numel() // self._capacity * held * cache.element_size()
         return num_bytes
 
@@ -242,28 +239,29 @@ class Decoder:
 
     def _forward(self, tokens: Tensor) -> Tensor:
         """Return this rank's logits of the last position, (batch, rows), from (batch, seq) tokens after the cached."""
-        arch = self._arch
+        traits = self._traits
         self._ranks.begin_step()
         batch, seq = tokens.shape
         hidden = torch.nn.functional.embedding(tokens.reshape(-1), self._weights.embedding)  # (batch * seq, hidden)
-        if arch.embedding_scale != 1:
+        if traits.embedding_scale != 1:
             # Rounded as the families do, which hold the factor in the dtype of the weights.
-            hidden = hidden * torch.tensor(arch.embedding_scale, dtype=hidden.dtype).item()
+            hidden = hidden * torch.tensor(traits.embedding_scale, dtype=hidden.dtype).item()
         for layer, caches in zip(self._weights.layers, self._caches, strict=True):
             hidden = self._run_layer(layer, caches, hidden, batch)
         last = hidden.view(batch, seq, -1)[:, -1]
         logits = self._ops.project(last, self._weights.head, None, norm=True)
-        if arch.logits_scale != 1:
-            logits = logits * arch.logits_scale
-        if arch.logits_softcap is not None:
-            logits = arch.logits_softcap * torch.tanh(logits / arch.logits_softcap)
+        if traits.logits_scale != 1:
+            logits = logits * traits.logits_scale
+        if traits.logits_softcap is not None:
+            logits = traits.logits_softcap * torch.tanh(logits / traits.logits_softcap)
         return logits
 
     def _run_layer(self, layer: WideLayer, caches: list[Tensor], hidden: Tensor, batch: int) -> Tensor:
         """Run a group: one attention and one MLP, each with one sum over ranks; (rows, hidden) to the same."""
-        pre_norm = self._arch.norm_form != "post"
+        pre_norm = self._traits.norm_form != "post"
         qkv = self._ops.project(hidden, layer.qkv, layer.qkv_bias, norm=pre_norm)
-        attended = self._attend(layer, caches, qkv, batch)
+        position = self._position if self.fused_attention and len(qkv) == batch else None
+        attended = self._attention.attend(layer, caches, qkv, length=self._length, position=position)
         hidden = self._finish(attended, layer.o, layer.o_bias, layer.attention_post, hidden)
         inner = self._ops.gate(hidden, layer.gate_up, layer.gate_up_bias, norm=pre_norm)
         return self._finish(inner, layer.down, layer.down_bias, layer.mlp_post, hidden)
@@ -279,90 +277,6 @@ class Decoder:
         outputs = self._ranks.all_reduce(self._ops.output(rows, weight, bias, None))
         return self._ops.add_normed(residual, outputs, post)
 
-    def _attend(self, layer: WideLayer, caches: list[Tensor], qkv: Tensor, batch: int) -> Tensor:
-        """Attend with every segment; (rows, projections) to (rows, heads * head_dim of all members)."""
-        arch, ranks = self._arch, self._ranks.num_ranks
-        heads, kv_heads = arch.num_heads // ranks, arch.num_kv_heads // ranks
-        if arch.qk_norm == "full":
-            qkv = self._norm_full_width(layer, qkv)
-        fused = self.fused_attention and len(qkv) == batch
-        out = qkv.new_empty((len(qkv), sum(len(s.layers) for s in layer.segments) * heads * arch.head_dim))
-        row, column = 0, 0
-        for index, (segment, cache) in enumerate(zip(layer.segments, caches, strict=True)):
-            members = len(segment.layers)
-            num_rows = members * (heads + 2 * kv_heads) * arch.head_dim
-            num_columns = members * heads * arch.head_dim
-            attend_segment = self._attend_fused if fused else self._attend_plain
-            attend_segment(
-                layer, index, segment, cache, qkv[:, row : row + num_rows], out[:, column : column + num_columns]
-            )
-            row, column = row + num_rows, column + num_columns
-        return out
-
-    def _attend_fused(
-        self, layer: WideLayer, index: int, segment: Segment, cache: Tensor, qkv: Tensor, out: Tensor
-    ) -> None:
-        arch = self._arch
-        rope = self._ropes[segment.kind]
-        head_norms = arch.qk_norm == "head"
-        kernels.attend_row(
-            qkv,
-            cache[0],
-            cache[1],
-            out,
-            rope=rope.table,
-            partner=rope.partner,
-            position=self._position,
-            q_norm=layer.q_norm[index] if head_norms else None,
-            k_norm=layer.k_norm[index] if head_norms else None,
-            norm_eps=arch.norm_eps,
-            num_heads=out.shape[1] // arch.head_dim,
-            scale=arch.attention_scale,
-            softcap=arch.attention_softcap,
-            window=segment.kind.window,
-        )
-
-    def _attend_plain(
-        self, layer: WideLayer, index: int, segment: Segment, cache: Tensor, qkv: Tensor, out: Tensor
-    ) -> None:
-        arch, rope = self._arch, self._ropes[segment.kind]
-        batch = cache.shape[1]
-        heads, kv_heads = out.shape[1] // arch.head_dim, cache.shape[2]
-        split = qkv.reshape(batch, len(qkv) // batch, -1, arch.head_dim)  # (batch, seq, all heads, head_dim)
-        q, k, v = torch.split(split, [heads, kv_heads, kv_heads], dim=2)
-        if arch.qk_norm == "head":
-            q = norm_heads(q, layer.q_norm[index], arch.norm_eps)
-            k = norm_heads(k, layer.k_norm[index], arch.norm_eps)
-        attended = attend(
-            rope.rotate(q, self._length),
-            rope.rotate(k, self._length),
-            v,
-            cache[0],
-            cache[1],
-            start=self._length,
-            scale=arch.attention_scale,
-            softcap=arch.attention_softcap,
-            window=segment.kind.window,
-        )
-        out.copy_(attended.flatten(2).flatten(0, 1))
-
-    def _norm_full_width(self, layer: WideLayer, qkv: Tensor) -> Tensor:
-        """Norm each member's queries and keys over their whole width, which is spread over ranks."""
-        arch, ranks = self._arch, self._ranks.num_ranks
-        widths = [heads // ranks * arch.head_dim for heads in (arch.num_heads, arch.num_kv_heads, arch.num_kv_heads)]
-        counts = [len(segment.layers) * width for segment in layer.segments for width in widths]
-        parts = list(torch.split(qkv, counts, dim=-1))
-        picked = [(3 * index + part, part) for index in range(len(layer.segments)) for part in (0, 1)]
-        split = {slot: parts[slot].float().reshape(len(qkv), -1, widths[part]) for slot, part in picked}
-        squares = torch.cat([split[slot].square().sum(-1) for slot, _ in picked], dim=-1)  # (rows, 2 * members)
-        squares = self._ranks.all_reduce(squares) / ranks
-        counts = [split[slot].shape[1] for slot, _ in picked]
-        for (slot, part), total in zip(picked, torch.split(squares, counts, dim=-1), strict=True):
-            weight = (layer.q_norm, layer.k_norm)[part][slot // 3]
-            factor = torch.rsqrt(total / widths[part] + arch.norm_eps)
-            parts[slot] = (split[slot] * factor[..., None] * weight.float()).flatten(1).to(qkv.dtype)
-        return torch.cat(parts, dim=-1)
-
     def _choose(self, logits: Tensor) -> None:
         """Set the tokens of the largest logits, of all ranks' parts of the vocabulary."""
         best, index = logits.max(dim=-1)
@@ -377,9 +291,9 @@ class Decoder:
     def _gather_logits(self, logits: Tensor) -> Tensor:
         if self._ranks.num_ranks == 1:
             return logits
-        rows = -(-self._arch.vocab_size // self._ranks.num_ranks)
+        rows = -(-self._traits.vocab_size // self._ranks.num_ranks)
         padded = torch.nn.functional.pad(logits, (0, rows - logits.shape[1]))
-        return self._ranks.all_gather(padded).transpose(0, 1).flatten(1)[:, : self._arch.vocab_size]
+        return self._ranks.all_gather(padded).transpose(0, 1).flatten(1)[:, : self._traits.vocab_size]
 
 
 def build_decoder(
@@ -405,12 +319,13 @@ def build_decoder(
         FamilyError: for a family that the runtime does not compute.
         ConfigError: if the ranks do not divide the heads.
     """
-    architecture = read_architecture(model.config)
+    traits = read_traits(model.config)
+    traits.check_runtime()
     ranks = ranks or OneRank()
-    architecture.check_ranks(ranks.num_ranks)
-    weights = fuse_model(model, architecture, plan, rank=ranks.rank, num_ranks=ranks.num_ranks)
+    traits.check_ranks(ranks.num_ranks)
+    weights = fuse_model(model, traits, plan, rank=ranks.rank, num_ranks=ranks.num_ranks)
     return Decoder(
-        architecture,
+        traits,
         weights,
         batch_size=batch_size,
         capacity=capacity,

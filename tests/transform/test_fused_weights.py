@@ -1,0 +1,88 @@
+"""Fused weights: that both layouts hold the same rows, and that shapes are known without weights."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import torch
+from torch import Tensor
+
+from lpsearch.models.families import get_decoder_layers
+from lpsearch.models.traits import read_traits
+from lpsearch.transform.fused_config import build_fused_config
+from lpsearch.transform.fused_weights import InterleavedWeights, StackedWeights, name_tensors
+from tests.fusing import MIXED
+from tests.tiny_models import RUNTIME_FAMILIES, build_tiny_model
+
+
+def sort_rows(tensor: Tensor) -> Tensor:
+    """Return the rows of a matrix in an order of their own, so that two layouts of them compare."""
+    return tensor[torch.argsort(tensor[:, 0])]
+
+
+@pytest.mark.parametrize("family", RUNTIME_FAMILIES)
+def test_both_layouts_hold_the_same_rows(family: str) -> None:
+    model = build_tiny_model(family)
+    traits = read_traits(model.config)
+    read = name_tensors(get_decoder_layers(model)).get
+    stacked = StackedWeights(traits, read)
+    fused_config = build_fused_config(model.config, MIXED)
+    interleaved = InterleavedWeights(model.config, fused_config, read)
+    slots = fused_config.lpsearch["slots"]
+    for group in ([1, 2], [3, 4, 5]):
+        own = [slot for slot, members in enumerate(slots) if members[0] in group]
+        wide = stacked.compute(group)
+        assert [list(part.layers) for part in wide.parts] == [slots[slot] for slot in own]
+        rows = {name: parts for name, parts in traits.family.projections.items() if parts[0] not in ("o", "down")}
+        for module in rows:
+            in_attention = module.startswith("self_attn")
+            found = [
+                interleaved.compute(f"model.layers.{slot}.{module}.weight", torch.float32)
+                for slot in (own if in_attention else own[-1:])
+                if not in_attention or len(slots[slot]) > 1  # a member that attends alone is not folded
+            ]
+            matrix = wide.qkv if in_attention else wide.gate_up
+            kept = {tuple(row) for row in matrix.tolist()}
+            assert all({tuple(row) for row in part.tolist()} <= kept for part in found), module
+            assert found or in_attention
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("family", RUNTIME_FAMILIES)
+def test_shapes_are_known_without_weights(family: str, num_ranks: int) -> None:
+    model = build_tiny_model(family)
+    traits = read_traits(model.config)
+    read = name_tensors(get_decoder_layers(model)).get
+    for group in ([0], [1, 2], [3, 4, 5]):
+        expected = StackedWeights.from_shape(traits, num_ranks=num_ranks).compute(group)
+        ranks = [
+            StackedWeights(traits, read, rank=rank, num_ranks=num_ranks).compute(group) for rank in range(num_ranks)
+        ]
+        for attribute in fields(expected):
+            value = getattr(expected, attribute.name)
+            for found in (getattr(wide, attribute.name) for wide in ranks):
+                if isinstance(value, Tensor):
+                    assert found.shape == value.shape, attribute.name
+                elif attribute.name in ("q_norm", "k_norm"):
+                    assert [norm.shape for norm in found] == [norm.shape for norm in value]
+                else:
+                    assert found == value, attribute.name
+
+
+def test_the_ranks_of_a_layer_together_are_the_layer() -> None:
+    model = build_tiny_model("granite", attention_bias=True, mlp_bias=True)
+    traits = read_traits(model.config)
+    read = name_tensors(get_decoder_layers(model)).get
+    whole = StackedWeights(traits, read).compute([1, 2])
+    first, second = (StackedWeights(traits, read, rank=rank, num_ranks=2).compute([1, 2]) for rank in range(2))
+    assert whole.o_bias is not None
+    assert first.o_bias is not None
+    assert second.o_bias is not None
+    assert torch.equal(first.o_bias + second.o_bias, whole.o_bias)
+    assert not second.o_bias.any()
+    for part in ("qkv", "gate_up"):
+        halves = torch.cat([getattr(first, part), getattr(second, part)])
+        assert torch.equal(sort_rows(halves), sort_rows(getattr(whole, part)))
+    down = sum(model.model.layers[i].mlp.down_proj.weight.double().sum() for i in (1, 2)) * 0.6
+    assert torch.isclose(first.down.double().sum() + second.down.double().sum(), down)
