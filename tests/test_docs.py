@@ -73,7 +73,7 @@ def test_families_are_those_of_the_code(hooks: ModuleType) -> None:
     assert [row[0] for row in rows] == list(FAMILIES)
     by_name = {row[0]: row[1:] for row in rows}
     assert by_name["llama"] == ("yes", "yes")
-    assert by_name["smollm3"] == ("yes", "")
+    assert by_name["starcoder2"] == ("yes", "")
     assert by_name["mixtral"] == ("", "")
 
 

@@ -83,11 +83,13 @@ TINY_FAMILIES = {
     ),
     "phi3": TinyFamily(_WINDOW, has_head_dim=False, sliding=_ALL),
     "olmo2": TinyFamily(branches="post-norm"),
+    "olmo3": TinyFamily(_WINDOW, branches="post-norm", sliding=(0, 1, 2, 4, 5)),
     "granite": TinyFamily(
         {"attention_multiplier": 0.3, "embedding_multiplier": 3.0, "residual_multiplier": 0.6, "logits_scaling": 2.0},
         embedding_scale=3.0,
         residual_scale=0.6,
     ),
+    "seed_oss": TinyFamily({"attention_bias": True}),
     "smollm3": TinyFamily({**_WINDOW, "no_rope_layer_interval": 2, "use_sliding_window": True}, sliding=(1, 3, 5)),
     "starcoder2": TinyFamily(_WINDOW, has_head_dim=False, sliding=_ALL),
     "glm4": TinyFamily({"attention_bias": True}, branches="glm4"),

@@ -27,9 +27,9 @@ from lpsearch.models.geometry import load_config
 from lpsearch.models.loading import fetch_directory, refuse_quantised
 from lpsearch.models.packaged import LICENCE_NAMES, fetch_package
 from lpsearch.models.quiet import quiet_transformers
+from lpsearch.models.traits import read_traits
 from lpsearch.plan import ModelIdentity
 from lpsearch.transform import check_fusible
-from lpsearch.transform.fused_config import read_fusible_traits
 
 __all__ = ["BaseModel", "open_model", "open_source"]
 
@@ -110,7 +110,7 @@ def open_source(source: ModelSource) -> BaseModel:
         source = replace(source, revision=directory.name)
     config = load_config(directory)
     refuse_quantised(directory, config)
-    read_fusible_traits(config)
+    read_traits(config).check_fusing()
     reader = SafetensorsReader(directory)
     with torch.device("meta"), quiet_transformers():
         build: Any = AutoModelForCausalLM.from_config

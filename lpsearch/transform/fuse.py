@@ -10,10 +10,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lpsearch.errors import ModelError
+from lpsearch.models.traits import read_traits
 from lpsearch.plan import Plan
 from lpsearch.transform import modeling_lpsearch as modeling
 from lpsearch.transform.apply import check_plan_model, check_unplanned
-from lpsearch.transform.fused_config import build_fused_config, read_fusible_traits
+from lpsearch.transform.fused_config import build_fused_config
 from lpsearch.transform.fused_weights import InterleavedWeights, name_tensors
 
 __all__ = ["check_fusible", "fuse_plan"]
@@ -94,7 +95,9 @@ def check_fusible(model: PreTrainedModel) -> None:
     """
     if str(model.config.model_type).startswith(modeling.MODEL_TYPE_PREFIX):
         raise ModelError(f"{type(model).__name__} is fused already; give the unmodified model that its plan is for")
-    expected = read_fusible_traits(model.config).family.language_model
+    traits = read_traits(model.config)
+    traits.check_fusing()
+    expected = traits.family.language_model
     if type(model).__name__ != expected:
         raise ModelError(
             f"{type(model).__name__} is not {expected}, the language model of {model.config.model_type}; load it with "

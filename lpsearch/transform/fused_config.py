@@ -1,4 +1,4 @@
-"""The configuration of a fused model, and which models have one."""
+"""The configuration of a fused model."""
 
 from __future__ import annotations
 
@@ -6,28 +6,11 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from lpsearch.errors import FamilyError
-from lpsearch.models.traits import LAYER_LISTS, FamilyTraits, list_fusible_families, read_traits
+from lpsearch.models.traits import LAYER_LISTS, read_traits
 from lpsearch.plan import Plan
 from lpsearch.transform import modeling_lpsearch as modeling
 
-__all__ = ["build_fused_config", "read_fusible_traits"]
-
-
-def read_fusible_traits(config: PretrainedConfig) -> FamilyTraits:
-    """Read the traits of a model whose groups can be fused into wide layers.
-
-    Raises:
-        FamilyError: for any other, with the reason.
-    """
-    traits = read_traits(config)
-    if traits.fusing_obstacle is not None:
-        raise FamilyError(
-            f"model type {config.model_type} cannot be fused into wide layers: {traits.fusing_obstacle}; fused are "
-            f"{', '.join(list_fusible_families())}. A plan of any other family runs with `apply_plan`, which "
-            "`lpsearch generate` and `lpsearch evaluate` use"
-        )
-    return traits
+__all__ = ["build_fused_config"]
 
 
 def build_fused_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig:
@@ -40,7 +23,8 @@ def build_fused_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig
     Raises:
         FamilyError: if the family cannot be fused.
     """
-    traits = read_fusible_traits(config)
+    traits = read_traits(config)
+    traits.check_fusing()
     stem, block = traits.family.stem, traits.family.block
     slots = [part.layers for group in plan.groups for part in traits.split_group(group)]
     group_of = {layer: group for group in plan.groups for layer in group}

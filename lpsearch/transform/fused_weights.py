@@ -8,7 +8,8 @@ members of a group:
   key-value heads of the members take turns, so that tensor parallelism gives every rank an equal part of every member.
   A layer alone in its group keeps its weights bit for bit.
 * :class:`StackedWeights`, for the latency runtime: one :class:`WideLayer` a group, one rank's part of it, with the rows
-  of all members part by part. Norms are folded into single layers too, since its kernels norm without a weight.
+  of all members projection by projection. Norms are folded into single layers too, since its kernels norm without a
+  weight.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from lpsearch.models.traits import OUTPUTS, AttentionPart, FamilyTraits, Part, read_traits
+from lpsearch.models.traits import OUTPUTS, AttentionPart, FamilyTraits, Projection, read_traits
 from lpsearch.transform.modeling_lpsearch import count_mlp_blocks
 
 __all__ = ["InterleavedWeights", "MemberWeights", "StackedWeights", "WideLayer", "name_tensors"]
@@ -82,7 +83,7 @@ class MemberWeights:
         if norm is None:
             return stored
         if kind == "weight":
-            return self.get(layer, f"{module}.weight").float() * self.read_norm(layer, norm)
+            return None if stored is None else stored.float() * self.read_norm(layer, norm)
         norm_bias = self.find(layer, f"{norm}.bias")
         if norm_bias is None:
             return stored
@@ -101,8 +102,9 @@ class MemberWeights:
         return self.traits.family.projections[module][0] in OUTPUTS
 
     def split_rows(self, module: str, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Split the rows of an input projection into the parts that it stacks."""
-        return torch.split(tensor, [self.traits.part_sizes[part] for part in self.traits.family.projections[module]])
+        """Split the rows of a linear module into those of the projections that it stacks."""
+        sizes = self.traits.projection_sizes
+        return torch.split(tensor, [sizes[name] for name in self.traits.family.projections[module]])
 
 
 class InterleavedWeights:
@@ -160,7 +162,7 @@ class InterleavedWeights:
         return self._add_biases(layers, rest).to(dtype)
 
     def _stack_rows(self, layers: Sequence[int], module: str, kind: _TensorKind, dtype: torch.dtype) -> Tensor:
-        """Stack the rows of input projections, or their biases; members take turns within each part."""
+        """Stack the rows of input projections, or their biases; members take turns within each projection."""
         folded = []
         for layer in layers:
             tensor = self._members.fold(layer, module, kind)
@@ -270,21 +272,21 @@ class StackedWeights:
         traits, block = self._traits, self._traits.family.block
         parts = traits.split_group(group)
         layers = [layer for part in parts for layer in part.layers]
-        found = {layer: self._read_parts(layer) for layer in layers}
-        in_attention: list[tuple[Part, int]] = [
+        found = {layer: self._read_projections(layer) for layer in layers}
+        in_attention: list[tuple[Projection, int]] = [
             (n, layer) for p in parts for n in ("q", "k", "v") for layer in p.layers
         ]
-        in_mlp: list[tuple[Part, int]] = [(name, layer) for name in ("gate", "up") for layer in layers]
+        in_mlp: list[tuple[Projection, int]] = [(name, layer) for name in ("gate", "up") for layer in layers]
 
-        def stack(rows: Sequence[tuple[Part, int]], kind: _TensorKind) -> Tensor | None:
+        def stack(rows: Sequence[tuple[Projection, int]], kind: _TensorKind) -> Tensor | None:
             tensors = [tensor for name, layer in rows if (tensor := found[layer].get((name, kind))) is not None]
             return torch.cat([self._shard(tensor, 0) for tensor in tensors]) if tensors else None
 
-        def join(name: Part) -> Tensor:
+        def join(name: Projection) -> Tensor:
             columns = [self._shard(self._scale(found[layer][name, "weight"]), 1) for layer in layers]
             return torch.stack(columns) if traits.has_post_norms else torch.cat(columns, 1)[None]
 
-        def add_biases(name: Part) -> Tensor | None:
+        def add_biases(name: Projection) -> Tensor | None:
             biases = [tensor.float() for layer in layers if (tensor := found[layer].get((name, "bias"))) is not None]
             if not biases:
                 return None
@@ -315,9 +317,9 @@ class StackedWeights:
             mlp_post=stack_post_norms(block.mlp_post_norm),
         )
 
-    def _read_parts(self, layer: int) -> dict[tuple[Part, _TensorKind], Tensor]:
-        """Return a layer's weights and biases by part, with the norms before them folded in."""
-        found: dict[tuple[Part, _TensorKind], Tensor] = {}
+    def _read_projections(self, layer: int) -> dict[tuple[Projection, _TensorKind], Tensor]:
+        """Return a layer's weights and biases by projection, with the norms before them folded in."""
+        found: dict[tuple[Projection, _TensorKind], Tensor] = {}
         kinds: tuple[_TensorKind, ...] = ("weight", "bias")
         for module, names in self._traits.family.projections.items():
             for kind in kinds:

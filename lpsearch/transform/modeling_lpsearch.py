@@ -277,29 +277,28 @@ def _without_layers(config: Any) -> Iterator[None]:
         config.num_hidden_layers = num_hidden_layers
 
 
+def _plan_members(decoder: Any, config: Any) -> None:
+    """Let tensor parallelism do to modules that there are one a member what it does to the stock one."""
+    if config.lpsearch["post_norms"] is None and config.lpsearch["qk_norm_axis"] is None:
+        return
+    plan: dict[str, str] = vars(decoder)["_tp_plan"]
+    decoder._tp_plan = plan | {
+        f"{name}.*" if name.endswith("_norm") else f"{name}s.*": style
+        for name, style in plan.items()
+        if name.endswith(("_norm", ".o_proj", ".down_proj"))
+    }
+
+
 @cache
 def _build_classes(stem: str) -> dict[str, type[Any]]:
     """Build the configuration, the decoder and the language model of a family, by their class names."""
     stock_config: Any = getattr(transformers, f"{stem}Config")
     stock_decoder: Any = getattr(transformers, f"{stem}Model")
     stock_model: Any = getattr(transformers, f"{stem.removesuffix('Text')}ForCausalLM")
-    stock_plan: dict[str, str] = stock_config.base_model_tp_plan
 
     class Config(stock_config):  # type: ignore[misc]
         model_type = MODEL_TYPE_PREFIX + stock_config.model_type
         _auto_class = "AutoConfig"
-
-        @property
-        def base_model_tp_plan(self) -> dict[str, str]:
-            """What tensor parallelism does to each module, those that there are one a member included."""
-            if self.lpsearch["post_norms"] is None and self.lpsearch["qk_norm_axis"] is None:
-                return stock_plan
-            one_a_member = {
-                f"{name}.*" if name.endswith("_norm") else f"{name}s.*": style
-                for name, style in stock_plan.items()
-                if name.endswith(("_norm", ".o_proj", ".down_proj"))
-            }
-            return stock_plan | one_a_member
 
         def __getattribute__(self, name: str) -> Any:
             # Transformers refuses to read what differs between layers from the configuration of the model; here it has
@@ -323,6 +322,7 @@ def _build_classes(stem: str) -> dict[str, type[Any]]:
                 super().__init__(config)
             self.layers = build_layers(config)
             self.post_init()
+            _plan_members(self, config)
             if config._attn_implementation == "vllm":
                 # vLLM leaves queries and keys split by heads where the plan gathers them for a norm over all (OLMo 2).
                 plan: dict[str, str] = vars(self)["_tp_plan"]
@@ -336,6 +336,7 @@ def _build_classes(stem: str) -> dict[str, type[Any]]:
             with _without_layers(config):
                 super().__init__(config)
             self.model.layers = build_layers(config)
+            _plan_members(self.model, config)
             self.post_init()
 
         def forward(self, *args: Any, **kwargs: Any) -> Any:

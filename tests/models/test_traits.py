@@ -13,7 +13,6 @@ import transformers
 from lpsearch.errors import FamilyError
 from lpsearch.models.families import build_blocks
 from lpsearch.models.traits import FAMILIES, AttentionKind, Family, list_fusible_families, read_traits
-from lpsearch.transform.fused_config import read_fusible_traits
 from tests.tiny_models import FAMILIES as TINY_FAMILIES
 from tests.tiny_models import FUSED_FAMILIES, RUNTIME_FAMILIES, SLIDING_WINDOW, build_tiny_config, build_tiny_model
 
@@ -24,12 +23,8 @@ NOT_FUSED = {
     "phi": "its attention and MLP read the same input",
     "mixtral": "its MLP is a mixture of experts",
     "qwen3_moe": "its MLP is a mixture of experts",
-    "glm4": "its layers are not known well enough",
 }
-NOT_IN_RUNTIME = NOT_FUSED | {
-    "smollm3": "some of its layers have no rotary embedding",
-    "starcoder2": "its norms are not RMSNorms",
-}
+NOT_IN_RUNTIME = NOT_FUSED | {"starcoder2": "its norms are not RMSNorms"}
 
 
 def test_every_entry_has_a_tiny_model_that_the_tests_run_over() -> None:
@@ -45,7 +40,7 @@ def test_what_is_not_fused_or_not_computed_has_its_reason() -> None:
         with pytest.raises(
             FamilyError, match=rf"^model type \w+ cannot be fused into wide layers: {reason}; fused are"
         ):
-            read_fusible_traits(build_tiny_config(family))
+            read_traits(build_tiny_config(family)).check_fusing()
     for family, reason in NOT_IN_RUNTIME.items():
         with pytest.raises(FamilyError, match=rf"^model type \w+: the runtime computes .*, and {reason}; "):
             read_traits(build_tiny_config(family)).check_runtime()

@@ -17,8 +17,9 @@ __all__ = ["Rope"]
 class Rope:
     """Rotary embedding of one kind of attention for the positions of a cache: x * cos + x[partner] * sin.
 
-    The partner of an element is in the other half of the rotated part. Behind that part (partial rotation) cos is 1 and
-    sin 0. Scaled embeddings that depend on the length take that of ``num_positions``.
+    The partner of an element is in the other half of the rotated part, or beside it where a family interleaves (GLM-4).
+    Behind that part (partial rotation), and everywhere in layers without rotary embedding (NoPE), cos is 1 and sin 0.
+    Scaled embeddings that depend on the length take that of ``num_positions``.
 
     Args:
         traits: of the model.
@@ -44,6 +45,10 @@ class Rope:
         table[1, :, :half] = -angles.sin() * factor
         table[1, :, half:dim] = angles.sin() * factor
         partner = torch.cat([torch.arange(half, dim), torch.arange(half), torch.arange(dim, traits.head_dim)])
+        if traits.family.interleaves_rope:
+            order = torch.arange(dim).view(2, half).T.flatten()  # 0, half, 1, half + 1 ...
+            table[..., :dim] = table[..., order]
+            partner[:dim] = torch.arange(dim) ^ 1
         self.table, self.partner = table.to(device), partner.to(device)
 
     def rotate(self, heads: Tensor, start: int) -> Tensor:
@@ -56,6 +61,8 @@ class Rope:
 
 def _compute_frequencies(traits: FamilyTraits, kind: AttentionKind, *, num_positions: int) -> tuple[Tensor, float]:
     """Return the angle a position of each pair of elements, (pairs,), and the factor of the table."""
+    if not kind.rotates:
+        return torch.zeros(0), 1.0
     config: Any = traits.config
     parameters = config.rope_parameters if kind.rope_key is None else config.rope_parameters[kind.rope_key]
     rope_type = parameters["rope_type"]

@@ -9,7 +9,7 @@ and fingerprints. To add a family is to add its entry to :data:`~lpsearch.models
 This package imports neither torch nor transformers.
 """
 
-from lpsearch.models.traits.entries import FAMILIES, OUTPUTS, BlockForm, Family, Part, list_fusible_families
+from lpsearch.models.traits.entries import FAMILIES, OUTPUTS, BlockForm, Family, Projection, list_fusible_families
 from lpsearch.models.traits.reading import LAYER_LISTS, AttentionKind, AttentionPart, FamilyTraits, read_traits
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "BlockForm",
     "Family",
     "FamilyTraits",
-    "Part",
+    "Projection",
     "list_fusible_families",
     "read_traits",
 ]

@@ -6,19 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["FAMILIES", "OUTPUTS", "UNKNOWN", "BlockForm", "Family", "Part", "list_fusible_families"]
+__all__ = ["FAMILIES", "OUTPUTS", "UNKNOWN", "BlockForm", "Family", "Projection", "list_fusible_families"]
 
-Part = Literal["q", "k", "v", "o", "gate", "up", "down"]
+Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
 """A projection of a decoder layer, however transformers packs it."""
 
-OUTPUTS: tuple[Part, ...] = ("o", "down")
+OUTPUTS: tuple[Projection, ...] = ("o", "down")
 """Those whose outputs are added to the residual stream."""
 
-_Projections = Mapping[str, tuple[Part, ...]]
-_ATTENTION: _Projections = {f"self_attn.{part}_proj": (part,) for part in ("q", "k", "v", "o")}
-_PACKED_ATTENTION: _Projections = {"self_attn.qkv_proj": ("q", "k", "v"), "self_attn.o_proj": ("o",)}
-_GATED_MLP: _Projections = {f"mlp.{part}_proj": (part,) for part in ("gate", "up", "down")}
-_PACKED_MLP: _Projections = {"mlp.gate_up_proj": ("gate", "up"), "mlp.down_proj": ("down",)}
+_Packing = Mapping[str, tuple[Projection, ...]]
+_ATTENTION: _Packing = {f"self_attn.{part}_proj": (part,) for part in ("q", "k", "v", "o")}
+_PACKED_ATTENTION: _Packing = {"self_attn.qkv_proj": ("q", "k", "v"), "self_attn.o_proj": ("o",)}
+_GATED_MLP: _Packing = {f"mlp.{part}_proj": (part,) for part in ("gate", "up", "down")}
+_PACKED_MLP: _Packing = {"mlp.gate_up_proj": ("gate", "up"), "mlp.down_proj": ("down",)}
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Family:
         stem: what the names of its classes in transformers begin with, e.g. ``Llama`` for ``LlamaConfig``. A "Text" at
             its end is not in the names of the language model and the decoder layer.
         block: which submodule of a decoder layer plays which part.
-        projections: for each linear module of a layer the parts whose rows it stacks, in order. A plain MLP has no
+        projections: for each linear module of a layer the projections whose rows it stacks. A plain MLP has no
             ``gate``; experts, and what packs its rows otherwise, are left out.
         norm_kind: ``rms``, or ``layer`` with a bias.
         norm_offset: added to every norm weight: 1 for Gemma, whose norms multiply by 1 + w.
@@ -89,7 +89,7 @@ class Family:
 
     stem: str
     block: BlockForm = BlockForm()
-    projections: _Projections = field(default_factory=lambda: {**_ATTENTION, **_GATED_MLP})
+    projections: _Packing = field(default_factory=lambda: {**_ATTENTION, **_GATED_MLP})
     norm_kind: Literal["rms", "layer"] = "rms"
     norm_offset: float = 0.0
     qk_norm_axis: Literal[-1, -2, -3] | None = None
@@ -121,6 +121,12 @@ _SANDWICH = BlockForm(
     mlp_norm="pre_feedforward_layernorm",
     mlp_post_norm="post_feedforward_layernorm",
 )
+_POST_NORM = BlockForm(
+    attention_norm=None,
+    attention_post_norm="post_attention_layernorm",
+    mlp_norm=None,
+    mlp_post_norm="post_feedforward_layernorm",
+)
 _EXPERTS = "its MLP is a mixture of experts"
 
 FAMILIES: dict[str, Family] = {
@@ -148,7 +154,7 @@ FAMILIES: dict[str, Family] = {
         projections={**_ATTENTION, **_PACKED_MLP},
         o_bias=False,
         interleaves_rope=True,
-        obstacle="its layers are not known well enough",
+        vllm=("glm4", "Glm4"),
     ),
     "gpt_neox": Family(
         stem="GPTNeoX",
@@ -167,16 +173,8 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(stem="Llama", vllm=("llama", "Llama")),
     "mistral": Family(stem="Mistral", slides_everywhere=True, vllm=("mistral", "Mistral")),
     "mixtral": Family(stem="Mixtral", projections=_ATTENTION, slides_everywhere=True, obstacle=_EXPERTS),
-    "olmo2": Family(
-        stem="Olmo2",
-        block=BlockForm(
-            attention_norm=None,
-            attention_post_norm="post_attention_layernorm",
-            mlp_norm=None,
-            mlp_post_norm="post_feedforward_layernorm",
-        ),
-        qk_norm_axis=-1,
-    ),
+    "olmo2": Family(stem="Olmo2", block=_POST_NORM, qk_norm_axis=-1),
+    "olmo3": Family(stem="Olmo3", block=_POST_NORM, qk_norm_axis=-1),
     "phi": Family(
         stem="Phi",
         block=BlockForm(
@@ -208,6 +206,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(stem="Qwen2", qkv_bias=True, o_bias=False, vllm=("llama", "Llama")),
     "qwen3": Family(stem="Qwen3", qk_norm_axis=-2, vllm=("qwen3", "Qwen3")),
     "qwen3_moe": Family(stem="Qwen3Moe", projections=_ATTENTION, qk_norm_axis=-2, obstacle=_EXPERTS),
+    "seed_oss": Family(stem="SeedOss", o_bias="attention_out_bias", vllm=("llama", "Llama")),
     # vLLM has no SmolLM3 of its own; it is a Llama some of whose layers have no rotary embedding.
     "smollm3": Family(stem="SmolLM3", vllm=("llama", "Llama")),
     "starcoder2": Family(

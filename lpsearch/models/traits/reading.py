@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lpsearch.errors import ConfigError, FamilyError
-from lpsearch.models.traits.entries import FAMILIES, OUTPUTS, UNKNOWN, Family, Part
+from lpsearch.models.traits.entries import FAMILIES, OUTPUTS, UNKNOWN, Family, Projection, list_fusible_families
 
 __all__ = ["LAYER_LISTS", "AttentionKind", "AttentionPart", "FamilyTraits", "read_traits"]
 
@@ -129,8 +129,8 @@ class FamilyTraits:
         return _ACTIVATIONS[self.hidden_act]
 
     @property
-    def part_sizes(self) -> dict[Part, int]:
-        """Rows of each part of the input projections, which for ``o`` and ``down`` are columns."""
+    def projection_sizes(self) -> dict[Projection, int]:
+        """Rows of each projection; of ``o`` and ``down``, whose rows are the hidden size, the columns."""
         heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         inner = self.intermediate_size
         return {"q": heads, "k": kv_heads, "v": kv_heads, "o": heads, "gate": inner, "up": inner, "down": inner}
@@ -151,14 +151,25 @@ class FamilyTraits:
             return "its MLP has no gate"
         if self.hidden_act not in _ACTIVATIONS:
             return f"its MLP has activation {self.hidden_act!r}"
-        if not all(kind.rotates for kind in self.kinds):
-            return "some of its layers have no rotary embedding"
         return None
 
     def split_group(self, group: Sequence[int]) -> tuple[AttentionPart, ...]:
         """Split a group into the wide attentions that compute it, in order of first appearance."""
         kinds = dict.fromkeys(self.kinds[layer_idx] for layer_idx in group)
         return tuple(AttentionPart(kind, tuple(i for i in group if self.kinds[i] == kind)) for kind in kinds)
+
+    def check_fusing(self) -> None:
+        """Refuse a model whose groups cannot be fused into wide layers.
+
+        Raises:
+            FamilyError: with the reason.
+        """
+        if self.fusing_obstacle is not None:
+            raise FamilyError(
+                f"model type {self.config.model_type} cannot be fused into wide layers: {self.fusing_obstacle}; fused "
+                f"are {', '.join(list_fusible_families())}. A plan of any other family runs with `apply_plan`, which "
+                "`lpsearch generate` and `lpsearch evaluate` use"
+            )
 
     def check_runtime(self) -> None:
         """Refuse a model that the latency runtime does not compute.
@@ -172,11 +183,11 @@ class FamilyTraits:
                 f"{self.runtime_obstacle}; it is measured by transformers' own execution"
             )
 
-    def has_bias(self, part: Part) -> bool:
+    def has_bias(self, projection: Projection) -> bool:
         """Say whether a projection has a bias."""
-        if part == "o":
+        if projection == "o":
             return self.o_bias
-        return self.qkv_bias if part in ("q", "k", "v") else self.mlp_bias
+        return self.qkv_bias if projection in ("q", "k", "v") else self.mlp_bias
 
     def list_tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor of a decoder layer, by its name within the layer."""
@@ -184,10 +195,10 @@ class FamilyTraits:
         norms = {block.attention_norm, block.attention_post_norm, block.mlp_norm, block.mlp_post_norm} - {None}
         kinds = ("weight", "bias") if self.family.norm_kind == "layer" else ("weight",)
         shapes: dict[str, tuple[int, ...]] = {f"{norm}.{kind}": (hidden,) for norm in norms for kind in kinds}
-        for module, parts in self.family.projections.items():
-            size = sum(self.part_sizes[part] for part in parts)
-            shapes[f"{module}.weight"] = (hidden, size) if parts[0] in OUTPUTS else (size, hidden)
-            if self.has_bias(parts[0]):
+        for module, packed in self.family.projections.items():
+            size = sum(self.projection_sizes[projection] for projection in packed)
+            shapes[f"{module}.weight"] = (hidden, size) if packed[0] in OUTPUTS else (size, hidden)
+            if self.has_bias(packed[0]):
                 shapes[f"{module}.bias"] = shapes[f"{module}.weight"][:1]
         if self.qk_norm != "none":
             heads, kv_heads = (1, 1) if self.qk_norm == "head" else (self.num_heads, self.num_kv_heads)
