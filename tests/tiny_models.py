@@ -89,7 +89,7 @@ TINY_FAMILIES = {
         embedding_scale=3.0,
         residual_scale=0.6,
     ),
-    "seed_oss": TinyFamily({"attention_bias": True}),
+    "seed_oss": TinyFamily({"attention_bias": True, "residual_dropout": 0.0}),  # which some tests train
     "smollm3": TinyFamily({**_WINDOW, "no_rope_layer_interval": 2, "use_sliding_window": True}, sliding=(1, 3, 5)),
     "starcoder2": TinyFamily(_WINDOW, has_head_dim=False, sliding=_ALL),
     "glm4": TinyFamily({"attention_bias": True}, branches="glm4"),

@@ -72,39 +72,27 @@ class MemberWeights:
         """Return what a norm multiplies by, in float32."""
         return self.get(layer, f"{name}.weight").float() + self.traits.norm_offset
 
-    def fold(self, layer: int, module: str, kind: _TensorKind) -> Tensor | None:
-        """Return the weight or the bias of a projection, with the norm before it folded in.
+    def fold(self, layer: int, module: str, kind: _TensorKind) -> tuple[Tensor, ...]:
+        """Return the weights or the biases of the projections in a linear module, the norm before them folded in.
 
         Returns:
-            Float32 if something was folded, else the stored tensor; None for a bias that there is not.
+            One tensor a projection, in float32 if something was folded, else as stored; none for biases that there are
+            not.
         """
-        stored = self.find(layer, f"{module}.{kind}")
-        norm = self.find_norm(module)
-        if norm is None:
-            return stored
-        if kind == "weight":
-            return None if stored is None else stored.float() * self.read_norm(layer, norm)
-        norm_bias = self.find(layer, f"{norm}.bias")
-        if norm_bias is None:
-            return stored
-        moved = self.get(layer, f"{module}.weight").float() @ norm_bias.float()
-        return moved if stored is None else moved + stored.float()
-
-    def find_norm(self, module: str) -> str | None:
-        """Return the norm before a projection; None if there is none."""
-        if self.is_output(module):
-            return None
-        block = self.traits.family.block
-        return block.attention_norm if module.startswith(f"{block.attention}.") else block.mlp_norm
-
-    def is_output(self, module: str) -> bool:
-        """Say whether a projection is one whose outputs are added up over members."""
-        return self.traits.family.projections[module][0] in OUTPUTS
-
-    def split_rows(self, module: str, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Split the rows of a linear module into those of the projections that it stacks."""
-        sizes = self.traits.projection_sizes
-        return torch.split(tensor, [sizes[name] for name in self.traits.family.projections[module]])
+        projections, block = self.traits.family.projections[module], self.traits.family.block
+        tensor = self.find(layer, f"{module}.{kind}")
+        if projections[0] in OUTPUTS:
+            return () if tensor is None else (tensor,)
+        norm = block.attention_norm if module.startswith(f"{block.attention}.") else block.mlp_norm
+        norm_bias = None if norm is None else self.find(layer, f"{norm}.bias")
+        if kind == "weight" and norm is not None and tensor is not None:
+            tensor = tensor.float() * self.read_norm(layer, norm)
+        elif kind == "bias" and norm_bias is not None:
+            moved = self.get(layer, f"{module}.weight").float() @ norm_bias.float()
+            tensor = moved if tensor is None else moved + tensor.float()
+        if tensor is None:
+            return ()
+        return torch.split(tensor, [self.traits.projection_sizes[projection] for projection in projections])
 
 
 class InterleavedWeights:
@@ -154,25 +142,19 @@ class InterleavedWeights:
         if module not in self._traits.family.projections:  # a norm that is folded
             neutral = 1.0 - self._traits.norm_offset if kind == "weight" else 0.0
             return torch.full_like(self._members.get(layers[0], rest), neutral, dtype=dtype)
-        if not self._members.is_output(module):
-            return self._stack_rows(layers, module, "weight" if kind == "weight" else "bias", dtype)
-        if kind == "weight":
-            columns = [self._members.get(layer, rest).to(dtype) for layer in layers]
-            return _take_turns(columns, self._traits.num_kv_heads if in_attention else 1, dim=1)
-        return self._add_biases(layers, rest).to(dtype)
-
-    def _stack_rows(self, layers: Sequence[int], module: str, kind: _TensorKind, dtype: torch.dtype) -> Tensor:
-        """Stack the rows of input projections, or their biases; members take turns within each projection."""
-        folded = []
-        for layer in layers:
-            tensor = self._members.fold(layer, module, kind)
-            assert tensor is not None, (layer, module, kind)
-            folded.append(self._members.split_rows(module, tensor.to(dtype)))
-        if module.startswith(f"{self._traits.family.block.attention}."):
-            blocks = self._traits.num_kv_heads
+        is_output = self._traits.family.projections[module][0] in OUTPUTS
+        if is_output and kind == "bias":
+            return self._add_biases(layers, rest).to(dtype)
+        folded = [
+            [tensor.to(dtype) for tensor in self._members.fold(layer, module, "weight" if kind == "weight" else "bias")]
+            for layer in layers
+        ]
+        if in_attention:
+            num_turns = self._traits.num_kv_heads
         else:
-            blocks = count_mlp_blocks(self._traits.intermediate_size) if self._traits.has_post_norms else 1
-        return torch.cat([_take_turns(part, blocks, dim=0) for part in zip(*folded, strict=True)])
+            num_turns = count_mlp_blocks(self._traits.intermediate_size) if self._traits.has_post_norms else 1
+        dim = 1 if is_output else 0
+        return torch.cat([_take_turns(members, num_turns, dim=dim) for members in zip(*folded, strict=True)], dim=dim)
 
     def _add_biases(self, layers: Sequence[int], name: str) -> Tensor:
         """Add the biases of output projections, those that there are."""
@@ -183,10 +165,10 @@ class InterleavedWeights:
         return total
 
 
-def _take_turns(members: Sequence[Tensor], blocks: int, *, dim: int) -> Tensor:
+def _take_turns(members: Sequence[Tensor], num_turns: int, *, dim: int) -> Tensor:
     """Join tensors along a dimension, block by block: the first block of each member, then the second of each."""
-    parts = [torch.unflatten(member, dim, (blocks, -1)) for member in members]
-    return torch.stack(parts, dim=dim + 1).flatten(dim, dim + 2)
+    blocks = [torch.unflatten(member, dim, (num_turns, -1)) for member in members]
+    return torch.stack(blocks, dim=dim + 1).flatten(dim, dim + 2)
 
 
 @dataclass(frozen=True)
@@ -271,16 +253,13 @@ class StackedWeights:
         """Compute the wide layer of a group; what is folded is in float32."""
         traits, block = self._traits, self._traits.family.block
         parts = traits.split_group(group)
-        layers = [layer for part in parts for layer in part.layers]
+        layers = tuple(layer for part in parts for layer in part.layers)
         found = {layer: self._read_projections(layer) for layer in layers}
-        in_attention: list[tuple[Projection, int]] = [
-            (n, layer) for p in parts for n in ("q", "k", "v") for layer in p.layers
-        ]
-        in_mlp: list[tuple[Projection, int]] = [(name, layer) for name in ("gate", "up") for layer in layers]
 
-        def stack(rows: Sequence[tuple[Projection, int]], kind: _TensorKind) -> Tensor | None:
-            tensors = [tensor for name, layer in rows if (tensor := found[layer].get((name, kind))) is not None]
-            return torch.cat([self._shard(tensor, 0) for tensor in tensors]) if tensors else None
+        def stack(kind: _TensorKind, names: tuple[Projection, ...], *runs: tuple[int, ...]) -> Tensor | None:
+            order = [(layer, name) for run in runs for name in names for layer in run]
+            rows = [self._shard(found[layer][name, kind], 0) for layer, name in order if (name, kind) in found[layer]]
+            return torch.cat(rows) if rows else None
 
         def join(name: Projection) -> Tensor:
             columns = [self._shard(self._scale(found[layer][name, "weight"]), 1) for layer in layers]
@@ -298,7 +277,8 @@ class StackedWeights:
                 return None
             return torch.stack([self._members.read_norm(layer, name) for layer in layers]) * traits.residual_scale
 
-        qkv, gate_up = stack(in_attention, "weight"), stack(in_mlp, "weight")
+        alike = [part.layers for part in parts]
+        qkv, gate_up = stack("weight", ("q", "k", "v"), *alike), stack("weight", ("gate", "up"), layers)
         assert qkv is not None
         assert gate_up is not None
         return WideLayer(
@@ -307,9 +287,9 @@ class StackedWeights:
             o=join("o"),
             gate_up=gate_up,
             down=join("down"),
-            qkv_bias=stack(in_attention, "bias"),
+            qkv_bias=stack("bias", ("q", "k", "v"), *alike),
             o_bias=add_biases("o"),
-            gate_up_bias=stack(in_mlp, "bias"),
+            gate_up_bias=stack("bias", ("gate", "up"), layers),
             down_bias=add_biases("down"),
             q_norm=self._stack_head_norms(parts, "q_norm", traits.num_heads),
             k_norm=self._stack_head_norms(parts, "k_norm", traits.num_kv_heads),
@@ -318,16 +298,13 @@ class StackedWeights:
         )
 
     def _read_projections(self, layer: int) -> dict[tuple[Projection, _TensorKind], Tensor]:
-        """Return a layer's weights and biases by projection, with the norms before them folded in."""
+        """Return the weights and biases that a layer's projections have, with the norms before them folded in."""
         found: dict[tuple[Projection, _TensorKind], Tensor] = {}
         kinds: tuple[_TensorKind, ...] = ("weight", "bias")
         for module, names in self._traits.family.projections.items():
             for kind in kinds:
-                tensor = self._members.fold(layer, module, kind)
-                if tensor is None:
-                    continue
-                rows = (tensor,) if self._members.is_output(module) else self._members.split_rows(module, tensor)
-                found |= {(name, kind): part for name, part in zip(names, rows, strict=True)}
+                tensors = self._members.fold(layer, module, kind)
+                found |= {(name, kind): tensor for name, tensor in zip(names[: len(tensors)], tensors, strict=True)}
         return found
 
     def _stack_head_norms(self, parts: Sequence[AttentionPart], name: str, num_heads: int) -> tuple[Tensor, ...]:

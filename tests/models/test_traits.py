@@ -59,6 +59,13 @@ def test_a_bias_of_norms_needs_a_place() -> None:
     assert obstacle == "its norms have a bias, and the projections behind them have none that could take it up"
 
 
+def test_traits_are_equal_and_hash_alike_for_equal_configurations() -> None:
+    first, second = (read_traits(build_tiny_config("gemma3_text")) for _ in range(2))
+    assert first == second
+    assert hash(first) == hash(second)  # so that they can be keys of caches
+    assert first != read_traits(build_tiny_config("gemma3_text", num_layers=5))
+
+
 def test_no_two_forms_have_the_same_submodules() -> None:
     forms = {family.block for family in FAMILIES.values()}
     assert len({form.submodules for form in forms}) == len(forms)

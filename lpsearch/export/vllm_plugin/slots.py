@@ -66,9 +66,9 @@ def _build_layer(traits: FamilyTraits, vllm_config: VllmConfig, *, prefix: str, 
     module = import_module(f"vllm.model_executor.models.{module_name}")
     layer_class: Callable[..., Any] = getattr(module, f"{stem}DecoderLayer", LlamaDecoderLayer)
     config, kind = vllm_config.model_config.hf_config.per_layer_config[slot], traits.kinds[slot]
-    if layer_class is LlamaDecoderLayer and traits.qkv_bias != traits.o_bias:
+    if layer_class is LlamaDecoderLayer and traits.has_bias("q") != traits.has_bias("o"):
         config = copy.copy(config)
-        config.qkv_bias, config.attention_bias = traits.qkv_bias, traits.o_bias
+        config.qkv_bias, config.attention_bias = traits.has_bias("q"), traits.has_bias("o")
     options: dict[str, Any] = {
         "vllm_config": vllm_config,
         "cache_config": vllm_config.cache_config,

@@ -66,12 +66,14 @@ class BlockForm:
 class Family:
     """The entry of a family. The defaults are Llama's.
 
+    A family whose groups cannot be fused needs no more than what says so: a parallel block, or an obstacle.
+
     Attributes:
         stem: what the names of its classes in transformers begin with, e.g. ``Llama`` for ``LlamaConfig``. A "Text" at
             its end is not in the names of the language model and the decoder layer.
         block: which submodule of a decoder layer plays which part.
         projections: for each linear module of a layer the projections whose rows it stacks. A plain MLP has no
-            ``gate``; experts, and what packs its rows otherwise, are left out.
+            ``gate``.
         norm_kind: ``rms``, or ``layer`` with a bias.
         norm_offset: added to every norm weight: 1 for Gemma, whose norms multiply by 1 + w.
         qk_norm_axis: axis of what the norms of queries and keys get that has the heads: -2 before the transpose, -3
@@ -89,7 +91,7 @@ class Family:
 
     stem: str
     block: BlockForm = BlockForm()
-    projections: _Packing = field(default_factory=lambda: {**_ATTENTION, **_GATED_MLP})
+    projections: _Packing = field(default_factory=lambda: {**_ATTENTION, **_GATED_MLP}, hash=False)
     norm_kind: Literal["rms", "layer"] = "rms"
     norm_offset: float = 0.0
     qk_norm_axis: Literal[-1, -2, -3] | None = None
@@ -130,12 +132,7 @@ _POST_NORM = BlockForm(
 _EXPERTS = "its MLP is a mixture of experts"
 
 FAMILIES: dict[str, Family] = {
-    "cohere": Family(
-        stem="Cohere",
-        block=BlockForm(mlp_norm="input_layernorm", parallel=True),
-        norm_kind="layer",
-        interleaves_rope=True,
-    ),
+    "cohere": Family(stem="Cohere", block=BlockForm(mlp_norm="input_layernorm", parallel=True)),
     "gemma": Family(stem="Gemma", norm_offset=1.0, scales_embeddings=True, vllm=("gemma", "Gemma")),
     "gemma2": Family(
         stem="Gemma2", block=_SANDWICH, norm_offset=1.0, scales_embeddings=True, vllm=("gemma2", "Gemma2")
@@ -164,15 +161,12 @@ FAMILIES: dict[str, Family] = {
             mlp_dropout="post_mlp_dropout",
             parallel=True,
         ),
-        projections={"attention.dense": ("o",), "mlp.dense_h_to_4h": ("up",), "mlp.dense_4h_to_h": ("down",)},
-        norm_kind="layer",
-        mlp_bias=True,
         obstacle="queries, keys and values of each head stand together in one projection",
     ),
     "granite": Family(stem="Granite", vllm=("granite", "Granite")),
     "llama": Family(stem="Llama", vllm=("llama", "Llama")),
     "mistral": Family(stem="Mistral", slides_everywhere=True, vllm=("mistral", "Mistral")),
-    "mixtral": Family(stem="Mixtral", projections=_ATTENTION, slides_everywhere=True, obstacle=_EXPERTS),
+    "mixtral": Family(stem="Mixtral", slides_everywhere=True, obstacle=_EXPERTS),
     "olmo2": Family(stem="Olmo2", block=_POST_NORM, qk_norm_axis=-1),
     "olmo3": Family(stem="Olmo3", block=_POST_NORM, qk_norm_axis=-1),
     "phi": Family(
@@ -180,18 +174,6 @@ FAMILIES: dict[str, Family] = {
         block=BlockForm(
             attention_dropout="resid_dropout", mlp_norm="input_layernorm", mlp_dropout="resid_dropout", parallel=True
         ),
-        projections={
-            "self_attn.q_proj": ("q",),
-            "self_attn.k_proj": ("k",),
-            "self_attn.v_proj": ("v",),
-            "self_attn.dense": ("o",),
-            "mlp.fc1": ("up",),
-            "mlp.fc2": ("down",),
-        },
-        norm_kind="layer",
-        qkv_bias=True,
-        o_bias=True,
-        mlp_bias=True,
     ),
     "phi3": Family(
         stem="Phi3",
@@ -205,7 +187,7 @@ FAMILIES: dict[str, Family] = {
     # Llama's model in vLLM takes biases of queries, keys and values and a head size of its own; Qwen 2's no head size.
     "qwen2": Family(stem="Qwen2", qkv_bias=True, o_bias=False, vllm=("llama", "Llama")),
     "qwen3": Family(stem="Qwen3", qk_norm_axis=-2, vllm=("qwen3", "Qwen3")),
-    "qwen3_moe": Family(stem="Qwen3Moe", projections=_ATTENTION, qk_norm_axis=-2, obstacle=_EXPERTS),
+    "qwen3_moe": Family(stem="Qwen3Moe", obstacle=_EXPERTS),
     "seed_oss": Family(stem="SeedOss", o_bias="attention_out_bias", vllm=("llama", "Llama")),
     # vLLM has no SmolLM3 of its own; it is a Llama some of whose layers have no rotary embedding.
     "smollm3": Family(stem="SmolLM3", vllm=("llama", "Llama")),

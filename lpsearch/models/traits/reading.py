@@ -64,7 +64,6 @@ class FamilyTraits:
         norm_eps: epsilon of the norms.
         is_parallel: whether attention and MLP read the same input.
         hidden_act: activation of the MLP, by transformers' name.
-        qkv_bias: whether query, key and value projections have a bias; likewise ``o_bias`` and ``mlp_bias``.
         attention_scale: factor of the attention scores.
         attention_softcap: tanh bound of the scores; likewise ``logits_softcap`` of the logits.
         embedding_scale: factor of the embeddings.
@@ -85,9 +84,6 @@ class FamilyTraits:
     norm_eps: float
     is_parallel: bool
     hidden_act: str
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
     attention_scale: float
     attention_softcap: float | None
     logits_softcap: float | None
@@ -185,9 +181,10 @@ class FamilyTraits:
 
     def has_bias(self, projection: Projection) -> bool:
         """Say whether a projection has a bias."""
-        if projection == "o":
-            return self.o_bias
-        return self.qkv_bias if projection in ("q", "k", "v") else self.mlp_bias
+        family = self.family
+        in_attention = family.o_bias if projection == "o" else family.qkv_bias
+        option = in_attention if projection in ("q", "k", "v", "o") else family.mlp_bias
+        return bool(getattr(self.config, option, False)) if isinstance(option, str) else option
 
     def list_tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor of a decoder layer, by its name within the layer."""
@@ -244,9 +241,6 @@ def read_traits(config: Any, *, family: Family | None = None) -> FamilyTraits:
         found = (getattr(config, name, None) for name in names)
         return next((value for value in found if value is not None), default)
 
-    def read_flag(option: bool | str) -> bool:
-        return bool(getattr(config, option, False)) if isinstance(option, str) else option
-
     return FamilyTraits(
         family=family,
         config=config,
@@ -261,9 +255,6 @@ def read_traits(config: Any, *, family: Family | None = None) -> FamilyTraits:
         norm_eps=read("rms_norm_eps", "layer_norm_eps", "norm_epsilon", default=0.0),
         is_parallel=bool(read("use_parallel_residual", default=family.block.parallel)),
         hidden_act=str(read("hidden_activation", "hidden_act", default="")),
-        qkv_bias=read_flag(family.qkv_bias),
-        o_bias=read_flag(family.o_bias),
-        mlp_bias=read_flag(family.mlp_bias),
         attention_scale=read("attention_multiplier", default=read("query_pre_attn_scalar", default=head_dim) ** -0.5),
         attention_softcap=read("attn_logit_softcapping", default=None),
         logits_softcap=read("final_logit_softcapping", default=None),
