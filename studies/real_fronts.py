@@ -46,7 +46,7 @@ from lpsearch.evaluation import ModelEvaluator
 from lpsearch.evaluation.losses import compute_paired_delta
 from lpsearch.models import LoadedModel, load_model, resolve_source
 from lpsearch.plan import Plan
-from lpsearch.search import JoinSpace, PlanRecord, StudyResult, StudyStore, run_study
+from lpsearch.search import JoinSpace, StudyResult, StudyStore, TrialResult, run_study
 from lpsearch.search.proposers import WindowProposer
 from studies.windows_file import get_windows
 
@@ -97,15 +97,15 @@ def find_winners(deltas: Mapping[Plan, float], num_layers: int) -> dict[int, Pla
     return winners
 
 
-def sample_records(records: Sequence[PlanRecord], count: int, *, seed: int) -> list[PlanRecord]:
+def sample_records(records: Sequence[TrialResult], count: int, *, seed: int) -> list[TrialResult]:
     """Return up to ``count`` plans with joins, about as many of each number of joins."""
     rng = np.random.default_rng(seed)
-    strata: dict[int, list[PlanRecord]] = defaultdict(list)
+    strata: dict[int, list[TrialResult]] = defaultdict(list)
     for index in rng.permutation(len(records)):
         record = records[index]
-        if record.num_joins > 0 and math.isfinite(record.delta_nll):
+        if record.num_joins > 0 and math.isfinite(record.loss.delta_nll):
             strata[record.num_joins].append(record)
-    sample: list[PlanRecord] = []
+    sample: list[TrialResult] = []
     while strata and len(sample) < count:
         for num_joins in sorted(strata):
             sample.append(strata[num_joins].pop())
@@ -122,7 +122,7 @@ def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
     return float(stats.spearmanr(first, second).statistic)
 
 
-def compare_sample(sample: Sequence[PlanRecord], heldout: DeltaEvaluator, *, whole_tokens: int) -> dict[str, Any]:
+def compare_sample(sample: Sequence[TrialResult], heldout: DeltaEvaluator, *, whole_tokens: int) -> dict[str, Any]:
     """Compare proxy and held-out delta_nll of sampled plans.
 
     Args:
@@ -138,7 +138,7 @@ def compare_sample(sample: Sequence[PlanRecord], heldout: DeltaEvaluator, *, who
     for record in sample:
         delta = heldout.get_delta_nll(record.plan)
         if math.isfinite(delta):
-            pairs[record.num_joins].append((record.delta_nll, delta))
+            pairs[record.num_joins].append((record.loss.delta_nll, delta))
             whole += [pairs[record.num_joins][-1]] if record.proxy_tokens == whole_tokens else []
     everything = [pair for group in pairs.values() for pair in group]
     ranked = {k: rank_correlation(group) for k, group in sorted(pairs.items()) if len(group) >= MIN_PLANS_TO_RANK}
@@ -183,7 +183,7 @@ def search_front(
             )
     usage = evaluator.cache_usage
     return result, {
-        "trials": len(result.records),
+        "trials": len(result.results),
         "tokens": result.num_new_tokens,
         "elapsed_s": time.monotonic() - began_at,
         "layers_run": usage.layers_run,
@@ -205,10 +205,10 @@ def measure_front(
     """Search one space, and look at its front and a sample of its plans on the held-out windows."""
     num_layers = loaded.identity.num_layers
     result, cost = search_front(loaded, windows, max_group=max_group, budget=budget, seed=seed, cache_bytes=cache_bytes)
-    proxy = {record.plan: record.delta_nll for record in result.front if record.num_joins > 0}
+    proxy = {record.plan: record.loss.delta_nll for record in result.front if record.num_joins > 0}
     rows = describe_winners(find_winners(proxy, num_layers), proxy, heldout)
     sample = compare_sample(
-        sample_records(result.records, num_sampled, seed=seed),
+        sample_records(result.results, num_sampled, seed=seed),
         heldout,
         whole_tokens=windows.num_windows * (windows.seq_len - 1),
     )

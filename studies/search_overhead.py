@@ -87,11 +87,11 @@ def measure_overhead(
     return {
         "sampler": sampler,
         "layers": num_layers,
-        "trials": len(result.records),
+        "trials": len(result.results),
         "staged": staged,
         "evaluation_s": evaluator.busy_s,
         "wall_s": wall_s,
-        "overhead_ms_per_trial": 1e3 * overhead_s / len(result.records),
+        "overhead_ms_per_trial": 1e3 * overhead_s / len(result.results),
         "overhead_share": overhead_s / wall_s,
     }
 

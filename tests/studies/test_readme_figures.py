@@ -74,7 +74,7 @@ def test_the_front_is_that_of_the_study_beside_the_best_windows(tmp_path: Path) 
     assert [row["num_joins"] for row in rows] == [0, 1, 2, 3]
     for row, point in zip(rows, study.front, strict=False):
         assert row["depth_reduction"] == row["num_joins"] / NUM_LAYERS
-        assert row["delta_nll"] == point.record.delta_nll
+        assert row["delta_nll"] == point.record.loss.delta_nll
         assert point.heldout is not None
         assert row["heldout_delta_nll"] == point.heldout.delta
         if row["num_joins"] in (1, 2):  # of 7 and 5 windows; those of 3 joins are not all among 13 plans
