@@ -34,7 +34,7 @@ from lpsearch.search import (
     evaluate_stored_plan,
     run_study,
 )
-from lpsearch.search.options import has_own_database
+from lpsearch.search.settings import has_own_database
 
 if TYPE_CHECKING:
     import torch

@@ -22,8 +22,8 @@ from lpsearch.plan import Plan
 from lpsearch.report.progress import ProgressStep, find_reference_cost, trace_progress
 from lpsearch.search import JoinSpace, StudyStore, TrialResult, build_front, read_results
 from lpsearch.search.front import Objective
-from lpsearch.search.pairset import fit_surrogate
 from lpsearch.search.results import Metric, set_latency
+from lpsearch.search.samplers.pairset import fit_surrogate
 from lpsearch.wording import name_count
 
 __all__ = ["FrontPoint", "JoinEffects", "StudyReport", "build_report", "count_joins", "load_report", "name_row"]
@@ -289,8 +289,8 @@ def _build_version_error(store: StudyStore, what: str) -> StudyVersionError:
 
 def _load_heldout(store: StudyStore, plan: Plan, metric: Metric) -> PairedDelta | None:
     """Return a plan's held-out loss against the baseline's, where both are known and finite on the same windows."""
-    base_indices, base = store.load_known_losses(Plan.baseline(plan.num_layers), split="heldout")
-    window_indices, losses = store.load_known_losses(plan, split="heldout")
+    base_indices, base = store.losses.load_known(Plan.baseline(plan.num_layers), split="heldout")
+    window_indices, losses = store.losses.load_known(plan, split="heldout")
     if not window_indices or window_indices != base_indices:
         return None
     if metric == "kl":
