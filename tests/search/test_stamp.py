@@ -35,5 +35,5 @@ def test_every_change_shows_in_the_stamp(tmp_path: Path) -> None:
             assert store.read_stamp() == seen[-1]
         assert len({*seen}) == len(seen)
         other.save_settings({"model": "m"})
-        other.record_losses(Plan.baseline(6), [0], losses, split="proxy")
+        other.losses.record(Plan.baseline(6), [0], losses, split="proxy")
         assert store.read_stamp() == seen[-1], "another study in the same database is no change"
