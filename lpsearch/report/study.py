@@ -20,7 +20,7 @@ from lpsearch.latency.model import LatencyModel
 from lpsearch.latency.profile import LatencyProfile, parse_recorded_profile
 from lpsearch.plan import Plan
 from lpsearch.report.progress import ProgressStep, find_reference_cost, trace_progress
-from lpsearch.search import JoinSpace, StudyStore, TrialResult, build_front, read_results
+from lpsearch.search import PlanSpace, StudyStore, TrialResult, build_front, read_results
 from lpsearch.search.front import Objective
 from lpsearch.search.results import Metric, set_latency
 from lpsearch.search.samplers.pairset import fit_surrogate
@@ -211,7 +211,7 @@ def build_report(
                 speedup=record.speedup,
             )
         )
-    space = JoinSpace(int(settings["num_layers"]), int(settings["max_group"]), tuple(settings.get("freeze", ())))
+    space = PlanSpace(int(settings["num_layers"]), int(settings["max_group"]), tuple(settings.get("freeze", ())))
     return StudyReport(
         name=store.study_name,
         directory=str(directory),
@@ -312,7 +312,7 @@ def _estimate_latency_ms(latency_model: LatencyModel, plan: Plan) -> float | Non
         return None
 
 
-def _find_windows(records: Sequence[TrialResult], space: JoinSpace, metric: Metric) -> tuple[TrialResult, ...]:
+def _find_windows(records: Sequence[TrialResult], space: PlanSpace, metric: Metric) -> tuple[TrialResult, ...]:
     """Return the best contiguous window of each number of joins, if the study set out to try such windows.
 
     A search that meets a window by chance is no comparison with the published method.
@@ -331,12 +331,12 @@ def is_complete(record: TrialResult) -> bool:
     return record.state == "complete"
 
 
-def _is_window(plan: Plan, space: JoinSpace) -> bool:
+def _is_window(plan: Plan, space: PlanSpace) -> bool:
     joins = plan.joins
     return len(joins) > 0 and joins == space.repair(range(joins[0], joins[-1] + 1))
 
 
-def _estimate_effects(records: Sequence[TrialResult], space: JoinSpace, metric: Metric) -> JoinEffects | None:
+def _estimate_effects(records: Sequence[TrialResult], space: PlanSpace, metric: Metric) -> JoinEffects | None:
     num_joins = space.num_join_positions
     surrogate = fit_surrogate(records, num_joins=num_joins, metric=metric)
     if surrogate is None:

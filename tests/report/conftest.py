@@ -12,7 +12,7 @@ import pytest
 from lpsearch.latency.profile import LatencyProfile
 from lpsearch.plan import ModelIdentity, Plan, PlanMetadata, save_plan, write_json
 from lpsearch.report import StudyReport, load_report
-from lpsearch.search import JoinSpace, StudyStore, build_front, evaluate_stored_plan, read_results, run_study
+from lpsearch.search import PlanSpace, StudyStore, build_front, evaluate_stored_plan, read_results, run_study
 from tests.search.evaluators import SyntheticEvaluator
 
 NUM_LAYERS = 10
@@ -97,7 +97,7 @@ def search_formula(
 
         result = run_study(
             evaluator=evaluator,
-            space=JoinSpace(NUM_LAYERS),
+            space=PlanSpace(NUM_LAYERS),
             budget=budget,
             store=store,
             sampler=sampler,
