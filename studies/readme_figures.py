@@ -20,7 +20,7 @@ from typing import Any
 from lpsearch.commands.report import open_existing_study
 from lpsearch.errors import LpsearchError, UsageError
 from lpsearch.report import StudyReport, load_report
-from lpsearch.search import JoinSpace, PlanRecord
+from lpsearch.search import PlanSpace, TrialResult
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 SHARED_SETTINGS = ("num_layers", "data", "heldout", "windows", "seq_len", "dtype", "metric", "max_group")
@@ -61,7 +61,7 @@ def draw(arguments: argparse.Namespace) -> dict[str, Any]:
         front = collect_front(studies, max_joins=arguments.max_joins)
         path = arguments.out / "front.svg"
         draw_front(front, study, path)
-        summary |= {"baseline_nll": study.baseline.nll, "front": front}
+        summary |= {"baseline_nll": study.baseline.loss.nll, "front": front}
         summary["files"].append(str(path))
     return summary
 
@@ -87,13 +87,13 @@ def check_comparable(study: StudyReport, other: StudyReport) -> None:
         for name in SHARED_SETTINGS
         if study.settings.get(name) != other.settings.get(name)
     ]
-    if study.baseline.nll != other.baseline.nll:
-        found.append(f"the unmodified model's loss is {study.baseline.nll} and {other.baseline.nll}")
+    if study.baseline.loss.nll != other.baseline.loss.nll:
+        found.append(f"the unmodified model's loss is {study.baseline.loss.nll} and {other.baseline.loss.nll}")
     if found:
         raise UsageError(f"{study.directory} and {other.directory} are not comparable: {'; '.join(found)}")
 
 
-def find_best_blocks(studies: Sequence[StudyReport]) -> dict[int, PlanRecord]:
+def find_best_blocks(studies: Sequence[StudyReport]) -> dict[int, TrialResult]:
     """Return the block of least loss for each number of joins, where the studies evaluated every such block.
 
     A block is a contiguous run of pairs, the plan of the published method.
@@ -102,12 +102,12 @@ def find_best_blocks(studies: Sequence[StudyReport]) -> dict[int, PlanRecord]:
         studies: on the same data; a block counts if any of them evaluated it.
     """
     settings, num_layers = studies[0].settings, studies[0].num_layers
-    space = JoinSpace(num_layers, int(settings["max_group"]), tuple(settings.get("freeze", ())))
+    space = PlanSpace(num_layers, int(settings["max_group"]), tuple(settings.get("freeze", ())))
     runs = [range(first, stop) for first in range(num_layers) for stop in range(first + 1, num_layers)]
     blocks = {space.repair(run) for run in runs} - {()}
     tried = [record for study in studies for record in study.records if record.plan.joins in blocks]
     missing = {len(joins) for joins in blocks - {record.plan.joins for record in tried}}
-    best: dict[int, PlanRecord] = {}
+    best: dict[int, TrialResult] = {}
     for record in sorted(tried, key=lambda record: record.get_cost(studies[0].metric)):
         # A plan that lacks windows of text was stopped because it lost to another.
         if record.proxy_tokens == studies[0].baseline.proxy_tokens and record.num_joins not in missing:

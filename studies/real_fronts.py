@@ -48,8 +48,8 @@ from lpsearch.evaluation import ModelEvaluator
 from lpsearch.evaluation.losses import compute_paired_delta
 from lpsearch.models import LoadedModel, load_model, resolve_source
 from lpsearch.plan import Plan
-from lpsearch.search import JoinSpace, PlanRecord, StudyResult, StudyStore, run_study
-from lpsearch.search.proposers import WindowProposer
+from lpsearch.search import PlanSpace, StudyResult, StudyStore, TrialResult, run_study
+from lpsearch.search.samplers.baselines import BlockProposer
 from studies.windows_file import get_windows
 
 MIN_PLANS_TO_RANK = 8
@@ -81,7 +81,7 @@ class DeltaEvaluator:
 
 def list_blocks(num_layers: int) -> list[Plan]:
     """Return every block, a contiguous run of pairs, in the order in which the ``window`` sampler proposes them."""
-    proposer = WindowProposer(space=JoinSpace(num_layers), seed=0)
+    proposer = BlockProposer(space=PlanSpace(num_layers), seed=0)
     plans: dict[Plan, None] = {}
     while (proposal := proposer.propose((), plans.keys())) is not None and proposal.origin == "window":
         plans[proposal.plan] = None
@@ -98,15 +98,15 @@ def find_winners(deltas: Mapping[Plan, float], num_layers: int) -> dict[int, Pla
     return winners
 
 
-def sample_records(records: Sequence[PlanRecord], count: int, *, seed: int) -> list[PlanRecord]:
+def sample_records(records: Sequence[TrialResult], count: int, *, seed: int) -> list[TrialResult]:
     """Return up to ``count`` plans with joins, about as many of each number of joins."""
     rng = np.random.default_rng(seed)
-    by_joins: dict[int, list[PlanRecord]] = defaultdict(list)
+    by_joins: dict[int, list[TrialResult]] = defaultdict(list)
     for index in rng.permutation(len(records)):
         record = records[index]
-        if record.num_joins > 0 and math.isfinite(record.delta_nll):
+        if record.num_joins > 0 and math.isfinite(record.loss.delta_nll):
             by_joins[record.num_joins].append(record)
-    sample: list[PlanRecord] = []
+    sample: list[TrialResult] = []
     while by_joins and len(sample) < count:
         for num_joins in sorted(by_joins):
             sample.append(by_joins[num_joins].pop())
@@ -123,7 +123,7 @@ def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
     return float(stats.spearmanr(first, second).statistic)
 
 
-def compare_sample(sample: Sequence[PlanRecord], heldout: DeltaEvaluator, *, whole_tokens: int) -> dict[str, Any]:
+def compare_sample(sample: Sequence[TrialResult], heldout: DeltaEvaluator, *, whole_tokens: int) -> dict[str, Any]:
     """Compare proxy and held-out delta_nll of sampled plans.
 
     Args:
@@ -139,7 +139,7 @@ def compare_sample(sample: Sequence[PlanRecord], heldout: DeltaEvaluator, *, who
     for record in sample:
         delta = heldout.get_delta_nll(record.plan)
         if math.isfinite(delta):
-            pairs[record.num_joins].append((record.delta_nll, delta))
+            pairs[record.num_joins].append((record.loss.delta_nll, delta))
             whole += [pairs[record.num_joins][-1]] if record.proxy_tokens == whole_tokens else []
     everything = [pair for group in pairs.values() for pair in group]
     ranked = {k: rank_correlation(group) for k, group in sorted(pairs.items()) if len(group) >= MIN_PLANS_TO_RANK}
@@ -177,14 +177,14 @@ def search_front(
         with store:
             result = run_study(
                 evaluator=evaluator,
-                space=JoinSpace(loaded.identity.num_layers, max_group),
+                space=PlanSpace(loaded.identity.num_layers, max_group),
                 budget=budget,
                 store=store,
                 seed=seed,
             )
     usage = evaluator.cache_usage
     return result, {
-        "trials": len(result.records),
+        "trials": len(result.results),
         "tokens": result.num_new_tokens,
         "elapsed_s": time.monotonic() - began_at,
         "layers_run": usage.layers_run,
@@ -206,10 +206,10 @@ def measure_front(
     """Search one space, then evaluate its front and a sample of its plans on the held-out windows."""
     num_layers = loaded.identity.num_layers
     result, cost = search_front(loaded, windows, max_group=max_group, budget=budget, seed=seed, cache_bytes=cache_bytes)
-    proxy = {record.plan: record.delta_nll for record in result.front if record.num_joins > 0}
+    proxy = {record.plan: record.loss.delta_nll for record in result.front if record.num_joins > 0}
     rows = describe_winners(find_winners(proxy, num_layers), proxy, heldout)
     sample = compare_sample(
-        sample_records(result.records, num_sampled, seed=seed),
+        sample_records(result.results, num_sampled, seed=seed),
         heldout,
         whole_tokens=windows.num_windows * (windows.seq_len - 1),
     )

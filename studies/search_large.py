@@ -37,8 +37,8 @@ from lpsearch.evaluation import ModelEvaluator
 from lpsearch.evaluation.losses import WindowLosses
 from lpsearch.models import get_decoder_layers, load_geometry
 from lpsearch.plan import Plan
-from lpsearch.search import JoinSpace, StudyStore, TrialUpdate, run_study
-from lpsearch.search.records import Metric
+from lpsearch.search import PlanSpace, StudyStore, TrialUpdate, run_study
+from lpsearch.search.results import Metric
 from studies.windows_file import load_windows
 
 
@@ -133,7 +133,7 @@ def measure_study(
         with store:
             result = run_study(
                 evaluator=timed,
-                space=JoinSpace(num_layers, max_group),
+                space=PlanSpace(num_layers, max_group),
                 budget=trials,
                 store=store,
                 seed=seed,
@@ -147,14 +147,14 @@ def measure_study(
     layer_flops, head_flops = count_flops(model, seq_len=windows.seq_len)
     heads = 2 if metric == "kl" else 1
     flops = layer_flops * usage.layers_run + heads * head_flops * timed.num_evaluated
-    whole_flops = len(result.records) * windows.num_windows * (layer_flops * num_layers + heads * head_flops)
+    whole_flops = len(result.results) * windows.num_windows * (layer_flops * num_layers + heads * head_flops)
     return {
         "predicted_s": whole_flops / (1e12 * peak_tflops),
         "study_s": study_s,
         "evaluation_s": timed.busy_s,
-        "trials": len(result.records),
+        "trials": len(result.results),
         "tokens": timed.num_evaluated * windows.seq_len,
-        "tokens_unstaged": len(result.records) * windows.num_windows * windows.seq_len,
+        "tokens_unstaged": len(result.results) * windows.num_windows * windows.seq_len,
         "layers_run": usage.layers_run,
         "layers_asked": usage.layers_asked,
         "cache_gib": usage.held_bytes / 2**30,

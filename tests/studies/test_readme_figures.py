@@ -12,7 +12,7 @@ import pytest
 
 from lpsearch.errors import UsageError
 from lpsearch.plan import Plan
-from lpsearch.search import JoinSpace, StudyStore, evaluate_stored_plan, run_study
+from lpsearch.search import PlanSpace, StudyStore, evaluate_stored_plan, run_study
 from studies import readme_figures
 from tests.search.evaluators import SyntheticEvaluator
 
@@ -26,7 +26,7 @@ def run_tiny_study(directory: Path, *, sampler: str, budget: int, data: str = "a
         store.save_settings({"model": "m", "data": data, "windows": 8, "seq_len": 64})
         result = run_study(
             evaluator=SyntheticEvaluator(NUM_LAYERS, num_windows=8),
-            space=JoinSpace(NUM_LAYERS),
+            space=PlanSpace(NUM_LAYERS),
             budget=budget,
             store=store,
             sampler=sampler,
@@ -74,7 +74,7 @@ def test_the_front_is_that_of_the_study_beside_the_best_blocks(tmp_path: Path) -
     assert [row["num_joins"] for row in rows] == [0, 1, 2, 3]
     for row, point in zip(rows, study.front, strict=False):
         assert row["depth_reduction"] == row["num_joins"] / NUM_LAYERS
-        assert row["delta_nll"] == point.record.delta_nll
+        assert row["delta_nll"] == point.record.loss.delta_nll
         assert point.heldout is not None
         assert row["heldout_delta_nll"] == point.heldout.delta
         if row["num_joins"] in (1, 2):  # 7 and 5 blocks; 13 plans do not hold all blocks of 3 joins

@@ -13,10 +13,11 @@ import torch
 from lpsearch.data import Windows
 from lpsearch.models import load_model, resolve_source
 from lpsearch.plan import Plan
-from lpsearch.search import PlanRecord
+from lpsearch.search import TrialResult
 from lpsearch.transform import applied_plan
 from studies import real_fronts
 from studies.windows_file import load_windows, save_windows
+from tests.results import build_result
 from tests.tolerances import FLOAT32_LOSS
 
 
@@ -36,9 +37,8 @@ def test_blocks_are_all_contiguous_runs_of_pairs(num_layers: int):
     assert {plan.joins for plan in plans} == list_blocks_slowly(num_layers)
 
 
-def build_record(num_layers: int, joins: tuple[int, ...], delta: float) -> PlanRecord:
-    plan = Plan.from_joins(num_layers, joins)
-    return PlanRecord(plan, 0, 3 + delta, delta, None, None, None, None, 10, "random")
+def build_record(num_layers: int, joins: tuple[int, ...], delta: float) -> TrialResult:
+    return build_result(Plan.from_joins(num_layers, joins), delta)
 
 
 def test_a_sample_takes_as_many_of_each_number_of_joins():
