@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from lpsearch.errors import ModelError
 from lpsearch.models.cache import cache_directory
@@ -101,7 +100,10 @@ def _list_unread(header: GgufHeader, model: PreTrainedModel, info: Mapping[str, 
     """
     if getattr(getattr(model, "hf_quantizer", None), "supported", False):
         return sorted(info.get("unexpected_keys", ()))
-    processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)()  # type: ignore[no-untyped-call]  # type: ignore[no-untyped-call]
+    # Private to transformers, so imported only where its older reader has just run.
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)()  # type: ignore[no-untyped-call]
     names: Mapping[str, str] = get_gguf_hf_weights_map(model, processor)
     return [name for name in header.tensors if name not in names and name.removesuffix(".weight") not in names]
 

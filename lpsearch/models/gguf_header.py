@@ -6,6 +6,7 @@ The reader of the ``gguf`` package makes an array of every entry of the vocabula
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from collections.abc import Mapping
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from lpsearch.errors import ModelError
 
@@ -25,6 +25,7 @@ _MOST_DIMENSIONS = 8
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _DEFAULT_ALIGNMENT = 32
+_FLOAT32 = 0
 
 
 @dataclass(frozen=True)
@@ -33,19 +34,21 @@ class GgufTensor:
 
     Attributes:
         shape: its shape in the order of torch: the last dimension is contiguous.
-        type: its quantisation, or F32, F16 and so on.
+        type: number of its quantisation, a value of ``gguf.GGMLQuantizationType``; 0 is float32.
         start: offset of its first byte in the file.
     """
 
     shape: tuple[int, ...]
-    type: GGMLQuantizationType
+    type: int
     start: int
 
     @property
     def num_bytes(self) -> int:
         """Size of its data in the file."""
-        block_elements, block_bytes = GGML_QUANT_SIZES[self.type]
-        return int(np.prod(self.shape, dtype=object)) // block_elements * block_bytes
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # which imports much, and most models are no GGUF file
+
+        block_elements, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(self.type)]
+        return math.prod(self.shape) // block_elements * block_bytes
 
 
 @dataclass(frozen=True)
@@ -70,14 +73,20 @@ def read_gguf_header(path: Path) -> GgufHeader:
     """Read the header of a GGUF file.
 
     Raises:
-        ModelError: if the file is no GGUF file, is damaged, or ends before its data does.
+        ModelError: if the file is no GGUF file, is damaged, has tensors in a form that the installed ``gguf`` package
+            does not know, or ends before its data does.
     """
+    from gguf import GGMLQuantizationType
+
     try:
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             header = _Reader(data).read()
             num_bytes = len(data)
     except (ValueError, struct.error) as error:
         raise ModelError(f"{path}: not a GGUF file, or a damaged one: {error}; fetch it again") from error
+    unknown = {tensor.type for tensor in header.tensors.values()} - {int(kind) for kind in GGMLQuantizationType}
+    if unknown:
+        raise ModelError(f"{path}: the installed gguf package does not know quantisation {min(unknown)}; update gguf")
     needed = max((tensor.start + tensor.num_bytes for tensor in header.tensors.values()), default=0)
     if needed > num_bytes:
         raise ModelError(f"{path}: the file is cut short: it has {num_bytes} bytes of {needed}; fetch it again")
@@ -86,7 +95,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
 def read_gguf_vector(path: Path, tensor: GgufTensor) -> np.ndarray[Any, np.dtype[np.float32]] | None:
     """Read a tensor of one dimension that is stored in float32; None for any other."""
-    if tensor.type != GGMLQuantizationType.F32 or len(tensor.shape) != 1:
+    if tensor.type != _FLOAT32 or len(tensor.shape) != 1:
         return None
     with path.open("rb") as stream:
         stream.seek(tensor.start)
@@ -148,11 +157,11 @@ class _Reader:
             self._skip_string()
         return None
 
-    def _take_tensor(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
+    def _take_tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._take_string()
         (num_dimensions,) = self._take("I")
         if num_dimensions > _MOST_DIMENSIONS:
             raise ValueError(f"tensor {name!r} has {num_dimensions} dimensions")
         shape = self._take(f"{num_dimensions}Q")[::-1]
         kind, offset = self._take("IQ")
-        return name, shape, GGMLQuantizationType(kind), offset
+        return name, shape, kind, offset

@@ -24,6 +24,7 @@ from lpsearch.models.quiet import quiet_transformers
 from lpsearch.models.refusals import (
     describe_custom_code,
     describe_tokenizer_failure,
+    refuse_other_tasks,
     refuse_unlike_layers,
     refuse_without_vocabulary,
 )
@@ -146,6 +147,7 @@ def _read_directory(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Read the weights and the tokenizer in a model directory; the weights last, since they take longest."""
     config = load_config(directory, trust_remote_code=trust_remote_code)
+    refuse_other_tasks(directory, config)
     refuse_quantised(directory, config)
     refuse_unlike_layers(directory, config)
     stored = read_stored_tensors(directory)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from lpsearch.errors import ModelError, describe_error
 
@@ -16,6 +16,7 @@ __all__ = [
     "describe_config_failure",
     "describe_custom_code",
     "describe_tokenizer_failure",
+    "refuse_other_tasks",
     "refuse_unlike_layers",
     "refuse_without_vocabulary",
 ]
@@ -40,6 +41,20 @@ def refuse_unlike_layers(directory: Path, config: PretrainedConfig | None = None
         f"{directory / 'config.json'}: its layers are of unlike size ({fields[0] if fields else 'per_layer_config'}); "
         "lpsearch takes models whose layers are all of one size, e.g. the model that this one was pruned from"
     )
+
+
+def refuse_other_tasks(directory: Path, config: PretrainedConfig) -> None:
+    """Refuse a model that transformers does not load as a causal language model.
+
+    Raises:
+        ModelError: naming its model type.
+    """
+    is_custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not is_custom:
+        raise ModelError(
+            f"{directory}: transformers has no causal language model of model type {config.model_type} "
+            f"({type(config).__name__}); give a decoder-only text model"
+        )
 
 
 def describe_config_failure(where: Path, error: Exception) -> ModelError:
@@ -123,7 +138,8 @@ def describe_custom_code(directory: Path, name: str) -> ModelError:
     """Make the error of a repository whose own code would have to run."""
     return ModelError(
         f"{directory}: the model comes with Python code of its own (auto_map in {name}), which lpsearch runs only with "
-        "--trust-remote-code; read the code first"
+        "--trust-remote-code; read the code first (`optimize`, `evaluate` and `generate` have the option, the other "
+        "commands do not take such a model)"
     )
 
 

@@ -36,8 +36,10 @@ _WEIGHTS_NAME = "model.safetensors"
 _INDEX_NAME = "model.safetensors.index.json"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
-_NARROW_DTYPES = ("F8", "F6", "F4")
-"""How the names of dtypes begin that hold a value only together with a scale."""
+_SCALED_FLOATS = ("F8", "F6", "F4")
+"""How the names of floating dtypes begin that hold a value only together with a scale."""
+
+_INTEGERS = ("I8", "U8", "I16", "I32", "I64")
 
 _SCALE_NAME = re.compile(
     r"(^|[._])(weight_scale(_inv|_2)?|scale_inv|scales|input_scale|qweight|qzeros|g_idx|SCB|absmax|quant_map|weight_packed"
@@ -110,12 +112,16 @@ def read_stored_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 
 def refuse_unscaled(directory: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse weights in 8 bits or fewer of a model whose configuration does not say how they are scaled.
+    """Refuse float8 and integer weights of a model whose configuration does not say how they are scaled.
 
     Raises:
         ModelError: naming some of them.
     """
-    narrow = [name for name, tensor in tensors.items() if tensor.dtype.startswith(_NARROW_DTYPES)]
+    narrow = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.dtype.startswith(_SCALED_FLOATS) or (tensor.dtype in _INTEGERS and name.endswith(".weight"))
+    ]
     if narrow:
         raise ModelError(
             f"{directory}: {len(narrow)} weights are stored as {tensors[narrow[0]].dtype}, e.g. {name_some(narrow)}, "

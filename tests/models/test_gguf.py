@@ -58,6 +58,15 @@ def compute_logits(model: PreTrainedModel) -> torch.Tensor:
         return model(ids).logits
 
 
+def test_a_quantisation_that_is_not_known_yet_is_named(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", build_llama())
+    name = b"blk.0.attn_norm.weight"
+    before, after = path.read_bytes().split(name)
+    path.write_bytes(before + name + after[:12] + struct.pack("<I", 900) + after[16:])  # after the one dimension
+    with pytest.raises(ModelError, match="does not know quantisation 900; update gguf"):
+        load(path)
+
+
 def test_a_file_without_scaling_is_the_model_it_was_written_from(tmp_path: Path) -> None:
     model = build_llama()
     loaded = load_model(resolve_source(str(write_gguf(tmp_path / "m.gguf", model))), device="cpu", dtype=torch.float32)

@@ -81,6 +81,12 @@ def test_what_is_wrong_with_a_configuration_is_said_whole(directory: Path) -> No
         load(directory)
 
 
+def test_a_model_of_another_task_is_named(directory: Path) -> None:
+    (directory / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(ModelError, match=r"no causal language model of model type t5 \(T5Config\); give"):
+        load(directory)
+
+
 def test_custom_code_names_the_option(directory: Path) -> None:
     edit_json(directory / "config.json", model_type="my_llama", auto_map={"AutoConfig": "configuration_my.MyConfig"})
     with pytest.raises(

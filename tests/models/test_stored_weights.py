@@ -86,6 +86,12 @@ def test_float8_without_quantisation_configuration_is_refused(directory: Path, k
         load(directory)
 
 
+def test_integers_without_quantisation_configuration_are_refused(directory: Path) -> None:
+    edit(directory, lambda weights: weights.update({UP: (100 * weights[UP]).to(torch.int8)}))
+    with pytest.raises(ModelError, match=rf"1 weights are stored as I8, e\.g\. {UP}, and .* quantization_config"):
+        load(directory)
+
+
 @pytest.mark.parametrize("suffix", ["weight_scale", "weight_scale_inv", "input_scale", "weight.absmax", "SCB"])
 def test_scales_that_nothing_reads_are_refused(directory: Path, suffix: str) -> None:
     name = f"model.layers.0.mlp.up_proj.{suffix}"
