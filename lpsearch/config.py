@@ -17,7 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lpsearch.errors import ConfigError
 
-__all__ = ["OptimizeConfig", "ResolvedConfig", "parse_layer_list", "resolve_config", "slug_of_model"]
+__all__ = ["OptimizeConfig", "ResolvedConfig", "Split", "parse_layer_list", "resolve_config", "slug_of_model"]
+
+Split = Literal["proxy", "heldout"]
+"""What windows are for: to search on, or to check the front on windows that the search never saw."""
 
 
 class OptimizeConfig(BaseModel):

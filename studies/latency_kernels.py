@@ -15,12 +15,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lpsearch.latency import kernels
 from lpsearch.latency.architecture import Architecture, read_architecture
-from lpsearch.latency.graphs import capture_graph
-from lpsearch.latency.parallel import GroupRanks, OneRank, Ranks, run_ranks
-from lpsearch.latency.shaped import ShapedDecoders
-from lpsearch.latency.symmetric import SymmetricRanks, measure_all_reduce_ms
+from lpsearch.latency.ranks.parallel import GroupRanks
+from lpsearch.latency.ranks.processes import run_ranks
+from lpsearch.latency.ranks.symmetric import SymmetricRanks, measure_all_reduce_ms
+from lpsearch.latency.runtime import kernels
+from lpsearch.latency.runtime.graphs import capture_graph
+from lpsearch.latency.runtime.shaped import ShapedDecoders
+from lpsearch.latency.sums import OneRank, Ranks
 from lpsearch.latency.timing import bootstrap_ratio, measure_interleaved
 from lpsearch.models import load_geometry
 from lpsearch.plan import Plan

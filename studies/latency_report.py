@@ -26,10 +26,12 @@ import torch
 from lpsearch.latency.architecture import read_architecture
 from lpsearch.latency.measure import measure_profile
 from lpsearch.latency.model import LatencyModel
-from lpsearch.latency.parallel import EmulatedRanks, OneRank, Ranks, run_ranks
-from lpsearch.latency.runtime import default_mode
-from lpsearch.latency.shaped import ShapedDecoders
-from lpsearch.latency.symmetric import choose_ranks, measure_all_reduce_ms
+from lpsearch.latency.ranks.parallel import EmulatedRanks
+from lpsearch.latency.ranks.processes import run_ranks
+from lpsearch.latency.ranks.symmetric import choose_ranks, measure_all_reduce_ms
+from lpsearch.latency.runtime.decoder import default_mode
+from lpsearch.latency.runtime.shaped import ShapedDecoders
+from lpsearch.latency.sums import OneRank, Ranks
 from lpsearch.latency.timing import bootstrap_ratio, measure_interleaved
 from lpsearch.models import load_geometry
 from lpsearch.plan import Plan
@@ -138,7 +140,7 @@ def run_part(group: Any, part: str, model: str, seconds: float) -> dict[str, Any
     elif part == "additive":
         profile = measure_profile(
             config, device=device, dtype=dtype, context_len=context, max_group=3, budget_s=seconds,
-            choose=None if group is None else lambda n: choose_ranks(group, num_elements=n),
+            choose_ranks=None if group is None else lambda n: choose_ranks(group, num_elements=n),
         )  # fmt: skip
         rng = np.random.default_rng(0)
         plans = {}

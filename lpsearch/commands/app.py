@@ -169,7 +169,7 @@ def evaluate(
         num_windows=windows,
         seq_len=seq_len,
         metric=metric.value,
-        role=split.value,
+        split=split.value,
         seed=seed,
         device=device,
         dtype=dtype.value,

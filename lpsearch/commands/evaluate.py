@@ -29,7 +29,7 @@ def evaluate(
     num_windows: int | None,
     seq_len: int | None,
     metric: Literal["nll", "kl"],
-    role: Split,
+    split: Split,
     seed: int | None,
     device: str,
     dtype: str,
@@ -46,7 +46,7 @@ def evaluate(
         num_windows: number of windows.
         seq_len: tokens in a window.
         metric: ``kl`` also measures KL(base || plan).
-        role: which windows of the data: those that a search uses, or those held out from it.
+        split: which windows of the data: those that a search uses, or those held out from it.
         seed: seed of sampled data.
         device: torch device, or ``auto``.
         dtype: dtype of the weights, or ``auto``.
@@ -63,14 +63,14 @@ def evaluate(
     plan = load_plan(plan_path)
     metadata = plan.metadata
     assert metadata is not None  # a plan file has it
-    measured = getattr(metadata.metrics, role) or metadata.metrics.proxy
+    measured = getattr(metadata.metrics, split) or metadata.metrics.proxy
     data = data or (_DEFAULT_DATA if measured is None else measured.data)
     num_windows = num_windows or (_DEFAULT_WINDOWS if measured is None else measured.windows)
     seq_len = seq_len or (_DEFAULT_SEQ_LEN if measured is None else measured.seq_len)
     seed = (metadata.provenance.seed or 0) if seed is None else seed
     dtype = measured.dtype if dtype == "auto" and measured is not None else dtype
     target = resolve_device(device)
-    check_text_source(data, role=role)
+    check_text_source(data, split=split)
     loaded = load_model_of_plan(
         plan, model=model, device=target, dtype=resolve_dtype(dtype, target), trust_remote_code=trust_remote_code
     )
@@ -79,7 +79,7 @@ def evaluate(
         loaded,
         num_windows=num_windows,
         seq_len=seq_len,
-        role=role,
+        split=split,
         seed=seed,
         searched=metadata.metrics.proxy,
     )
@@ -111,20 +111,20 @@ def _build_windows(
     *,
     num_windows: int,
     seq_len: int,
-    role: Split,
+    split: Split,
     seed: int,
     searched: ProxyMetrics | None,
 ) -> Windows:
     """Build the windows; those held out of the text that the plan was searched on come after the search's own."""
 
-    def build(role: Split, num_windows: int, seq_len: int, after: Windows | None = None) -> Windows:
+    def build(split: Split, num_windows: int, seq_len: int, after: Windows | None = None) -> Windows:
         with show_steps("preparing windows") as on_progress:
             return build_windows(
                 data,
                 tokenizer=loaded.tokenizer,
                 num_windows=num_windows,
                 seq_len=seq_len,
-                role=role,
+                split=split,
                 seed=seed,
                 model=loaded.model,
                 after=after,
@@ -132,6 +132,6 @@ def _build_windows(
             )
 
     after = None
-    if role == "heldout" and searched is not None and searched.data == data != "self":
+    if split == "heldout" and searched is not None and searched.data == data != "self":
         after = build("proxy", searched.windows, searched.seq_len)
-    return build(role, num_windows, seq_len, after)
+    return build(split, num_windows, seq_len, after)

@@ -172,7 +172,7 @@ def _build_windows(values: OptimizeConfig, loaded: LoadedModel) -> dict[Split, W
                 tokenizer=loaded.tokenizer,
                 num_windows=values.windows,
                 seq_len=values.seq_len,
-                role=split,
+                split=split,
                 seed=values.seed,
                 model=loaded.model,
                 after=windows.get("proxy"),

@@ -174,8 +174,8 @@ def _check_data(values: OptimizeConfig) -> None:
     """
     from lpsearch.data import check_text_source
 
-    check_text_source(values.data, role="proxy")
-    check_text_source(values.heldout or values.data, role="heldout")
+    check_text_source(values.data, split="proxy")
+    check_text_source(values.heldout or values.data, split="heldout")
     alias = find_alias(values.model)
     if alias is not None:
         JoinSpace(alias.num_layers, values.max_group, values.freeze)

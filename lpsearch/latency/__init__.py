@@ -9,12 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lpsearch.latency.measure import Workload, measure_profile
+    from lpsearch.latency.measure import measure_profile
     from lpsearch.latency.model import LatencyModel
     from lpsearch.latency.profile import LatencyProfile, check_profile_geometry, load_profile, save_profile
-    from lpsearch.latency.ranked import emulate_profile_on_ranks, measure_profile_on_ranks
+    from lpsearch.latency.ranks.measuring import emulate_profile_on_ranks, measure_profile_on_ranks
     from lpsearch.latency.reuse import measure_or_reuse_profile
-    from lpsearch.latency.runtime import Decoder, build_decoder
+    from lpsearch.latency.runtime.decoder import Decoder, build_decoder
+    from lpsearch.latency.workload import Workload
 
 __all__ = [
     "Decoder",
@@ -32,17 +33,17 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "Decoder": "runtime",
+    "Decoder": "runtime.decoder",
     "LatencyModel": "model",
     "LatencyProfile": "profile",
-    "Workload": "measure",
-    "build_decoder": "runtime",
+    "Workload": "workload",
+    "build_decoder": "runtime.decoder",
     "check_profile_geometry": "profile",
-    "emulate_profile_on_ranks": "ranked",
+    "emulate_profile_on_ranks": "ranks.measuring",
     "load_profile": "profile",
     "measure_or_reuse_profile": "reuse",
     "measure_profile": "measure",
-    "measure_profile_on_ranks": "ranked",
+    "measure_profile_on_ranks": "ranks.measuring",
     "save_profile": "profile",
 }
 

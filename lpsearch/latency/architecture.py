@@ -1,7 +1,7 @@
 """What the runtime needs to know of a model: its shapes, and where its family departs from Llama.
 
 Read from a transformers configuration alone. A family is understood by name, since a configuration does not say how its
-numbers are used; others are refused and measured by :mod:`lpsearch.latency.shapes` instead.
+numbers are used; others are refused and measured by :mod:`lpsearch.latency.fallback` instead.
 """
 
 from __future__ import annotations

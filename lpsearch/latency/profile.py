@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -75,7 +75,7 @@ class ProfileGeometry(_FileModel):
             layer_kinds=_list_kinds(config),
         )
 
-    def describe_group(self, group: tuple[int, ...] | range) -> str:
+    def describe_group(self, group: Sequence[int]) -> str:
         """Name a group by what its time depends on, e.g. ``2 full`` or ``1 full + 1 sliding``."""
         kinds = [self.layer_kinds[layer_idx] for layer_idx in group]
         return " + ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))

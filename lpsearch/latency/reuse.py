@@ -32,12 +32,13 @@ def measure_or_reuse_profile(
     batch_size: int = 1,
     context_len: int = 1024,
     max_group: int = 2,
+    budget_s: float = 15.0,
     on_progress: Callable[[float], None] | None = None,
 ) -> LatencyProfile:
     """Return the profile of a decode workload from the cache, or measure it and keep it.
 
-    The key is device, threads, versions, configuration, dtype and workload. The arguments are those of
-    :func:`lpsearch.latency.measure_profile`.
+    The key is device, threads, versions, configuration, dtype and workload, but not how long it was timed. The
+    arguments are those of :func:`lpsearch.latency.measure_profile`.
     """
     device = torch.device(device)
     key = {
@@ -66,6 +67,7 @@ def measure_or_reuse_profile(
         batch_size=batch_size,
         context_len=context_len,
         max_group=max_group,
+        budget_s=budget_s,
         on_progress=on_progress,
     )
     try:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lpsearch.latency.parallel import OneRank, Ranks
+from lpsearch.latency.sums import OneRank, Ranks
 
 __all__ = ["StepTiming", "bootstrap_ratio", "measure_interleaved"]
 

@@ -3,7 +3,7 @@
 The rows of the input projections of all members are stacked, the columns of their output projections put side by side,
 so that the sum over the group happens inside the products (or, in families with post-norms, so that one batched product
 gives every member's output). Norm weights are folded into the projections behind them: what remains of an RMSNorm is
-its scale. Random weights take parts of an arena; real ones come from a Hugging Face model and carry the same shapes.
+its scale. Random weights take parts of a workspace; real ones come from a Hugging Face model and carry the same shapes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lpsearch.latency.architecture import Architecture, Segment
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from lpsearch.latency.arena import Arena
+    from lpsearch.latency.runtime.memory import Workspace
     from lpsearch.plan import Plan
 
 __all__ = [
@@ -90,25 +90,32 @@ class DecoderWeights:
 
 
 def take_random_weights(
-    architecture: Architecture, plan: Plan, arena: Arena, *, embedding: Tensor, head: Tensor, rank: int, num_ranks: int
+    architecture: Architecture,
+    plan: Plan,
+    workspace: Workspace,
+    *,
+    embedding: Tensor,
+    head: Tensor,
+    rank: int,
+    num_ranks: int,
 ) -> DecoderWeights:
-    """Take a plan's weights of one rank out of an arena; they mean nothing, but cost what real ones cost.
+    """Take a plan's weights of one rank out of a workspace; they mean nothing, but cost what real ones cost.
 
     Args:
         architecture: the shape.
         plan: its groups.
-        arena: where every plan's layers begin at the start.
+        workspace: where every plan's layers begin at the start.
         embedding: (vocab_size, hidden).
         head: (rows, hidden) of this rank.
         rank: this rank.
         num_ranks: ranks that share the model.
     """
-    arena.rewind()
+    workspace.rewind()
     layers = []
     for group in plan.groups:
         segments = architecture.split_group(group)
         shapes = _list_shapes(architecture, segments, num_ranks)
-        layers.append(_assemble(segments, {name: arena.take(shape) for name, shape in shapes.items()}))
+        layers.append(_assemble(segments, {name: workspace.take(shape) for name, shape in shapes.items()}))
     return DecoderWeights(embedding, tuple(layers), head, rank * split_vocabulary(architecture, num_ranks))
 
 
@@ -148,8 +155,8 @@ def split_vocabulary(architecture: Architecture, num_ranks: int) -> int:
 
 
 def count_weight_elements(architecture: Architecture, plan: Plan, num_ranks: int) -> int:
-    """Return the arena elements of a plan's layers on one rank."""
-    from lpsearch.latency.arena import align_elements
+    """Return the workspace elements of a plan's layers on one rank."""
+    from lpsearch.latency.runtime.memory import align_elements
 
     groups = [architecture.split_group(group) for group in plan.groups]
     shapes = [shape for segments in groups for shape in _list_shapes(architecture, segments, num_ranks).values()]

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from lpsearch.errors import ConfigError, LpsearchError
+from lpsearch.errors import ConfigError, FamilyError, LpsearchError
 from lpsearch.latency import LatencyModel, Workload, measure_or_reuse_profile, measure_profile
-from lpsearch.latency import measure as measure_module
-from lpsearch.latency.architecture import RUNTIME_FAMILIES, read_architecture
-from lpsearch.latency.arena import Arena
-from lpsearch.latency.measure import _choose_depths
-from lpsearch.latency.ranked import emulate_profile_on_ranks, measure_profile_on_ranks
-from lpsearch.latency.shapes import FixedCacheLayer, ShapeModel, widen_config
+from lpsearch.latency.architecture import RUNTIME_FAMILIES
+from lpsearch.latency.depths import choose_depths, find_group_kinds
+from lpsearch.latency.fallback import FixedCacheLayer, TransformersSteps, widen_config
+from lpsearch.latency.profile import ProfileGeometry
+from lpsearch.latency.ranks.measuring import emulate_profile_on_ranks, measure_profile_on_ranks
+from lpsearch.latency.runtime.memory import Workspace
 from lpsearch.latency.timing import StepTiming, bootstrap_ratio, measure_interleaved
 from lpsearch.plan import Plan
 from lpsearch.transform import applied_plan
@@ -92,18 +92,44 @@ def test_unfused_groups_cost_what_their_layers_cost():
     assert costs[1] == 2 * costs[0]
 
 
-def test_depths_tell_every_kind_of_group_apart():
-    architecture = read_architecture(build_tiny_model("gemma3_text", num_layers=12).config)
-    depths = _choose_depths(architecture, 12, 3)
-    counts = [depth.count_groups(architecture) for depth in depths if depth.use == "fit"]
+def test_a_group_of_unlike_layers_costs_what_they_cost_when_they_are_not_fused():
+    config = build_tiny_model("qwen3_moe").config
+    profile = measure_profile(config, device="cpu", dtype=torch.float32, context_len=4, budget_s=0.05, max_group=3)
+    costs = profile.workloads[0].cost_ms
+    assert set(costs) == {
+        "1 full",
+        "1 full moe",
+        "1 full + 1 full moe",
+        "2 full moe",
+        "1 full + 2 full moe",
+        "3 full moe",
+    }
+    assert costs["1 full + 2 full moe"] == pytest.approx(costs["1 full"] + 2 * costs["1 full moe"])
+    assert profile.workloads[0].num_layers_measured == 6
+
+
+@pytest.mark.parametrize("num_layers", [6, 12])
+@pytest.mark.parametrize("max_group", [1, 2, 3])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_moe"])
+def test_depths_tell_every_kind_of_group_apart(family, max_group, num_layers):
+    geometry = ProfileGeometry.from_config(build_tiny_model(family, num_layers=12).config)
+    depths = choose_depths(geometry, num_layers=num_layers, max_group=max_group)
+    assert depths[0].plan == Plan.baseline(num_layers)
+    assert depths[0].layers == tuple(range(num_layers))
+    counts = [depth.count_groups(geometry) for depth in depths if depth.use == "fit"]
     kinds = {kind for count in counts for kind in count}
     possible = {
-        architecture.describe_group(range(first, first + size)) for size in (1, 2, 3) for first in range(13 - size)
+        geometry.describe_group(range(first, first + size))
+        for size in range(1, max_group + 1)
+        for first in range(13 - size)
     }
-    assert kinds == possible
+    assert kinds == possible == set(find_group_kinds(geometry, max_group=max_group))
     matrix = torch.tensor([[1.0, *(count.get(kind, 0) for kind in sorted(kinds))] for count in counts])
     assert torch.linalg.matrix_rank(matrix) == 1 + len(kinds)
-    assert max(len(depth.layers) for depth in depths) <= 12
+    assert max(len(depth.layers) for depth in depths) <= num_layers
+    (check,) = [depth for depth in depths if depth.use == "check"]
+    assert check.count_groups(geometry) not in counts
+    assert set(check.count_groups(geometry)) <= possible
 
 
 def test_prompts_and_batches_are_workloads():
@@ -117,7 +143,7 @@ def test_prompts_and_batches_are_workloads():
 
 def test_a_profile_is_measured_once(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("LPSEARCH_CACHE", str(tmp_path))
-    options = {"device": torch.device("cpu"), "dtype": torch.float32, "context_len": 4}
+    options = {"device": torch.device("cpu"), "dtype": torch.float32, "context_len": 4, "budget_s": 0.05}
     first = measure_or_reuse_profile(build_tiny_model("llama").config, **options)
     assert measure_or_reuse_profile(build_tiny_model("llama", seed=1).config, **options) == first
     wider = build_tiny_model("llama", intermediate_size=64).config
@@ -176,31 +202,64 @@ def test_a_ratio_comes_with_its_interval():
     assert ratio == pytest.approx(2, rel=0.02)
 
 
+class _LayerRecorder:
+    """Notes of each decoder layer that runs where its first matrix is and how large its matrices are together."""
+
+    def __init__(self, layer_class):
+        self.layer_class, self.seen, self.attention = layer_class, [], set()
+
+    def __call__(self, module, arguments, output):
+        if isinstance(module, self.layer_class):
+            weights = [parameter for parameter in module.parameters() if parameter.ndim > 1]
+            self.seen.append((weights[0].data_ptr(), sum(weight.numel() for weight in weights)))
+            self.attention.add(module.self_attn.config._attn_implementation)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_depths_share_the_memory_of_one_model(family):
-    config = build_tiny_model(family).config
-    with torch.inference_mode():
-        model = ShapeModel(config, batch_size=2, context_len=9, device=torch.device("cpu"), dtype=torch.float32)
-        base, wide = model.build_depth([1] * 6), model.build_depth([3, 2, 1])
-        assert base.layers[0].self_attn.config._attn_implementation == "sdpa"
-        first, last = ([next(depth.layers[slot].parameters()).data_ptr() for depth in (base, wide)] for slot in (0, -1))
-        assert first[0] == first[1]
-        assert last[0] > first[0]
-        num_weights = [
-            sum(p.numel() for layer in depth.layers for p in layer.parameters() if p.ndim > 1) for depth in (base, wide)
-        ]
-        assert num_weights[0] == num_weights[1]
-        for depth, num_layers in ((base, 6), (wide, 3), (base, 6)):
-            model.use_depth(depth)
-            assert model.run_step().shape == (2,)
-            assert len(model._layers) == num_layers
+def test_plans_share_the_memory_of_one_model(family):
+    model = build_tiny_model(family)
+    steps = TransformersSteps(model.config, Workload("decode", 2, 9), device=torch.device("cpu"), dtype=torch.float32)
+    assert steps.fuses
+    recorder = _LayerRecorder(type(model.model.layers[0]))
+    with torch.inference_mode(), nn.modules.module.register_module_forward_hook(recorder):
+        steps.reserve(6)
+        base, wide = (
+            steps.build(plan, range(6)) for plan in (Plan.baseline(6), Plan.from_groups([[0, 1, 2], [3, 4], [5]]))
+        )
+        runs = []
+        for step in (base, wide, base):  # whatever ran or was built in between
+            recorder.seen.clear()
+            assert step.run().shape == (2,)
+            runs.append(list(recorder.seen))
+    assert recorder.attention == {"sdpa"}
+    assert [len(run) for run in runs] == [6, 3, 6]
+    assert runs[0] == runs[2]
+    assert runs[0][0][0] == runs[1][0][0]
+    assert runs[0][-1][0] > runs[0][0][0]
+    assert sum(size for _, size in runs[0]) == sum(size for _, size in runs[1])
+
+
+def test_layers_stand_in_any_order_and_number():
+    """A mixture of experts, one of whose layers is dense: what is built is the layer that was asked for."""
+    model = build_tiny_model("qwen3_moe")
+    sizes = [sum(p.numel() for p in layer.parameters() if p.ndim > 1) for layer in model.model.layers]
+    assert sizes[1] != sizes[0]
+    steps = TransformersSteps(model.config, Workload("decode", 1, 4), device=torch.device("cpu"), dtype=torch.float32)
+    assert not steps.fuses
+    recorder = _LayerRecorder(type(model.model.layers[0]))
+    with torch.inference_mode(), nn.modules.module.register_module_forward_hook(recorder):
+        steps.reserve(6)
+        step = steps.build(Plan.baseline(5), [1, 0, 1, 5, 1])
+        recorder.seen.clear()
+        step.run()
+    assert [size for _, size in recorder.seen] == [sizes[i] for i in (1, 0, 1, 5, 1)]
 
 
 def test_a_fixed_cache_holds_the_context_and_slides_where_attention_does():
-    arena = Arena(num_elements=4096, dtype=torch.float32, device=torch.device("cpu"))
+    workspace = Workspace(num_elements=4096, dtype=torch.float32, device=torch.device("cpu"))
     keys = torch.ones(2, 3, 1, 8)
     for window, held in ((None, 12), (SLIDING_WINDOW, SLIDING_WINDOW - 1)):
-        layer = FixedCacheLayer(context_len=12, sliding_window=window, arena=arena)
+        layer = FixedCacheLayer(context_len=12, sliding_window=window, workspace=workspace)
         for _ in range(2):  # a second step finds the same length
             found, values = layer.update(keys, 2 * keys)
             assert found.shape == values.shape == (2, 3, held + 1, 8)
@@ -210,19 +269,25 @@ def test_a_fixed_cache_holds_the_context_and_slides_where_attention_does():
         assert layer.get_mask_sizes(1) == (held + 1, 12 - held)
 
 
-def test_where_memory_is_short_fewer_layers_are_built(monkeypatch, caplog):
-    config = build_tiny_model("llama", num_layers=12).config
-    monkeypatch.setattr(measure_module, "_get_usable_bytes", lambda device: 4 * (2 * 97 * 32 + 3000 + 8 * 9000))
-    profile = measure_profile(config, device="cpu", dtype=torch.float32, context_len=4, budget_s=0.05)
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_where_memory_is_short_fewer_layers_are_built(family, caplog):
+    config = build_tiny_model(family, num_layers=12).config
+    options = {"device": "cpu", "dtype": torch.float32, "budget_s": 0.05}
+    usable_bytes = 4 * (2 * 97 * 32 + 3000 + 8 * 9000)
+    profile = measure_profile(config, context_len=4, usable_bytes=usable_bytes, **options)
     assert 4 <= profile.workloads[0].num_layers_measured < 12
     assert profile.geometry.num_layers == 12
     assert "of 12 layers" in caplog.text
-    monkeypatch.setattr(measure_module, "_get_usable_bytes", lambda device: 4 * 20000)
     with pytest.raises(LpsearchError, match=r"not enough memory to measure latency: 4 layers .* not even the weights"):
-        measure_profile(config, device="cpu", dtype=torch.float32, context_len=4)
-    monkeypatch.setattr(measure_module, "_get_usable_bytes", lambda device: 4 * 100000)
+        measure_profile(config, context_len=4, usable_bytes=4 * 20000, **options)
     with pytest.raises(LpsearchError, match=r"what fits is \d+ tokens over all sequences, e.g. batch 8 with"):
-        measure_profile(config, device="cpu", dtype=torch.float32, batch_size=8, context_len=100)
+        measure_profile(config, batch_size=8, context_len=100, usable_bytes=4 * 100000, **options)
+
+
+def test_prompts_of_other_families_are_refused_by_name():
+    config = build_tiny_model("mixtral").config
+    with pytest.raises(FamilyError, match="mixtral: the runtime computes"):
+        measure_profile(config, device="cpu", dtype=torch.float32, workloads=[Workload("prefill", 1, 7)])
 
 
 @pytest.mark.gpu

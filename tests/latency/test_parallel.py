@@ -10,9 +10,10 @@ import torch
 
 from lpsearch.errors import ConfigError, LpsearchError
 from lpsearch.latency.architecture import RUNTIME_FAMILIES, read_architecture
-from lpsearch.latency.parallel import GroupRanks, run_ranks
-from lpsearch.latency.runtime import build_decoder
-from lpsearch.latency.symmetric import SymmetricRanks
+from lpsearch.latency.ranks.parallel import GroupRanks
+from lpsearch.latency.ranks.processes import run_ranks
+from lpsearch.latency.ranks.symmetric import SymmetricRanks
+from lpsearch.latency.runtime.decoder import build_decoder
 from lpsearch.plan import Plan
 from tests.tiny_models import build_tiny_model
 from tests.tolerances import BFLOAT16_LOGITS, FLOAT32_LOGITS

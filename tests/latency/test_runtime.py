@@ -7,7 +7,7 @@ import torch
 
 from lpsearch.errors import ConfigError, FamilyError
 from lpsearch.latency.architecture import RUNTIME_FAMILIES, read_architecture
-from lpsearch.latency.runtime import build_decoder
+from lpsearch.latency.runtime.decoder import build_decoder
 from lpsearch.plan import Plan
 from lpsearch.transform import applied_plan
 from tests.tiny_models import VOCAB_SIZE, build_tiny_model
@@ -104,10 +104,9 @@ def test_what_the_runtime_does_not_compute_is_refused():
         build_decoder(build_tiny_model("llama"), PLANS["pairs"], batch_size=1, capacity=8, mode="graph")
 
 
-def test_groups_are_named_by_what_their_time_depends_on():
+def test_members_that_attend_differently_keep_separate_attentions():
     architecture = read_architecture(build_tiny_model("gemma3_text").config)
     assert [kind.name for kind in architecture.kinds] == ["sliding", "sliding", "full"] * 2
-    assert architecture.describe_group([1, 2, 3]) == "1 full + 2 sliding"
     assert [segment.layers for segment in architecture.split_group([1, 2, 3])] == [(1, 3), (2,)]
 
 

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from lpsearch.errors import ConfigError
-from lpsearch.latency import kernels
 from lpsearch.latency.architecture import Architecture, AttentionKind, Segment, read_architecture
-from lpsearch.latency.attention import Rope, attend, norm_heads
-from lpsearch.latency.graphs import capture_graph
-from lpsearch.latency.operations import Operations
-from lpsearch.latency.parallel import OneRank, Ranks
+from lpsearch.latency.runtime import kernels
+from lpsearch.latency.runtime.attention import Rope, attend, norm_heads
+from lpsearch.latency.runtime.graphs import capture_graph
+from lpsearch.latency.runtime.launch import has_kernels
+from lpsearch.latency.runtime.operations import Operations
+from lpsearch.latency.sums import OneRank, Ranks
 from lpsearch.latency.timing import measure_interleaved
 from lpsearch.latency.weights import DecoderWeights, WideLayer, fuse_model
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from lpsearch.latency.arena import Arena
+    from lpsearch.latency.runtime.memory import Workspace
     from lpsearch.plan import Plan
 
 __all__ = ["Decoder", "RunMode", "build_decoder", "default_mode"]
@@ -41,7 +42,7 @@ _CHOICE_BLOCKS = 5
 
 def default_mode(device: torch.device) -> RunMode:
     """Return the fastest mode of a device: ``compiled`` on CUDA, else ``eager``."""
-    return "compiled" if kernels.has_kernels(device) else "eager"
+    return "compiled" if has_kernels(device) else "eager"
 
 
 class Decoder:
@@ -57,7 +58,7 @@ class Decoder:
         capacity: tokens that the cache holds.
         mode: how steps run; anything but ``eager`` needs a CUDA device.
         ranks: the ranks that share the model; None for one.
-        cache_arena: where to take the cache from; None allocates it.
+        cache_workspace: where to take the cache from; None allocates it.
         pool: memory pool of the graphs; None takes one of its own.
 
     Attributes:
@@ -75,7 +76,7 @@ class Decoder:
         capacity: int,
         mode: RunMode,
         ranks: Ranks | None = None,
-        cache_arena: Arena | None = None,
+        cache_workspace: Workspace | None = None,
         pool: Any = None,
     ) -> None:
         """Take the cache and lay out the rotary tables."""
@@ -108,8 +109,8 @@ class Decoder:
             ]
             self._caches.append(
                 [
-                    cache_arena.take(shape)
-                    if cache_arena is not None
+                    cache_workspace.take(shape)
+                    if cache_workspace is not None
                     else torch.zeros(shape, dtype=weights.embedding.dtype, device=device)
                     for shape in shapes
                 ]

@@ -1,8 +1,4 @@
-"""Tensor-parallel ranks: their all-reduce, and how a function is started on each of them.
-
-Every rank holds a part of every head group and of every MLP; the partial outputs are added up over ranks, once for
-attention and once for the MLP of a group. NVLink multicast is never used.
-"""
+"""Starting a function on ranks: new processes on this host, or those that ``torchrun`` started."""
 
 from __future__ import annotations
 
@@ -13,119 +9,14 @@ import socket
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from lpsearch.errors import ConfigError, LpsearchError
 
-__all__ = [
-    "AllReduceKind",
-    "EmulatedRanks",
-    "GroupRanks",
-    "OneRank",
-    "Ranks",
-    "get_torchrun_size",
-    "join_ranks",
-    "run_ranks",
-]
-
-AllReduceKind = Literal["none", "gloo", "nccl", "one_shot", "push"]
-
-_TIMEOUT_S = 600
-
-
-class Ranks(Protocol):
-    """What the runtime needs of the ranks that share a model.
-
-    Attributes:
-        rank: this one.
-        num_ranks: how many.
-        kind: how sums are made.
-    """
-
-    rank: int
-    num_ranks: int
-    kind: AllReduceKind
-
-    def begin_step(self) -> None:
-        """Say that a forward begins; every rank makes the same sums in the same order."""
-
-    def all_reduce(self, partial: Tensor) -> Tensor:
-        """Return the sum of a tensor over ranks; the argument may be overwritten."""
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """Return the tensors of all ranks, (num_ranks, ...)."""
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-
-
-class OneRank:
-    """A model on one device."""
-
-    rank: int = 0
-    num_ranks: int = 1
-    kind: AllReduceKind = "none"
-
-    def begin_step(self) -> None:
-        """Do nothing."""
-
-    def all_reduce(self, partial: Tensor) -> Tensor:
-        """Return the tensor."""
-        return partial
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """Return the tensor, (1, ...)."""
-        return tensor[None]
-
-    def barrier(self) -> None:
-        """Do nothing."""
-
-
-class EmulatedRanks(OneRank):
-    """One rank of several that are not there: its share of the work, without any sums."""
-
-    def __init__(self, num_ranks: int) -> None:
-        """Stand for the first of so many ranks."""
-        self.num_ranks = num_ranks
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """Return the tensor once for every rank."""
-        return tensor.expand(self.num_ranks, *tensor.shape)
-
-
-class GroupRanks:
-    """The ranks of a process group of torch.distributed, by its own all-reduce (NCCL or gloo)."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        """Wrap a process group."""
-        self._group = group
-        self.rank = dist.get_rank(group)
-        self.num_ranks = dist.get_world_size(group)
-        self.kind: AllReduceKind = "nccl" if dist.get_backend(group) == "nccl" else "gloo"
-
-    def begin_step(self) -> None:
-        """Do nothing."""
-
-    def all_reduce(self, partial: Tensor) -> Tensor:
-        """Sum over ranks, in place."""
-        dist.all_reduce(partial, group=self._group)
-        return partial
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """Gather from all ranks."""
-        gathered = tensor.new_empty((self.num_ranks, *tensor.shape))
-        dist.all_gather(list(gathered.unbind(0)), tensor.contiguous(), group=self._group)
-        return gathered
-
-    def barrier(self) -> None:
-        """Wait for all ranks, and for the device."""
-        if self.kind == "nccl":
-            torch.cuda.synchronize()
-        dist.barrier(group=self._group)
+__all__ = ["get_torchrun_size", "join_ranks", "run_ranks"]
 
 
 def get_torchrun_size() -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +10,12 @@ import torch.distributed as dist
 
 from lpsearch.errors import ConfigError
 from lpsearch.latency.architecture import read_architecture
-from lpsearch.latency.measure import Workload, measure_profile
-from lpsearch.latency.parallel import EmulatedRanks, Ranks, get_torchrun_size, join_ranks, run_ranks
+from lpsearch.latency.measure import measure_profile
 from lpsearch.latency.profile import LatencyProfile
-from lpsearch.latency.symmetric import choose_ranks
+from lpsearch.latency.ranks.parallel import EmulatedRanks
+from lpsearch.latency.ranks.processes import get_torchrun_size, join_ranks, run_ranks
+from lpsearch.latency.ranks.symmetric import choose_ranks
+from lpsearch.latency.workload import Workload
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -111,7 +112,7 @@ def emulate_profile_on_ranks(
         workloads=workloads,
         max_group=max_group,
         budget_s=budget_s,
-        choose=lambda num_elements: (EmulatedRanks(num_ranks), {"given": all_reduce_us}),
+        choose_ranks=lambda num_elements: (EmulatedRanks(num_ranks), {"given": all_reduce_us}),
         on_progress=on_progress,
     )
     added_ms = _SUMS_PER_GROUP * all_reduce_us / 1e3
@@ -150,18 +151,14 @@ def _measure_rank(
 ) -> dict[str, Any]:
     """Measure on one rank; returns the profile as a document."""
     device = torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
-
-    def choose(num_elements: int) -> tuple[Ranks, dict[str, float]]:
-        return choose_ranks(group, num_elements=num_elements)
-
     profile = measure_profile(
         config,
         device=device,
         dtype=dtype,
-        workloads=[dataclasses.replace(workload) for workload in workloads],
+        workloads=workloads,
         max_group=max_group,
         budget_s=budget_s,
-        choose=choose,
+        choose_ranks=lambda num_elements: choose_ranks(group, num_elements=num_elements),
         on_progress=on_progress,
     )
     return profile.model_dump(mode="json")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpsearch.latency import kernels
+from lpsearch.latency.runtime import kernels
 
 __all__ = ["Operations"]
 

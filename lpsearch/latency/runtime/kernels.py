@@ -1,9 +1,10 @@
 """Kernels of a decode step of one sequence, where every product reads its weights once and does little else.
 
-A product of one row is bound by memory, so norm, bias, activation and residual ride along: an RMSNorm whose weight is
-folded into the matrix is a factor of the result, whose sum of squares is gathered on the way. With programmatic
-dependent launch a kernel asks for its first weights while the one before it still runs. Attention rotates, writes the
-cache and reads its valid entries in one kernel, split over the cache so that all processors have work.
+A product of one row is bound by memory, so the same kernel also computes norm, bias, activation and residual: an
+RMSNorm whose weight is folded into the matrix is a factor of the result, whose sum of squares is gathered on the way.
+Attention rotates, writes the cache and reads its valid entries in one kernel. It is split over the cache, so that all
+processors have work, and a second kernel combines the parts (Dao et al., "Flash-Decoding for long-context inference",
+2023).
 """
 
 from __future__ import annotations
@@ -13,25 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpsearch.latency.runtime.launch import dependent_launch
+
 try:
     import triton
     import triton.language as tl
+
+    from lpsearch.latency.runtime.launch import release, wait
 except ImportError:  # builds of torch for the CPU alone come without it
     triton = None
 
-__all__ = ["attend_row", "choose_num_splits", "dependent_launch", "has_kernels", "multiply_row", "release", "wait"]
+__all__ = ["attend_row", "multiply_row"]
 
 _TARGET_BLOCKS = 264
 _MIN_SPLIT = 64
 _ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2}
 
 
-def has_kernels(device: torch.device) -> bool:
-    """Tell whether the kernels run on a device."""
-    return triton is not None and device.type == "cuda"
-
-
-def choose_num_splits(*, batch_size: int, num_kv_heads: int, capacity: int) -> int:
+def _choose_num_splits(*, batch_size: int, num_kv_heads: int, capacity: int) -> int:
     """Return into how many parts the cache is split, so that its readers fill the device."""
     wanted = -(-_TARGET_BLOCKS // (batch_size * num_kv_heads))
     most = max(1, capacity // _MIN_SPLIT)
@@ -43,18 +43,6 @@ if triton is not None:
     @triton.jit
     def _tanh(x):
         return 2 * tl.sigmoid(2 * x) - 1
-
-    @triton.jit
-    def wait(PDL: tl.constexpr):
-        """Wait for the kernel before this one to end."""
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-
-    @triton.jit
-    def release(PDL: tl.constexpr):
-        """Let the kernel behind this one start."""
-        if PDL:
-            tl.extra.cuda.gdc_launch_dependents()
 
     @triton.jit
     def _multiply_row_kernel(
@@ -368,7 +356,7 @@ def attend_row(
     batch_size, num_kv_heads, capacity, head_dim = keys.shape
     queries = num_heads // num_kv_heads
     longest = capacity if window is None else min(capacity, window)
-    num_splits = choose_num_splits(batch_size=batch_size, num_kv_heads=num_kv_heads, capacity=longest)
+    num_splits = _choose_num_splits(batch_size=batch_size, num_kv_heads=num_kv_heads, capacity=longest)
     partial = torch.empty((batch_size, num_heads, num_splits, head_dim), dtype=torch.float32, device=qkv.device)
     weights = torch.empty((batch_size, num_heads, num_splits), dtype=torch.float32, device=qkv.device)
     block_dim = max(16, triton.next_power_of_2(head_dim))  # the least that a product of tiles takes
@@ -424,10 +412,3 @@ def _choose_launch(num_out: int, num_in: int, *, gated: bool) -> dict[str, Any]:
     if num_out >= 6144:
         return {"BLOCK_OUT": 2, "BLOCK_IN": 1024, "num_warps": 4}
     return {"BLOCK_OUT": 1, "BLOCK_IN": 2048, "num_warps": 4}
-
-
-def dependent_launch() -> dict[str, bool]:
-    """Return the options that let a kernel start while the one before it ends (compute capability 9 and later)."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9:
-        return {"PDL": False}
-    return {"PDL": True, "launch_pdl": True}

@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lpsearch.latency.graphs import capture_graph
-from lpsearch.latency.parallel import AllReduceKind, GroupRanks, Ranks
-from lpsearch.latency.push import push_sum
+from lpsearch.latency.ranks.parallel import GroupRanks
+from lpsearch.latency.ranks.push import push_sum
+from lpsearch.latency.runtime.graphs import capture_graph
+from lpsearch.latency.sums import AllReduceKind, Ranks
 
 __all__ = ["SymmetricRanks", "choose_ranks", "measure_all_reduce_ms"]
 

@@ -1,7 +1,7 @@
 """The all-reduce that writes to all ranks at once: every word travels with the number of its sum.
 
-Whoever polls a word sees by the number whether it has arrived, so that no barrier is needed; NCCL's low-latency
-protocol works like this.
+A rank that polls a word sees by the number whether it has arrived, so that no barrier is needed. NCCL's low-latency
+protocol (LL) works like this: Hu et al., "Demystifying NCCL", arXiv 2507.04786.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lpsearch.latency.kernels import dependent_launch
+from lpsearch.latency.runtime.launch import dependent_launch
 
 try:
     import triton
     import triton.language as tl
 
-    from lpsearch.latency.kernels import release, wait
+    from lpsearch.latency.runtime.launch import release, wait
 except ImportError:  # builds of torch for the CPU alone come without it
     triton = None
 

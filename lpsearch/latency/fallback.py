@@ -1,0 +1,274 @@
+"""Steps of families that the runtime does not compute: transformers' own eager execution, by shape, decode steps only.
+
+Where a widened configuration gives a decoder layer with exactly the members' weights, a group is one wide layer: m
+times the heads, key-value heads and intermediate size. Elsewhere (mixtures of experts, packed heads) layers are timed
+alone, and a group costs what its layers cost. The profile says which. Only the time matters, so the weights are random.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from lpsearch.errors import FamilyError
+from lpsearch.latency.runtime.memory import Workspace, align_elements
+from lpsearch.latency.sums import OneRank
+from lpsearch.latency.workload import Step, Workload
+from lpsearch.models.families import get_decoder, get_decoder_layers
+from lpsearch.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+__all__ = ["FixedCacheLayer", "TransformersSteps", "widen_config"]
+
+_MODE = "transformers eager"
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def widen_config(config: PretrainedConfig, group_size: int) -> PretrainedConfig:
+    """Return a copy of a text configuration whose decoder layers are ``group_size`` times as wide inside."""
+    wide = copy.deepcopy(config)
+    if group_size == 1:
+        return wide
+    num_heads = config.num_attention_heads
+    wide.head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    wide.num_attention_heads = num_heads * group_size
+    if getattr(config, "num_key_value_heads", None) is not None:
+        wide.num_key_value_heads = config.num_key_value_heads * group_size
+    wide.intermediate_size = config.intermediate_size * group_size
+    return wide
+
+
+class FixedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """A layer's cache that always holds ``context_len`` tokens: each step writes the same last entry.
+
+    Attends to valid entries only and copies none of them, as a static cache of the right length would. Memory is taken
+    at the first step, when the number of heads is known.
+
+    Args:
+        context_len: tokens before the one that is decoded.
+        sliding_window: tokens that the layer attends to at most, itself included; None for all.
+        workspace: where to take the memory from.
+    """
+
+    def __init__(self, *, context_len: int, sliding_window: int | None, workspace: Workspace) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.is_sliding = sliding_window is not None
+        self._context_len = context_len
+        self._num_cached = context_len if sliding_window is None else min(context_len, sliding_window - 1)
+        self._workspace = workspace
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write one token's keys and values, ``(batch, kv_heads, 1, head_dim)``, and return all."""
+        if not self.is_initialized:
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.keys = self._workspace.take((*key_states.shape[:2], self._num_cached + 1, key_states.shape[-1]))
+            self.values = self._workspace.take((*value_states.shape[:2], self._num_cached + 1, value_states.shape[-1]))
+            self.is_initialized = True
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys[:, :, -1:] = key_states
+        self.values[:, :, -1:] = value_states
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return number and first position of the entries that are attended to."""
+        return self._num_cached + query_length, self._context_len - self._num_cached
+
+    def get_seq_length(self) -> int:
+        """Return the number of tokens before the one that is decoded."""
+        return self._context_len
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """What the model runs under one plan: its layers, their cache, and the configuration values that go with them."""
+
+    layers: tuple[nn.Module, ...]
+    cache: Cache
+    config_values: Mapping[str, Any]
+
+
+class TransformersSteps:
+    """A :class:`lpsearch.latency.workload.StepBuilder`: decode steps of transformers' own model on one device.
+
+    Args:
+        config: text configuration.
+        workload: a decode workload.
+        device: where to run.
+        dtype: of weights and cache.
+
+    Raises:
+        FamilyError: if transformers cannot build the model from its configuration.
+    """
+
+    modes = (_MODE,)
+    ranks = OneRank()
+
+    def __init__(
+        self, config: PretrainedConfig, workload: Workload, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        assert workload.kind == "decode"
+        self._config = copy.deepcopy(config)
+        self._workload = workload
+        self._device, self._dtype = device, dtype
+        skeleton = _build_skeleton(self._config, device=torch.device("meta"), dtype=dtype)
+        self._layer_class = type(get_decoder_layers(skeleton)[0])
+        self._config._attn_implementation = skeleton.config._attn_implementation  # chosen when it was built
+        singles = [self._build_meta_layer(index, 1) for index in range(config.num_hidden_layers)]
+        self.fuses = self._can_widen(singles)
+        self.runtime = f"{_MODE}, {'fused layers' if self.fuses else 'layers not fused'}"
+        self.layer_elements = max(sum(align_elements(p.numel()) for p in layer.parameters()) for layer in singles)
+        num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.token_elements = 2 * num_heads * head_dim
+        # What transformers would cache says where attention slides; a cache that does not tell has fewer layers.
+        template: list[Any] = DynamicCache(config=self._config).layers
+        self._windows: list[int | None] = [None] * len(singles)
+        if len(template) == len(singles):
+            self._windows = [
+                getattr(layer, "sliding_window", None) if getattr(layer, "is_sliding", False) else None
+                for layer in template
+            ]
+
+    def reserve(self, num_layers: int) -> None:
+        """Build everything but the layers, and take the memory of so many."""
+        batch_size, context_len = self._workload.batch_size, self._workload.context_len
+        self._model = _build_skeleton(self._config, device=self._device, dtype=self._dtype)
+        self._input_ids = torch.zeros((batch_size, 1), dtype=torch.long, device=self._device)
+        self._position_ids = torch.full((1, 1), context_len, dtype=torch.long, device=self._device)
+        num_weights = num_layers * self.layer_elements
+        self._weights = Workspace(num_elements=num_weights, dtype=self._dtype, device=self._device)
+        num_cached = batch_size * (context_len + 1) * self.token_elements // 2
+        self._caches = Workspace(
+            num_elements=num_layers * 2 * align_elements(num_cached), dtype=self._dtype, device=self._device
+        )
+
+    def build(self, plan: Plan, layers: Sequence[int], mode: str = _MODE) -> Step:
+        """Build a decode step: one token a sequence, embedding to argmax."""
+        built = self._build_layers([[layers[position] for position in group] for group in plan.groups])
+
+        def run() -> torch.Tensor:
+            self._use(built)
+            outputs = self._model(
+                input_ids=self._input_ids, position_ids=self._position_ids, past_key_values=built.cache, use_cache=True
+            )
+            return torch.as_tensor(outputs.logits)[:, -1].argmax(dim=-1)
+
+        run()  # takes the cache's memory now, before another plan rewinds the workspace
+        return Step(run)
+
+    def _build_layers(self, groups: Sequence[Sequence[int]]) -> _Layers:
+        """Build one wide layer a group; members that attend differently all attend like one that sees everything."""
+        members = [max(group, key=lambda layer_idx: self._windows[layer_idx] is None) for group in groups]
+        config_values = _select_layers(self._config, members)
+        self._weights.rewind()
+        self._caches.rewind()
+        layers = []
+        for slot, (member, group) in enumerate(zip(members, groups, strict=True)):
+            layer = _materialise(self._build_meta_layer(member, len(group)), self._weights)
+            for module in layer.modules():  # which know their slot of the cache, and the configuration
+                known = vars(module)
+                if "layer_idx" in known:
+                    known["layer_idx"] = slot
+                if "config" in known:
+                    _set_values(known["config"], config_values)
+            layers.append(layer)
+        caches: list[Any] = [
+            FixedCacheLayer(
+                context_len=self._workload.context_len,
+                sliding_window=self._windows[member],
+                workspace=self._caches,
+            )
+            for member in members
+        ]
+        return _Layers(tuple(layers), Cache(layers=caches), config_values)
+
+    def _use(self, built: _Layers) -> None:
+        """Make the model run these layers."""
+        layers = get_decoder_layers(self._model)
+        del layers[:]
+        layers.extend(built.layers)
+        decoder: Any = get_decoder(self._model)
+        for config in (self._model.config, decoder.config):  # one object in most families
+            _set_values(config, built.config_values)
+
+    def _can_widen(self, singles: Sequence[nn.Module]) -> bool:
+        """Tell whether the decoder layer, given a widened configuration, has exactly the members' weights.
+
+        It has not where experts are routed to, or where the head size follows from the number of heads.
+        """
+        if any((getattr(self._config, name, None) or 0) > 1 for name in _EXPERT_COUNTS):
+            return False
+        if len({tuple(parameter.shape for parameter in layer.parameters()) for layer in singles}) > 1:
+            return False
+        pairs = zip(singles[0].parameters(), self._build_meta_layer(0, 2).parameters(), strict=True)
+        return all(wide.numel() == 2 * single.numel() for single, wide in pairs if single.ndim > 1)
+
+    def _build_meta_layer(self, layer_idx: int, group_size: int) -> nn.Module:
+        """Build a layer of the model, so many times as wide, without memory."""
+        with torch.device("meta"):
+            layer = self._layer_class(widen_config(self._config, group_size), layer_idx)
+        return layer.eval().requires_grad_(False)
+
+
+def _select_layers(config: PretrainedConfig, layers: Sequence[int]) -> dict[str, Any]:
+    """Return the values of a configuration that has only some of the layers: their number and its per-layer lists."""
+    lists = {name: [value[index] for index in layers] for name, value in _per_layer_lists(config).items()}
+    return {**lists, "num_hidden_layers": len(layers)}
+
+
+def _per_layer_lists(config: PretrainedConfig) -> dict[str, list[Any]]:
+    """Return the entries of a configuration that have one value a layer, such as ``layer_types``."""
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if isinstance(value, list) and len(value) == config.num_hidden_layers
+    }
+
+
+def _build_skeleton(config: PretrainedConfig, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Build the model with few decoder layers, to be replaced; embedding, head, norm and rotary are real.
+
+    It has one layer of each kind, since some models prepare at construction for the kinds that they have.
+    """
+    per_layer = [tuple(values) for values in zip(*_per_layer_lists(config).values(), strict=True)]
+    firsts = sorted({kind: index for index, kind in reversed(list(enumerate(per_layer)))}.values())
+    skeleton_config = copy.deepcopy(config)
+    _set_values(skeleton_config, _select_layers(config, firsts or [0]))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
+        try:
+            model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                skeleton_config, dtype=dtype
+            )
+        except ValueError as error:
+            raise FamilyError(
+                f"transformers cannot build a {config.model_type} model from its configuration to time it: {error}; "
+                "use --latency off"
+            ) from None
+    return cast("PreTrainedModel", model.eval().requires_grad_(False))
+
+
+def _materialise(layer: nn.Module, workspace: Workspace) -> nn.Module:
+    """Give a layer without memory weights from the workspace, and buffers of zeros."""
+    for module in layer.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            module.register_parameter(name, nn.Parameter(workspace.take(parameter.shape), requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, torch.zeros_like(buffer, device=workspace.device), persistent=False)
+    return layer
+
+
+def _set_values(config: PretrainedConfig, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(config, name, value)

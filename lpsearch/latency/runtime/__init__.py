@@ -1,0 +1,1 @@
+"""The measured decoder: wide layers, a static cache, kernels and captured graphs."""

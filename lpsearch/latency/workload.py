@@ -1,0 +1,89 @@
+"""What is timed: workloads, and the interface of what builds their steps.
+
+This module imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from lpsearch.plan import Plan
+
+if TYPE_CHECKING:
+    from lpsearch.latency.sums import Ranks
+
+__all__ = ["Step", "StepBuilder", "Workload"]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is timed.
+
+    Attributes:
+        kind: ``decode`` or ``prefill``.
+        batch_size: sequences together.
+        context_len: cached tokens of each sequence, or the tokens of its prompt.
+    """
+
+    kind: Literal["decode", "prefill"]
+    batch_size: int
+    context_len: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One workload under one plan, ready to run again and again.
+
+    Attributes:
+        run: a decode step, or a prefill; it leaves the device as it found it.
+        read_bytes: bytes that a decode step must read on one rank; None where that is not known, or for a prefill.
+    """
+
+    run: Callable[[], Any]
+    read_bytes: int | None = None
+
+
+class StepBuilder(Protocol):
+    """Builds the steps of one workload under many plans, which share memory and run in turn.
+
+    There are two: :class:`lpsearch.latency.runtime.steps.RuntimeSteps`, this package's decoder, and
+    :class:`lpsearch.latency.fallback.TransformersSteps` for families that the runtime does not compute.
+    """
+
+    @property
+    def runtime(self) -> str:
+        """What executes the steps, as the profile says it."""
+
+    @property
+    def modes(self) -> Sequence[str]:
+        """Ways of running the unmodified model; plans are timed in the first."""
+
+    @property
+    def fuses(self) -> bool:
+        """Whether a group runs as one wide layer; if not, it costs what its layers cost."""
+
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks that share the model."""
+
+    @property
+    def layer_elements(self) -> int:
+        """Elements of one layer's weights on a rank."""
+
+    @property
+    def token_elements(self) -> int:
+        """Elements of one layer's keys and values of one token on a rank."""
+
+    def reserve(self, num_layers: int) -> None:
+        """Take the memory of so many layers of the model, before the first step is built."""
+
+    def build(self, plan: Plan, layers: Sequence[int], mode: Any) -> Step:
+        """Build a step.
+
+        Args:
+            plan: groups over the layers.
+            layers: layers of the model that the plan is over, in any order and more than once if wanted.
+            mode: one of ``modes``.
+        """
