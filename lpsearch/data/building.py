@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lpsearch.config import Split
-from lpsearch.data.sampling import load_or_sample_windows
 from lpsearch.data.texts import replace_surrogates, resolve_text, undo_wikitext_marks
 from lpsearch.data.windows import Windows
 from lpsearch.errors import DataError, ModelError
@@ -66,6 +65,8 @@ def build_windows(
     if spec == "self":
         if model is None:
             raise ModelError("--data self samples its windows from the model, and no model was given")
+        from lpsearch.data.sampling import load_or_sample_windows  # which needs torch
+
         return load_or_sample_windows(
             model=model,
             tokenizer=tokenizer,

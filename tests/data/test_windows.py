@@ -190,6 +190,12 @@ def test_bytes_round_trip_and_damage():
         again.input_ids[0, 0] = 1
 
 
+def test_checking_data_loads_no_torch():
+    code = "import sys, lpsearch.data; print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
 def test_an_unreachable_hub_ends_soon_in_one_message(tmp_path):
     script = (
         "from lpsearch.data.texts import resolve_text\n"
