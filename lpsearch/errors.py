@@ -6,6 +6,8 @@ traceback.
 
 from __future__ import annotations
 
+import re
+
 __all__ = [
     "ConfigError",
     "DataError",
@@ -18,13 +20,16 @@ __all__ = [
     "StudyError",
     "StudyVersionError",
     "UsageError",
-    "first_line",
+    "describe_error",
 ]
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+
+_LONGEST_MESSAGE = 600
+_TERMINAL_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class LpsearchError(Exception):
@@ -77,7 +82,16 @@ class ResumeError(UsageError):
     """A study continued with settings that differ from those it was begun with."""
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its kind if it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def describe_error(error: BaseException) -> str:
+    """Return the whole message of another library's error as one paragraph, with its type where it says little.
+
+    What is longer than 600 characters loses its middle: many libraries put the cause last.
+    """
+    text = " ".join(_TERMINAL_COLOUR.sub("", str(error)).split())
+    if not text:
+        return type(error).__name__
+    if isinstance(error, KeyError):  # its message is the key alone
+        text = f"{type(error).__name__}: {text}"
+    if len(text) > _LONGEST_MESSAGE:
+        text = f"{text[: _LONGEST_MESSAGE * 2 // 3]} ... {text[-_LONGEST_MESSAGE // 3 :]}"
+    return text

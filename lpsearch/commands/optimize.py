@@ -25,7 +25,7 @@ from lpsearch.latency.profile import load_profile, parse_recorded_profile
 from lpsearch.models import resolve_source
 from lpsearch.plan import Plan, load_plan
 from lpsearch.search import (
-    JoinSpace,
+    PlanSpace,
     Split,
     StoredWindows,
     StudyResult,
@@ -34,7 +34,7 @@ from lpsearch.search import (
     evaluate_stored_plan,
     run_study,
 )
-from lpsearch.search.options import has_own_database
+from lpsearch.search.settings import has_own_database
 
 if TYPE_CHECKING:
     import torch
@@ -140,7 +140,7 @@ def _begin_or_resume(
     from lpsearch.data import Windows
 
     identity = {"fingerprint": loaded.identity.fingerprint, "num_layers": loaded.identity.num_layers}
-    JoinSpace(loaded.identity.num_layers, values.max_group, values.freeze)
+    PlanSpace(loaded.identity.num_layers, values.max_group, values.freeze)
     if recorded is not None:
         compare_settings(recorded, identity)
         stored = {split: store.load_windows(split) for split in _SPLITS}
@@ -252,7 +252,7 @@ def _search(
     with show_search() as progress:
         return run_study(
             evaluator=evaluator,
-            space=JoinSpace(loaded.identity.num_layers, values.max_group, values.freeze),
+            space=PlanSpace(loaded.identity.num_layers, values.max_group, values.freeze),
             budget=values.budget,
             store=store,
             sampler=values.sampler,

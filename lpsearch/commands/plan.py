@@ -9,7 +9,7 @@ from typing import Any
 
 from lpsearch.errors import StudyError, UsageError
 from lpsearch.picking import Candidate, pick_candidate
-from lpsearch.plan import load_plan
+from lpsearch.plan import build_plan_document, load_plan
 
 __all__ = ["diff_plans", "pick_plan", "show_plan", "validate_plan"]
 
@@ -22,7 +22,7 @@ def show_plan(path: Path) -> dict[str, Any]:
     Raises:
         PlanError: if it is not a valid plan.
     """
-    return load_plan(path).to_file_dict()
+    return build_plan_document(load_plan(path))
 
 
 def validate_plan(path: Path, *, model: str | None) -> dict[str, Any]:

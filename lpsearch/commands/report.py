@@ -16,7 +16,7 @@ from sqlalchemy.engine import URL
 from lpsearch.commands.console import adopt_optuna_log
 from lpsearch.errors import UsageError
 from lpsearch.search import StudyStore
-from lpsearch.search.options import list_study_options
+from lpsearch.search.settings import list_study_options
 
 if TYPE_CHECKING:
     from lpsearch.report import StudyReport

@@ -17,7 +17,7 @@ from lpsearch.config import OptimizeConfig, ResolvedConfig, slug_of_model
 from lpsearch.errors import ResumeError, StudyError
 from lpsearch.models import ModelSource
 from lpsearch.models.aliases import find_alias
-from lpsearch.search import FIXED_SETTINGS, JoinSpace, StudyStore, compare_settings
+from lpsearch.search import FIXED_SETTINGS, PlanSpace, StudyStore, compare_settings
 from lpsearch.search.locks import HeldElsewhereError, hold_file_lock
 
 __all__ = ["RECORDED_OPTIONS", "check_new_study", "follow_record", "open_study_store"]
@@ -178,4 +178,4 @@ def _check_data(values: OptimizeConfig) -> None:
     check_text_source(values.heldout or values.data, split="heldout")
     alias = find_alias(values.model)
     if alias is not None:
-        JoinSpace(alias.num_layers, values.max_group, values.freeze)
+        PlanSpace(alias.num_layers, values.max_group, values.freeze)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lpsearch.config import Split
-from lpsearch.data.texts import resolve_text, undo_wikitext_marks
+from lpsearch.data.texts import replace_surrogates, resolve_text, undo_wikitext_marks
 from lpsearch.data.windows import Windows
 from lpsearch.errors import DataError, ModelError
 from lpsearch.models import needs_bos
+from lpsearch.wording import name_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -81,7 +82,7 @@ def build_windows(
         first = int(after.provenance["stop_token"])
     prefix = [tokenizer.bos_token_id] if needs_bos(tokenizer) else []
     stop = first + num_windows * (seq_len - len(prefix))
-    tokens = _tokenize_start(source.read_pieces(), tokenizer=tokenizer, num_tokens=stop, spec=source.spec)
+    tokens = _tokenize_start(source.read_pieces(tokenizer), tokenizer=tokenizer, num_tokens=stop, spec=source.spec)
     if len(tokens) < stop:
         skipped = f", {first} of them before these windows" if first else ""
         raise DataError(
@@ -135,7 +136,7 @@ def _tokenize_start(
             ended = piece is None
             text += piece or ""
         whole = ended and len(text) <= num_characters
-        start = text[:num_characters]
+        start, num_replaced = replace_surrogates(text[:num_characters])
         plain = undo_wikitext_marks(start)
         tokens: list[int] = tokenizer(plain, add_special_tokens=False, verbose=False).input_ids
         if whole or len(tokens) >= num_tokens + _CUT_MARGIN_TOKENS:
@@ -143,6 +144,9 @@ def _tokenize_start(
         num_characters *= 2
     if not text.strip():
         raise DataError(f"{spec} holds no text; give a file or dataset that does")
+    if num_replaced:
+        replaced = name_count(num_replaced, "lone surrogate")
+        logger.warning("%s: replaced %s (halves of characters) by U+FFFD", spec, replaced)
     if plain != start:
         logger.info("%s: undid the word-level marks of WikiText (@-@, @,@, @.@, <unk>)", spec)
     return tokens[:num_tokens]

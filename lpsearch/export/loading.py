@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lpsearch.errors import ModelError, first_line
-from lpsearch.models.conversion import refuse_incomplete
+from lpsearch.errors import ModelError, describe_error
 from lpsearch.models.quiet import quiet_transformers
+from lpsearch.models.stored_weights import check_loading
 from lpsearch.transform import modeling_lpsearch as modeling
 
 __all__ = ["is_exported", "load_exported", "read_dtype"]
@@ -47,8 +47,8 @@ def load_exported(
             model, info = model_class.from_pretrained(directory, config=config, dtype=dtype, output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(directory, config=config)
     except (SafetensorError, AttributeError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{directory}: cannot be loaded: {first_line(error)}; export it again") from error
-    refuse_incomplete(directory, info)
+        raise ModelError(f"{directory}: cannot be loaded: {describe_error(error)}; export it again") from error
+    check_loading(directory, info)
     model.to(device).requires_grad_(False)
     return model.eval(), tokenizer
 

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lpsearch.errors import ModelError, first_line
+from lpsearch.errors import ModelError, describe_error
 
 __all__ = ["INDEX_NAME", "SafetensorsReader", "Shard", "TensorSpec", "list_shards", "write_shard"]
 
@@ -136,7 +136,7 @@ class SafetensorsReader:
                     with safe_open(file, framework="pt") as opened:
                         self._file_of |= dict.fromkeys(opened.keys(), file)
         except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{directory}: its safetensors cannot be read: {first_line(error)}") from error
+            raise ModelError(f"{directory}: its safetensors cannot be read: {describe_error(error)}") from error
 
     @property
     def names(self) -> frozenset[str]:
@@ -156,7 +156,7 @@ class SafetensorsReader:
             with safe_open(file, framework="pt") as opened:
                 tensor: Tensor = opened.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file} is damaged or gone: {first_line(error)}; fetch the model again") from error
+            raise ModelError(f"{file} is damaged or gone: {describe_error(error)}; fetch the model again") from error
         if tensor.dtype not in _DTYPE_NAMES:
             raise ModelError(
                 f"{file}: {name} is stored as {tensor.dtype}, so the weights are quantised; give the unquantised "

@@ -9,6 +9,7 @@ have more digits than bfloat16 or float16 hold, and a later cast must give what 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from lpsearch.errors import ModelError
 from lpsearch.models.cache import cache_directory
+from lpsearch.models.geometry import load_config
+from lpsearch.models.gguf_header import GgufHeader, read_gguf_header
+from lpsearch.models.gguf_rope import ROPE_FREQS
 from lpsearch.models.packaged import PACKAGED_MODELS, fetch_package, install_directory
 from lpsearch.models.quiet import quiet_transformers
+from lpsearch.models.sources import refuse_split_gguf
+from lpsearch.models.stored_weights import check_loading, name_some
 
-__all__ = ["fetch_converted_package", "read_gguf", "refuse_incomplete"]
+__all__ = ["fetch_converted_package", "read_gguf"]
 
 logger = logging.getLogger(__name__)
 
 _LAST_FILE = "tokenizer.json"
+
+_UNUSED_BY_DESIGN = re.compile(rf"^{re.escape(ROPE_FREQS)}$|\.attn_rot_embd\.")
+"""Tensors that the configuration stands for: the scaling of the rotary embedding, and its frequencies in old files."""
 
 
 def fetch_converted_package(package_id: str) -> Path:
@@ -55,33 +64,48 @@ def fetch_converted_package(package_id: str) -> Path:
 
 
 def read_gguf(path: Path, *, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Read a GGUF file into a dense model, on the CPU, and its tokenizer."""
-    options: dict[str, Any] = {"gguf_file": path.name, "dtype": dtype, "output_loading_info": True}
+    """Read a GGUF file into a dense model, on the CPU, and its tokenizer.
+
+    Raises:
+        ModelError: if the file is damaged or one part of several, or has tensors that the model would not use.
+    """
+    header = read_gguf_header(path)
+    refuse_split_gguf(path, header.metadata.get("split.count"))
+    config = load_config(path.parent, gguf_file=path.name)
+    options: dict[str, Any] = {"gguf_file": path.name, "config": config, "dtype": dtype, "output_loading_info": True}
     # Versions that can keep weights quantised do so by default, and saving such a model fails; older versions, which
     # always dequantise, have no such class.
     config_class = getattr(transformers, "GgufConfig", None)
     if config_class is not None:
         options["quantization_config"] = config_class(dequantize=True)
     with quiet_transformers():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path.parent, **options)
-        model, info = loaded
-        refuse_incomplete(path, info)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path.parent, **options, ignore_mismatched_sizes=True)
+    model, info = loaded
+    check_loading(path, {**info, "unexpected_keys": ()})
+    unread = [name for name in _list_unread(header, model, info) if not _UNUSED_BY_DESIGN.search(name)]
+    if unread:
+        raise ModelError(
+            f"{path}: transformers' GGUF reader leaves out {len(unread)} tensors, e.g. {name_some(unread)}, so it "
+            "would be another model; give the model's own directory instead of the GGUF file"
+        )
     return model, tokenizer
 
 
-def refuse_incomplete(where: Path, info: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that lacks weights, which transformers would fill with random numbers.
+def _list_unread(header: GgufHeader, model: PreTrainedModel, info: Mapping[str, Any]) -> list[str]:
+    """List the tensors of a GGUF file that transformers did not put into the model.
 
-    Raises:
-        ModelError: naming some of them.
+    Its newer reader, which has few architectures yet, reports them. The older one passes over every tensor that it
+    finds no name for, so its table of names is asked.
     """
-    missing = sorted(info.get("missing_keys", ()))
-    if missing:
-        raise ModelError(f"{where}: {len(missing)} weights are missing, e.g. {missing[0]}; fetch the model again")
-    mismatched = sorted(str(key) for key in info.get("mismatched_keys", ()))
-    if mismatched:
-        raise ModelError(f"{where}: weights do not fit config.json, e.g. {mismatched[0]}")
+    if getattr(getattr(model, "hf_quantizer", None), "supported", False):
+        return sorted(info.get("unexpected_keys", ()))
+    # Private to transformers, so imported only where its older reader has just run.
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)()  # type: ignore[no-untyped-call]
+    names: Mapping[str, str] = get_gguf_hf_weights_map(model, processor)
+    return [name for name in header.tensors if name not in names and name.removesuffix(".weight") not in names]
 
 
 def _is_complete(home: Path) -> bool:

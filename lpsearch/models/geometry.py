@@ -6,10 +6,11 @@ from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig
 
-from lpsearch.errors import ModelError
 from lpsearch.models.aliases import Alias, find_alias, list_aliases, read_geometry
+from lpsearch.models.gguf_rope import apply_gguf_rope
 from lpsearch.models.hub import fetch_config
 from lpsearch.models.quiet import quiet_transformers
+from lpsearch.models.refusals import describe_config_failure
 from lpsearch.models.sources import ModelSource, resolve_source
 
 __all__ = ["load_config", "load_geometry"]
@@ -53,12 +54,9 @@ def load_config(directory: Path, *, gguf_file: str | None = None, trust_remote_c
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 directory, trust_remote_code=trust_remote_code, **options
             )
-            return config
     except Exception as error:  # transformers raises whatever its parsers raise
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(
-            f"{where}: not a model configuration that the installed transformers reads: {reason[0]}"
-        ) from error
+        raise describe_config_failure(where, error) from error
+    return apply_gguf_rope(config, where) if gguf_file else config
 
 
 def _find_alias_of(source: ModelSource) -> Alias | None:

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import logging as hub_logging
 
-from lpsearch.errors import LpsearchError, ModelError, SourceError, first_line
+from lpsearch.errors import LpsearchError, ModelError, SourceError, describe_error
 from lpsearch.models.packaged import LICENCE_NAMES
 
 __all__ = ["ANSWER_LIMIT_S", "call_within", "fetch_config", "fetch_snapshot"]
@@ -168,12 +168,16 @@ def _select_files(repo_id: str, names: Sequence[str], *, with_code: bool) -> lis
     top = [name for name in names if "/" not in name and not name.startswith("consolidated")]
     chosen = [n for n in top if n.endswith(suffixes) or n == _CARD_NAME or n.startswith(LICENCE_NAMES)]
     if not any(name.endswith(".safetensors") for name in chosen):
-        others = sorted(name for name in names if name.endswith((".bin", ".pth", ".pt", ".gguf")))
-        found = f", only {', '.join(others[:3])}" if others else ""
-        raise ModelError(
-            f"{repo_id} has no safetensors weights{found}; pickled weights are not loaded: give a repository that has "
-            "safetensors, a converted local directory, or a .gguf file"
-        )
+        pickles = sorted(name for name in names if name.endswith((".bin", ".pth", ".pt")))
+        files = sorted(name for name in names if name.endswith(".gguf"))
+        found, mend = "", "give a repository that has safetensors"
+        if files:
+            found = f", only {', '.join(files[:3])}"
+            mend = f"download one (`hf download {repo_id} {files[0]} --local-dir DIRECTORY`) and give the .gguf file"
+        elif pickles:
+            found = f", only {', '.join(pickles[:3])}, and pickles, which can run any code, are not loaded"
+            mend += ", a converted local directory, or a .gguf file"
+        raise ModelError(f"{repo_id} has no safetensors weights{found}; {mend}")
     return chosen
 
 
@@ -223,7 +227,7 @@ def _describe_failure(repo_id: str, revision: str, error: Exception) -> Lpsearch
     if isinstance(error, EntryNotFoundError):
         return ModelError(f"{repo_id} has no config.json at {revision!r}, so it is no Transformers model; {local[3:]}")
     if isinstance(error, HfHubHTTPError):
-        return SourceError(f"{repo_id}: the hub refused: {first_line(error)}; try again later, {local}")
+        return SourceError(f"{repo_id}: the hub refused: {describe_error(error)}; try again later, {local}")
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return LpsearchError(f"{error.filename}: the hub's cache cannot be written: {error.strerror}; see HF_HOME")
     return _describe_unreachable(repo_id, error, local)
@@ -237,6 +241,6 @@ def _describe_unreachable(repo_id: str, error: Exception, local: str) -> SourceE
             f"{repo_id} is not in the local cache, and HF_HUB_OFFLINE forbids asking the hub; unset it, {local}"
         )
     return SourceError(
-        f"{repo_id} is not in the local cache, and the hub cannot be reached ({first_line(cause)}); check the "
+        f"{repo_id} is not in the local cache, and the hub cannot be reached ({describe_error(cause)}); check the "
         f"network, {local}"
     )

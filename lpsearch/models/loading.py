@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,19 +14,39 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lpsearch.errors import LpsearchError, ModelError, first_line
-from lpsearch.models.conversion import fetch_converted_package, read_gguf, refuse_incomplete
+from lpsearch.errors import LpsearchError, ModelError, describe_error
+from lpsearch.models.conversion import fetch_converted_package, read_gguf
+from lpsearch.models.families import get_decoder
 from lpsearch.models.fingerprint import fingerprint_model
 from lpsearch.models.geometry import load_config
 from lpsearch.models.hub import fetch_snapshot
 from lpsearch.models.quiet import quiet_transformers
-from lpsearch.models.sources import ModelSource
+from lpsearch.models.refusals import (
+    describe_custom_code,
+    describe_tokenizer_failure,
+    refuse_other_tasks,
+    refuse_unlike_layers,
+    refuse_without_vocabulary,
+)
+from lpsearch.models.sources import ModelSource, check_model_directory
+from lpsearch.models.stored_weights import (
+    StoredTensor,
+    check_loading,
+    describe_unlike_layers,
+    read_stored_tensors,
+    refuse_unscaled,
+)
 from lpsearch.models.tokenizer_check import check_tokenizer
 from lpsearch.plan import ModelIdentity
 
 __all__ = ["LoadedModel", "fetch_directory", "load_model", "refuse_quantised"]
 
 logger = logging.getLogger(__name__)
+
+_CONVERSION_FAILURE = re.compile(
+    r"^([^|\n]*\S) +\| CONVERSION +\|\s+(?:Traceback.*?\n(?! ))?(.*?)\n\n", re.DOTALL | re.MULTILINE
+)
+"""An entry of transformers' report on loading: a weight, and why it could not be made of those in the files."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +71,8 @@ def load_model(
 ) -> LoadedModel:
     """Load a model and its tokenizer.
 
-    Only safetensors and GGUF weights are read, never pickles. What looks wrong about the tokenizer is logged as a
-    warning, since the model would still run.
+    Only safetensors and GGUF weights are read, never pickles. What looks wrong about the tokenizer, and weights of the
+    decoder that are in the files and not in the model, are logged as a warning, since the model would still run.
 
     Args:
         source: from :func:`lpsearch.models.resolve_source`, or as a study recorded it.
@@ -60,7 +81,8 @@ def load_model(
         trust_remote_code: run the modelling code of the model's own repository.
 
     Raises:
-        ModelError: if the model does not exist, is quantised, incomplete or unusable.
+        ModelError: if the model does not exist, is quantised, incomplete or unusable, or its weights have other shapes
+            than its configuration says.
         FamilyError: if its decoder layers are not understood.
         SourceError: if it exists but cannot be fetched now.
         LpsearchError: if the memory or the disk is too small for it.
@@ -96,16 +118,16 @@ def fetch_directory(source: ModelSource, *, trust_remote_code: bool = False) -> 
     """Return the local model directory of a source that is not a GGUF file.
 
     Raises:
-        ModelError: if there is no such model.
+        ModelError: if there is no such model, or the directory does not hold one whole model.
         SourceError: if it cannot be fetched now.
     """
     if source.kind == "package":
         return fetch_converted_package(source.id)
     if source.kind == "hub":
-        return fetch_snapshot(source.id, revision=source.revision or "main", with_code=trust_remote_code)
-    directory = _existing(source)
-    if not (directory / "config.json").is_file():
-        raise ModelError(f"{directory}: a model directory holds config.json, this one does not")
+        directory = fetch_snapshot(source.id, revision=source.revision or "main", with_code=trust_remote_code)
+    else:
+        directory = _existing(source)
+    check_model_directory(directory)
     return directory
 
 
@@ -123,28 +145,69 @@ def _existing(source: ModelSource) -> Path:
 def _read_directory(
     directory: Path, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Read the weights and the tokenizer in a model directory."""
+    """Read the weights and the tokenizer in a model directory; the weights last, since they take longest."""
     config = load_config(directory, trust_remote_code=trust_remote_code)
+    refuse_other_tasks(directory, config)
     refuse_quantised(directory, config)
-    if not any(directory.glob("*.safetensors")):
-        raise ModelError(
-            f"{directory}: there are no safetensors weights, and pickled ones are not loaded; save the model with "
-            "`save_pretrained`, which writes safetensors"
-        )
-    with quiet_transformers():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory,
-            config=config,
-            dtype=dtype,
-            device_map=None if device.type == "cpu" else {"": device},
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-        model, info = loaded
-        refuse_incomplete(directory, info)
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    refuse_unlike_layers(directory, config)
+    stored = read_stored_tensors(directory)
+    refuse_unscaled(directory, stored)
+    tokenizer = _read_tokenizer(directory, trust_remote_code=trust_remote_code)
+    with quiet_transformers() as warnings:
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                directory,
+                config=config,
+                dtype=dtype,
+                device_map=None if device.type == "cpu" else {"": device},
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name, instead of in a report
+            )
+        except RuntimeError as error:
+            raise _describe_conversion_failure(directory, stored, warnings) or error from error
+    model, info = loaded
+    decoder = get_decoder(model)
+    check_loading(
+        directory,
+        info,
+        stored=stored,
+        num_layers=config.get_text_config(decoder=True).num_hidden_layers,
+        decoder=next(name for name, module in model.named_modules() if module is decoder),
+    )
     return model, tokenizer
+
+
+def _read_tokenizer(directory: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Read the tokenizer in a model directory.
+
+    Raises:
+        ModelError: if there is none, or it cannot be read, with the reason.
+    """
+    refuse_without_vocabulary(directory)
+    with quiet_transformers():
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                directory, trust_remote_code=trust_remote_code
+            )
+        except Exception as error:  # transformers raises whatever its parsers raise
+            raise describe_tokenizer_failure(directory, error) from error
+    return tokenizer
+
+
+def _describe_conversion_failure(
+    directory: Path, stored: dict[str, StoredTensor], warnings: list[str]
+) -> ModelError | None:
+    """Make the error of weights that do not fit together, e.g. a layer's experts; None if transformers reports none."""
+    for warning in warnings:
+        if failure := _CONVERSION_FAILURE.search(warning):
+            unlike = describe_unlike_layers(directory, stored)
+            reason = " ".join(failure[2].split())
+            return ModelError(
+                unlike or f"{directory}: {failure[1]} cannot be made of the weights in the files: {reason}"
+            )
+    return None
 
 
 def refuse_quantised(directory: Path, config: PretrainedConfig) -> None:
@@ -154,7 +217,7 @@ def refuse_quantised(directory: Path, config: PretrainedConfig) -> None:
         ModelError: if it is one.
     """
     for part in (config, config.get_text_config(decoder=True)):
-        quantisation = getattr(part, "quantization_config", None)
+        quantisation = getattr(part, "quantization_config", None) or getattr(part, "compression_config", None)
         if quantisation:
             method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
             raise ModelError(
@@ -171,14 +234,18 @@ def _explain_failures(source: ModelSource) -> Iterator[None]:
     except LpsearchError:
         raise
     except SafetensorError as error:
-        raise ModelError(f"{source.id}: a safetensors file is damaged: {first_line(error)}; fetch it again") from error
+        raise ModelError(
+            f"{source.id}: a safetensors file is damaged: {describe_error(error)}; fetch it again"
+        ) from error
     except (MemoryError, OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         if _is_out_of_memory(error):
             raise LpsearchError(
-                f"{source.id} does not fit into memory ({first_line(error)}); use --dtype bfloat16, a device with "
+                f"{source.id} does not fit into memory ({describe_error(error)}); use --dtype bfloat16, a device with "
                 "more memory, or a smaller model"
             ) from error
-        raise ModelError(f"{source.id} cannot be loaded: {first_line(error)}") from error
+        if "trust_remote_code" in str(error):
+            raise describe_custom_code(Path(source.id), "config.json") from error
+        raise ModelError(f"{source.id} cannot be loaded: {describe_error(error)}") from error
 
 
 def _is_out_of_memory(error: Exception) -> bool:

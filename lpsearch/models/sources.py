@@ -11,12 +11,17 @@ from typing import Any, Literal, get_args
 from lpsearch.errors import ModelError
 from lpsearch.models.aliases import find_alias, suggest_aliases
 
-__all__ = ["ModelSource", "SourceKind", "resolve_source"]
+__all__ = ["ModelSource", "SourceKind", "check_model_directory", "refuse_split_gguf", "resolve_source"]
 
 SourceKind = Literal["hub", "directory", "gguf", "package"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PATH_PREFIXES = ("./", "../", "/", "~")
+
+_GGUF_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_POINTER_START = b"version https://git-lfs.github.com/spec/"
+_LONGEST_POINTER_BYTES = 1024
+_MODEL_FILES = (".json", ".safetensors", ".gguf", ".model", ".txt", ".tiktoken", ".jinja", ".bin")
 
 
 @dataclass(frozen=True)
@@ -110,11 +115,85 @@ def _resolve_path(spec: str) -> ModelSource:
     if not path.exists():
         raise ModelError(f"{path}: no such model directory or .gguf file")
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            held = sorted(path.glob("*.gguf"))
-            hint = f"; give its file {held[0]} instead" if held else ""
-            raise ModelError(f"{path}: a model directory holds config.json, this one does not{hint}")
+        check_model_directory(path)
         return ModelSource(kind="directory", id=str(path), path=path)
     if path.suffix != ".gguf":
         raise ModelError(f"{path}: a model is a directory with config.json, or a .gguf file")
+    _refuse_pointer(path)
+    refuse_split_gguf(path)
     return ModelSource(kind="gguf", id=str(path), path=path, gguf_file=path.name)
+
+
+def check_model_directory(directory: Path) -> None:
+    """Check that a directory holds one whole model, as far as its small files show.
+
+    Raises:
+        ModelError: if it has no ``config.json``, is an adapter, or a file of it is a git-lfs pointer.
+    """
+    if (directory / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{directory}: it holds an adapter (adapter_config.json), which changes the weights of a model; merge it "
+            "first, with PEFT's `merge_and_unload` and then `save_pretrained`, or take the adapter's files away"
+        )
+    if not (directory / "config.json").is_file():
+        raise ModelError(
+            f"{directory}: a model directory holds config.json, this one does not{_hint_at_model(directory)}"
+        )
+    for file in sorted(directory.iterdir()):
+        if file.suffix in _MODEL_FILES and file.is_file():
+            _refuse_pointer(file)
+
+
+def refuse_split_gguf(path: Path, num_parts: int | None = None) -> None:
+    """Refuse one part of a GGUF file that was split.
+
+    Args:
+        path: the file.
+        num_parts: number of parts as its metadata has it; None to go by its name.
+
+    Raises:
+        ModelError: naming the command that merges the parts.
+    """
+    named = _GGUF_PART.fullmatch(path.name)
+    if num_parts is None:
+        num_parts = int(named["count"]) if named else 1
+    if num_parts <= 1:
+        return
+    first, merged = path.name, "MERGED.gguf"
+    if named:
+        first, merged = f"{named['stem']}-00001-of-{named['count']}.gguf", f"{named['stem']}.gguf"
+    merge = f"llama-gguf-split --merge {path.with_name(first)} {path.with_name(merged)}"
+    raise ModelError(
+        f"{path}: it is one of {num_parts} parts of a split GGUF file; merge them with llama.cpp's `{merge}`, and give "
+        "the merged file"
+    )
+
+
+def _refuse_pointer(file: Path) -> None:
+    """Refuse a file that git-lfs has yet to fetch.
+
+    Raises:
+        ModelError: if it is such a pointer.
+    """
+    if file.stat().st_size > _LONGEST_POINTER_BYTES or not file.read_bytes().startswith(_POINTER_START):
+        return
+    raise ModelError(
+        f"{file}: it is a git-lfs pointer to the file, not the file itself; run `git lfs pull` in {file.parent}, or "
+        "download the file"
+    )
+
+
+def _hint_at_model(directory: Path) -> str:
+    """Say what to do with a directory without ``config.json``, by what else it holds."""
+    names = sorted(path.name for path in directory.iterdir())
+    files = [name for name in names if name.endswith(".gguf")]
+    if files:
+        return f"; give its file {directory / files[0]} instead"
+    inner = [name for name in names if (directory / name / "config.json").is_file()]
+    if inner:
+        return f"; give {directory / inner[-1]} instead"
+    if any(name.endswith((".pth", ".pt")) or name.startswith("consolidated") for name in names):
+        return "; it seems to be in its publisher's own form, give the model in that of transformers, e.g. from the hub"
+    if any(name.endswith((".safetensors", ".bin")) for name in names):
+        return "; copy it, and generation_config.json, from the model that these weights were made from"
+    return ""

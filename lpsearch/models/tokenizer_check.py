@@ -83,16 +83,21 @@ def check_baseline_nll(nll_nats_per_token: float, *, num_tokens: int, num_bytes:
         What looks wrong, or None.
     """
     if not math.isfinite(nll_nats_per_token):
-        return f"the unmodified model's loss is {nll_nats_per_token}: the weights or the dtype do not suit each other"
+        return (
+            f"the unmodified model's loss is {nll_nats_per_token}: the weights or the dtype do not suit each other "
+            "(--dtype float32 would show), or the weights themselves are not finite"
+        )
     if num_bytes == 0:
         return "the windows hold special tokens only, no text; give other data"
     bits_per_byte = nll_nats_per_token * num_tokens / (num_bytes * math.log(2))
     if bits_per_byte > _HIGHEST_BITS_PER_BYTE:
         return (
             f"the unmodified model needs {bits_per_byte:.2f} bits per byte ({nll_nats_per_token:.2f} nats per token), "
-            "which is much for text that it should know: the tokenizer may be wrong (another transformers version, or "
-            "the model's own directory instead of a GGUF file, would show), or the data are in a form or language "
-            "that it was not trained on"
+            "which is much for text that it should know. The tokenizer may be wrong, or another model's (another "
+            "transformers version, or the model's own directory instead of a GGUF file, would show). config.json may "
+            "be another model's (weights that are not used are warned of; wrong rope_parameters or a wrong norm "
+            "epsilon show only here). The weights may be damaged, untrained, or coarsely quantised. Or the data are in "
+            "a form or language that the model was not trained on"
         )
     if bits_per_byte < _LOWEST_BITS_PER_BYTE:
         return (

@@ -1,7 +1,7 @@
 """What optuna-dashboard shows of a study besides its trials: the front as a figure, notes, and the plan files.
 
 All of it lies in the study's system attributes and in ``artifacts/`` beside its plan files, so that it is there however
-optuna-dashboard is started. Metric names are set where the study is opened (:mod:`lpsearch.search.opening`).
+optuna-dashboard is started. Metric names are set where the study is opened (:mod:`lpsearch.search.settings`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lpsearch.report.figures import build_front_figure, describe_groups
 from lpsearch.report.study import FrontPoint, StudyReport, count_joins
 from lpsearch.report.tables import Table, build_front_table, format_loss
 from lpsearch.search import StudyStore
-from lpsearch.search.options import list_study_options
+from lpsearch.search.settings import list_study_options
 
 __all__ = ["ARTIFACTS_NAME", "FRONT_FIGURE_ID", "annotate_study"]
 
@@ -145,8 +145,9 @@ def _describe_study(store: StudyStore, report: StudyReport) -> str:
             f"## {_escape(report.name)}: layer parallelism",
             "",
             f"{_escape(str(settings.get('model', 'the model')))} has {report.num_layers} layers. Evaluated: "
-            f"{len(report.records)} plans, {report.proxy_tokens:,} tokens. Unmodified: {report.baseline.nll:.4f} nats "
-            f"per token, perplexity {report.baseline.perplexity:.2f}.{state}",
+            f"{len(report.records)} plans, {report.proxy_tokens:,} tokens. "
+            f"Unmodified: {report.baseline.loss.nll:.4f} nats per token, "
+            f"perplexity {report.baseline.perplexity:.2f}.{state}",
             "",
             *_render_markdown(build_front_table(report)),
             "",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from lpsearch.search.evaluations import StoredEvaluation, evaluate_stored_plan
 from lpsearch.search.front import build_front
-from lpsearch.search.opening import load_records
-from lpsearch.search.outcome import EvaluationUpdate, StudyResult, TrialUpdate
-from lpsearch.search.records import PlanRecord
+from lpsearch.search.pool import Pool, ThreadPool
+from lpsearch.search.racing import StoredEvaluation, evaluate_stored_plan
+from lpsearch.search.results import EvaluationUpdate, Loss, StudyResult, TrialResult, TrialUpdate, read_results
 from lpsearch.search.samplers import SAMPLER_NAMES, build_sampler
 from lpsearch.search.settings import FIXED_SETTINGS, compare_settings
-from lpsearch.search.space import JoinSpace
+from lpsearch.search.space import PlanSpace
 from lpsearch.search.store import Split, StoredWindows, StudyStore
 from lpsearch.search.study import run_study
 
@@ -17,18 +16,21 @@ __all__ = [
     "FIXED_SETTINGS",
     "SAMPLER_NAMES",
     "EvaluationUpdate",
-    "JoinSpace",
-    "PlanRecord",
+    "Loss",
+    "PlanSpace",
+    "Pool",
     "Split",
     "StoredEvaluation",
     "StoredWindows",
     "StudyResult",
     "StudyStore",
+    "ThreadPool",
+    "TrialResult",
     "TrialUpdate",
     "build_front",
     "build_sampler",
     "compare_settings",
     "evaluate_stored_plan",
-    "load_records",
+    "read_results",
     "run_study",
 ]

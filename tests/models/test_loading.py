@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from lpsearch.errors import LpsearchError, ModelError
@@ -31,6 +32,11 @@ def load(directory: Path, dtype: torch.dtype = torch.float32):
     return load_model(resolve_source(str(directory)), device="cpu", dtype=dtype)
 
 
+def edit_json(file: Path, **fields: Any) -> None:
+    """Change some fields of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
 def test_a_directory_is_loaded_frozen(tiny_model_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     verbosity = transformers_logging.get_verbosity()
     loaded = load(tiny_model_dir)
@@ -51,32 +57,13 @@ def test_bfloat16_equals_a_cast(tiny_model_dir: Path) -> None:
         assert torch.equal(parameter, whole[name].to(torch.bfloat16)), name
 
 
-def test_missing_weights_are_not_made_up(directory: Path) -> None:
-    weights = load_file(directory / "model.safetensors")
-    del weights["model.layers.3.mlp.up_proj.weight"]
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"1 weights are missing, e.g. model\.layers\.3\.mlp\.up_proj\.weight"):
-        load(directory)
-
-
-def test_damaged_weights(directory: Path) -> None:
-    (directory / "model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(ModelError, match="damaged"):
-        load(directory)
-
-
-def test_pickled_weights_are_refused(directory: Path) -> None:
-    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="pickled"):
-        load(directory)
-
-
-def test_quantised_checkpoints_are_refused(directory: Path) -> None:
-    config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
-    (directory / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=r"quantised \(gptq\)"):
-        load(directory)
+def test_a_sharded_directory_is_loaded(tiny_model_dir: Path, directory: Path) -> None:
+    whole = load(tiny_model_dir).model
+    (directory / "model.safetensors").unlink()
+    whole.save_pretrained(directory, max_shard_size="50KB")
+    assert len(list(directory.glob("*.safetensors"))) > 2
+    for name, parameter in load(directory).model.named_parameters():
+        assert torch.equal(parameter, whole.get_parameter(name)), name
 
 
 @pytest.mark.parametrize("config", ["{", "[]", '{"model_type": "no-such-family"}', "{}"])
@@ -86,10 +73,62 @@ def test_configurations_that_cannot_be_read(directory: Path, config: str) -> Non
         load(directory)
 
 
-def test_a_directory_without_tokenizer(directory: Path) -> None:
+def test_what_is_wrong_with_a_configuration_is_said_whole(directory: Path) -> None:
+    edit_json(directory / "config.json", layer_types=["full_attention"] * 5)
+    with pytest.raises(
+        ModelError, match=r"`num_hidden_layers` \(6\) must be equal to the number of `layer_types` \(5\)"
+    ):
+        load(directory)
+
+
+def test_a_model_of_another_task_is_named(directory: Path) -> None:
+    (directory / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(ModelError, match=r"no causal language model of model type t5 \(T5Config\); give"):
+        load(directory)
+
+
+def test_custom_code_names_the_option(directory: Path) -> None:
+    edit_json(directory / "config.json", model_type="my_llama", auto_map={"AutoConfig": "configuration_my.MyConfig"})
+    with pytest.raises(
+        ModelError, match=r"auto_map in config\.json\), which lpsearch runs only with --trust-remote-code"
+    ):
+        load(directory)
+
+
+def test_custom_code_of_a_tokenizer_names_the_option(directory: Path) -> None:
+    (directory / "tokenizer.json").unlink()
+    auto_map = {"AutoTokenizer": ["tokenization_my.MyTokenizer", None]}
+    edit_json(directory / "tokenizer_config.json", tokenizer_class="MyTokenizer", auto_map=auto_map)
+    with pytest.raises(ModelError, match=r"auto_map in tokenizer_config\.json\), .* --trust-remote-code"):
+        load(directory)
+
+
+@pytest.mark.parametrize("kept", [(), ("tokenizer_config.json",)])
+def test_a_directory_without_tokenizer(directory: Path, kept: tuple[str, ...]) -> None:
     for file in directory.glob("tokenizer*"):
-        file.unlink()
-    with pytest.raises(ModelError, match="cannot be loaded"):
+        if file.name not in kept:
+            file.unlink()
+    with pytest.raises(ModelError, match=r"there is no tokenizer; expected tokenizer\.json, .* copy these files"):
+        load(directory)
+
+
+@pytest.mark.parametrize(
+    ("package", "content"),
+    [("sentencepiece", b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02"), ("tiktoken", b"aGVsbG8= 0\nIA== 1\n")],
+)
+def test_a_tokenizer_whose_package_is_not_installed(directory: Path, package: str, content: bytes) -> None:
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    (directory / "tokenizer.json").unlink()
+    (directory / "tokenizer.model").write_bytes(content)
+    edit_json(directory / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+    with pytest.raises(ModelError, match=rf"tokenizer\.model: reading this tokenizer needs {package}, .*`pip install"):
+        load(directory)
+
+
+def test_a_damaged_tokenizer(directory: Path) -> None:
+    (directory / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match="its tokenizer cannot be loaded: "):
         load(directory)
 
 

@@ -12,6 +12,8 @@ import pytest
 from lpsearch.errors import ModelError
 from lpsearch.models import ModelSource, resolve_source
 
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4976698672\n"
+
 
 def test_alias_of_the_hub() -> None:
     source = resolve_source("llama2-7b")
@@ -50,6 +52,51 @@ def test_gguf_file(tmp_path: Path) -> None:
         resolve_source(str(tmp_path))
     with pytest.raises(ModelError, match="no revision"):
         resolve_source(str(file), revision="main")
+
+
+@pytest.mark.parametrize(
+    ("held", "says"),
+    [
+        ("model.gguf", r"give its file .*/model\.gguf instead"),
+        ("checkpoint-20/config.json", r"give .*/checkpoint-20 instead"),
+        ("consolidated.00.pth", "its publisher's own form"),
+        (
+            "model.safetensors",
+            r"copy it, and generation_config\.json, from the model that these weights were made from",
+        ),
+        ("notes.txt", "this one does not$"),
+    ],
+)
+def test_a_directory_without_configuration(held: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / held).parent.mkdir(exist_ok=True)
+    (tmp_path / held).touch()
+    with pytest.raises(ModelError, match=rf"a model directory holds config\.json, this one does not.*{says}|{says}"):
+        resolve_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_an_adapter_is_to_be_merged_first(with_config: bool, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    if with_config:
+        (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"it holds an adapter \(adapter_config\.json\), .* merge it first"):
+        resolve_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model-00002-of-00002.safetensors", "tokenizer.json", "tokenizer.model"]
+)
+def test_a_git_lfs_pointer_is_no_file(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_text(POINTER)
+    with pytest.raises(ModelError, match=rf"{name}: it is a git-lfs pointer .*; run `git lfs pull` in {tmp_path}, or"):
+        resolve_source(str(tmp_path))
+
+
+def test_a_gguf_file_that_is_a_git_lfs_pointer(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_text(POINTER)
+    with pytest.raises(ModelError, match=r"model\.gguf: it is a git-lfs pointer"):
+        resolve_source(str(tmp_path / "model.gguf"))
 
 
 @pytest.mark.parametrize("spec", ["./missing", "../missing", "/missing/model", "~/missing-model", "missing.gguf"])

@@ -64,6 +64,12 @@ def test_needs_bos() -> None:
     assert not needs_bos(build_tokenizer())
 
 
+def test_an_implausible_baseline_has_all_its_likely_reasons_named() -> None:
+    warning = str(check_baseline_nll(4.5, num_tokens=1000, num_bytes=4000))
+    for reason in ("tokenizer", "config.json", "not used", "rope_parameters", "damaged", "quantised", "language"):
+        assert reason in warning
+
+
 @pytest.mark.parametrize(("nll", "num_bytes", "says"), [(2.76, 4000, None), (4.5, 4000, "tokenizer may be wrong")])
 def test_baseline_in_bits_per_byte(nll: float, num_bytes: int, says: str | None) -> None:
     warning = check_baseline_nll(nll, num_tokens=1000, num_bytes=num_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import os
@@ -9,7 +10,9 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,12 +21,20 @@ from sqlalchemy import insert, select
 from lpsearch.errors import ConfigError, ResumeError, StudyError
 from lpsearch.evaluation.losses import WindowLosses
 from lpsearch.plan import Plan
-from lpsearch.search import JoinSpace, StudyStore, compare_settings, run_study
-from lpsearch.search.database import claims_table
+from lpsearch.search import (
+    PlanSpace,
+    StudyStore,
+    compare_settings,
+    evaluate_stored_plan,
+    read_results,
+    run_study,
+)
 from lpsearch.search.locks import CLAIM_LIFETIME_S
+from lpsearch.search.schema import claims_table
 from tests.search.evaluators import SyntheticEvaluator
 
 PLAN = Plan.from_joins(6, (1, 3))
+FORMER_STUDY = Path(__file__).parents[1] / "data" / "studies" / "without_variants.sql"
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -64,24 +75,70 @@ def test_settings_windows_and_documents_round_trip(store):
 
 def test_losses_round_trip_by_plan_split_and_window(store):
     store.save_settings({})
-    store.record_losses(PLAN, [2, 0], WindowLosses((3.2, 3.0), None, 63), split="proxy")
-    assert store.find_evaluated_windows(PLAN, split="proxy") == {0, 2}
-    assert store.find_evaluated_windows(PLAN, split="heldout") == set()
-    assert store.load_losses(PLAN, num_windows=3, split="proxy") is None
-    store.record_losses(PLAN, [1], WindowLosses((math.inf,), None, 63), split="proxy")
-    losses = store.load_losses(PLAN, num_windows=3, split="proxy")
+    store.losses.record(PLAN, [2, 0], WindowLosses((3.2, 3.0), None, 63), split="proxy")
+    assert store.losses.find_evaluated_windows(PLAN, split="proxy") == {0, 2}
+    assert store.losses.find_evaluated_windows(PLAN, split="heldout") == set()
+    assert store.losses.load(PLAN, num_windows=3, split="proxy") is None
+    store.losses.record(PLAN, [1], WindowLosses((math.inf,), None, 63), split="proxy")
+    losses = store.losses.load(PLAN, num_windows=3, split="proxy")
     assert losses.nll_nats_per_token[0] == 3.0
     assert math.isnan(losses.nll_nats_per_token[1])
     assert losses.kl_nats_per_token is None
-    assert store.load_losses(PLAN, num_windows=1, split="proxy") == WindowLosses((3.0,), None, 63)
+    assert store.losses.load(PLAN, num_windows=1, split="proxy") == WindowLosses((3.0,), None, 63)
 
     other = Plan.from_joins(6, (1, 4))
-    store.record_losses(other, [0, 1], WindowLosses((3.0, 3.1), (0.1, 0.2), 63), split="heldout")
-    assert store.load_losses(other, num_windows=2, split="heldout").kl_nats_per_token == (0.1, 0.2)
-    assert store.list_evaluated_plans(num_windows=3, split="proxy") == [PLAN]
-    assert store.list_evaluated_plans(num_windows=2, split="heldout") == [other]
+    store.losses.record(other, [0, 1], WindowLosses((3.0, 3.1), (0.1, 0.2), 63), split="heldout")
+    assert store.losses.load(other, num_windows=2, split="heldout").kl_nats_per_token == (0.1, 0.2)
+    assert store.losses.list_evaluated(num_windows=3, split="proxy") == [PLAN]
+    assert store.losses.list_evaluated(num_windows=2, split="heldout") == [other]
     with pytest.raises(StudyError):
-        store.record_losses(PLAN, [1], WindowLosses((1.0,), None, 63), split="proxy")
+        store.losses.record(PLAN, [1], WindowLosses((1.0,), None, 63), split="proxy")
+
+
+def test_losses_of_two_variants_never_mix(store):
+    store.save_settings({})
+    for nll, variant in [(3.0, "raw"), (2.5, "refit")]:
+        store.losses.record(PLAN, [0], WindowLosses((nll,), None, 63), split="proxy", variant=variant)
+    store.losses.record(PLAN, [1], WindowLosses((2.6,), None, 63), split="proxy", variant="refit")
+    store.losses.record_state(PLAN, "complete", variant="refit")
+    assert store.losses.load(PLAN, num_windows=1, split="proxy") == WindowLosses((3.0,), None, 63)
+    assert store.losses.load(PLAN, num_windows=2, split="proxy") is None
+    assert store.losses.load(PLAN, num_windows=2, split="proxy", variant="refit").nll_nats_per_token == (2.5, 2.6)
+    assert store.losses.list_evaluated(num_windows=2, split="proxy") == []
+    assert store.losses.list_evaluated(num_windows=2, split="proxy", variant="refit") == [PLAN]
+    states = [store.losses.load_plans(variant=variant)[PLAN.key].state for variant in ("raw", "refit")]
+    assert states == [None, "complete"]
+
+
+def test_a_study_that_knew_no_variants_and_states_resumes(tmp_path):
+    """The dump is of 12 trials of another version; this one's first 12 trials are the same."""
+    evaluator = {"num_layers": 8, "num_windows": 8, "easy_windows": 4, "broken_join": 3}
+    space = PlanSpace(8)
+    urls = [f"sqlite:///{tmp_path / name}.db" for name in ("former", "fresh")]
+    with closing(sqlite3.connect(tmp_path / "former.db")) as connection:
+        connection.executescript(FORMER_STUDY.read_text(encoding="utf-8"))
+    with StudyStore(urls[0], study_name="demo") as store:
+        former = read_results(store)
+    assert Counter(result.state for result in former) == {"complete": 8, "stopped": 3, "broken": 1}
+    with StudyStore(urls[1], study_name="demo") as store:
+        first = run_study(evaluator=SyntheticEvaluator(**evaluator), space=space, budget=12, seed=1, store=store)
+        for result in first.front:
+            evaluate_stored_plan(store, SyntheticEvaluator(8, num_windows=5), result.plan, split="heldout")
+        fresh = read_results(store)
+    plan_files = {result.plan: result.plan_file for result in former if result.plan_file}
+    assert plan_files == {result.plan: f"plans/joins-{result.num_joins:02d}.json" for result in first.front}
+    # not a number is unequal to itself
+    shown = [[repr(dataclasses.replace(result, plan_file=None)) for result in results] for results in (former, fresh)]
+    assert shown[0] == shown[1]
+
+    both = []
+    for url in urls:
+        with StudyStore(url, study_name="demo") as store:
+            rest = SyntheticEvaluator(**evaluator)
+            run_study(evaluator=rest, space=space, budget=18, seed=1, store=store)
+            both.append((rest.calls, [result.plan for result in read_results(store)]))
+    assert both[0] == both[1]
+    assert len(both[0][1]) == 18
 
 
 def test_damaged_windows_are_noticed(tmp_path):
@@ -119,7 +176,7 @@ def make_foreign(path):
 
 def make_study(path):
     with StudyStore(f"sqlite:///{path}", study_name="demo") as store:
-        run_study(evaluator=SyntheticEvaluator(6), space=JoinSpace(6), budget=2, store=store)
+        run_study(evaluator=SyntheticEvaluator(6), space=PlanSpace(6), budget=2, store=store)
 
 
 @pytest.mark.parametrize(
@@ -168,14 +225,14 @@ def test_read_only_directory(tmp_path):
 FULL_DISK_RUN = """
 import resource, signal, sys
 from lpsearch.errors import StudyError
-from lpsearch.search import JoinSpace, StudyStore, run_study
+from lpsearch.search import PlanSpace, StudyStore, run_study
 from tests.search.evaluators import SyntheticEvaluator
 
 with StudyStore(sys.argv[1], study_name="demo") as store:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
     try:
-        run_study(evaluator=SyntheticEvaluator(20), space=JoinSpace(20), budget=40, store=store)
+        run_study(evaluator=SyntheticEvaluator(20), space=PlanSpace(20), budget=40, store=store)
     except StudyError as error:
         sys.exit(f"StudyError: {error}")
 """
@@ -186,7 +243,7 @@ def test_no_space_left_is_said_and_loses_nothing(tmp_path):
     url = f"sqlite:///{path}"
     with StudyStore(url, study_name="demo") as store:
         num_before = len(
-            run_study(evaluator=SyntheticEvaluator(20), space=JoinSpace(20), budget=3, store=store).records
+            run_study(evaluator=SyntheticEvaluator(20), space=PlanSpace(20), budget=3, store=store).results
         )
     limit = path.stat().st_size + 300_000
     done = subprocess.run(
@@ -196,9 +253,9 @@ def test_no_space_left_is_said_and_loses_nothing(tmp_path):
     assert "StudyError" in done.stderr
     assert str(path) in done.stderr
     with StudyStore(url, study_name="demo") as store:
-        result = run_study(evaluator=SyntheticEvaluator(20), space=JoinSpace(20), budget=40, store=store)
+        result = run_study(evaluator=SyntheticEvaluator(20), space=PlanSpace(20), budget=40, store=store)
     assert result.num_resumed >= num_before
-    assert len(result.records) == 40
+    assert len(result.results) == 40
 
 
 @pytest.mark.parametrize(
@@ -218,7 +275,7 @@ def test_bad_urls(url, message):
 def test_one_coordinator_at_a_time(store):
     with store.hold_lock(), store.hold_lock():
         store.save_settings({})
-        store.record_losses(PLAN, [0], WindowLosses((3.0,), None, 63), split="proxy")
+        store.losses.record(PLAN, [0], WindowLosses((3.0,), None, 63), split="proxy")
     with store.hold_lock():
         pass
 
@@ -272,8 +329,8 @@ def test_losing_the_claim_stops_the_coordinator():
             with store.optuna_storage.engine.begin() as connection:
                 connection.execute(claims_table.update().values(owner="elsewhere:1"))
             with pytest.raises(StudyError, match="took over"):
-                store.record_losses(PLAN, [0], WindowLosses((3.0,), None, 63), split="proxy")
-        assert store.find_evaluated_windows(PLAN, split="proxy") == set()
+                store.losses.record(PLAN, [0], WindowLosses((3.0,), None, 63), split="proxy")
+        assert store.losses.find_evaluated_windows(PLAN, split="proxy") == set()
 
 
 def test_every_changed_setting_is_listed_with_both_values():

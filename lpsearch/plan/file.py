@@ -1,0 +1,336 @@
+"""The plan file: the JSON document of a plan, of the model it was made for and of what was measured.
+
+Its published JSON Schema is the package file ``plan.schema.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError
+
+from lpsearch.errors import PlanError
+from lpsearch.plan.groups import Plan, check_supported
+
+__all__ = [
+    "PLAN_SCHEMA_VERSION",
+    "RECOVERED_PLAN_NAME",
+    "DroppedBranches",
+    "LatencyMetrics",
+    "ModelIdentity",
+    "PlanMetadata",
+    "PlanMetrics",
+    "Provenance",
+    "ProxyMetrics",
+    "build_plan_document",
+    "build_plan_schema",
+    "load_plan",
+    "parse_plan",
+    "save_plan",
+    "write_json",
+]
+
+PLAN_SCHEMA_VERSION = 2
+"""Version of the plan file's form that is written; raised when a reader of the old form could misread the new one.
+
+Version 1 has no ``dropped``, and is read for ever.
+"""
+
+RECOVERED_PLAN_NAME = "plan.json"
+"""Name of the plan file inside a directory that ``recover`` or ``export`` wrote."""
+
+
+class _FileModel(BaseModel):
+    """Base of everything that comes in from a file: immutable, and unknown fields are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelIdentity(_FileModel):
+    """The model that a plan is for.
+
+    Attributes:
+        id: hub id, path or package of the artefact, e.g. ``meta-llama/Llama-2-7b-hf``.
+        revision: commit or version of the artefact; None for a local path.
+        num_layers: number of decoder layers.
+        fingerprint: ``<geometry>-<weights>``, see :func:`lpsearch.models.fingerprint_model`.
+    """
+
+    id: str
+    revision: str | None = None
+    num_layers: int = Field(gt=0)
+    fingerprint: str
+
+
+class ProxyMetrics(_FileModel):
+    """Loss of a plan over fixed windows, paired with the unmodified model on the same windows.
+
+    Attributes:
+        nll: mean negative log-likelihood in nats per token.
+        delta_nll: ``nll`` minus the unmodified model's, in nats per token.
+        delta_nll_se: standard error of ``delta_nll`` over windows, in nats per token; None for one window.
+        perplexity: ``exp(nll)``.
+        kl_nats_per_token: mean KL(base || plan) over the vocabulary; None unless it was measured.
+        data: the data specification, e.g. ``wikitext2:validation``.
+        windows: number of windows.
+        seq_len: tokens in a window.
+        num_tokens: tokens whose loss was counted.
+        dtype: dtype of the weights, e.g. ``bfloat16``.
+        device: device that ran it, e.g. ``cpu`` or ``NVIDIA H100 80GB HBM3``.
+    """
+
+    nll: float
+    delta_nll: float
+    delta_nll_se: float | None
+    perplexity: float
+    kl_nats_per_token: float | None = None
+    data: str
+    windows: int = Field(gt=0)
+    seq_len: int = Field(gt=1)
+    num_tokens: int = Field(gt=0)
+    dtype: str
+    device: str
+
+
+class LatencyMetrics(_FileModel):
+    """Time of one decode step of a plan, and how it is known.
+
+    Attributes:
+        kind: ``measured`` on this very plan, or ``estimated`` by the fitted latency model.
+        latency_ms: TPOT in milliseconds.
+        baseline_latency_ms: TPOT of the unmodified model under the same runtime.
+        speedup: ``baseline_latency_ms / latency_ms``.
+        batch_size: sequences decoded together.
+        context_len: cached tokens of each sequence.
+        dtype: dtype of the weights.
+        device: device that was measured.
+        runtime: what executed the step, e.g. ``transformers eager, fused layers``.
+        versions: package versions at the measurement.
+    """
+
+    kind: Literal["measured", "estimated"]
+    latency_ms: float = Field(gt=0)
+    baseline_latency_ms: float = Field(gt=0)
+    speedup: float = Field(gt=0)
+    batch_size: int = Field(gt=0)
+    context_len: int = Field(ge=0)
+    dtype: str
+    device: str
+    runtime: str
+    versions: dict[str, str]
+
+
+class PlanMetrics(_FileModel):
+    """What was measured for a plan; None where nothing was."""
+
+    proxy: ProxyMetrics | None = None
+    heldout: ProxyMetrics | None = None
+    latency: LatencyMetrics | None = None
+
+
+class Provenance(_FileModel):
+    """Where a plan comes from.
+
+    Attributes:
+        study: name of the Optuna study.
+        trial: number of the trial within it.
+        seed: seed of the study.
+        versions: package versions that produced it.
+        created_at: ISO 8601 time, UTC.
+    """
+
+    study: str | None = None
+    trial: int | None = None
+    seed: int | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+    created_at: str | None = None
+
+
+class PlanMetadata(_FileModel):
+    """Everything in a plan file besides the groups."""
+
+    model: ModelIdentity
+    metrics: PlanMetrics = PlanMetrics()
+    provenance: Provenance = Provenance()
+
+
+class DroppedBranches(_FileModel):
+    """Branches that a plan leaves out.
+
+    Attributes:
+        attention: layers without their attention.
+        mlp: layers without their MLP.
+    """
+
+    attention: tuple[StrictInt, ...] = ()
+    mlp: tuple[StrictInt, ...] = ()
+
+
+class _PlanFile(_FileModel):
+    """The plan file; :func:`parse_plan` checks what a schema cannot say."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        title="lpsearch plan",
+        json_schema_extra={"$schema": "https://json-schema.org/draft/2020-12/schema"},
+    )
+
+    schema_version: Literal[1, 2]
+    model: ModelIdentity
+    groups: tuple[tuple[StrictInt, ...], ...] = Field(min_length=1)
+    dropped: DroppedBranches = DroppedBranches()
+    depth: StrictFloat = Field(gt=0)
+    depth_reduction: float = Field(ge=0, lt=1)
+    metrics: PlanMetrics = PlanMetrics()
+    provenance: Provenance = Provenance()
+
+
+def build_plan_schema() -> dict[str, Any]:
+    """Return the JSON Schema of the plan file; the checked-in ``plan.schema.json`` is this, and a test says so."""
+    return _PlanFile.model_json_schema()
+
+
+def parse_plan(document: Any, *, where: str = "plan") -> Plan:
+    """Validate the content of a plan file.
+
+    Args:
+        document: the decoded JSON.
+        where: name of its source, for messages.
+
+    Raises:
+        PlanError: for unknown or missing fields, another schema version, groups that are not an ordered partition, or
+            a depth, depth reduction or layer count that contradicts the groups, or a plan that drops a branch.
+    """
+    if not isinstance(document, dict):
+        raise PlanError(f"{where}: a plan file is one JSON object, got {type(document).__name__}")
+    version = document.get("schema_version")
+    if version not in (1, 2) or isinstance(version, bool):
+        raise PlanError(
+            f"{where}: schema_version is {version!r}, this lpsearch reads 1 and 2; "
+            "write the plan again with this version, or install the version that wrote it"
+        )
+    if version == 1 and "dropped" in document:
+        raise PlanError(f"{where}: unknown field dropped in a plan of version 1; remove it, or set schema_version to 2")
+    try:
+        file = _PlanFile.model_validate(document)
+    except ValidationError as error:
+        raise PlanError(f"{where}: {_describe(error)}") from None
+    metadata = PlanMetadata(model=file.model, metrics=file.metrics, provenance=file.provenance)
+    try:
+        plan = Plan.from_groups(file.groups, dropped=file.dropped.model_dump(), metadata=metadata)
+    except PlanError as error:
+        raise PlanError(f"{where}: {error}") from None
+    if plan.num_layers != file.model.num_layers:
+        raise PlanError(
+            f"{where}: groups cover {plan.num_layers} layers but model.num_layers is {file.model.num_layers}; "
+            "every layer of the model stands in exactly one group"
+        )
+    if plan.depth != file.depth:
+        raise PlanError(
+            f"{where}: depth is {file.depth} but {len(plan.groups)} groups have a depth of {plan.depth}; "
+            f"set depth to {plan.depth}"
+        )
+    if abs(plan.depth_reduction - file.depth_reduction) > 1e-6:
+        raise PlanError(
+            f"{where}: depth_reduction is {file.depth_reduction} but 1 - depth / num_layers is "
+            f"{plan.depth_reduction:.6f}; set it to that"
+        )
+    check_supported(plan, where=where)
+    return plan
+
+
+def load_plan(path: str | os.PathLike[str]) -> Plan:
+    """Read a plan file, or the plan inside a directory that ``recover`` or ``export`` wrote.
+
+    Args:
+        path: the plan file, or a directory that holds ``plan.json``.
+
+    Raises:
+        PlanError: if there is no such file, it is not JSON, or it is not a valid plan.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / RECOVERED_PLAN_NAME
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PlanError(f"{file}: no such plan file; a study keeps its plans under OUT/plans/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"{file}: cannot be read: {error}") from None
+    except json.JSONDecodeError as error:
+        raise PlanError(f"{file}: not JSON: {error}") from None
+    return parse_plan(document, where=str(file))
+
+
+def build_plan_document(plan: Plan) -> dict[str, Any]:
+    """Return the content of the plan file.
+
+    Raises:
+        PlanError: for a plan without metadata, since a plan file names its model.
+    """
+    if plan.metadata is None:
+        raise PlanError("a plan without metadata cannot be saved: a plan file names the model that it is for")
+    document = {
+        "schema_version": PLAN_SCHEMA_VERSION,
+        "model": plan.metadata.model,
+        "groups": plan.to_lists(),
+        "dropped": plan.dropped,
+        "depth": plan.depth,
+        "depth_reduction": plan.depth_reduction,
+        "metrics": plan.metadata.metrics,
+        "provenance": plan.metadata.provenance,
+    }
+    # pydantic writes every number of layers as a float
+    return _PlanFile.model_validate(document).model_dump(mode="json") | {"depth": plan.depth}
+
+
+def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
+    """Write a plan file whole or not at all: a temporary file beside it is renamed over it.
+
+    Args:
+        plan: a plan with metadata.
+        path: the file to write; its directory exists.
+
+    Raises:
+        PlanError: for a plan without metadata.
+        OSError: if the file cannot be written.
+    """
+    write_json(build_plan_document(plan), path)
+
+
+def write_json(document: Any, path: str | os.PathLike[str]) -> None:
+    """Write a JSON file whole or not at all.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            json.dump(document, stream, indent=2, allow_nan=False)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _describe(error: ValidationError) -> str:
+    """Put pydantic's findings into one line: where, what was found, what was expected."""
+    findings = []
+    for item in error.errors(include_url=False):
+        place = ".".join(str(part) for part in item["loc"]) or "document"
+        if item["type"] == "extra_forbidden":
+            findings.append(f"unknown field {place}; remove it")
+        elif item["type"] == "missing":
+            findings.append(f"field {place} is missing; add it")
+        else:
+            findings.append(f"field {place}: {item['msg']}, got {item['input']!r}")
+    return "; ".join(findings)
