@@ -20,7 +20,7 @@ from lpsearch.config import Split
 from lpsearch.errors import StudyError
 from lpsearch.search import database, optuna_tables, schema
 from lpsearch.search.locks import StudyLock
-from lpsearch.search.losses import LossStore, Split
+from lpsearch.search.losses import LossStore
 
 __all__ = ["Split", "StoredWindows", "StudyStore"]
 
