@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lpsearch.commands.report import open_existing_study
+from lpsearch.commands.studies import open_existing_study
 from lpsearch.errors import LpsearchError, UsageError
 from lpsearch.report import StudyReport, load_report
 from lpsearch.search import JoinSpace, PlanRecord

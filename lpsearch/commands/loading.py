@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from lpsearch.commands.progress import show_steps
-from lpsearch.errors import ConfigError, PlanError
+from lpsearch.commands.steps import show_steps
+from lpsearch.errors import ConfigError
 from lpsearch.plan import Plan
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ __all__ = [
     "load_model_of_plan",
     "resolve_device",
     "resolve_dtype",
+    "resolve_source_of_plan",
     "settle_dtype",
 ]
 
@@ -71,6 +72,23 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def resolve_source_of_plan(plan: Plan, model: str | None) -> ModelSource:
+    """Return where to find the model that a plan is for, or the one to take in its place.
+
+    Args:
+        plan: a plan read from a file.
+        model: what to load instead of the model that the plan names, e.g. a local copy of it.
+
+    Raises:
+        ModelError: if there is no such model.
+    """
+    from lpsearch.models import resolve_source
+
+    assert plan.metadata is not None  # a plan file has it
+    identity = plan.metadata.model
+    return resolve_source(model) if model else resolve_source(identity.id, revision=identity.revision)
+
+
 def load_model_of_plan(
     plan: Plan, *, model: str | None, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
 ) -> LoadedModel:
@@ -84,17 +102,14 @@ def load_model_of_plan(
         trust_remote_code: run the model's own Python code from the hub.
 
     Raises:
-        PlanError: if the plan names no model, or is for another one.
+        PlanError: if the plan is for another model.
         ModelError: if there is no such model.
         SourceError: if it cannot be fetched.
     """
-    from lpsearch.models import load_model, resolve_source
+    from lpsearch.models import load_model
     from lpsearch.transform import check_plan_model
 
-    if plan.metadata is None:
-        raise PlanError("the plan names no model; give --model")
-    identity = plan.metadata.model
-    source = resolve_source(model) if model else resolve_source(identity.id, revision=identity.revision)
+    source = resolve_source_of_plan(plan, model)
     with show_steps(f"loading {source.id} on {describe_device(device)}"):
         loaded = load_model(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     check_plan_model(plan, loaded.model)

@@ -5,37 +5,28 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+
+from lpsearch.commands.options import ModelOption, PlanArgument
 from lpsearch.errors import StudyError, UsageError
 from lpsearch.picking import Candidate, pick_candidate
-from lpsearch.plan import load_plan
+from lpsearch.plan import build_plan_schema, load_plan
 
-__all__ = ["diff_plans", "pick_plan", "show_plan", "validate_plan"]
+__all__ = ["diff", "pick", "schema", "show", "validate"]
 
 logger = logging.getLogger(__name__)
 
 
-def show_plan(path: Path) -> dict[str, Any]:
-    """Return the content of a plan file.
-
-    Raises:
-        PlanError: if it is not a valid plan.
-    """
-    return load_plan(path).to_file_dict()
+def show(plan_path: PlanArgument) -> dict[str, Any]:
+    """Print a plan: its groups, its model and what was measured."""
+    return load_plan(plan_path).to_file_dict()
 
 
-def validate_plan(path: Path, *, model: str | None) -> dict[str, Any]:
-    """Check a plan file, and that it is for a model if one is named.
-
-    Args:
-        path: the plan file.
-        model: alias, hub id, directory or ``.gguf`` file; None checks the file alone.
-
-    Raises:
-        PlanError: if it is not a valid plan, or one for another model.
-    """
-    plan = load_plan(path)
+def validate(plan_path: PlanArgument, model: ModelOption = None) -> dict[str, Any]:
+    """Check a plan file, and with --model that it is for that model."""
+    plan = load_plan(plan_path)
     if model is not None:
         import torch
 
@@ -44,16 +35,11 @@ def validate_plan(path: Path, *, model: str | None) -> dict[str, Any]:
 
         loaded = load_model(resolve_source(model), device="cpu", dtype=torch.float32)
         check_plan_model(plan, loaded.model)
-    return {"plan": str(path), "valid": True, "num_layers": plan.num_layers, "depth": plan.depth, "model": model}
+    return {"plan": str(plan_path), "valid": True, "num_layers": plan.num_layers, "depth": plan.depth, "model": model}
 
 
-def diff_plans(first: Path, second: Path) -> dict[str, Any]:
-    """Return the joins that only one of two plans has.
-
-    Raises:
-        PlanError: if either is not a valid plan.
-        UsageError: if they are for models of different depth.
-    """
+def diff(first: PlanArgument, second: PlanArgument) -> dict[str, Any]:
+    """Print the joins in which two plans differ."""
     plans = load_plan(first), load_plan(second)
     if plans[0].num_layers != plans[1].num_layers:
         raise UsageError(
@@ -70,21 +56,17 @@ def diff_plans(first: Path, second: Path) -> dict[str, Any]:
     }
 
 
-def pick_plan(study_dir: Path, *, max_delta: float | None, min_speedup: float | None) -> dict[str, Any]:
-    """Return the point of a study's front that a user with these limits wants.
+def pick(
+    study_dir: Annotated[Path, typer.Argument(help="directory that optimize wrote", metavar="STUDY_DIR")],
+    max_delta: Annotated[
+        float | None, typer.Option(help="largest loss, by the search's metric, in nats per token")
+    ] = None,
+    min_speedup: Annotated[float | None, typer.Option(help="smallest speed-up")] = None,
+) -> dict[str, Any]:
+    """Pick the plan of a study's front that saves most within a loss, or loses least beyond a speed-up.
 
-    Within a loss it is the point of least depth, or of least latency where that was optimised; among points beyond a
-    speed-up, the one of least loss. The loss is the one that was searched, held out where that is known. Where no plan
-    with a join meets the limits but the unmodified model does, it is the answer.
-
-    Args:
-        study_dir: directory that ``optimize`` wrote.
-        max_delta: largest loss against the unmodified model, or divergence from it, in nats per token.
-        min_speedup: smallest speed-up.
-
-    Raises:
-        UsageError: if neither limit is given, or no point meets them.
-        StudyError: if there is no front.
+    What is saved is what the search traded: depth, or latency. The loss is held out where that is known. The unmodified
+    model is picked only where no plan with a join meets the limits.
     """
     if max_delta is None and min_speedup is None:
         raise UsageError("say what you need: --max-delta NATS, --min-speedup X, or both")
@@ -109,6 +91,11 @@ def pick_plan(study_dir: Path, *, max_delta: float | None, min_speedup: float | 
     if chosen["num_joins"] == 0:
         logger.warning("no plan of %s with a join meets that; this is the unmodified model", study_dir)
     return {**chosen, "plan": str(study_dir / chosen["plan"])}
+
+
+def schema() -> dict[str, Any]:
+    """Print the JSON Schema of the plan file."""
+    return build_plan_schema()
 
 
 def load_front(study_dir: Path) -> dict[str, Any]:

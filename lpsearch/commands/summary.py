@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from lpsearch.commands.progress import format_seconds
 from lpsearch.commands.report import REPORT_NAME
 from lpsearch.commands.results import MeasuredFront
+from lpsearch.commands.steps import format_seconds
 from lpsearch.commands.tables import build_front_table
 from lpsearch.wording import name_count
 

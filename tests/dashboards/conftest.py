@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("optuna_dashboard", reason="optuna-dashboard is not installed")
 
-from lpsearch.commands.report import open_existing_study
+from lpsearch.commands.studies import open_existing_study
 from lpsearch.report import StudyReport
 from lpsearch.report.annotations import annotate_study
 from lpsearch.search import StudyStore

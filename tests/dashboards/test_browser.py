@@ -212,7 +212,7 @@ def test_a_page_that_waits_shows_the_first_plans(open_page: Any, make_study: Mak
 
 def test_a_page_whose_dashboard_ended_says_so_and_goes_on(browser: Any, make_study: MakeStudy, tmp_path: Path) -> None:
     """Not by ``open_page``: a browser complains of a server that does not answer."""
-    from lpsearch.commands.report import open_existing_study
+    from lpsearch.commands.studies import open_existing_study
     from lpsearch_dashboard import build_server
 
     make_study(budget=12)

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from lpsearch.commands.report import open_existing_study
+from lpsearch.commands.studies import open_existing_study
 from lpsearch.errors import UsageError
 from lpsearch.report import StudyReport
 from lpsearch.search import StudyStore

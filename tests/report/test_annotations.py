@@ -104,7 +104,7 @@ def test_notes_are_of_the_present_front_and_keep_what_people_wrote(make_study: M
 @pytest.mark.parametrize("place", ["study.db", "elsewhere/all studies.db"])
 def test_the_command_of_the_note_finds_the_study(make_study: MakeStudy, tmp_path: Path, place: str) -> None:
     """What the note says is what a shell would be given, so it is taken apart as by one, and followed."""
-    from lpsearch.commands.report import open_existing_study
+    from lpsearch.commands.studies import open_existing_study
     from lpsearch.report import load_report
     from lpsearch.report.annotations import annotate_study
 

@@ -1,0 +1,434 @@
+"""One search, from what was asked for to its front; every step is safe to interrupt.
+
+What can be refused cheaply is refused first; the study's record decides where the user said nothing; everything that
+was measured is in the database before it is used.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from lpsearch.commands.console import Answer, adopt_optuna_log
+from lpsearch.commands.loading import describe_device, load_for_search, resolve_device, settle_dtype
+from lpsearch.commands.progress import show_search
+from lpsearch.commands.report import try_write_report
+from lpsearch.commands.results import MeasuredFront, build_summary, write_front
+from lpsearch.commands.steps import show_steps
+from lpsearch.commands.studies import RECORDED_OPTIONS, follow_record, open_study, refuse_orphaned_results
+from lpsearch.commands.summary import SearchSummary
+from lpsearch.config import OptimizeConfig, ResolvedConfig, slug_of_model
+from lpsearch.errors import ConfigError, FamilyError, PlanError, ResumeError, StudyError
+from lpsearch.latency.profile import LatencyProfile, load_profile, parse_recorded_profile
+from lpsearch.models import resolve_source
+from lpsearch.models.aliases import find_alias
+from lpsearch.plan import Plan, load_plan
+from lpsearch.search import (
+    JoinSpace,
+    PlanRecord,
+    Split,
+    StoredWindows,
+    StudyResult,
+    StudyStore,
+    compare_settings,
+    evaluate_stored_plan,
+    run_study,
+)
+from lpsearch.search.front import Objective
+from lpsearch.search.options import has_own_database
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from lpsearch.data import Windows
+    from lpsearch.evaluation import ModelEvaluator
+    from lpsearch.evaluation.losses import WindowLosses
+    from lpsearch.latency import LatencyModel
+    from lpsearch.models import LoadedModel
+
+__all__ = ["search"]
+
+logger = logging.getLogger(__name__)
+
+_SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A study that is open, locked and ready to be searched.
+
+    Attributes:
+        values: the configuration; the study's record has settled what the user did not name.
+        out: directory of the study.
+        store: its database.
+        loaded: the model.
+        device_name: what evaluates it.
+        windows: what is evaluated on, by split.
+        space: the plans to search.
+        enqueued: plans to evaluate first; all are in the space.
+        latency_model: estimates of time; None with latency off.
+    """
+
+    values: OptimizeConfig
+    out: Path
+    store: StudyStore
+    loaded: LoadedModel
+    device_name: str
+    windows: Mapping[Split, Windows]
+    space: JoinSpace
+    enqueued: Sequence[Plan]
+    latency_model: LatencyModel | None
+
+
+def search(config: ResolvedConfig, *, fresh: bool) -> Answer:
+    """Search a model's plans until the budget, then write the front, its plans and the report.
+
+    Args:
+        config: what was asked for, and which of it by name.
+        fresh: move an existing study aside first.
+
+    Returns:
+        The front, with the summary that a person reads.
+
+    Raises:
+        UsageError: for input that cannot be used.
+        ResumeError: if the study was begun with other settings.
+        StudyError: if the study cannot be read or written.
+        SourceError: if model or data cannot be fetched.
+    """
+    began_at = time.monotonic()
+    adopt_optuna_log()
+    with _prepare(config, fresh=fresh) as run:
+        try:
+            result = _evaluate_plans(run)
+            front = MeasuredFront(
+                study_name=run.store.study_name,
+                seed=run.values.seed,
+                objective=run.values.objective,
+                metric=run.values.metric,
+                loaded=run.loaded,
+                device_name=run.device_name,
+                result=result,
+                windows=run.windows,
+                heldout_losses=_evaluate_heldout(run, result.front),
+                latency_model=run.latency_model,
+            )
+            run.store.save_front(write_front(front, run.out))
+        except KeyboardInterrupt:
+            try_write_report(run.store, run.out)
+            raise
+        with show_steps("writing the report"):
+            report = try_write_report(run.store, run.out)
+        summary = SearchSummary(
+            front=front,
+            out=run.out,
+            storage=None if has_own_database(run.store, run.out) else run.store.where,
+            report=report,
+            elapsed_s=time.monotonic() - began_at,
+        )
+        return Answer(build_summary(front, run.out), summary)
+
+
+@contextmanager
+def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
+    """Check what was asked for, open the study and load what it needs; see :func:`search` for what raises."""
+    values = config.values
+    device = resolve_device(values.device)
+    enqueued = {path: load_plan(path) for path in values.enqueue}
+
+    def build_space(num_layers: int) -> JoinSpace:
+        return _build_space(num_layers, max_group=values.max_group, freeze=values.freeze, enqueued=enqueued)
+
+    def check_new_study() -> None:
+        _check_texts(values.data, values.heldout)
+        alias = find_alias(values.model)
+        if alias is not None:  # the layers of any other model are counted when it is loaded
+            build_space(alias.num_layers)
+
+    profile = None if values.latency in ("auto", "off") else load_profile(values.latency)
+    source = resolve_source(values.model)
+    if fresh:  # before anything is moved
+        check_new_study()
+    slug = slug_of_model(values.model)
+    out = values.out or Path("studies") / slug
+    with open_study(out, storage=values.storage, study=values.study, slug=slug, fresh=fresh) as store:
+        recorded = store.load_settings()
+        if recorded is not None:
+            values, source = follow_record(recorded, config, source)
+            build_space(recorded["num_layers"])
+        elif not fresh:
+            refuse_orphaned_results(store, out)
+            check_new_study()
+        loaded = load_for_search(source, device=device, dtype=values.dtype, trust_remote_code=values.trust_remote_code)
+        space = build_space(loaded.identity.num_layers)
+        _check_fingerprints(enqueued, loaded)
+        if recorded is None:
+            windows = _begin_study(
+                store, values.model_dump(mode="json", include={*RECORDED_OPTIONS}), loaded, device=device
+            )
+        else:
+            windows = _resume_study(store, recorded, loaded)
+        latency_model = None
+        if values.latency != "off":
+            latency_model = _get_latency_model(
+                store, loaded.model, profile=profile, objective=values.objective, max_group=values.max_group
+            )
+        yield _Run(
+            values=values,
+            out=out,
+            store=store,
+            loaded=loaded,
+            device_name=describe_device(device),
+            windows=windows,
+            space=space,
+            enqueued=tuple(enqueued.values()),
+            latency_model=latency_model,
+        )
+
+
+# ---- Preparing -------------------------------------------------------------------------------------------------------
+
+
+def _check_texts(data: str, heldout: str | None) -> None:
+    """Refuse data that are not there, before a model is loaded.
+
+    Raises:
+        DataError: for a file or dataset that does not exist.
+        SourceError: for a dataset out of reach.
+    """
+    from lpsearch.data import check_text_source
+
+    check_text_source(data, role="proxy")
+    check_text_source(heldout or data, role="heldout")
+
+
+def _build_space(
+    num_layers: int, *, max_group: int, freeze: tuple[int, ...], enqueued: Mapping[Path, Plan]
+) -> JoinSpace:
+    """Return the plans to search, among which the enqueued ones must be.
+
+    Raises:
+        ConfigError: for layers or groups that the model does not have.
+        PlanError: for an enqueued plan outside the space.
+    """
+    space = JoinSpace(num_layers, max_group, freeze)
+    for path, plan in enqueued.items():
+        if plan.num_layers != num_layers:
+            raise PlanError(f"--enqueue {path}: it has {plan.num_layers} layers, the model {num_layers}")
+        if not space.is_valid(plan.joins):
+            raise PlanError(
+                f"--enqueue {path}: it is outside the space: groups have at most {space.max_group} layers and leave "
+                f"layers {list(space.frozen_layers)} alone, got {plan.to_groups_json()}; "
+                "raise --max-group, freeze fewer layers or enqueue another plan"
+            )
+    return space
+
+
+def _check_fingerprints(enqueued: Mapping[Path, Plan], loaded: LoadedModel) -> None:
+    """Refuse enqueued plans of another model with as many layers.
+
+    Raises:
+        PlanError: naming the file.
+    """
+    from lpsearch.transform.apply import check_plan_numbers
+
+    identity = loaded.identity
+    for path, plan in enqueued.items():
+        try:
+            check_plan_numbers(
+                plan,
+                num_layers=identity.num_layers,
+                fingerprint=identity.fingerprint,
+                name=type(loaded.model).__name__,
+            )
+        except PlanError as error:
+            raise PlanError(f"--enqueue {path}: {error}") from None
+
+
+def _begin_study(
+    store: StudyStore, options: Mapping[str, Any], loaded: LoadedModel, *, device: torch.device
+) -> dict[Split, Windows]:
+    """Build a study's windows, settle its dtype, and record these with its options: all or nothing.
+
+    Args:
+        store: its database.
+        options: what it is begun with, :data:`RECORDED_OPTIONS` as JSON values.
+        loaded: the model, which is cast to the dtype.
+        device: where the model is.
+    """
+    from lpsearch.data import build_windows
+
+    windows: dict[Split, Windows] = {}
+    for split in _SPLITS:
+        with show_steps(f"preparing {split} windows") as on_progress:
+            windows[split] = build_windows(
+                (options["heldout"] if split == "heldout" else None) or options["data"],
+                tokenizer=loaded.tokenizer,
+                num_windows=options["windows"],
+                seq_len=options["seq_len"],
+                role=split,
+                seed=options["seed"],
+                model=loaded.model,
+                after=windows.get("proxy"),
+                on_progress=on_progress,
+            )
+    dtype = settle_dtype(loaded.model, dtype=options["dtype"], device=device, windows=windows["proxy"])
+    model = {"model": loaded.source.id, "source": loaded.source.to_dict(), **_identify(loaded)}
+    stored = {split: StoredWindows(built.input_ids, built.spec) for split, built in windows.items()}
+    store.begin({**options, **model, "dtype": dtype}, stored)
+    return windows
+
+
+def _resume_study(store: StudyStore, recorded: Mapping[str, Any], loaded: LoadedModel) -> dict[Split, Windows]:
+    """Return the windows of a study, whose model must still be the same.
+
+    Raises:
+        ResumeError: if the model is not the one that the study was begun with.
+        StudyError: if the study has lost its windows.
+    """
+    from lpsearch.data import Windows
+
+    compare_settings(recorded, _identify(loaded))
+    stored = {split: store.load_windows(split) for split in _SPLITS}
+    windows = {split: Windows(kept.input_ids, kept.spec) for split, kept in stored.items() if kept is not None}
+    if len(windows) < len(_SPLITS):
+        raise StudyError(f"{store.where}: the study has lost its windows; restore a copy, or begin one with --fresh")
+    return windows
+
+
+def _identify(loaded: LoadedModel) -> dict[str, Any]:
+    """Return what of a model may not change while a study runs."""
+    return {"fingerprint": loaded.identity.fingerprint, "num_layers": loaded.identity.num_layers}
+
+
+# ---- Latency ---------------------------------------------------------------------------------------------------------
+
+
+def _get_latency_model(
+    store: StudyStore,
+    model: PreTrainedModel,
+    *,
+    profile: LatencyProfile | None,
+    objective: Objective,
+    max_group: int,
+) -> LatencyModel | None:
+    """Return the latency model of a study: of the given profile, of its own record, or measured now and recorded.
+
+    Returns:
+        None for a family that cannot be measured, where latency is not the objective.
+
+    Raises:
+        ResumeError: if the study optimises the latency of another profile.
+        FamilyError: for a family that cannot be measured, where latency is the objective.
+    """
+    from lpsearch.latency import LatencyModel, check_profile_geometry, measure_or_reuse_profile
+
+    recorded = parse_recorded_profile(store.load_latency_profile())
+    if profile is not None:
+        check_profile_geometry(profile, model.config)
+        if recorded is not None and objective == "latency" and profile != recorded:
+            raise ResumeError(
+                "--latency: the study optimises the latency of another profile, and its trials cannot be compared "
+                "with new ones; leave --latency out, or begin a study with --fresh"
+            )
+    elif recorded is not None and _covers(LatencyModel(recorded), max_group):
+        return LatencyModel(recorded)
+    else:
+        try:
+            with show_steps("measuring latency") as on_step:
+                profile = measure_or_reuse_profile(
+                    model.config,
+                    device=model.device,
+                    dtype=model.dtype,
+                    max_group=max_group,
+                    on_progress=lambda share: on_step(round(1000 * share), 1000),
+                )
+        except FamilyError as error:
+            if objective == "latency":
+                raise
+            logger.warning("latency is off: %s", error)
+            return None
+    if profile != recorded:
+        store.save_latency_profile(profile.model_dump(mode="json"))
+    return LatencyModel(profile)
+
+
+def _covers(latency_model: LatencyModel, max_group: int) -> bool:
+    """Tell whether every group that a plan may have was measured."""
+    num_layers = latency_model.profile.geometry.num_layers
+    try:
+        for first in range(num_layers):
+            for size in range(2, min(max_group, num_layers - first) + 1):
+                groups = [[i] for i in range(first)] + [list(range(first, first + size))]
+                plan = Plan.from_groups(groups + [[i] for i in range(first + size, num_layers)])
+                latency_model.estimate_latency_ms(plan)
+    except ConfigError:
+        return False
+    return True
+
+
+# ---- Evaluating ------------------------------------------------------------------------------------------------------
+
+
+def _evaluate_plans(run: _Run) -> StudyResult:
+    """Evaluate plans until the budget."""
+    from lpsearch.evaluation import ModelEvaluator
+
+    values = run.values
+    evaluator = ModelEvaluator(model=run.loaded.model, windows=run.windows["proxy"], metric=values.metric)
+    _warn_of_odd_baseline(run.store, evaluator, run.loaded)
+    with show_search() as progress:
+        return run_study(
+            evaluator=evaluator,
+            space=run.space,
+            budget=values.budget,
+            store=run.store,
+            sampler=values.sampler,
+            seed=values.seed,
+            metric=values.metric,
+            objective=values.objective,
+            estimate_latency_ms=None if run.latency_model is None else run.latency_model.estimate_latency_ms,
+            enqueue=run.enqueued,
+            timeout_s=values.timeout,
+            staged=values.staged,
+            on_trial=progress.on_trial,
+            on_evaluation=progress.on_evaluation,
+        )
+
+
+def _warn_of_odd_baseline(store: StudyStore, evaluator: ModelEvaluator, loaded: LoadedModel) -> None:
+    """Say so where the unmodified model reads its text worse than any healthy one would."""
+    from lpsearch.models import check_baseline_nll
+
+    with show_steps("evaluating the unmodified model"):
+        losses = evaluate_stored_plan(store, evaluator, Plan.baseline(loaded.identity.num_layers)).losses
+    windows = evaluator.windows
+    if windows.spec == "self":  # sampled at temperature 1, which is harder to predict than people's text
+        return
+    texts = loaded.tokenizer.batch_decode(windows.input_ids, skip_special_tokens=True)
+    warning = check_baseline_nll(
+        sum(losses.nll_nats_per_token) / windows.num_windows,
+        num_tokens=windows.num_windows * losses.tokens_per_window,
+        num_bytes=sum(len(text.encode()) for text in texts),
+    )
+    if warning is not None:
+        logger.warning("%s", warning)
+
+
+def _evaluate_heldout(run: _Run, front: Sequence[PlanRecord]) -> dict[Plan, WindowLosses]:
+    """Evaluate the front on windows that the search never saw: the best of many noisy values is optimistic."""
+    from lpsearch.evaluation import ModelEvaluator
+
+    evaluator = ModelEvaluator(model=run.loaded.model, windows=run.windows["heldout"], metric=run.values.metric)
+    losses = {}
+    with show_steps("checking the front on held-out windows") as on_step:
+        for index, record in enumerate(front):
+            losses[record.plan] = evaluate_stored_plan(run.store, evaluator, record.plan, split="heldout").losses
+            on_step(index + 1, len(front))
+    return losses
