@@ -17,9 +17,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lpsearch.errors import ConfigError
 
-__all__ = ["Dtype", "Metric", "OptimizeConfig", "ResolvedConfig", "parse_layer_list", "resolve_config", "slug_of_model"]
+__all__ = [
+    "Dtype",
+    "Metric",
+    "OptimizeConfig",
+    "ResolvedConfig",
+    "Split",
+    "parse_layer_list",
+    "resolve_config",
+    "slug_of_model",
+]
 
 Metric = Literal["nll", "kl"]
+Split = Literal["proxy", "heldout"]
+"""What windows are for: to search on, or to check the front on windows that the search never saw."""
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 

@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="alias, hub id, directory or .gguf file")
     parser.add_argument("--data", required=True, help="as for lpsearch optimize")
-    parser.add_argument("--role", choices=["proxy", "heldout"], default="proxy", help="which split of wikitext2")
+    parser.add_argument("--split", choices=["proxy", "heldout"], default="proxy", help="which split of wikitext2")
     parser.add_argument("--windows", type=int, required=True, help="number of windows")
     parser.add_argument("--seq-len", type=int, required=True, help="tokens in a window")
     parser.add_argument("--spec", help="what to call the text; default: as lpsearch calls it")
@@ -117,7 +117,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         tokenizer=loaded.tokenizer,
         num_windows=options.windows,
         seq_len=options.seq_len,
-        role=options.role,
+        split=options.split,
         model=loaded.model,
     )
     windows = Windows(windows.input_ids, options.spec or windows.spec)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lpsearch.commands.loading import describe_device, load_model_of_plan, resolve_device, resolve_dtype
 from lpsearch.commands.options import DeviceOption, DtypeOption, ModelOption, PlanArgument, TrustOption
 from lpsearch.commands.steps import show_steps
-from lpsearch.config import Metric
+from lpsearch.config import Metric, Split
 from lpsearch.data import Windows, build_windows, check_text_source
 from lpsearch.plan import Plan, ProxyMetrics, load_plan
 
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from lpsearch.models import LoadedModel
 
 __all__ = ["evaluate"]
-
-Split = Literal["proxy", "heldout"]
 
 _DEFAULT_DATA = "wikitext2"
 _DEFAULT_WINDOWS = 16
@@ -57,7 +55,7 @@ def evaluate(
     seed = (metadata.provenance.seed or 0) if seed is None else seed
     target = resolve_device(device)
     chosen_dtype = resolve_dtype(measured.dtype if dtype == "auto" and measured is not None else dtype, target)
-    check_text_source(data, role=split)
+    check_text_source(data, split=split)
     loaded = load_model_of_plan(
         plan, model=model, device=target, dtype=chosen_dtype, trust_remote_code=trust_remote_code
     )
@@ -111,7 +109,7 @@ def _build_windows(
                 tokenizer=loaded.tokenizer,
                 num_windows=num_windows,
                 seq_len=seq_len,
-                role=split,
+                split=split,
                 seed=seed,
                 model=loaded.model,
                 after=after,

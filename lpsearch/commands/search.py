@@ -22,7 +22,7 @@ from lpsearch.commands.results import MeasuredFront, build_summary, write_front
 from lpsearch.commands.steps import show_steps
 from lpsearch.commands.studies import RECORDED_OPTIONS, follow_record, open_study, refuse_orphaned_results
 from lpsearch.commands.summary import SearchSummary
-from lpsearch.config import OptimizeConfig, ResolvedConfig, slug_of_model
+from lpsearch.config import OptimizeConfig, ResolvedConfig, Split, slug_of_model
 from lpsearch.errors import ConfigError, FamilyError, PlanError, ResumeError, StudyError
 from lpsearch.latency.profile import LatencyProfile, load_profile, parse_recorded_profile
 from lpsearch.models import resolve_source
@@ -31,7 +31,6 @@ from lpsearch.plan import Plan, load_plan
 from lpsearch.search import (
     JoinSpace,
     PlanRecord,
-    Split,
     StoredWindows,
     StudyResult,
     StudyStore,
@@ -204,8 +203,8 @@ def _check_texts(data: str, heldout: str | None) -> None:
     """
     from lpsearch.data import check_text_source
 
-    check_text_source(data, role="proxy")
-    check_text_source(heldout or data, role="heldout")
+    check_text_source(data, split="proxy")
+    check_text_source(heldout or data, split="heldout")
 
 
 def _build_space(
@@ -272,7 +271,7 @@ def _begin_study(
                 tokenizer=loaded.tokenizer,
                 num_windows=options["windows"],
                 seq_len=options["seq_len"],
-                role=split,
+                split=split,
                 seed=options["seed"],
                 model=loaded.model,
                 after=windows.get("proxy"),

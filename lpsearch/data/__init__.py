@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from lpsearch.data.building import build_windows
 from lpsearch.data.texts import check_text_source
-from lpsearch.data.windows import Windows, build_windows
+from lpsearch.data.windows import Windows
 
 __all__ = ["Windows", "build_windows", "check_text_source"]

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lpsearch.config import Split
 from lpsearch.data.windows import Windows
 from lpsearch.errors import ModelError
 from lpsearch.models import fingerprint_model
@@ -41,18 +42,18 @@ def load_or_sample_windows(
     tokenizer: PreTrainedTokenizerBase,
     num_windows: int,
     seq_len: int,
-    role: str,
+    split: Split,
     seed: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Windows:
-    """Return the sampled windows of this model, seed and role, from the user's cache if they are there.
+    """Return the sampled windows of this model, seed and split, from the user's cache if they are there.
 
     Args:
         model: the unmodified model.
         tokenizer: its tokenizer, for the token that every window begins with.
         num_windows: number of windows.
         seq_len: tokens in a window, the first included.
-        role: ``proxy`` or ``heldout``; the two are drawn from different seeds.
+        split: ``proxy`` or ``heldout``; the two are drawn from different seeds.
         seed: seed of the study.
         on_progress: called with steps done and steps in all.
 
@@ -60,19 +61,19 @@ def load_or_sample_windows(
         ModelError: if neither tokenizer nor model names a token to begin with.
     """
     dtype = str(model.dtype).removeprefix("torch.")
-    provenance = {"role": role, "seed": seed, "dtype": dtype, "fingerprint": fingerprint_model(model)}
+    provenance = {"split": split, "seed": seed, "dtype": dtype, "fingerprint": fingerprint_model(model)}
     # Not by dtype: a search samples before it settles one, and its plans are evaluated on the same windows later.
-    key = "-".join(str(part) for part in (role, seed, provenance["fingerprint"], num_windows, seq_len))
+    key = "-".join(str(part) for part in (split, seed, provenance["fingerprint"], num_windows, seq_len))
     path = cache_directory() / "windows" / f"self-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
     input_ids = _load_cached(path, (num_windows, seq_len))
     if input_ids is None:
-        logger.info("sampling %d %s windows of %d tokens from the model", num_windows, role, seq_len)
+        logger.info("sampling %d %s windows of %d tokens from the model", num_windows, split, seq_len)
         input_ids = sample_tokens(
             model=model,
             first_token=_find_first_token(model, tokenizer),
             num_windows=num_windows,
             seq_len=seq_len,
-            generator=_make_generator(seed, role),
+            generator=_make_generator(seed, split),
             on_progress=on_progress,
         )
         _store(path, input_ids)
@@ -143,9 +144,9 @@ def _find_first_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     raise ModelError("--data self needs a BOS or EOS token to begin with and the tokenizer has none; give --data FILE")
 
 
-def _make_generator(seed: int, role: str) -> torch.Generator:
-    """Return a generator whose stream differs between roles of one seed, and between seeds."""
-    digest = hashlib.sha256(f"{role}:{seed}".encode()).digest()
+def _make_generator(seed: int, split: Split) -> torch.Generator:
+    """Return a generator whose stream differs between the splits of one seed, and between seeds."""
+    digest = hashlib.sha256(f"{split}:{seed}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 

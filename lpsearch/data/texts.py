@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lpsearch.config import Split
 from lpsearch.errors import DataError, SourceError
 
 __all__ = ["TextSource", "check_text_source", "resolve_text", "undo_wikitext_marks"]
@@ -24,7 +25,7 @@ _HUB_PROBE_TIMEOUT_S = 5
 _DOCUMENT_SEPARATOR = "\n\n"
 _WIKITEXT_ID = "Salesforce/wikitext"
 _WIKITEXT_CONFIG = "wikitext-2-raw-v1"
-_WIKITEXT_SPLITS = {"proxy": "validation", "heldout": "test"}
+_WIKITEXT_SPLITS: dict[Split, str] = {"proxy": "validation", "heldout": "test"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class TextSource:
         location: path of the file, or id of the dataset.
         column: column or field that holds the text; None finds it.
         config: configuration of a hub dataset.
-        split: split of a hub dataset; None takes validation, test or train, the first that exists.
+        hub_split: split of a hub dataset; None takes validation, test or train, the first that exists.
     """
 
     spec: str
@@ -45,7 +46,7 @@ class TextSource:
     location: str
     column: str | None = None
     config: str | None = None
-    split: str | None = None
+    hub_split: str | None = None
 
     def read_pieces(self) -> Iterator[str]:
         """Yield the text piece by piece.
@@ -57,20 +58,20 @@ class TextSource:
         return _read_file(Path(self.location), self.column) if self.kind == "file" else _read_hub(self)
 
 
-def resolve_text(spec: str, *, role: Literal["proxy", "heldout"]) -> TextSource:
+def resolve_text(spec: str, *, split: Split) -> TextSource:
     """Say which text a specification names; reads nothing and needs no network.
 
     Args:
         spec: ``wikitext2``, a path ``FILE`` or ``FILE:COLUMN``, or a hub dataset ``ID[:CONFIG[:SPLIT[:COLUMN]]]`` (an
             empty part is one left out).
-        role: for ``wikitext2``, the proxy reads the validation split and the held-out check the test split.
+        split: for ``wikitext2``, the proxy reads the validation split and the held-out check the test split.
 
     Raises:
         DataError: for a path to nothing, to a directory, or a specification with too many parts.
     """
     if spec in {"wikitext2", "wikitext2:validation", "wikitext2:test"}:
-        split = spec.partition(":")[2] or _WIKITEXT_SPLITS[role]
-        return TextSource(f"wikitext2:{split}", "hub", _WIKITEXT_ID, "text", _WIKITEXT_CONFIG, split)
+        name = spec.partition(":")[2] or _WIKITEXT_SPLITS[split]
+        return TextSource(f"wikitext2:{name}", "hub", _WIKITEXT_ID, "text", _WIKITEXT_CONFIG, name)
     path, column = _split_file_spec(spec)
     if path.is_dir():
         raise DataError(f"{path} is a directory; name one .txt, .jsonl, .json or .parquet file")
@@ -81,11 +82,11 @@ def resolve_text(spec: str, *, role: Literal["proxy", "heldout"]) -> TextSource:
     identifier, *options = spec.split(":")
     if not identifier or len(options) > 3:
         raise DataError(f"{spec!r} is not a dataset; write ID, ID:CONFIG, ID:CONFIG:SPLIT or ID:CONFIG:SPLIT:COLUMN")
-    config, split_name, column = ([option or None for option in options] + [None] * 3)[:3]
-    return TextSource(spec, "hub", identifier, column, config, split_name)
+    config, hub_split, column = ([option or None for option in options] + [None] * 3)[:3]
+    return TextSource(spec, "hub", identifier, column, config, hub_split)
 
 
-def check_text_source(spec: str, *, role: Literal["proxy", "heldout"]) -> None:
+def check_text_source(spec: str, *, split: Split) -> None:
     """Check soon that a specification names something that is there: a file, or a dataset that the hub has.
 
     Raises:
@@ -94,7 +95,7 @@ def check_text_source(spec: str, *, role: Literal["proxy", "heldout"]) -> None:
     """
     if spec == "self":
         return
-    source = resolve_text(spec, role=role)
+    source = resolve_text(spec, split=split)
     if source.kind == "hub":
         import datasets
 
@@ -225,8 +226,8 @@ def _read_hub(source: TextSource) -> Iterator[str]:
     # The small default is stored whole in the cache of `datasets`; without a network only that cache can answer.
     streaming = source.location != _WIKITEXT_ID and not offline
     try:
-        split = source.split or _choose_split(datasets.get_dataset_split_names(source.location, source.config))
-        dataset = datasets.load_dataset(source.location, source.config, split=split, streaming=streaming)
+        name = source.hub_split or _choose_split(datasets.get_dataset_split_names(source.location, source.config))
+        dataset = datasets.load_dataset(source.location, source.config, split=name, streaming=streaming)
         yield from _join_rows(_select_texts(dataset, source.column, where=source.spec))
     except DatasetNotFoundError as error:
         raise SourceError(f"dataset {source.location}: {error}") from None

@@ -5,27 +5,16 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lpsearch.data.texts import resolve_text, undo_wikitext_marks
-from lpsearch.errors import DataError, ModelError, StudyError
-from lpsearch.models import needs_bos
+from lpsearch.errors import StudyError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-__all__ = ["Windows", "build_windows"]
-
-logger = logging.getLogger(__name__)
-
-_CHARACTERS_PER_TOKEN = 6  # of the first guess; English text has about 4, and too low a guess only tokenises again
-_CUT_MARGIN_TOKENS = 32  # tokens at the end of a cut text are not those of the whole text
+__all__ = ["Windows"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,126 +82,3 @@ class Windows:
                 return cls(archive["input_ids"], about["spec"], about["provenance"])
         except Exception as error:  # a damaged archive fails in many ways inside zipfile and numpy
             raise StudyError(f"stored windows cannot be read ({error}); start the study again with --fresh") from None
-
-
-def build_windows(
-    spec: str,
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    num_windows: int,
-    seq_len: int,
-    role: Literal["proxy", "heldout"] = "proxy",
-    seed: int = 0,
-    model: PreTrainedModel | None = None,
-    after: Windows | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> Windows:
-    """Build the windows that a specification names.
-
-    Windows of a text are contiguous and do not overlap. Where the tokenizer puts a BOS token before a text by itself
-    (Gemma, Llama), every window is BOS and ``seq_len - 1`` tokens of text, since such models are lost without it;
-    otherwise it is ``seq_len`` tokens of text. Marks of WikiText are undone wherever they are found.
-
-    Args:
-        spec: ``wikitext2``, ``self``, a local file or a hub dataset; see :func:`lpsearch.data.texts.resolve_text`.
-        tokenizer: the model's tokenizer.
-        num_windows: number of windows.
-        seq_len: tokens in a window.
-        role: ``proxy`` to search on, ``heldout`` to report on; they differ in the split of ``wikitext2`` and in the
-            seed of ``self``.
-        seed: seed of ``self``.
-        model: the unmodified model; needed for ``self``, and otherwise used to check lengths and tokens.
-        after: windows that must not be overlapped: if they are of the same text, the new ones follow them.
-        on_progress: called with steps done and steps in all while ``self`` is sampled.
-
-    Raises:
-        DataError: for impossible sizes, a missing file, or a text that is empty or too short.
-        ModelError: for ``self`` without a model, or a tokenizer that is not the model's.
-        SourceError: for a dataset that cannot be fetched now.
-    """
-    _check_sizes(num_windows, seq_len, model)
-    if spec == "self":
-        if model is None:
-            raise ModelError("--data self samples its windows from the model, and no model was given")
-        from lpsearch.data.sampling import load_or_sample_windows
-
-        return load_or_sample_windows(
-            model=model,
-            tokenizer=tokenizer,
-            num_windows=num_windows,
-            seq_len=seq_len,
-            role=role,
-            seed=seed,
-            on_progress=on_progress,
-        )
-    source = resolve_text(spec, role=role)
-    first = 0
-    if after is not None and after.spec == source.spec:
-        first = int(after.provenance["stop_token"])
-    prefix = [tokenizer.bos_token_id] if needs_bos(tokenizer) else []
-    stop = first + num_windows * (seq_len - len(prefix))
-    tokens = _tokenize_start(source.read_pieces(), tokenizer=tokenizer, num_tokens=stop, spec=source.spec)
-    if len(tokens) < stop:
-        skipped = f", {first} of them before these windows" if first else ""
-        raise DataError(
-            f"{source.spec} is too short: {num_windows} windows of {seq_len} tokens need {stop} tokens{skipped}, the "
-            f"text has {len(tokens)}; lower --windows or --seq-len, or give more text"
-        )
-    body = np.asarray(tokens[first:stop], dtype=np.int32).reshape(num_windows, seq_len - len(prefix))
-    heads = np.tile(np.asarray(prefix, dtype=np.int32), (num_windows, 1))
-    windows = Windows(
-        np.concatenate([heads, body], axis=1), source.spec, {"role": role, "first_token": first, "stop_token": stop}
-    )
-    _check_vocabulary(windows, model)
-    return windows
-
-
-def _check_sizes(num_windows: int, seq_len: int, model: PreTrainedModel | None) -> None:
-    if num_windows < 1:
-        raise DataError(f"--windows is {num_windows}; at least 1 is needed")
-    if seq_len < 2:
-        raise DataError(f"--seq-len is {seq_len}; at least 2 is needed, since the first token is not predicted")
-    longest = None if model is None else getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and seq_len > longest:
-        raise DataError(f"--seq-len is {seq_len}, but the model reads at most {longest} tokens; lower --seq-len")
-
-
-def _check_vocabulary(windows: Windows, model: PreTrainedModel | None) -> None:
-    if model is None:
-        return
-    embeddings: Any = model.get_input_embeddings()
-    size, largest = embeddings.weight.shape[0], int(windows.input_ids.max())
-    if largest >= size:
-        raise ModelError(
-            f"the tokenizer gives token {largest}, but the model embeds only {size}; they do not belong together"
-        )
-
-
-def _tokenize_start(
-    pieces: Iterator[str], *, tokenizer: PreTrainedTokenizerBase, num_tokens: int, spec: str
-) -> list[int]:
-    """Return the first tokens of a text, fewer if it ends before, reading only as much of it as needed.
-
-    A growing start of the text is tokenised as one string, as the whole text would be; the tokens at its cut end are
-    not used, so that the result does not depend on where it was cut.
-    """
-    text = ""
-    num_characters = (num_tokens + _CUT_MARGIN_TOKENS) * _CHARACTERS_PER_TOKEN
-    ended = False
-    while True:
-        while not ended and len(text) <= num_characters:
-            piece = next(pieces, None)
-            ended = piece is None
-            text += piece or ""
-        whole = ended and len(text) <= num_characters
-        start = text[:num_characters]
-        plain = undo_wikitext_marks(start)
-        tokens: list[int] = tokenizer(plain, add_special_tokens=False, verbose=False).input_ids
-        if whole or len(tokens) >= num_tokens + _CUT_MARGIN_TOKENS:
-            break
-        num_characters *= 2
-    if not text.strip():
-        raise DataError(f"{spec} holds no text; give a file or dataset that does")
-    if plain != start:
-        logger.info("%s: undid the word-level marks of WikiText (@-@, @,@, @.@, <unk>)", spec)
-    return tokens[:num_tokens]

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.storages import RDBStorage
 from sqlalchemy import Connection, delete, func, insert, select, update
 
+from lpsearch.config import Split
 from lpsearch.errors import StudyError
 from lpsearch.evaluation.losses import WindowLosses
 from lpsearch.plan import Plan
@@ -26,8 +27,6 @@ from lpsearch.search.locks import Claim, HeldElsewhereError, hold_claim, hold_fi
 from lpsearch.search.records import finite_or_none
 
 __all__ = ["Split", "StoredWindows", "StudyStore"]
-
-Split = Literal["proxy", "heldout"]
 
 
 @dataclass(frozen=True)

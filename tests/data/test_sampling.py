@@ -44,8 +44,8 @@ def test_the_same_seed_gives_the_same_windows_without_the_cache(model, tokenizer
     assert first.spec == "self"
 
 
-@pytest.mark.parametrize("changes", [{"seed": 1}, {"role": "heldout"}])
-def test_other_seeds_and_roles_give_other_windows(model, tokenizer, changes):
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"split": "heldout"}])
+def test_other_seeds_and_splits_give_other_windows(model, tokenizer, changes):
     base, other = _build(model, tokenizer), _build(model, tokenizer, **changes)
     assert (base.input_ids[:, 1:] != other.input_ids[:, 1:]).mean() > 0.9
 

@@ -38,7 +38,9 @@ def bos_tokenizer(tiny_model_dir: Path) -> PreTrainedTokenizerBase:
 
 def test_windows_are_contiguous_and_heldout_follows_the_proxy(tokenizer, text_file):
     proxy = build_windows(str(text_file), tokenizer=tokenizer, num_windows=3, seq_len=40)
-    heldout = build_windows(str(text_file), tokenizer=tokenizer, num_windows=2, seq_len=50, role="heldout", after=proxy)
+    heldout = build_windows(
+        str(text_file), tokenizer=tokenizer, num_windows=2, seq_len=50, split="heldout", after=proxy
+    )
     tokens = tokenizer(text_file.read_text(), add_special_tokens=False).input_ids
     np.testing.assert_array_equal(proxy.input_ids.ravel(), tokens[:120])
     np.testing.assert_array_equal(heldout.input_ids.ravel(), tokens[120:220])
@@ -50,7 +52,7 @@ def test_windows_after_those_of_another_text_begin_at_its_start(tokenizer, text_
     other = tmp_path / "other.txt"
     other.write_text("Another text altogether. " * 20)
     proxy = build_windows(str(other), tokenizer=tokenizer, num_windows=3, seq_len=40)
-    heldout = build_windows(str(text_file), tokenizer=tokenizer, num_windows=1, seq_len=8, role="heldout", after=proxy)
+    heldout = build_windows(str(text_file), tokenizer=tokenizer, num_windows=1, seq_len=8, split="heldout", after=proxy)
     assert tokenizer.decode(heldout.input_ids[0]) == text_file.read_text()[:8]
 
 
@@ -79,20 +81,20 @@ def test_rows_of_every_form_are_joined_by_a_blank_line(tokenizer, tmp_path, form
         path.write_text(json.dumps(rows))
     else:
         path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
-    text = "".join(resolve_text(str(path), role="proxy").read_pieces())
+    text = "".join(resolve_text(str(path), split="proxy").read_pieces())
     assert text == "first\n\nsecond"
 
 
 def test_the_text_column_is_found_or_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"id": 1, "body": "words"}))
-    assert "".join(resolve_text(str(path), role="proxy").read_pieces()) == "words"
+    assert "".join(resolve_text(str(path), split="proxy").read_pieces()) == "words"
     path.write_text(json.dumps({"title": "a", "body": "words", "id": 3}))
-    assert "".join(resolve_text(f"{path}:body", role="proxy").read_pieces()) == "words"
+    assert "".join(resolve_text(f"{path}:body", split="proxy").read_pieces()) == "words"
     with pytest.raises(DataError, match=r"columns: body, id, title \(of text: body, title\); append :COLUMN"):
-        "".join(resolve_text(str(path), role="proxy").read_pieces())
+        "".join(resolve_text(str(path), split="proxy").read_pieces())
     with pytest.raises(DataError, match="column 'id' is not text"):
-        "".join(resolve_text(f"{path}:id", role="proxy").read_pieces())
+        "".join(resolve_text(f"{path}:id", split="proxy").read_pieces())
 
 
 def test_wikitext_marks_are_undone_where_they_are_found(tokenizer, tmp_path):
@@ -114,14 +116,14 @@ def test_wikitext_marks_are_undone_where_they_are_found(tokenizer, tmp_path):
     ],
 )
 def test_hub_specifications(spec, location, config, split, column):
-    source = resolve_text(spec, role="heldout")
+    source = resolve_text(spec, split="heldout")
     assert (source.kind, source.location) == ("hub", location)
-    assert (source.config, source.split, source.column) == (config, split, column)
+    assert (source.config, source.hub_split, source.column) == (config, split, column)
 
 
 def test_wikitext2_searches_on_validation_and_names_it():
-    assert resolve_text("wikitext2", role="proxy").spec == "wikitext2:validation"
-    assert resolve_text("wikitext2", role="heldout").spec == "wikitext2:test"
+    assert resolve_text("wikitext2", split="proxy").spec == "wikitext2:validation"
+    assert resolve_text("wikitext2", split="heldout").spec == "wikitext2:test"
 
 
 @pytest.mark.parametrize(
@@ -145,7 +147,7 @@ def test_damaged_files_are_refused(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(DataError, match=str(path)):
-        list(resolve_text(str(path), role="proxy").read_pieces())
+        list(resolve_text(str(path), split="proxy").read_pieces())
 
 
 @pytest.mark.parametrize(
@@ -193,7 +195,7 @@ def test_an_unreachable_hub_ends_soon_in_one_message(tmp_path):
         "from lpsearch.data.texts import resolve_text\n"
         "from lpsearch.errors import SourceError\n"
         "try:\n"
-        "    next(resolve_text('wikitext2', role='proxy').read_pieces())\n"
+        "    next(resolve_text('wikitext2', split='proxy').read_pieces())\n"
         "except SourceError as error:\n"
         "    print(error)\n"
     )

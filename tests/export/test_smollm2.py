@@ -45,7 +45,13 @@ def test_a_directory_gives_the_loss_of_its_plan(text_file: Path, tmp_path: Path)
     source = resolve_source("smollm2-135m")
     loaded = load_model(source, device="cpu", dtype=torch.float32)
     windows = build_windows(
-        str(text_file), tokenizer=loaded.tokenizer, num_windows=2, seq_len=128, role="proxy", seed=0, model=loaded.model
+        str(text_file),
+        tokenizer=loaded.tokenizer,
+        num_windows=2,
+        seq_len=128,
+        split="proxy",
+        seed=0,
+        model=loaded.model,
     )
     evaluator = ModelEvaluator(model=loaded.model, windows=windows, metric="nll")
     losses = evaluator.evaluate_windows(PLAN, range(2)).nll_nats_per_token
