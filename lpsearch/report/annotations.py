@@ -60,7 +60,10 @@ class Dashboard(Protocol):
 
 @dataclass(frozen=True)
 class _FinishedTrial:
-    """What the notes' functions read of a trial; Optuna makes its own ``Trial`` for running ones only."""
+    """What optuna-dashboard's functions for notes read of a trial: its names are theirs.
+
+    Optuna makes its own ``Trial`` for running trials only.
+    """
 
     storage: BaseStorage
     study: optuna.Study
@@ -108,15 +111,16 @@ def _save_figure(dashboard: Dashboard, study: optuna.Study, report: StudyReport)
 def _save_notes(dashboard: Dashboard, store: StudyStore, study: optuna.Study, report: StudyReport) -> None:
     _save_note(dashboard, study, _describe_study(store, report))
     storage = store.optuna_storage
-    trial_ids = {trial.number: trial._trial_id for trial in study.get_trials(deepcopy=False)}
+    study_id = storage.get_study_id_from_name(store.study_name)
     points = {point.record.trial: point for point in report.front}
-    noted = storage.get_study_system_attrs(study._study_id).get(_NOTED_TRIALS, [])
+    noted = storage.get_study_system_attrs(study_id).get(_NOTED_TRIALS, [])
     # Written first: a run that ends in between leaves a trial in the list without a note, and not the reverse.
-    storage.set_study_system_attr(study._study_id, _NOTED_TRIALS, sorted({*noted, *points}))
+    storage.set_study_system_attr(study_id, _NOTED_TRIALS, sorted({*noted, *points}))
     for number in sorted({*noted, *points}):
         text = _describe_point(report, points[number]) if number in points else ""
-        _save_note(dashboard, _FinishedTrial(storage, study, trial_ids[number]), text)
-    storage.set_study_system_attr(study._study_id, _NOTED_TRIALS, sorted(points))
+        trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
+        _save_note(dashboard, _FinishedTrial(storage, study, trial_id), text)
+    storage.set_study_system_attr(study_id, _NOTED_TRIALS, sorted(points))
 
 
 def _save_note(dashboard: Dashboard, subject: optuna.Study | _FinishedTrial, text: str) -> None:
@@ -192,7 +196,8 @@ def _save_plan_files(store: StudyStore, study: optuna.Study, report: StudyReport
     artifacts = FileSystemArtifactStore(directory / ARTIFACTS_NAME)
     (directory / ARTIFACTS_NAME).mkdir(exist_ok=True)
     paths = {Path(point.plan_file).name: directory / point.plan_file for point in report.front if point.plan_file}
-    ids = _list_plan_artifacts(store.optuna_storage.get_study_system_attrs(study._study_id))
+    storage = store.optuna_storage
+    ids = _list_plan_artifacts(storage.get_study_system_attrs(storage.get_study_id_from_name(store.study_name)))
     for name, path in sorted(paths.items()):
         if name in ids:
             with path.open("rb") as content:

@@ -18,7 +18,7 @@ from lpsearch.search import StudyStore
 from lpsearch_dashboard import live
 from tests.dashboards.conftest import NUM_TRIALS, Ask
 from tests.report.conftest import MakeStudy
-from tests.report.test_html import parse
+from tests.report.pages import parse
 
 
 def test_the_page_shows_the_study_and_asks_only_for_what_is_served(finished_study: StudyReport, ask: Ask) -> None:

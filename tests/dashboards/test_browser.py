@@ -10,7 +10,7 @@ import pytest
 
 from lpsearch.search import StudyStore
 from tests.browsing import CHARTS, Opened, count_drawn, get_shown_plans, join_groups, open_in_browser, point_at
-from tests.dashboards.conftest import serve
+from tests.dashboards.serving import serve
 from tests.report.conftest import MakeStudy
 
 pytestmark = pytest.mark.browser

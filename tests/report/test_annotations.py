@@ -70,9 +70,12 @@ def test_notes_are_of_the_present_front_and_keep_what_people_wrote(make_study: M
     former = make_study(budget=12)
     annotate(former, tmp_path)
     study = load_study(tmp_path)
-    trial_ids = {trial.number: trial._trial_id for trial in study.trials}
+    storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path / 'study.db'}")
+    trial_ids = {
+        trial.number: storage.get_trial_id_from_study_id_trial_number(1, trial.number) for trial in study.trials
+    }
     optuna_dashboard.save_note(study, optuna_dashboard.get_note(study) + "\nlook at trial 3")
-    system = study._storage.get_study_system_attrs(study._study_id)
+    system = storage.get_study_system_attrs(1)
     noted = sorted(number for number, key in trial_ids.items() if f"dashboard:{key}:note_ver" in system)
     assert noted == sorted(point.record.trial for point in former.front)
 
@@ -81,7 +84,7 @@ def test_notes_are_of_the_present_front_and_keep_what_people_wrote(make_study: M
     assert left, "the front moved on"
     kept = min(left)
 
-    trial = SimpleNamespace(storage=study._storage, study=study, _trial_id=trial_ids[kept])
+    trial = SimpleNamespace(storage=storage, study=study, _trial_id=trial_ids[kept])
     optuna_dashboard.save_note(trial, optuna_dashboard.get_note(trial) + "\nmy own words")
     for _ in range(2):
         shown = annotate(report, tmp_path)
@@ -159,9 +162,10 @@ def test_other_artifacts_stay(make_study: MakeStudy, tmp_path: Path) -> None:
     study = load_study(tmp_path)
     optuna.artifacts.upload_artifact(artifact_store=store, file_path=str(tmp_path / "mine.txt"), study_or_trial=study)
     # optuna-dashboard deletes an artifact by leaving a null in its place
-    kept = study._storage.get_study_system_attrs(1).items()
+    storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path / 'study.db'}")
+    kept = storage.get_study_system_attrs(1).items()
     gone = next(key for key, value in kept if key.startswith("artifacts:") and "joins-" in value)
-    study._storage.set_study_system_attr(1, gone, "null")
+    storage.set_study_system_attr(1, gone, "null")
     shown = annotate(report, tmp_path)
     assert len(shown["artifacts"]) == len(report.front) + 1
     assert "mine.txt" in {artifact["filename"] for artifact in shown["artifacts"]}

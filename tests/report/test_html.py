@@ -7,61 +7,16 @@ import json
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from lpsearch.report import build_html, write_html
 from tests.report.conftest import MakeStudy
+from tests.report.pages import parse
 from tests.search.evaluators import SyntheticEvaluator
 
 MAX_BYTES = 6_000_000
-VOID = {"meta", "link", "input", "br"}
-LOADING = {"src", "href", "srcset", "poster", "action", "data", "background", "xlink:href", "formaction"}
-
-
-class Page(HTMLParser):
-    """Collects what a browser would load, and checks that elements nest."""
-
-    def __init__(self, content: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.ids: list[str] = []
-        self.references: list[str] = []
-        self.styles: list[str] = []
-        self.data = ""
-        self.text = ""
-        self.feed(content)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        attributes = dict(attrs)
-        self.ids += [attributes["id"]] if "id" in attributes else []
-        self.references += [str(value) for name, value in attrs if name in LOADING]
-        self.styles += [attributes["style"]] if "style" in attributes else []
-        if tag not in VOID:
-            self.open.append("data" if attributes.get("id") == "data" else tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        opened = self.open.pop()
-        assert tag == ("script" if opened == "data" else opened), f"</{tag}> closes <{opened}>"
-
-    def handle_data(self, data: str) -> None:
-        inside = self.open[-1] if self.open else ""
-        if inside == "data":
-            self.data += data
-        elif inside == "style":
-            self.styles.append(data)
-        elif inside != "script":
-            self.text += data
-
-
-def parse(content: str) -> Page:
-    page = Page(content)
-    assert page.open == []
-    assert len(page.ids) == len(set(page.ids))
-    return page
 
 
 def test_page_parses_loads_nothing_and_is_small(make_study: MakeStudy, tmp_path: Path) -> None:
