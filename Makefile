@@ -4,12 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-# vLLM pins torch and an older transformers, hence an environment of its own. Exported directories stand in it too.
+# vLLM pins torch and an older transformers, so it is installed in a separate environment. Exported directories go there too.
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_PIP := $(VLLM_BIN)/python -m pip --disable-pip-version-check --quiet
 
-# Tests run in so many processes, each of which needs about 3 GB.
+# Number of processes that run tests; each needs about 3 GB.
 TEST_PROCESSES ?= 2
 
 .PHONY: demo docs test test-vllm lint format clean help
@@ -18,7 +18,7 @@ TEST_PROCESSES ?= 2
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-# The interpreter is checked first: an old one would fail much later, inside a dependency's build.
+# Check the interpreter first: an old one would fail much later, inside a dependency's build.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "lpsearch needs Python >= 3.11; call make PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -39,11 +39,11 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 demo: $(VENV)/.installed ## search SmolLM2-135M on this machine
 	$(BIN)/python -m lpsearch.optimize --model smollm2-135m --budget 40
 
-# One thread a process: more would take the other processes' cores.
+# One thread for each process: more would take the cores of the other processes.
 test: $(VENV)/.installed-dev ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not network" --numprocesses $(TEST_PROCESSES) --dist loadfile
 
-# The three that are removed decode pictures and sound, and are built for another torch than the one pinned.
+# The three removed packages decode pictures and sound, and are built for another torch than the pinned one.
 $(VLLM_VENV)/.installed: pyproject.toml tests/vllm/requirements.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_PIP) install --requirement tests/vllm/requirements.txt
@@ -62,8 +62,8 @@ lint: $(VENV)/.installed-dev ## check style, types and layering
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The variable silences an advertisement of mkdocs-material's, which is no warning of the build.
-docs: $(VENV)/.installed-docs ## build the documentation into site/, warnings being errors
+# The variable silences an advertisement of mkdocs-material, which is not a warning of the build.
+docs: $(VENV)/.installed-docs ## build the documentation into site/, with warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 format: $(VENV)/.installed-dev ## format the code

@@ -1,4 +1,4 @@
-"""Griffe extension: the reStructuredText roles in docstrings become cross-references of the site."""
+"""A Griffe extension that turns the reStructuredText roles of docstrings into cross-references of the site."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
 
 
 class Roles(griffe.Extension):
-    """Turns ``:func:`lpsearch.load_plan``` into a link, where the site has a page for it, and into code elsewhere."""
+    """Turns ``:func:`lpsearch.load_plan``` into a link if the site has a page for it, else into code."""
 
     def on_object(self, *, obj: griffe.Object, loader: griffe.GriffeLoader, **kwargs: Any) -> None:
         """Rewrite an object's docstring."""
@@ -32,7 +32,7 @@ def _build_reference(obj: griffe.Object, name: str, *, is_short: bool) -> str:
 
 
 def _find_scope(obj: griffe.Object, name: str) -> str:
-    """Return the path of the nearest class or module around an object that has a member of that name."""
+    """Return the path of the nearest class or module that encloses an object and has a member of that name."""
     scope: griffe.Object | None = obj
     while scope is not None:
         if name.partition(".")[0] in scope.members:

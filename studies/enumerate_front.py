@@ -1,16 +1,16 @@
-"""Evaluate every plan of a model on fixed windows, and keep the losses as a table that searches can be replayed on.
+"""Evaluate every plan of a model on fixed windows, and keep the losses in a table on which searches can be replayed.
 
-Plans share prefixes, and each prefix is run once: a space of pairs costs 1.6 layers and one pair a plan, whatever the
-depth. Prefixes wait in one pool a layer, and always the deepest pool that fills a batch is run. So the walk is depth
-first, few hidden states exist at a time, and the device sees batches large enough for its full speed without any
-captured graph. The output head, half of the work of a small model, runs on batches of whole plans.
+Plans share prefixes, and the script runs each prefix once: a space of pairs costs 1.6 layers and one pair for each
+plan, whatever the depth. Each layer has a queue of prefixes that end at it. The script always runs the deepest queue
+that fills a batch. So the walk is depth first, few hidden states exist at a time, and the device gets batches large
+enough for its full speed without any captured graph. The output head, half of the work of a small model, runs on
+batches of whole plans.
 
 The table has the arrays ``mask`` (integers; bit i set: layers i and i + 1 are joined), ``nll`` float32 in nats per
-token, ``L`` (number of layers) and ``about`` (JSON: what was measured on what); with ``--by-window`` also
-``window_nll`` float32 (plans, windows), so that a search that begins with few windows can be replayed. With ``--layers
-A-B`` only layers A to B are grouped, both included; replay such a table with the other layers frozen, or with
-``--renumber`` as one of a model of those layers alone. ``--data`` takes a text, as ``lpsearch optimize`` does, or
-tokens that ``windows_file.py`` wrote.
+token, ``L`` (number of layers) and ``about`` (JSON: what was measured on what). ``--by-window`` adds ``window_nll``
+float32 (plans, windows), so that a search with racing can be replayed. ``--layers A-B`` groups only layers A to B, both
+included. Replay such a table with the other layers frozen, or write it with ``--renumber`` as the table of a model of
+those layers alone. ``--data`` takes a text, as ``lpsearch optimize`` does, or tokens that ``windows_file.py`` wrote.
 
     python studies/enumerate_front.py --model smollm2-135m --data wikitext2 --windows 4 --seq-len 512 --layers 2-28 \
         --device cuda --out smollm2-135m.npz
@@ -92,19 +92,19 @@ class Space:
 
 
 @dataclass
-class _Pool:
-    """Prefixes that end at the same layer: their masks, and their hidden states (plans, windows, seq, hidden)."""
+class _PrefixQueue:
+    """A queue of prefixes that end at the same layer: their masks and hidden states (plans, windows, seq, hidden)."""
 
     chunks: deque[tuple[list[int], Tensor]] = field(default_factory=deque)
     size: int = 0
 
     def push(self, masks: list[int], hidden_states: Tensor) -> None:
-        """Add prefixes."""
+        """Add prefixes to the end."""
         self.chunks.append((masks, hidden_states))
         self.size += len(masks)
 
     def take(self, count: int) -> tuple[list[int], Tensor]:
-        """Remove up to ``count`` prefixes."""
+        """Remove up to ``count`` prefixes from the front, and return them."""
         masks: list[int] = []
         parts = []
         while self.chunks and len(masks) < count:
@@ -134,8 +134,8 @@ def enumerate_losses(
         model: the unmodified model, in eval mode.
         windows: what to evaluate on.
         space: which plans.
-        batch_plans: prefixes in a forward of a layer; None takes 2048 tokens on a CPU and 65536 on a GPU.
-        compile_loss: compile what follows the head, so that its float32 logits never exist in memory.
+        batch_plans: prefixes in one forward of a layer; None means 2048 tokens on a CPU and 65536 on a GPU.
+        compile_loss: compile the loss, so that float32 logits never exist in memory.
         on_progress: called with the number of plans done.
     """
     check_family(model)
@@ -147,12 +147,12 @@ def enumerate_losses(
     batch_sizes = [layer_plans] * space.num_layers + [head_plans]
     embedded, layer_kwargs = _capture(model, input_ids)
     compute_losses = torch.compile(_compute_losses, dynamic=True) if compile_loss else _compute_losses
-    pools = [_Pool() for _ in range(space.num_layers + 1)]
-    pools[0].push([0], embedded[None])
+    queues = [_PrefixQueue() for _ in range(space.num_layers + 1)]
+    queues[0].push([0], embedded[None])
     done = _Collector(on_progress)
     pending: deque[tuple[list[int], Tensor]] = deque()
-    while (layer_idx := _choose_pool(pools, batch_sizes)) is not None:
-        masks, hidden_states = pools[layer_idx].take(batch_sizes[layer_idx])
+    while (layer_idx := _choose_queue(queues, batch_sizes)) is not None:
+        masks, hidden_states = queues[layer_idx].take(batch_sizes[layer_idx])
         if layer_idx == space.num_layers:
             pending.append((masks, compute_losses(_run_head(model, hidden_states), input_ids)))
             if len(pending) > 1:  # the device stays one batch ahead of what is read from it
@@ -165,21 +165,21 @@ def enumerate_losses(
                 group = slice(layer_idx, layer_idx + size)
                 inputs = hidden_states if len(kept) == len(masks) else hidden_states[kept]
                 outputs = _run_layers(blocks[group], inputs, layer_kwargs[group])
-                pools[layer_idx + size].push([masks[row] | bits for row in kept], outputs)
+                queues[layer_idx + size].push([masks[row] | bits for row in kept], outputs)
     for batch in pending:
         done.collect(*batch)
     return done.build_losses()
 
 
-def _choose_pool(pools: Sequence[_Pool], batch_sizes: Sequence[int]) -> int | None:
-    """Return the deepest pool that fills a batch, else the shallowest that holds anything, else None."""
-    waiting = [layer_idx for layer_idx, pool in enumerate(pools) if pool.size]
-    full = [layer_idx for layer_idx in waiting if pools[layer_idx].size >= batch_sizes[layer_idx]]
+def _choose_queue(queues: Sequence[_PrefixQueue], batch_sizes: Sequence[int]) -> int | None:
+    """Return the deepest queue that fills a batch, else the shallowest that holds anything, else None."""
+    waiting = [layer_idx for layer_idx, queue in enumerate(queues) if queue.size]
+    full = [layer_idx for layer_idx in waiting if queues[layer_idx].size >= batch_sizes[layer_idx]]
     return full[-1] if full else min(waiting, default=None)
 
 
 def _find_within(masks: Sequence[int], added_joins: int, max_joins: int | None) -> list[int]:
-    """Return the rows whose plans may have that many joins more."""
+    """Return the rows whose plans have at most ``max_joins`` joins after that many are added."""
     if max_joins is None:
         return list(range(len(masks)))
     return [row for row, mask in enumerate(masks) if mask.bit_count() + added_joins <= max_joins]
@@ -188,7 +188,7 @@ def _find_within(masks: Sequence[int], added_joins: int, max_joins: int | None) 
 def _run_layers(
     blocks: Sequence[DecoderBlock], hidden_states: Tensor, layer_kwargs: Sequence[Mapping[str, Any]]
 ) -> Tensor:
-    """Run one group on (plans, windows, seq, hidden); a layer alone runs as it is."""
+    """Run one group on (plans, windows, seq, hidden); a group of one runs the ordinary layer."""
     rows = hidden_states.flatten(0, 1)  # (plans * windows, seq, hidden)
     outputs = blocks[0].layer(rows, **layer_kwargs[0]) if len(blocks) == 1 else run_group(blocks, rows, layer_kwargs)
     return outputs.view(hidden_states.shape)
@@ -227,7 +227,7 @@ class _Collector:
 def _capture(model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
     """Return the first layer's input (windows, seq, hidden), and each layer's own keyword arguments.
 
-    The arguments are those of a forward of one window, so that masks and rotary embeddings, the same for all windows,
+    The arguments come from a forward of one window. Masks and rotary embeddings are the same for all windows, so they
     broadcast over a batch of any size.
     """
     layers: Any = get_decoder(model).layers
@@ -256,9 +256,9 @@ def _capture(model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, list[di
 
 
 def _run_head(model: PreTrainedModel, hidden_states: Tensor) -> Tensor:
-    """Run what follows the layers, final norm and head as the family has them.
+    """Run what follows the layers: the family's own final norm and head.
 
-    For the time being every layer of the model returns the hidden states that are given.
+    Meanwhile every layer of the model returns the given hidden states.
 
     Args:
         model: the unmodified model.
@@ -281,7 +281,7 @@ def _run_head(model: PreTrainedModel, hidden_states: Tensor) -> Tensor:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make a table, and return the exit code."""
+    """Write a table, and return the exit code."""
     options = _build_parser().parse_args(arguments)
     try:
         print(json.dumps(_run(options)))
@@ -353,7 +353,7 @@ def _build_space(options: argparse.Namespace, num_layers: int) -> Space:
 
 @dataclass
 class _Reporter:
-    """Says on stderr, now and then, how many plans are done."""
+    """Reports on stderr how many plans are done, at most every ``_REPORT_EVERY_S`` seconds."""
 
     num_plans: int
     began_at: float

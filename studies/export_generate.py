@@ -1,9 +1,9 @@
-"""What fused layers gain under transformers' own ``generate``: a table of time per token at several depths.
+"""Measure what fused layers gain under transformers' own ``generate``: the time per token at several depths.
 
-Random weights by shape, batch 1, a static cache and the compilation that ``generate`` then does by itself on a CUDA
-device. All models take turns, in an order drawn anew each round, so that a drift of the device's clocks and what ran
-before meet all alike; a time is the median over a run's tokens. A copy of the unmodified model is measured like the
-fused ones: what its ratio is off 1 is what two compilations of one model differ by. Nothing is downloaded.
+The models have random weights by shape. Batch 1 and a static cache, with which ``generate`` compiles by itself on a
+CUDA device. All models take turns, in a new random order each round, so that a drift of the device's clocks and the
+model that ran before affect all alike. A time is the median over a run's tokens. The script also measures a copy of the
+unmodified model: its ratio shows how much two compilations of one model differ. Nothing is downloaded.
 
     python studies/export_generate.py --model llama3.2-1b
     python studies/export_generate.py --device cpu --layers 4 --hidden 64 --new-tokens 8 --rounds 3 --joins 0,1,2
@@ -33,12 +33,12 @@ from lpsearch.transform import fuse_plan
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama3.2-1b", help="alias whose geometry is bundled")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--joins", default="0,1,2,3,4,5,6", help="joined pairs of each fused model; 0 fuses nothing")
+    parser.add_argument("--joins", default="0,1,2,3,4,5,6", help="number of joins of each fused model; 0 fuses nothing")
     parser.add_argument("--group", type=int, default=2, help="layers in a group; a plan has joins / (group - 1) groups")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def build_model(arguments: argparse.Namespace) -> PreTrainedModel:
-    """Build the unmodified model with random weights, straight on the device."""
+    """Build the unmodified model with random weights on the device."""
     config: Any = load_geometry(arguments.model)
     if arguments.layers:
         config.num_hidden_layers = arguments.layers
@@ -60,13 +60,13 @@ def build_model(arguments: argparse.Namespace) -> PreTrainedModel:
     torch.manual_seed(0)
     with torch.device(arguments.device):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, arguments.dtype))
-    model.generation_config.eos_token_id = None  # every run makes the same number of tokens
+    model.generation_config.eos_token_id = None  # every run generates the same number of tokens
     model.generation_config.pad_token_id = 0
     return model.eval().requires_grad_(False)
 
 
 def build_plan(num_layers: int, num_joins: int, group: int) -> Plan:
-    """Join groups of equal size, as many as give so many joins, around the middle of the model."""
+    """Return a plan with so many joins, in groups of equal size around the middle of the model."""
     num_groups, rest = divmod(num_joins, group - 1)
     if rest or num_groups * group > num_layers:
         raise SystemExit(f"{num_joins} joins cannot be made of whole groups of {group} of {num_layers} layers")
@@ -76,14 +76,13 @@ def build_plan(num_layers: int, num_joins: int, group: int) -> Plan:
 
 
 class TokenClock(BaseStreamer):
-    """Notes when each token arrives; ``generate`` waits for the device at every token anyhow."""
+    """Records when each token arrives; ``generate`` waits for the device at every token in any case."""
 
     def __init__(self) -> None:
-        """Start without a token."""
         self.arrivals: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
-        """Note a token that is on the host, or the prompt, which comes first."""
+        """Record the arrival of a token on the host; the prompt comes first."""
         self.arrivals.append(time.perf_counter())
 
     def end(self) -> None:
@@ -91,7 +90,7 @@ class TokenClock(BaseStreamer):
 
 
 def measure_ms_per_token(model: PreTrainedModel, input_ids: torch.Tensor, num_tokens: int) -> float:
-    """Return the median time between two tokens of one ``generate``; the prompt is not part of it."""
+    """Return the median time between two tokens of one ``generate``, the prompt excluded."""
     clock = TokenClock()
     output: Any = model.generate(  # type: ignore[operator]
         input_ids,
@@ -107,7 +106,7 @@ def measure_ms_per_token(model: PreTrainedModel, input_ids: torch.Tensor, num_to
 
 
 def main() -> None:
-    """Measure, print the table, and the same as JSON on the last line."""
+    """Measure all models; print the table, and the same as JSON on the last line."""
     arguments = parse_arguments()
     torch._dynamo.config.cache_size_limit = 256  # each model compiles the same functions anew
     base = build_model(arguments)
@@ -121,7 +120,7 @@ def main() -> None:
     input_ids = input_ids.to(arguments.device)
     times: dict[str, list[float]] = {name: [] for name in models}
     for name, model in models.items():
-        for _ in range(3):  # compiles, then records the graphs
+        for _ in range(3):  # compiles, then captures the graphs
             warm_ms = measure_ms_per_token(model, input_ids, arguments.new_tokens)
         print(f"warmed up {name}: {warm_ms:.3f} ms/token", flush=True)
     order = random.Random(0)

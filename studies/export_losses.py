@@ -1,10 +1,9 @@
-"""How far an exported directory's loss is from its plan's, in float32 and in bfloat16.
+"""Measure how far an exported directory's loss is from its plan's, in float32 and in bfloat16.
 
-A plan file holds the loss of the model whose groups still run layer by layer. The directory holds fused layers, rounded
-once to the dtype that it was written in. Each row is one of the two in one dtype, with its distance from the plan in
-float32 on the same windows and the distance's standard error over windows. The rows of the plan itself, and of the
-unmodified model, say what a dtype does without any export. Windows are a file that ``windows_file.py`` wrote, or a
-text.
+A plan file has the loss of a model whose groups still run layer by layer. The directory has fused layers, rounded once
+to the dtype of the export. Each row is one of the two in one dtype, with its difference from the plan in float32 on the
+same windows and the standard error of the difference over windows. The rows of the plan itself and of the unmodified
+model show what a dtype does without any export. ``--data`` takes a file that ``windows_file.py`` wrote, or a text.
 
     python studies/export_losses.py --model smollm2-135m --plan plan.json --data valid.npz
     python studies/export_losses.py --model smollm2-135m --plan plan.json --data text.txt --windows 4 --seq-len 64
@@ -41,7 +40,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @torch.inference_mode()
 def compute_losses(model: Any, windows: Windows) -> list[float]:
-    """Return the mean loss of each window in nats per token; the logits' softmax is taken in float32."""
+    """Return the mean loss of each window in nats per token, with the softmax in float32."""
     losses = []
     for row in windows.input_ids:
         ids = torch.as_tensor(row, dtype=torch.long, device=model.device)[None]
@@ -51,7 +50,7 @@ def compute_losses(model: Any, windows: Windows) -> list[float]:
 
 
 def measure_losses(options: argparse.Namespace) -> dict[str, list[float]]:
-    """Return each form's losses by its name, the plan in float32 first."""
+    """Return the losses of each form by its name; the plan in float32 comes first."""
     plan = lpsearch.load_plan(options.plan)
     device = resolve_device(options.device)
     losses: dict[str, list[float]] = {}
@@ -71,13 +70,13 @@ def measure_losses(options: argparse.Namespace) -> dict[str, list[float]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print the table, and the same as JSON on the last line."""
+    """Measure all forms; print the table, and the same as JSON on the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="alias, hub id, directory or .gguf file")
-    parser.add_argument("--plan", type=Path, required=True, help="plan file for it")
+    parser.add_argument("--plan", type=Path, required=True, help="plan file for the model")
     parser.add_argument("--data", required=True, help="windows file, or a text as for lpsearch optimize")
-    parser.add_argument("--windows", type=int, help="only the first so many windows")
-    parser.add_argument("--seq-len", type=int, help="only the first so many tokens of each")
+    parser.add_argument("--windows", type=int, help="number of windows to take, from the first")
+    parser.add_argument("--seq-len", type=int, help="number of tokens of each window to take, from the first")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(arguments)
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -1,8 +1,8 @@
-"""Where a decode step's time goes: block sizes of the one-row product, its bandwidth, and the step by kernel.
+"""Measure where a decode step's time goes: block sizes and bandwidth of the one-row product, and time by kernel.
 
     python studies/latency_kernels.py --model llama2-7b --tp 2 [--sweep] [--variants] [--profile]
 
-Needs CUDA devices. Prints tables; the last line is one JSON object.
+The script needs CUDA devices. It prints tables; the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def time_ms(run: Any, count: int) -> float:
 
 
 def sweep(architecture: Architecture, num_ranks: int, members: int) -> list[dict[str, Any]]:
-    """Time every projection with every block size and with the library, over weights that exceed the cache."""
+    """Time every projection with every block size and with the library; the weights are larger than the L2 cache."""
     arch, rows = architecture, []
     heads, kv, inner = arch.num_heads // num_ranks, arch.num_kv_heads // num_ranks, arch.intermediate_size // num_ranks
     shapes = {
@@ -83,7 +83,7 @@ def sweep(architecture: Architecture, num_ranks: int, members: int) -> list[dict
 
 
 def variants(group: Any, model: str, tokens: int, profile: bool, kinds: list[Any]) -> dict[str, Any]:
-    """Time the unmodified model, 7 and 13 pairs in every mode and with every all-reduce; on each rank."""
+    """Time the unmodified model and plans of 7 and 13 pairs in every mode and with every all-reduce, on this rank."""
     device = torch.device("cuda", torch.cuda.current_device())
     architecture = read_architecture(load_geometry(model))
     choices: dict[str, Ranks] = {"": OneRank()}
@@ -124,7 +124,7 @@ def variants(group: Any, model: str, tokens: int, profile: bool, kinds: list[Any
 
 
 def profile_step(decoder: Any, ranks: Ranks) -> dict[str, Any]:
-    """Return for each kernel of a step how often it runs and its time in all, in us."""
+    """Return, for each kernel of a step, how often it runs and its total time in us."""
     from torch.profiler import ProfilerActivity
 
     ranks.barrier()
@@ -142,7 +142,7 @@ def profile_step(decoder: Any, ranks: Ranks) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Run the chosen measurements; print them, and the same as JSON on the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama2-7b")
     parser.add_argument("--tp", type=int, default=1)

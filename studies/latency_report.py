@@ -1,4 +1,4 @@
-"""The latency of plans on one and several GPUs: speed bars, a user's questions, and how well times add up.
+"""Measure the latency of plans on one and several GPUs, and how well times add up.
 
     python studies/latency_report.py --part bars --tp 2
     python studies/latency_report.py --part table --model llama3.1-8b --tp 1
@@ -6,8 +6,11 @@
     python studies/latency_report.py --part emulate --tp 2
     python studies/latency_report.py --part auto
 
+``bars`` measures 7 and 13 pairs, ``table`` several workloads and depths, ``additive`` the error of the latency model on
+random plans, ``emulate`` the error of ``--emulate-tp``, and ``auto`` the time that ``optimize --latency auto`` takes.
+
 Weights are random, by shape. Each part prints a table; the last line is one JSON object. ``--model`` may be a directory
-with a config.json of a tiny model, which runs on a CPU.
+with the config.json of a tiny model, which runs on a CPU.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ def grouped(num_layers: int, num_groups: int, size: int = 2) -> Plan:
 
 
 def plans_of(num_layers: int) -> dict[str, Plan]:
-    """Return 0, 10, 20 and 40 % less depth by pairs, and 20 % by groups of 3 and 4."""
+    """Return plans of pairs for 0, 10, 20 and 40 % less depth, and plans of groups of 3 and 4 for 20 %."""
     fifth = round(0.2 * num_layers)
     return {
         "0 %": Plan.baseline(num_layers),
@@ -63,12 +66,12 @@ def get_device() -> torch.device:
 
 
 def get_ranks(group: Any, num_elements: int) -> tuple[Ranks, dict[str, float]]:
-    """Return the ranks of a group, adding up in the fastest way, or the only one."""
+    """Return the ranks of a process group with their fastest all-reduce, or the single rank without a group."""
     return (OneRank(), {}) if group is None else choose_ranks(group, num_elements=num_elements)
 
 
 def time_plans(shaped: Any, plans: Any, kind: str, tokens: int, modes: Any, budget_s: float) -> dict[str, Any]:
-    """Time plans in modes, interleaved; return milliseconds and ratios by plan and mode."""
+    """Time plans in several modes, interleaved; return times in ms and ratios by plan and mode."""
     steps, num_bytes, fused = {}, {}, {}
     for mode in modes:
         for name, plan in plans.items() if mode == modes[0] else [("0 %", plans["0 %"])]:
@@ -188,7 +191,7 @@ def run_part(group: Any, part: str, model: str, seconds: float) -> dict[str, Any
 
 
 def main() -> None:
-    """Run one part on one or several ranks and print it."""
+    """Run the parts on one or several ranks; print them, and the same as JSON on the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", required=True, help="comma-separated: bars, table, additive, emulate, auto")
     parser.add_argument("--model", default="llama2-7b")

@@ -1,14 +1,15 @@
-"""How many decoder layers a study runs with a prefix cache, by budget of boundaries and by what is given up first.
+"""Count the decoder layers that a study runs with a prefix cache, by number of boundaries and by eviction policy.
 
-The plans are those of a real study: its sampler, its Optuna storage, on random landscapes of losses (additive costs of
-joins that are larger at both ends, interactions between near joins, a quadratic in their number), or the plans of a
-study that ran on a model. Every request of the study is replayed through the tree that the evaluator uses and through
-plain least-recently-used. `clairvoyant` is no policy: it gives up the same way, but is told the plans to come.
+The plans come from a real study, with its sampler and its Optuna storage. It runs on random landscapes of losses
+(additive costs of joins that are larger at both ends, interactions between near joins, a quadratic in their number), or
+it ran on a model before. The script replays every request of the study through the evaluator's own tree and through
+plain least-recently-used eviction. `clairvoyant` is no policy that could be used: it evicts as the tree does, but it
+knows the plans to come.
 
     python studies/prefix_cache.py --layers 30 --trials 200 --seeds 5
     python studies/prefix_cache.py --replay studies/smollm2-135m/study.db
 
-Ratios are layers of plain forwards over layers run. The last line is one JSON object.
+A ratio is the layers of plain forwards over the layers run. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -32,24 +33,23 @@ from lpsearch.plan import Plan
 from lpsearch.search import JoinSpace, StudyStore, run_study
 
 Request = tuple[Plan, tuple[int, ...]]
-"""A plan and the windows that it was evaluated on together."""
+"""A plan and the batch of windows that it was evaluated on."""
 
 BASE_NLL = 3.0
 LOOKAHEAD_HALF_LIFE_PLANS = 8
 
 
 class Landscape:
-    """An evaluator that costs nothing and remembers what it was asked.
+    """An evaluator that computes losses by formula and records its requests.
 
     Args:
         num_layers: layers of the model.
-        seed: draws the costs.
+        seed: of the random costs.
     """
 
     num_windows = 1
 
     def __init__(self, num_layers: int, *, seed: int) -> None:
-        """Draw the costs."""
         rng = np.random.default_rng(seed)
         num_joins = num_layers - 1
         depth = np.linspace(0, 1, num_joins)
@@ -64,7 +64,7 @@ class Landscape:
         self.requests: list[Request] = []
 
     def evaluate_windows(self, plan: Plan, window_indices: Sequence[int]) -> WindowLosses:
-        """Return the plan's loss on every window, and note the request."""
+        """Return the plan's loss on every window, and record the request."""
         self.requests.append((plan, tuple(window_indices)))
         joins = list(plan.joins)
         delta = (
@@ -74,7 +74,7 @@ class Landscape:
 
 
 def record_requests(*, num_layers: int, trials: int, sampler: str, max_group: int, seed: int) -> list[Request]:
-    """Run a study on a random landscape and return what it asked for."""
+    """Run a study on a random landscape and return its requests."""
     landscape = Landscape(num_layers, seed=seed)
     with tempfile.TemporaryDirectory() as directory:
         url = f"sqlite:///{Path(directory) / 'study.db'}"
@@ -85,7 +85,7 @@ def record_requests(*, num_layers: int, trials: int, sampler: str, max_group: in
 
 
 def read_requests(path: Path) -> list[Request]:
-    """Return the finished plans of a study that ran on a model, in the order of its trials, as one batch each."""
+    """Return the finished plans of a study that ran on a model, in the order of its trials, one batch each."""
     url = f"sqlite:///{path}"
     requests: list[Request] = []
     for name in optuna.get_all_study_names(url):
@@ -96,16 +96,16 @@ def read_requests(path: Path) -> list[Request]:
 
 
 def count_plain(requests: Sequence[Request]) -> int:
-    """Count layers of plain forwards, one layer on one window each."""
+    """Count the layers of plain forwards; a layer counts once for each window."""
     return sum(plan.num_layers * len(batch) for plan, batch in requests)
 
 
 def count_with_tree(requests: Sequence[Request], *, boundaries: float) -> tuple[int, int]:
-    """Count the layers that run with the evaluator's own tree, and the boundaries held in the end.
+    """Count the layers that run with the evaluator's own tree, and the boundaries that it holds at the end.
 
     Args:
         requests: the study.
-        boundaries: budget, in states of all windows of the study.
+        boundaries: budget, in hidden states of all windows of the study.
     """
     num_windows = max(len(batch) for _, batch in requests)
     tree: PrefixTree[bool] = PrefixTree(budget_bytes=int(min(boundaries, 1 << 40)) * num_windows)
@@ -119,52 +119,52 @@ def count_with_tree(requests: Sequence[Request], *, boundaries: float) -> tuple[
     return layers, len(tree)
 
 
-def _list_beginnings(request: Request) -> dict[tuple[object, ...], int]:
-    """Map each beginning of a plan on its batch to the layers in it."""
+def _list_prefixes(request: Request) -> dict[tuple[object, ...], int]:
+    """Return the number of layers of each prefix of a plan on its batch."""
     plan, batch = request
     return {(batch, *plan.groups[:end]): plan.groups[end - 1][-1] + 1 for end in range(1, plan.depth)}
 
 
 def count_with_lru(requests: Sequence[Request], *, boundaries: float) -> int:
-    """Count the layers that run when the least recently used boundary makes room; boundaries count by number."""
+    """Count the layers that run with eviction of the least recently used boundary; every boundary counts as one."""
     held: OrderedDict[tuple[object, ...], None] = OrderedDict()
     layers = 0
     for request in requests:
         plan, batch = request
-        beginnings = _list_beginnings(request)
-        skipped = max((size for beginning, size in beginnings.items() if beginning in held), default=0)
+        prefixes = _list_prefixes(request)
+        skipped = max((size for prefix, size in prefixes.items() if prefix in held), default=0)
         layers += (plan.num_layers - skipped) * len(batch)
-        for beginning, size in reversed(beginnings.items()):  # of one plan, the shortest is the most recent
-            if beginning in held or size > skipped:
-                held[beginning] = None
-                held.move_to_end(beginning)
+        for prefix, size in reversed(prefixes.items()):  # the shortest prefix of a plan is the most recent
+            if prefix in held or size > skipped:
+                held[prefix] = None
+                held.move_to_end(prefix)
         while len(held) > boundaries:
             held.popitem(last=False)
     return layers
 
 
 def count_with_clairvoyance(requests: Sequence[Request], *, boundaries: float) -> int:
-    """Count the layers that run when what is given up is worth least to the plans to come, the nearest ones first."""
+    """Count the layers that run with eviction of the boundary worth least to the plans to come, near ones first."""
     uses: dict[tuple[object, ...], list[int]] = {}
     for index, request in enumerate(requests):
-        for beginning in _list_beginnings(request):
-            uses.setdefault(beginning, []).append(index)
+        for prefix in _list_prefixes(request):
+            uses.setdefault(prefix, []).append(index)
     held: dict[tuple[object, ...], int] = {}
     layers = 0
     for now, request in enumerate(requests):
         plan, batch = request
-        beginnings = _list_beginnings(request)
-        skipped = max((size for beginning, size in beginnings.items() if beginning in held), default=0)
+        prefixes = _list_prefixes(request)
+        skipped = max((size for prefix, size in prefixes.items() if prefix in held), default=0)
         layers += (plan.num_layers - skipped) * len(batch)
         held |= {
-            beginning: size
-            for beginning, size in beginnings.items()
-            if size > skipped and uses[beginning][-1] > now  # the rest is of no use any more
+            prefix: size
+            for prefix, size in prefixes.items()
+            if size > skipped and uses[prefix][-1] > now  # no later plan uses the others
         }
-        held = {beginning: size for beginning, size in held.items() if uses[beginning][-1] > now}
+        held = {prefix: size for prefix, size in held.items() if uses[prefix][-1] > now}
         chance = {
-            beginning: sum(0.5 ** ((use - now) / LOOKAHEAD_HALF_LIFE_PLANS) for use in uses[beginning] if use > now)
-            for beginning in held
+            prefix: sum(0.5 ** ((use - now) / LOOKAHEAD_HALF_LIFE_PLANS) for use in uses[prefix] if use > now)
+            for prefix in held
         }
         while len(held) > boundaries:
             del held[_find_least_useful(held, chance)]
@@ -175,16 +175,16 @@ def _find_least_useful(
     held: dict[tuple[object, ...], int], chance: dict[tuple[object, ...], float]
 ) -> tuple[object, ...]:
     worth, span = dict(chance), dict(held)
-    for beginning in held:
-        above = next((b for end in range(len(beginning) - 1, 1, -1) if (b := beginning[:end]) in held), None)
+    for prefix in held:
+        above = next((b for end in range(len(prefix) - 1, 1, -1) if (b := prefix[:end]) in held), None)
         if above is not None:
-            worth[above] -= chance[beginning]
-            span[beginning] -= held[above]
-    return min(held, key=lambda beginning: worth[beginning] * span[beginning])
+            worth[above] -= chance[prefix]
+            span[prefix] -= held[above]
+    return min(held, key=lambda prefix: worth[prefix] * span[prefix])
 
 
 def main() -> None:
-    """Print the table."""
+    """Replay the studies; print the table, and the same as JSON on the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--trials", type=int, default=200)

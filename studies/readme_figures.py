@@ -2,10 +2,10 @@
 
     lpsearch optimize --model M --data TEXT --windows W --seq-len T --budget 100 --out A
     lpsearch optimize --model M --data TEXT --windows W --seq-len T --sampler window --budget 226 --latency off --out B
-    python studies/readme_figures.py A --windows B
+    python studies/readme_figures.py A --blocks B
 
 The same study gives the same bytes. The last line is JSON: the files and the numbers drawn. The front needs matplotlib
-(the extra ``docs``); without DIR the group alone is drawn, which needs nothing.
+(the extra ``docs``). Without a study the script draws the group alone, which needs nothing.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from typing import Any
 from lpsearch.commands.studies import open_existing_study
 from lpsearch.errors import LpsearchError, UsageError
 from lpsearch.report import StudyReport, load_report
-from lpsearch.search import JoinSpace, PlanRecord
+from lpsearch.search import JoinSpace, TrialResult
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 SHARED_SETTINGS = ("num_layers", "data", "heldout", "windows", "seq_len", "dtype", "metric", "max_group")
-"""What two studies must agree in for their losses to be comparable, beside the loss of the unmodified model."""
+"""Two studies must agree in these, and in the loss of the unmodified model, for their losses to be comparable."""
 
 INK, PAPER, FAINT = "#1f2937", "#ffffff", "#6b7280"
 ATTENTION, MLP = ("#dbe7fb", "#2f62b5"), ("#fde6cf", "#b75e12")
-"""Fill and line."""
+"""The colours of the fill and of the line."""
 
 
 def main() -> int:
-    """Draw what was asked for, and return the exit code."""
+    """Draw the pictures, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, nargs="?", help="study whose front is drawn")
-    parser.add_argument("--windows", type=Path, help="study of `--sampler window` on the same data")
+    parser.add_argument("--blocks", type=Path, help="study of `--sampler window` on the same data: the blocks")
     parser.add_argument("--max-joins", type=int, default=10, help="most joins of a plan that is drawn")
-    parser.add_argument("--out", type=Path, default=IMAGES, help="where the pictures go")
+    parser.add_argument("--out", type=Path, default=IMAGES, help="directory of the pictures")
     arguments = parser.parse_args()
     try:
         print(json.dumps(draw(arguments)))
@@ -48,20 +48,20 @@ def main() -> int:
 
 
 def draw(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Draw the group, and the front if there is a study, and return what was drawn."""
+    """Draw the group, and the front if there is a study. Return the files and the numbers drawn."""
     arguments.out.mkdir(parents=True, exist_ok=True)
     summary: dict[str, Any] = {"files": [str(arguments.out / "group.svg")]}
     (arguments.out / "group.svg").write_text(draw_group(), encoding="utf-8")
     if arguments.directory is not None:
         study = read_study(arguments.directory)
         studies = [study]
-        if arguments.windows is not None:
-            studies.append(read_study(arguments.windows))
+        if arguments.blocks is not None:
+            studies.append(read_study(arguments.blocks))
             check_comparable(*studies)
         front = collect_front(studies, max_joins=arguments.max_joins)
         path = arguments.out / "front.svg"
         draw_front(front, study, path)
-        summary |= {"baseline_nll": study.baseline.nll, "front": front}
+        summary |= {"baseline_nll": study.baseline.loss.nll, "front": front}
         summary["files"].append(str(path))
     return summary
 
@@ -77,7 +77,7 @@ def read_study(directory: Path) -> StudyReport:
 
 
 def check_comparable(study: StudyReport, other: StudyReport) -> None:
-    """Refuse to draw the losses of one study beside those of another on other windows.
+    """Refuse two studies whose losses are not comparable.
 
     Raises:
         UsageError: with the differences.
@@ -87,41 +87,43 @@ def check_comparable(study: StudyReport, other: StudyReport) -> None:
         for name in SHARED_SETTINGS
         if study.settings.get(name) != other.settings.get(name)
     ]
-    if study.baseline.nll != other.baseline.nll:
-        found.append(f"the unmodified model's loss is {study.baseline.nll} and {other.baseline.nll}")
+    if study.baseline.loss.nll != other.baseline.loss.nll:
+        found.append(f"the unmodified model's loss is {study.baseline.loss.nll} and {other.baseline.loss.nll}")
     if found:
         raise UsageError(f"{study.directory} and {other.directory} are not comparable: {'; '.join(found)}")
 
 
-def find_windows(studies: Sequence[StudyReport]) -> dict[int, PlanRecord]:
-    """Return the best contiguous window of those numbers of joins of which every window was evaluated.
+def find_best_blocks(studies: Sequence[StudyReport]) -> dict[int, TrialResult]:
+    """Return the block of least loss for each number of joins, where the studies evaluated every such block.
+
+    A block is a contiguous run of pairs, the plan of the published method.
 
     Args:
-        studies: on the same data; a window counts that any of them evaluated.
+        studies: on the same data; a block counts if any of them evaluated it.
     """
     settings, num_layers = studies[0].settings, studies[0].num_layers
     space = JoinSpace(num_layers, int(settings["max_group"]), tuple(settings.get("freeze", ())))
     runs = [range(first, stop) for first in range(num_layers) for stop in range(first + 1, num_layers)]
-    windows = {space.repair(run) for run in runs} - {()}
-    tried = [record for study in studies for record in study.records if record.plan.joins in windows]
-    missing = {len(joins) for joins in windows - {record.plan.joins for record in tried}}
-    best: dict[int, PlanRecord] = {}
+    blocks = {space.repair(run) for run in runs} - {()}
+    tried = [record for study in studies for record in study.records if record.plan.joins in blocks]
+    missing = {len(joins) for joins in blocks - {record.plan.joins for record in tried}}
+    best: dict[int, TrialResult] = {}
     for record in sorted(tried, key=lambda record: record.get_cost(studies[0].metric)):
-        # A plan that was stopped after its first windows of text lost to another.
+        # A plan that lacks windows of text was stopped because it lost to another.
         if record.proxy_tokens == studies[0].baseline.proxy_tokens and record.num_joins not in missing:
             best.setdefault(record.num_joins, record)
     return best
 
 
 def collect_front(studies: Sequence[StudyReport], *, max_joins: int) -> list[dict[str, Any]]:
-    """Return the numbers to draw, one entry a plan of the first study's front; None where something is not known.
+    """Return the numbers to draw: one entry for each plan of the first study's front, None for what is not known.
 
     Args:
-        studies: the search, and others on the same data in which contiguous windows were tried.
+        studies: the search, and others on the same data that evaluated blocks.
         max_joins: most joins of a plan that is drawn.
     """
     metric = studies[0].metric
-    best_windows = find_windows(studies)
+    best_blocks = find_best_blocks(studies)
     heldout = {point.record.plan: point.heldout for study in studies for point in study.front if point.heldout}
     rows = []
     for point in studies[0].front:
@@ -129,7 +131,7 @@ def collect_front(studies: Sequence[StudyReport], *, max_joins: int) -> list[dic
         if record.num_joins > max_joins:
             continue
         row: dict[str, Any] = {"num_joins": record.num_joins, "depth_reduction": record.depth_reduction}
-        for prefix, plan_record in (("", record), ("window_", best_windows.get(record.num_joins))):
+        for prefix, plan_record in (("", record), ("block_", best_blocks.get(record.num_joins))):
             checked = heldout.get(plan_record.plan) if plan_record else None
             row |= {
                 f"{prefix}delta_nll": plan_record.get_cost(metric) if plan_record else None,
@@ -162,7 +164,7 @@ def draw_front(rows: Sequence[dict[str, Any]], study: StudyReport, path: Path) -
         "ytick.color": INK,
     }
     series = [
-        ("window_heldout_delta_nll", "best contiguous window (published method), held out", FAINT, "s", "--"),
+        ("block_heldout_delta_nll", "best block (published method), held out", FAINT, "s", "--"),
         ("heldout_delta_nll", "found by lpsearch, held out", ATTENTION[1], "o", "-"),
         ("delta_nll", "the same plans on the text that was searched", MLP[1], "D", "none"),
     ]

@@ -1,17 +1,19 @@
-"""Searched fronts of a real model against the published contiguous windows, and both on text that no search saw.
+"""Compare searched fronts of a real model with the published method's blocks, also on text that no search saw.
 
-For each ``--max-groups`` a study of ``--budget`` plans runs on the search windows. The best contiguous window of pairs
-for each number of joins k is found on the same windows as the paper (arXiv 2502.02790) finds it: by evaluating all. The
-winner for k is the plan of least loss with at least k joins, of a study or of the windows. Held-out windows then say:
+A block is a contiguous run of pairs. The script runs a study of ``--budget`` plans on the search windows for each of
+``--max-groups``. It finds the best block for each number of joins k on the same windows as the paper (arXiv 2502.02790)
+does: it evaluates all of them. The winner for k is the plan of least loss with at least k joins, of a study or of the
+blocks. The held-out windows then give:
 
-- `spearman`: rank correlation of proxy and held-out delta_nll over a sample of the evaluated plans, stratified by
-  joins, over those of them that the search evaluated on all windows (`spearman_whole`), and within each number of joins
-  that has at least 8 of them;
+- `spearman`: rank correlation of proxy and held-out delta_nll over a sample of the evaluated plans, with about as many
+  plans of each number of joins; `spearman_whole` is that over the sampled plans that the search evaluated on all
+  windows, and `spearman_by_joins` is that within each number of joins that has at least 8 plans;
 - `optimism`: mean over k = 1 to L // 3 of held-out minus proxy delta_nll of the winners. Another text shifts all plans,
-  so `shift`, the same mean over the sampled plans with as many joins, stands beside it;
-- `front` and `window`: mean held-out delta_nll of the winners over the same k, and what each has cost in evaluations.
+  so `shift` gives the same mean over the sampled plans with as many joins;
+- `front_heldout` and `block_heldout`: mean held-out delta_nll of the winners over the same k. The number of evaluations
+  that each took is given too.
 
-Windows are files that ``windows_file.py`` wrote.
+The windows are files that ``windows_file.py`` wrote.
 
     python studies/real_fronts.py --model smollm2-135m --search-windows valid.npz --heldout-windows test.npz \
         --out smollm2-135m.json
@@ -46,7 +48,7 @@ from lpsearch.evaluation import ModelEvaluator
 from lpsearch.evaluation.losses import compute_paired_delta
 from lpsearch.models import LoadedModel, load_model, resolve_source
 from lpsearch.plan import Plan
-from lpsearch.search import JoinSpace, PlanRecord, StudyResult, StudyStore, run_study
+from lpsearch.search import JoinSpace, StudyResult, StudyStore, TrialResult, run_study
 from lpsearch.search.proposers import WindowProposer
 from studies.windows_file import get_windows
 
@@ -57,7 +59,6 @@ class DeltaEvaluator:
     """Evaluates plans on all windows, each once, relative to the unmodified model."""
 
     def __init__(self, loaded: LoadedModel, windows: Windows, *, cache_bytes: int | None) -> None:
-        """Evaluate the unmodified model."""
         self.evaluator = ModelEvaluator(model=loaded.model, windows=windows, cache_bytes=cache_bytes)
         self._deltas: dict[Plan, float] = {}
         self._base_losses = self._evaluate(Plan.baseline(loaded.identity.num_layers))
@@ -78,8 +79,8 @@ class DeltaEvaluator:
         return self._deltas[plan]
 
 
-def list_contiguous_windows(num_layers: int) -> list[Plan]:
-    """Return every contiguous window of layers cut into pairs, as the ``window`` sampler proposes them."""
+def list_blocks(num_layers: int) -> list[Plan]:
+    """Return every block, a contiguous run of pairs, in the order in which the ``window`` sampler proposes them."""
     proposer = WindowProposer(space=JoinSpace(num_layers), seed=0)
     plans: dict[Plan, None] = {}
     while (proposal := proposer.propose((), plans.keys())) is not None and proposal.origin == "window":
@@ -88,7 +89,7 @@ def list_contiguous_windows(num_layers: int) -> list[Plan]:
 
 
 def find_winners(deltas: Mapping[Plan, float], num_layers: int) -> dict[int, Plan]:
-    """Return, for k = 1, 2, ..., the plan of least delta_nll with at least k joins, as far as there are any."""
+    """Return the plan of least delta_nll with at least k joins, for each k = 1, 2, ... that has any."""
     winners: dict[int, Plan] = {}
     for k in range(1, num_layers):
         plans = [plan for plan in deltas if plan.num_joins >= k]
@@ -97,20 +98,20 @@ def find_winners(deltas: Mapping[Plan, float], num_layers: int) -> dict[int, Pla
     return winners
 
 
-def sample_records(records: Sequence[PlanRecord], count: int, *, seed: int) -> list[PlanRecord]:
+def sample_records(records: Sequence[TrialResult], count: int, *, seed: int) -> list[TrialResult]:
     """Return up to ``count`` plans with joins, about as many of each number of joins."""
     rng = np.random.default_rng(seed)
-    strata: dict[int, list[PlanRecord]] = defaultdict(list)
+    by_joins: dict[int, list[TrialResult]] = defaultdict(list)
     for index in rng.permutation(len(records)):
         record = records[index]
-        if record.num_joins > 0 and math.isfinite(record.delta_nll):
-            strata[record.num_joins].append(record)
-    sample: list[PlanRecord] = []
-    while strata and len(sample) < count:
-        for num_joins in sorted(strata):
-            sample.append(strata[num_joins].pop())
-            if not strata[num_joins]:
-                del strata[num_joins]
+        if record.num_joins > 0 and math.isfinite(record.loss.delta_nll):
+            by_joins[record.num_joins].append(record)
+    sample: list[TrialResult] = []
+    while by_joins and len(sample) < count:
+        for num_joins in sorted(by_joins):
+            sample.append(by_joins[num_joins].pop())
+            if not by_joins[num_joins]:
+                del by_joins[num_joins]
     return sample[:count]
 
 
@@ -122,7 +123,7 @@ def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
     return float(stats.spearmanr(first, second).statistic)
 
 
-def compare_sample(sample: Sequence[PlanRecord], heldout: DeltaEvaluator, *, whole_tokens: int) -> dict[str, Any]:
+def compare_sample(sample: Sequence[TrialResult], heldout: DeltaEvaluator, *, whole_tokens: int) -> dict[str, Any]:
     """Compare proxy and held-out delta_nll of sampled plans.
 
     Args:
@@ -131,14 +132,14 @@ def compare_sample(sample: Sequence[PlanRecord], heldout: DeltaEvaluator, *, who
         whole_tokens: proxy tokens of a plan that the search evaluated on all windows.
 
     Returns:
-        Numbers of plans, ``spearman`` over all of them, ``spearman_whole``, ``spearman_by_joins``, ``shift_by_joins``.
+        The numbers of plans, ``spearman``, ``spearman_whole``, ``spearman_by_joins`` and ``shift_by_joins``.
     """
     pairs: dict[int, list[tuple[float, float]]] = defaultdict(list)
     whole: list[tuple[float, float]] = []
     for record in sample:
         delta = heldout.get_delta_nll(record.plan)
         if math.isfinite(delta):
-            pairs[record.num_joins].append((record.delta_nll, delta))
+            pairs[record.num_joins].append((record.loss.delta_nll, delta))
             whole += [pairs[record.num_joins][-1]] if record.proxy_tokens == whole_tokens else []
     everything = [pair for group in pairs.values() for pair in group]
     ranked = {k: rank_correlation(group) for k, group in sorted(pairs.items()) if len(group) >= MIN_PLANS_TO_RANK}
@@ -168,7 +169,7 @@ def describe_winners(winners: Mapping[int, Plan], proxy: Mapping[Plan, float], h
 def search_front(
     loaded: LoadedModel, windows: Windows, *, max_group: int, budget: int, seed: int, cache_bytes: int | None
 ) -> tuple[StudyResult, dict[str, Any]]:
-    """Run a study with an evaluator of its own; return its result and what it cost."""
+    """Run a study with a separate evaluator; return its result and its cost."""
     evaluator = ModelEvaluator(model=loaded.model, windows=windows, cache_bytes=cache_bytes)
     began_at = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="lpsearch-fronts-") as directory:
@@ -183,7 +184,7 @@ def search_front(
             )
     usage = evaluator.cache_usage
     return result, {
-        "trials": len(result.records),
+        "trials": len(result.results),
         "tokens": result.num_new_tokens,
         "elapsed_s": time.monotonic() - began_at,
         "layers_run": usage.layers_run,
@@ -202,13 +203,13 @@ def measure_front(
     seed: int,
     cache_bytes: int | None,
 ) -> dict[str, Any]:
-    """Search one space, and look at its front and a sample of its plans on the held-out windows."""
+    """Search one space, then evaluate its front and a sample of its plans on the held-out windows."""
     num_layers = loaded.identity.num_layers
     result, cost = search_front(loaded, windows, max_group=max_group, budget=budget, seed=seed, cache_bytes=cache_bytes)
-    proxy = {record.plan: record.delta_nll for record in result.front if record.num_joins > 0}
+    proxy = {record.plan: record.loss.delta_nll for record in result.front if record.num_joins > 0}
     rows = describe_winners(find_winners(proxy, num_layers), proxy, heldout)
     sample = compare_sample(
-        sample_records(result.records, num_sampled, seed=seed),
+        sample_records(result.results, num_sampled, seed=seed),
         heldout,
         whole_tokens=windows.num_windows * (windows.seq_len - 1),
     )
@@ -225,14 +226,14 @@ def measure_front(
     }
 
 
-def measure_windows(proxy: DeltaEvaluator, heldout: DeltaEvaluator, num_layers: int) -> dict[str, Any]:
-    """Find the best contiguous windows on one text and evaluate them on the other."""
-    plans = list_contiguous_windows(num_layers)
+def measure_blocks(proxy: DeltaEvaluator, heldout: DeltaEvaluator, num_layers: int) -> dict[str, Any]:
+    """Find the best blocks on one text and evaluate them on the other."""
+    plans = list_blocks(num_layers)
     deltas = {plan: proxy.get_delta_nll(plan) for plan in plans}
     rows = describe_winners(find_winners(deltas, num_layers), deltas, heldout)
     counted = [row["heldout_delta_nll"] for row in rows if row["joins"] <= num_layers // 3]
     tokens = len(plans) * proxy.evaluator.num_windows * (proxy.evaluator.windows.seq_len - 1)
-    return {"evaluations": len(plans) + 1, "tokens": tokens, "window_heldout": _mean(counted), "winners": rows}
+    return {"evaluations": len(plans) + 1, "tokens": tokens, "block_heldout": _mean(counted), "winners": rows}
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -271,7 +272,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     num_layers = loaded.identity.num_layers
     proxy = DeltaEvaluator(loaded, search, cache_bytes=cache_bytes)
     heldout = DeltaEvaluator(loaded, heldout_windows, cache_bytes=cache_bytes)
-    contiguous = measure_windows(proxy, heldout, num_layers)
+    blocks = measure_blocks(proxy, heldout, num_layers)
     fronts = []
     for max_group in max_groups:
         print(f"{options.model}: groups of up to {max_group}", file=sys.stderr, flush=True)
@@ -299,13 +300,13 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         "device": describe_device(device),
         "torch": torch.__version__,
         "fronts": fronts,
-        "contiguous": contiguous,
+        "blocks": blocks,
     }
 
 
 def _print_table(document: Mapping[str, Any]) -> None:
     columns = [(f"max_group {front['max_group']}", front["winners"]) for front in document["fronts"]]
-    columns.append(("windows", document["contiguous"]["winners"]))
+    columns.append(("blocks", document["blocks"]["winners"]))
     print("delta_nll of the winner with at least k joins: on the search windows / held out")
     print(f"{'k':>3}  " + "  ".join(f"{name:>17}" for name, _ in columns))
     for k in range(1, max(len(rows) for _, rows in columns) + 1):
@@ -329,18 +330,18 @@ def _summarise(document: Mapping[str, Any]) -> dict[str, Any]:
         }
         for front in document["fronts"]
     ]
-    contiguous = {name: value for name, value in document["contiguous"].items() if name != "winners"}
-    return {**document, "model": document["model"]["id"], "fronts": fronts, "contiguous": contiguous}
+    blocks = {name: value for name, value in document["blocks"].items() if name != "winners"}
+    return {**document, "model": document["model"]["id"], "fronts": fronts, "blocks": blocks}
 
 
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="alias, hub id, directory or .gguf file")
     parser.add_argument("--search-windows", type=Path, required=True, help="an .npz windows file to search on")
-    parser.add_argument("--heldout-windows", type=Path, required=True, help="one of another text")
+    parser.add_argument("--heldout-windows", type=Path, required=True, help="a windows file of another text")
     parser.add_argument("--budget", type=int, default=200, help="plans of a study, the baseline included")
-    parser.add_argument("--max-groups", default="2,3,4", help="most layers in a group, one study each")
-    parser.add_argument("--sample", type=int, default=60, help="evaluated plans to look at on the held-out windows")
+    parser.add_argument("--max-groups", default="2,3,4", help="most layers in a group; one study for each number")
+    parser.add_argument("--sample", type=int, default=60, help="plans of a study to evaluate on the held-out windows")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache-gib", type=float, help="most GiB of each evaluator's prefix cache")
     parser.add_argument("--device", default="auto", help="torch device")

@@ -1,11 +1,11 @@
-"""A whole study of a model of billions of parameters, timed: is the device busy, and what does the prefix cache save?
+"""Time a whole study of a model of billions of parameters: is the device busy, and what does the prefix cache save?
 
-The weights are random, so that a geometry is all that is needed: matrices keep the scale of their input and embeddings
-have unit variance, which keeps hidden states finite and lets every layer move the logits. The tokens are random too
-unless a windows file is given. On such tokens a plan's nll is noise, so KL(base || plan) is what is searched, which
-costs one more head; ``--metric nll`` searches the noise, and then no plan can be told from the front early.
+The weights are random, so the script needs only a geometry. Matrices keep the scale of their input and embeddings have
+unit variance, which keeps hidden states finite and lets every layer move the logits. The tokens are random too, unless
+a windows file is given. On random tokens a plan's nll is noise, so the study minimises KL(base || plan), which costs
+one more head. With ``--metric nll`` the study searches the noise, and racing cannot stop any plan early.
 
-``study_s`` runs from the first evaluation to the last tell. ``predicted_s`` is what the forwards alone would take: all
+``study_s`` runs from the first evaluation to the last tell. ``predicted_s`` is the time of the forwards alone: all
 trials on all windows without a cache, at ``--peak-tflops``.
 
     python studies/search_large.py --model llama2-7b --trials 200 --windows 16 --seq-len 2048
@@ -38,7 +38,7 @@ from lpsearch.evaluation.losses import WindowLosses
 from lpsearch.models import get_decoder_layers, load_geometry
 from lpsearch.plan import Plan
 from lpsearch.search import JoinSpace, StudyStore, TrialUpdate, run_study
-from lpsearch.search.records import Metric
+from lpsearch.search.results import Metric
 from studies.windows_file import load_windows
 
 
@@ -47,7 +47,7 @@ def build_random_model(
 ) -> PreTrainedModel:
     """Build a model of random weights on its device.
 
-    Matrices are drawn with variance 1 / inputs, embeddings with variance 1; norms and biases stay as they begin.
+    Matrices get variance 1 / inputs, embeddings variance 1; norms and biases keep their initial values.
     """
     build: Any = AutoModelForCausalLM.from_config
     with torch.device(device):
@@ -66,7 +66,7 @@ def build_random_model(
 def count_flops(model: PreTrainedModel, *, seq_len: int) -> tuple[float, float]:
     """Return the floating-point operations of one layer and of the head on one window.
 
-    A multiplication with an addition counts as two. Attention counts the causal half of the products.
+    A multiplication with an addition counts as two operations. Attention counts the causal half of the products.
     """
     config = model.config.get_text_config()
     layers = get_decoder_layers(model)
@@ -77,16 +77,15 @@ def count_flops(model: PreTrainedModel, *, seq_len: int) -> tuple[float, float]:
 
 
 class TimedEvaluator:
-    """Evaluates plans, and says when it began and how long it was at work.
+    """Evaluates plans, and records when it began and how long its evaluations took.
 
     Attributes:
-        began_at: clock at the first evaluation.
+        began_at: time of the first evaluation.
         busy_s: seconds spent evaluating.
         num_evaluated: windows evaluated, of all plans together.
     """
 
     def __init__(self, evaluator: ModelEvaluator) -> None:
-        """Wait for the first evaluation."""
         self._evaluator = evaluator
         self.began_at: float | None = None
         self.busy_s = 0.0
@@ -94,11 +93,11 @@ class TimedEvaluator:
 
     @property
     def num_windows(self) -> int:
-        """Number of windows."""
+        """The number of windows."""
         return self._evaluator.num_windows
 
     def evaluate_windows(self, plan: Plan, window_indices: Sequence[int]) -> WindowLosses:
-        """Evaluate; the losses are numbers of the host, so the device has finished."""
+        """Evaluate a plan; the device has finished when the losses are on the host."""
         began_at = time.monotonic()
         if self.began_at is None:
             self.began_at = began_at
@@ -119,7 +118,7 @@ def measure_study(
     seed: int,
     peak_tflops: float,
 ) -> dict[str, Any]:
-    """Run a study with its database, and say where the time went."""
+    """Run a study with its database, and report where the time went."""
     evaluator = ModelEvaluator(model=model, windows=windows, metric=metric)
     timed = TimedEvaluator(evaluator)
     told_at: list[float] = []
@@ -148,14 +147,14 @@ def measure_study(
     layer_flops, head_flops = count_flops(model, seq_len=windows.seq_len)
     heads = 2 if metric == "kl" else 1
     flops = layer_flops * usage.layers_run + heads * head_flops * timed.num_evaluated
-    whole_flops = len(result.records) * windows.num_windows * (layer_flops * num_layers + heads * head_flops)
+    whole_flops = len(result.results) * windows.num_windows * (layer_flops * num_layers + heads * head_flops)
     return {
         "predicted_s": whole_flops / (1e12 * peak_tflops),
         "study_s": study_s,
         "evaluation_s": timed.busy_s,
-        "trials": len(result.records),
+        "trials": len(result.results),
         "tokens": timed.num_evaluated * windows.seq_len,
-        "tokens_unstaged": len(result.records) * windows.num_windows * windows.seq_len,
+        "tokens_unstaged": len(result.results) * windows.num_windows * windows.seq_len,
         "layers_run": usage.layers_run,
         "layers_asked": usage.layers_asked,
         "cache_gib": usage.held_bytes / 2**30,
@@ -166,9 +165,9 @@ def measure_study(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print the JSON line, and return the exit code."""
+    """Time a study, print the JSON line, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="llama2-7b", help="whose geometry: an alias, hub id or directory")
+    parser.add_argument("--model", default="llama2-7b", help="alias, hub id or directory whose geometry is used")
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--windows", type=int, default=16, help="number of windows of random tokens")
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens in each")
@@ -177,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--metric", choices=["kl", "nll"], default="kl")
     parser.add_argument("--unstaged", action="store_true", help="evaluate every plan on all windows")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--peak-tflops", type=float, default=790.0, help="what the device does at most, to predict")
+    parser.add_argument("--peak-tflops", type=float, default=790.0, help="peak rate of the device, for predicted_s")
     parser.add_argument("--device", default="auto", help="torch device")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
     options = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
-"""Measure what a study costs beside its evaluations: asking, telling, storing and bookkeeping.
+"""Measure what a study costs beside its evaluations: ask, tell, storage and bookkeeping.
 
-Evaluations only sleep, so whatever the study takes beyond the sum of their times is overhead. That includes opening
-the database and the first ask, which nothing can hide.
+Evaluations only sleep, so the study's time beyond the sum of theirs is overhead. It includes creating the database and
+the first ask, which no evaluation can hide.
 
     python studies/search_overhead.py --layers 32 --trials 200 --seconds 0.5
 """
@@ -28,23 +28,22 @@ BASE_NLL = 3.0
 
 
 class SleepingEvaluator:
-    """Takes a fixed time a window for a loss that grows with the joins.
+    """Sleeps a fixed time for each window; the loss grows with the joins.
 
     Args:
         num_layers: layers of the model.
-        num_windows: windows that it holds.
+        num_windows: number of windows.
         seconds: duration of an evaluation on all windows.
     """
 
     def __init__(self, num_layers: int, *, num_windows: int, seconds: float) -> None:
-        """Draw the costs of the joins."""
         self.num_windows = num_windows
         self.busy_s = 0.0
         self._costs = np.random.default_rng(0).gamma(1.0, 0.05, num_layers - 1)
         self._seconds = seconds
 
     def evaluate_windows(self, plan: Plan, window_indices: Sequence[int]) -> WindowLosses:
-        """Sleep, and return the same loss for every window but for a shift and some noise."""
+        """Sleep, and return losses that differ between windows by a shift and some noise."""
         began_at = time.perf_counter()
         time.sleep(self._seconds * len(window_indices) / self.num_windows)
         total = float(self._costs[list(plan.joins)].sum())
@@ -65,10 +64,10 @@ def measure_overhead(
     seconds: float,
     staged: bool,
 ) -> dict[str, Any]:
-    """Run one study in a database of its own.
+    """Run one study in a temporary database.
 
     Returns:
-        The sampler with its wall and evaluation time in s, and what lies between in ms a trial and as a share.
+        The sampler, its wall and evaluation time in s, and the difference in ms for each trial and as a share.
     """
     evaluator = SleepingEvaluator(num_layers, num_windows=num_windows, seconds=seconds)
     with tempfile.TemporaryDirectory(prefix="lpsearch-overhead-") as directory:
@@ -87,17 +86,17 @@ def measure_overhead(
     return {
         "sampler": sampler,
         "layers": num_layers,
-        "trials": len(result.records),
+        "trials": len(result.results),
         "staged": staged,
         "evaluation_s": evaluator.busy_s,
         "wall_s": wall_s,
-        "overhead_ms_per_trial": 1e3 * overhead_s / len(result.records),
+        "overhead_ms_per_trial": 1e3 * overhead_s / len(result.results),
         "overhead_share": overhead_s / wall_s,
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a row and a JSON line for each sampler."""
+    """Measure each sampler, and print its row and its JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--max-group", type=int, default=2)
@@ -105,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=0.5, help="duration of an evaluation on all windows")
     parser.add_argument("--unstaged", action="store_true", help="evaluate every plan on all windows")
-    parser.add_argument("--samplers", default="pairset", help=f"with commas between, of {', '.join(SAMPLER_NAMES)}")
+    parser.add_argument("--samplers", default="pairset", help=f"comma-separated: {', '.join(SAMPLER_NAMES)}")
     options = parser.parse_args(arguments)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     print(f"{'sampler':10s} {'trials':>6s} {'evaluating':>11s} {'wall':>9s} {'overhead/trial':>15s} {'share':>7s}")

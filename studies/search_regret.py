@@ -1,24 +1,24 @@
-"""Replay exhaustive tables through the real study, and say how far each sampler stays from the best plans there are.
+"""Replay exhaustive tables through the real study, and report how far each sampler stays from the best plans.
 
 A table holds the loss of every plan of a model, as ``enumerate_front.py`` writes it: ``mask`` (bit i set: layers i and
 i + 1 are joined), ``nll`` in nats per token and ``L``, the number of layers. The regret after some evaluations is, for
 each number of joins k = 1 to L // 3, the least loss found among the evaluated plans with at least k joins minus the
-least such loss of the table, averaged over k. A k for which nothing was found counts as the table's worst plan with k
-joins; a plan that the table lacks counts as its worst plan of all. Every evaluation is charged, the baseline and the
-single joins included.
+least such loss of the table, averaged over k. A k without any found plan counts as the table's worst plan with k
+joins. A plan that the table lacks counts as its worst plan of all. The budget counts every evaluation, the baseline and
+the single joins included.
 
-A table with ``window_nll`` (plans, windows) is replayed window by window, so that a search may look at few windows of
-most plans. Every plan that it looks at counts as one evaluation, however few its windows were, but only a plan that
-was evaluated on all of them is found: ``mean_windows_evaluated`` says what a study spent. ``--unstaged`` has every plan
-evaluated on all windows at once.
+The script replays a table with ``window_nll`` (plans, windows) window by window, so that racing may evaluate most plans
+on few windows. Every plan counts as one evaluation, however few its windows were, but a plan counts as found only once
+it has all windows. ``mean_windows_evaluated`` says how many windows a study evaluated. ``--unstaged`` turns racing off:
+every plan gets all windows at once.
 
-``--checkpoints 60,100,200`` reports what one replay of 200 evaluations had found after 60 and 100 of them: its anytime
-curve at these points. With ``--unstaged`` that is what studies with budgets of 60 and 100 find, unless the budget is so
-small that ``pairset`` thins its scan of all single groups. A staged study completes the windows of its front when its
-budget is spent, which the first points of a longer one have not seen: give each budget a replay of its own.
+``--checkpoints 60,100,200`` reports what one replay of 200 evaluations had found after 60 and 100 of them. With
+``--unstaged`` studies with budgets of 60 and 100 find the same, unless the budget is so small that ``pairset`` thins
+its scan of all single groups. With racing, a study completes the windows of its front when its budget is spent, and
+the first checkpoints of a longer study do not include that. Then run a separate replay for each budget.
 
-With ``--freeze``, the frozen layers count for nothing: k ends at a third of the others, and the references are those of
-the plans that leave them alone. ``--jobs N`` replays in N processes, which changes nothing but the time of asks.
+``--freeze`` leaves the frozen layers out: k ends at a third of the others, and the references come from plans that
+leave the frozen layers alone. ``--jobs N`` replays in N processes, which changes only the time of asks.
 
     python studies/search_regret.py --table TABLE.npz --budget 100 --seeds 10 [--plot regret.html]
     python studies/search_regret.py --table TABLE.npz --checkpoints 60,100,200 --seeds 10 --jobs 12
@@ -60,24 +60,23 @@ FloatArray = NDArray[np.float64]
 
 
 class TableEvaluator:
-    """Reads losses from a table and notes what it was asked for; a :class:`lpsearch.evaluation.PlanEvaluator`.
+    """Reads losses from a table and records its calls; a :class:`lpsearch.evaluation.PlanEvaluator`.
 
     Attributes:
         requests: the plans and windows that were evaluated, in order.
     """
 
     def __init__(self, table: Table) -> None:
-        """Begin with nothing evaluated."""
         self._table = table
         self.requests: list[tuple[int, tuple[int, ...]]] = []
 
     @property
     def num_windows(self) -> int:
-        """Number of windows of the table."""
+        """The number of windows of the table."""
         return self._table.num_windows
 
     def evaluate_windows(self, plan: Plan, window_indices: Sequence[int]) -> WindowLosses:
-        """Return the table's loss of each window, the table's worst for a plan that it lacks."""
+        """Return the table's loss of each window; the table's worst loss for a plan that it lacks."""
         mask = sum(1 << i for i in plan.joins)
         self.requests.append((mask, tuple(window_indices)))
         window_nll = self._table.get_window_nll(mask)
@@ -86,12 +85,11 @@ class TableEvaluator:
 
 @dataclass(frozen=True)
 class Replay:
-    """One study on a table. Evaluations are counted by the plans that were begun.
+    """One study on a table. A plan counts as one evaluation from its first window on.
 
     Attributes:
-        masks: the plans that were evaluated, on however few windows, in the order of their first evaluation.
-        found_after: for each of them the number of evaluations after which all its windows were evaluated; None if
-            they never were.
+        masks: the plans with at least one evaluated window, in the order of their first evaluation.
+        found_after: for each plan the number of evaluations after which it had all windows; None if it never had.
         windows_evaluated: after each number of evaluations, the windows evaluated so far, of all plans together.
         asks_ms: time of each ask, sampler and storage together.
     """
@@ -105,7 +103,7 @@ class Replay:
 def build_replay(
     requests: Sequence[tuple[int, Sequence[int]]], *, num_windows: int, asks_ms: Sequence[float] = ()
 ) -> Replay:
-    """Say from what an evaluator was asked for when each plan was begun and when it was found.
+    """Build a replay from an evaluator's calls: when each plan got its first window and when it got all.
 
     Args:
         requests: plans and windows, in order.
@@ -134,14 +132,14 @@ def build_replay(
 
 
 def replay_study(table: Table, *, sampler: str, budget: int, seed: int, staged: bool = True) -> Replay:
-    """Run one study whose losses come from a table, in a database of its own.
+    """Run one study whose losses come from a table, in a temporary database.
 
     Args:
         table: the losses.
         sampler: one of ``lpsearch.search.SAMPLER_NAMES``.
         budget: evaluations, the baseline included.
         seed: of the sampler.
-        staged: let the study begin plans on few windows.
+        staged: let the study race: it evaluates plans on few windows first.
     """
     evaluator = TableEvaluator(table)
     options: dict[str, Any] = {} if staged else {"staged": False}
@@ -162,7 +160,7 @@ def replay_study(table: Table, *, sampler: str, budget: int, seed: int, staged: 
 
 @contextmanager
 def _time_asks() -> Iterator[list[float]]:
-    """Collect the milliseconds of every ask of the block, sampler and storage together."""
+    """Collect the time in ms of every ask inside the ``with`` statement, sampler and storage together."""
     asks_ms: list[float] = []
     ask_trial = coordinator.ask_trial
 
@@ -195,8 +193,8 @@ def compute_regret(table: Table, replay: Replay, budget: int) -> FloatArray:
 
     Args:
         table: the losses.
-        replay: the evaluated plans; what follows the last of them keeps its regret.
-        budget: evaluations to report.
+        replay: the evaluated plans; the regret after the last plan stays as it is.
+        budget: the number of evaluations to report.
     """
     found = np.full((max(budget, len(replay.masks)), table.max_joins), np.inf)
     for mask, found_after in zip(replay.masks, replay.found_after, strict=True):
@@ -208,7 +206,7 @@ def compute_regret(table: Table, replay: Replay, budget: int) -> FloatArray:
 
 
 def summarise(sampler: str, num_evaluations: int, regrets: FloatArray, replays: Sequence[Replay]) -> dict[str, Any]:
-    """Return what is reported of one sampler after a number of evaluations.
+    """Return one sampler's results after a number of evaluations.
 
     Args:
         sampler: its name.
@@ -248,7 +246,7 @@ def build_figure(regrets: dict[str, FloatArray], *, title: str) -> go.Figure:
     for sampler, values in regrets.items():
         curve = values.mean(axis=(0, 2))
         evaluations = np.arange(1, len(curve) + 1)
-        # A logarithm has no zero: an exact front ends the curve.
+        # A logarithmic axis has no zero, so the curve ends where the front is exact.
         figure.add_scatter(x=evaluations, y=np.where(curve > 0, curve, np.nan), name=sampler, mode="lines")
     figure.update_xaxes(title="evaluations, the baseline included")
     figure.update_yaxes(title="mean regret (nats per token)", type="log")
@@ -257,7 +255,7 @@ def build_figure(regrets: dict[str, FloatArray], *, title: str) -> go.Figure:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Replay, print the table and the JSON lines, and return the exit code."""
+    """Replay tables, print the results and the JSON lines, and return the exit code."""
     options = _build_parser().parse_args(arguments)
     _quiet_optuna()
     try:

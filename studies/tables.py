@@ -22,18 +22,18 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 _FORM = (
-    "arrays mask (integers, one plan each), nll (floats, as many), L (number of layers) and perhaps window_nll (a row "
-    "of floats each, whose mean is nll)"
+    "arrays mask (integers, one for each plan), nll (floats, as many), L (number of layers) and optionally window_nll "
+    "(floats, one row for each plan, whose mean is nll)"
 )
-_MEAN_TOLERANCE = 1e-3  # of a loss in bfloat16 or float32 that was averaged and stored with 24 bits
+_MEAN_TOLERANCE = 1e-3  # the losses were computed in bfloat16 or float32, averaged and stored as float32
 
 
 @dataclass(frozen=True)
 class PlanLosses:
-    """The losses of plans, as they were measured.
+    """The measured losses of plans.
 
     Attributes:
-        masks: (plans,) the joins of each plan as bits, ascending; the baseline, 0, comes first.
+        masks: (plans,) the joins of each plan as bits, in ascending order, so that the baseline (0) comes first.
         window_nll: (plans, windows) nats per token.
     """
 
@@ -52,11 +52,11 @@ class Table:
     """The losses of all plans of a space.
 
     Attributes:
-        space: the plans that are searched; the table may lack some of them.
+        space: the plans to search; the table may lack some of them.
         masks: (plans,) the joins of each plan of the space as bits.
-        nll: (plans,) losses in nats per token; the worst one where the table's were not finite.
-        window_nll: (plans, windows) losses of each window; one column, ``nll``, where the table has only means.
-        worst_nll: the largest finite loss of the whole table, which also stands for plans that it lacks.
+        nll: (plans,) losses in nats per token; ``worst_nll`` where a loss is not finite.
+        window_nll: (plans, windows) losses of each window; one column, ``nll``, if the table has only means.
+        worst_nll: the largest finite loss of the whole table; plans that the table lacks count as this.
     """
 
     space: JoinSpace
@@ -67,7 +67,7 @@ class Table:
 
     @property
     def num_windows(self) -> int:
-        """Number of windows whose losses are known."""
+        """The number of windows with known losses."""
         return int(self.window_nll.shape[1])
 
     @cached_property
@@ -76,12 +76,12 @@ class Table:
         return {mask: row for row, mask in enumerate(self.masks.tolist())}
 
     def get_nll(self, mask: int) -> float:
-        """Return the loss of a plan; the worst one for a plan that the table lacks."""
+        """Return the loss of a plan; ``worst_nll`` for a plan that the table lacks."""
         row = self.row_of_mask.get(mask)
         return self.worst_nll if row is None else float(self.nll[row])
 
     def get_window_nll(self, mask: int) -> FloatArray:
-        """Return (windows,) the losses of a plan; the worst one for a plan that the table lacks."""
+        """Return (windows,) the losses of a plan; ``worst_nll`` for a plan that the table lacks."""
         row = self.row_of_mask.get(mask)
         return np.full(self.num_windows, self.worst_nll) if row is None else self.window_nll[row]
 
@@ -92,7 +92,7 @@ class Table:
 
     @property
     def max_joins(self) -> int:
-        """The largest number of joins that counts: a third of the layers that are free."""
+        """The largest number of joins that counts: a third of the free layers."""
         num_free = self.space.num_layers - len(self.space.frozen_layers)
         return min(num_free // 3, int(self.num_joins.max()))
 
@@ -103,7 +103,7 @@ class Table:
 
     @cached_property
     def missing_nll(self) -> FloatArray:
-        """(max_joins,) what counts for a k where nothing was found: the worst plan with exactly k joins, k from 1."""
+        """(max_joins,) the loss of a k without any found plan: the worst plan with exactly k joins, k from 1."""
         worst = [self.nll[self.num_joins == k] for k in range(1, self.max_joins + 1)]
         return np.array([values.max() if len(values) else self.worst_nll for values in worst])
 
@@ -122,9 +122,9 @@ def save_table(
     Args:
         path: of the ``.npz`` file.
         losses: of all plans of a space.
-        num_layers: layers that the table counts.
-        first_layer: of the model, the layer that the table counts as 0.
-        about: what was measured on what, in JSON's types.
+        num_layers: number of layers in the table.
+        first_layer: the model's layer that is layer 0 in the table.
+        about: what was measured on what; values that JSON can hold.
         by_window: keep the loss of every window as well.
     """
     arrays = {"window_nll": losses.window_nll.astype(np.float32)} if by_window else {}
@@ -143,7 +143,7 @@ def load_table(path: Path, *, frozen_layers: Sequence[int] = ()) -> Table:
 
     Args:
         path: the ``.npz`` file.
-        frozen_layers: layers that the replayed searches leave alone; plans that touch them are left out.
+        frozen_layers: layers that the replayed searches leave alone; plans that join them are left out.
 
     Raises:
         DataError: for a file that is missing or of another form.
@@ -195,7 +195,7 @@ def _read_arrays(path: Path) -> Mapping[str, Any]:
 def _find_problem(
     masks: NDArray[Any], nll: NDArray[Any], num_layers: NDArray[Any], window_nll: NDArray[Any] | None
 ) -> str | None:
-    """Say what is wrong with the arrays of a table, or None."""
+    """Return what is wrong with the arrays of a table, or None."""
     if num_layers.ndim != 0 or num_layers.dtype.kind not in "iu" or not 2 <= int(num_layers) <= 63:
         return f"L is {num_layers!r}, not a number of layers from 2 to 63"
     if masks.ndim != 1 or masks.dtype.kind not in "iu" or nll.ndim != 1 or nll.dtype.kind != "f":
@@ -205,7 +205,7 @@ def _find_problem(
     if masks.min() < 0 or int(masks.max()) >= 1 << (int(num_layers) - 1):
         return f"a mask is outside [0, 2^{int(num_layers) - 1})"
     if len(np.unique(masks)) != len(masks):
-        return "a plan stands in it twice"
+        return "it has a plan twice"
     if not (masks == 0).any() or not np.isfinite(nll[masks == 0]).all():
         return "it has no finite loss of the baseline"
     if window_nll is not None:
@@ -225,7 +225,7 @@ def _find_window_problem(masks: NDArray[Any], nll: NDArray[Any], window_nll: NDA
 
 
 def _find_max_group(masks: IntArray) -> int:
-    """Return the most layers in a group of any plan: the longest run of ones, and one."""
+    """Return the most layers in a group of any plan: the longest run of ones, plus one."""
     max_group, runs = 1, masks
     while runs.any():
         max_group += 1

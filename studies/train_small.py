@@ -1,9 +1,10 @@
-"""Train a small Qwen3 on the bytes of texts for some seconds, to have one more model whose layers have learned.
+"""Train a small Qwen3 on the bytes of texts for some seconds, as one more trained model for exhaustive tables.
 
-Exhaustive tables need models of 20 to 30 layers that a GPU runs hundreds of times a second, and few published ones are
-that small. This one reads bytes: its tokenizer is 256 bytes and a BOS token, which begins every window. Files are put
-together in a random order; what follows the first 95 % is held out, and its first windows are kept in the model's
-directory as ``heldout.npz``, which ``enumerate_front.py --data`` takes. The first step, which compiles, is not timed.
+Exhaustive tables need models of 20 to 30 layers that a GPU runs hundreds of times a second, and few published models
+are that small. This one reads bytes: its tokenizer has 256 bytes and a BOS token, which begins every window. The script
+concatenates the files in a random order and trains on the first 95 %. The rest is held out: its first windows go to
+``heldout.npz`` in the model's directory, which ``enumerate_front.py --data`` takes. ``--seconds`` does not include the
+first step, which compiles.
 
     python studies/train_small.py --text /usr/lib/python3.12 --seconds 100 --out small-qwen3
 """
@@ -35,7 +36,7 @@ from lpsearch.errors import ConfigError, DataError, LpsearchError
 from studies.windows_file import save_windows
 
 BOS_ID = 256
-_VOCAB_SIZE = 264  # a multiple of 8, as tensor cores like it
+_VOCAB_SIZE = 264  # a multiple of 8, which tensor cores need for full speed
 _TRAIN_SHARE = 0.95
 _WARMUP_SHARE = 0.05
 _HEAD_DIM = 64
@@ -44,8 +45,8 @@ _SYNCHRONISE_EVERY = 10
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Build a tokenizer whose tokens are bytes, each with its own value as its number, after one BOS."""
-    # Byte-level tokenizers write a byte as a visible character: itself where it is one, else one from 256 on.
+    """Build a tokenizer whose token ids are the values of bytes, and which puts a BOS token before a text."""
+    # Byte-level tokenizers write a byte as a visible character: its own if it has one, else one from 256 on.
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     symbols = {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
@@ -60,7 +61,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(*, num_layers: int, hidden_size: int, seed: int) -> Qwen3ForCausalLM:
-    """Build a Qwen3 of random float32 weights that reads bytes."""
+    """Build a Qwen3 with random float32 weights and a vocabulary of bytes."""
     num_heads = max(2, hidden_size // _HEAD_DIM)
     config = Qwen3Config(
         vocab_size=_VOCAB_SIZE,
@@ -80,10 +81,10 @@ def build_model(*, num_layers: int, hidden_size: int, seed: int) -> Qwen3ForCaus
 
 
 def read_bytes(paths: Sequence[Path], *, suffix: str, seed: int) -> tuple[Tensor, Tensor]:
-    """Return the bytes of texts, uint8: what is trained on and what is held out.
+    """Return the bytes of texts as uint8: those to train on and those held out.
 
     Raises:
-        DataError: for a path to nothing, or texts that are too short.
+        DataError: if a path does not exist, or if the texts are too short.
     """
     files: list[Path] = []
     for path in paths:
@@ -100,14 +101,14 @@ def read_bytes(paths: Sequence[Path], *, suffix: str, seed: int) -> tuple[Tensor
 
 
 def draw_batch(data: Tensor, *, batch_size: int, seq_len: int, generator: torch.Generator) -> Tensor:
-    """Return (batch, seq) tokens: BOS, then bytes from random places."""
+    """Return (batch, seq) tokens: BOS, then consecutive bytes from a random position."""
     starts = torch.randint(len(data) - seq_len + 2, (batch_size, 1), generator=generator, device=data.device)
     body = data[starts + torch.arange(seq_len - 1, device=data.device)].long()
     return F.pad(body, (1, 0), value=BOS_ID)
 
 
 def compute_loss(model: Qwen3ForCausalLM, input_ids: Tensor) -> Tensor:
-    """Return the mean loss in nats per byte, in bfloat16 where that is faster."""
+    """Return the mean loss in nats per byte, computed in bfloat16 on a GPU."""
     with torch.autocast(input_ids.device.type, dtype=torch.bfloat16, enabled=input_ids.is_cuda):
         logits = model(input_ids=input_ids, use_cache=False).logits
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
@@ -123,10 +124,11 @@ def train(
     learning_rate: float,
     seed: int,
 ) -> dict[str, Any]:
-    """Train for some seconds: AdamW, the rate rising over a twentieth of them and falling as a cosine to a tenth.
+    """Train with AdamW for some seconds; :func:`compute_rate` has the schedule of the learning rate.
 
     Returns:
-        Tokens, steps, seconds of the first step and of the others, and the mean loss of the last tenth of them.
+        The tokens, the steps, the seconds of the first step and of the others, and the mean loss of the last tenth of
+        the steps.
     """
     decay = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
@@ -141,13 +143,13 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if not first_step_s:  # a step at rate 0, which compiles
+        if not first_step_s:  # the first step has rate 0 and compiles
             loss.item()
             first_step_s, began_at = time.monotonic() - began_at, time.monotonic()
             continue
         losses.append(loss.detach())
         if len(losses) % _SYNCHRONISE_EVERY == 0:
-            loss.item()  # the device is never far behind the clock
+            loss.item()  # waits, so that the device is never far behind the clock
         share = (time.monotonic() - began_at) / seconds
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * compute_rate(share)
@@ -162,7 +164,7 @@ def train(
 
 
 def compute_rate(share: float) -> float:
-    """Return the learning rate over its largest, after a share of the time."""
+    """Return the learning rate as a share of its maximum: a linear rise over 5 % of the time, then a cosine to 0.1."""
     if share < _WARMUP_SHARE:
         return share / _WARMUP_SHARE
     return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (share - _WARMUP_SHARE) / (1 - _WARMUP_SHARE)))
@@ -177,7 +179,7 @@ def evaluate_heldout(model: Qwen3ForCausalLM, windows: Windows) -> float:
 
 
 def build_heldout_windows(heldout: Tensor) -> Windows:
-    """Return the first windows of the held-out bytes, each after a BOS."""
+    """Return the first windows of the held-out bytes, each beginning with BOS."""
     num_windows, seq_len = _HELDOUT_WINDOWS
     body = heldout[: num_windows * (seq_len - 1)].view(num_windows, seq_len - 1).int()
     return Windows(F.pad(body, (1, 0), value=BOS_ID).cpu().numpy(), "held-out bytes of the training texts")
@@ -186,12 +188,12 @@ def build_heldout_windows(heldout: Tensor) -> Windows:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train and save a model, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, nargs="+", required=True, help="files, or directories of files")
-    parser.add_argument("--suffix", default=".py", help="of the files of a directory (default: .py)")
+    parser.add_argument("--text", type=Path, nargs="+", required=True, help="files or directories")
+    parser.add_argument("--suffix", default=".py", help="suffix of the files to read in a directory (default: .py)")
     parser.add_argument("--seconds", type=float, required=True, help="how long to train")
     parser.add_argument("--layers", type=int, default=26)
     parser.add_argument("--hidden", type=int, default=384)
-    parser.add_argument("--batch", type=int, default=128, help="sequences of a step")
+    parser.add_argument("--batch", type=int, default=128, help="sequences in a step")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -214,7 +216,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     windows = build_heldout_windows(heldout)
     model = build_model(num_layers=options.layers, hidden_size=options.hidden, seed=options.seed).to(device)
     if device.type == "cuda":
-        for layer in model.model.layers:  # one by one: they share the compiled code, and compiling takes seconds
+        for layer in model.model.layers:  # one at a time, so that all share one compiled function
             layer.compile()
     result = train(
         model,
@@ -226,7 +228,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         seed=options.seed,
     )
     model.eval()
-    with torch.compiler.set_stance("force_eager"):  # another shape would compile again
+    with torch.compiler.set_stance("force_eager"):  # a new shape would compile again
         heldout_nll = evaluate_heldout(model, windows)
     model.to(torch.bfloat16).save_pretrained(options.out)
     build_tokenizer().save_pretrained(options.out)

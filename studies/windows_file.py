@@ -1,8 +1,8 @@
-"""Tokenise a text once and keep its windows in a file, so that other machines read tokens and not text.
+"""Tokenise a text once and keep its windows in a file, so that other machines read tokens instead of text.
 
-Versions of transformers differ in how they read the tokenizer of a GGUF file. Where several machines evaluate a model,
-its windows are made by one of them and carried to the others. A file has the arrays ``input_ids`` int32 (windows,
-seq_len) and ``spec`` (what the tokens are, e.g. ``wikitext2:validation``).
+Versions of transformers differ in how they read the tokenizer of a GGUF file. If several machines evaluate a model, let
+one of them write the windows and copy the file to the others. A file has the arrays ``input_ids`` int32 (windows,
+seq_len) and ``spec`` (a name for the text, e.g. ``wikitext2:validation``).
 
     python studies/windows_file.py --model smollm2-135m --data wikitext2 --windows 16 --seq-len 512 --out valid.npz
 """
@@ -37,11 +37,11 @@ def load_windows(path: Path, *, num_windows: int | None = None, seq_len: int | N
 
     Args:
         path: the ``.npz`` file.
-        num_windows: take only the first of the windows; None takes all.
-        seq_len: take only the first tokens of each window; None takes all.
+        num_windows: how many windows to take, from the first; None takes all.
+        seq_len: how many tokens of each window to take, from the first; None takes all.
 
     Raises:
-        DataError: for a file that is missing or of another form, or that holds less than is asked for.
+        DataError: for a file that is missing, has another form, or holds fewer windows or tokens.
     """
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
@@ -64,17 +64,17 @@ def load_windows(path: Path, *, num_windows: int | None = None, seq_len: int | N
 
 
 def get_windows(data: str, loaded: LoadedModel, *, num_windows: int | None, seq_len: int | None) -> Windows:
-    """Return the windows that ``--data`` names: those of a windows file, or of a text as for ``lpsearch optimize``.
+    """Return the windows of ``--data``: those of a windows file, or of a text as for ``lpsearch optimize``.
 
     Args:
-        data: an ``.npz`` file, or a specification of a text.
-        loaded: the model that will read them.
+        data: an ``.npz`` file, or a text as ``lpsearch optimize --data`` takes it.
+        loaded: the model that will evaluate them.
         num_windows: how many; needed for a text.
         seq_len: tokens in each; needed for a text.
 
     Raises:
         ConfigError: for a text without the number of windows or of tokens.
-        DataError: for windows that are not there, or not the model's.
+        DataError: if the windows do not exist, or hold tokens that the model does not have.
     """
     if not data.endswith(".npz"):
         if num_windows is None or seq_len is None:
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", choices=["proxy", "heldout"], default="proxy", help="which split of wikitext2")
     parser.add_argument("--windows", type=int, required=True, help="number of windows")
     parser.add_argument("--seq-len", type=int, required=True, help="tokens in a window")
-    parser.add_argument("--spec", help="what to call the text; default: as lpsearch calls it")
+    parser.add_argument("--spec", help="name of the text; default: lpsearch's own name for it")
     parser.add_argument("--out", type=Path, required=True, help="the .npz file to write")
     options = parser.parse_args(arguments)
     try:

@@ -15,8 +15,8 @@ from lpsearch.commands.console import get_output
 from lpsearch.commands.steps import LINE_INTERVAL_S, NARROW, build_bar, choose_width, clip, draw, format_seconds
 from lpsearch.commands.tables import build_front_table, get_metric, spread_rows
 from lpsearch.plan import Plan
-from lpsearch.search import EvaluationUpdate, PlanRecord, TrialUpdate
-from lpsearch.search.records import finite_or_none
+from lpsearch.search import EvaluationUpdate, TrialResult, TrialUpdate
+from lpsearch.search.results import finite_or_none
 from lpsearch.wording import describe_layers, name_count
 
 __all__ = ["SearchProgress", "show_search"]
@@ -76,7 +76,7 @@ class _SearchLines:
             return
         self._logged_at, self._num_tenths = time.monotonic(), num_tenths
         left_s = self._clock.estimate_seconds_left(update.budget - update.num_finished)
-        record = update.record
+        record = update.result
         metric = get_metric(update.front or [record])
         best = ", ".join(
             f"{point.get_cost(metric):.3f} at {name_count(point.num_joins, 'join')}"
@@ -100,8 +100,8 @@ class _SearchLines:
                     "budget": update.budget,
                     "elapsed_s": round(update.elapsed_s, 3),
                     "seconds_left": None if left_s is None else round(left_s, 3),
-                    "trial": _build_point(record, update.front),
-                    "front": [_build_point(point, update.front) for point in update.front],
+                    "trial": _build_point(record),
+                    "front": [_build_point(point) for point in update.front],
                 }
             },
         )
@@ -115,7 +115,7 @@ class _SearchDisplay:
         self._num_finished = 0
         self._budget: int | None = None
         self._note = ""
-        self._front: Sequence[PlanRecord] = ()
+        self._front: Sequence[TrialResult] = ()
         self._newest: Plan | None = None
 
     def on_evaluation(self, update: EvaluationUpdate) -> None:
@@ -127,7 +127,7 @@ class _SearchDisplay:
     def on_trial(self, update: TrialUpdate) -> None:
         self._clock.mark()
         self._num_finished, self._budget, self._front = update.num_finished, update.budget, update.front
-        self._newest = update.record.plan
+        self._newest = update.result.plan
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = choose_width(options)
@@ -173,18 +173,16 @@ class _Clock:
         return max(0.0, trial_s * num_left - (time.monotonic() - self._marks[-1]))
 
 
-def _build_point(record: PlanRecord, front: Sequence[PlanRecord]) -> dict[str, Any]:
+def _build_point(record: TrialResult) -> dict[str, Any]:
     """Build what a program is told of a plan; losses in nats per token, null where they are not finite."""
-    base_ms = front[0].latency_ms if front else None
-    latency_ms = record.latency_ms
     return {
         "num_joins": record.num_joins,
         "depth_reduction": record.depth_reduction,
-        "delta_nll": finite_or_none(record.delta_nll),
-        "delta_nll_se": finite_or_none(record.delta_nll_se),
-        "kl_nats_per_token": finite_or_none(record.kl_nats_per_token),
-        "latency_ms": latency_ms,
-        "speedup": None if base_ms is None or latency_ms is None else base_ms / latency_ms,
+        "delta_nll": finite_or_none(record.loss.delta_nll),
+        "delta_nll_se": finite_or_none(record.loss.delta_nll_se),
+        "kl_nats_per_token": finite_or_none(record.loss.kl_nats_per_token),
+        "latency_ms": record.latency_ms,
+        "speedup": record.speedup,
         "groups": [list(group) for group in record.plan.groups],
         "origin": record.origin,
         "trial": record.trial,

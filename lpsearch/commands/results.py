@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from lpsearch.errors import LpsearchError
 from lpsearch.evaluation.losses import PairedDelta, WindowLosses, compute_paired_delta
 from lpsearch.plan import Plan, PlanMetadata, PlanMetrics, Provenance, ProxyMetrics, save_plan, write_json
-from lpsearch.search import PlanRecord, Split, StudyResult
+from lpsearch.search import Split, StudyResult, TrialResult
 from lpsearch.search.front import Objective
-from lpsearch.search.records import Metric, compute_perplexity, finite_or_none
+from lpsearch.search.results import Metric, compute_perplexity, finite_or_none, set_latency
 from lpsearch.versions import read_versions
 
 if TYPE_CHECKING:
@@ -102,13 +102,13 @@ class MeasuredFront:
         return self.heldout_deltas if self.metric == "nll" else self.heldout_kl
 
     @cached_property
-    def records(self) -> list[PlanRecord]:
+    def records(self) -> list[TrialResult]:
         """The front with the latencies of this front's latency model, whichever the trials were noted with."""
-        estimate = None if self.latency_model is None else self.latency_model.estimate_latency_ms
-        return [
-            dataclasses.replace(record, latency_ms=None if estimate is None else estimate(record.plan))
-            for record in self.result.front
-        ]
+        if self.latency_model is None:
+            return [set_latency(record, None, None) for record in self.result.front]
+        estimate = self.latency_model.estimate_latency_ms
+        baseline_ms = estimate(self.result.baseline.plan)
+        return [set_latency(record, estimate(record.plan), baseline_ms) for record in self.result.front]
 
     @cached_property
     def plan_names(self) -> dict[Plan, str]:
@@ -149,9 +149,9 @@ def write_front(front: MeasuredFront, out: Path) -> dict[str, Any]:
         "model": front.loaded.identity.model_dump(mode="json"),
         "objective": front.objective,
         "metric": front.metric,
-        "trials": len(front.result.records),
+        "trials": len(front.result.results),
         "exact": front.result.exact,
-        "baseline_nll": front.result.baseline.nll,
+        "baseline_nll": front.result.baseline.loss.nll,
         "proxy_tokens": front.result.proxy_tokens,
         "heldout_tokens": sum(len(x.nll_nats_per_token) * x.tokens_per_window for x in front.heldout_losses.values()),
         "front": [_build_point(front, record) for record in front.result.front],
@@ -168,8 +168,8 @@ def build_summary(front: MeasuredFront, out: Path) -> dict[str, Any]:
     return {
         "study": front.study_name,
         "out": str(out),
-        "trials": len(front.result.records),
-        "baseline_nll": front.result.baseline.nll,
+        "trials": len(front.result.results),
+        "baseline_nll": front.result.baseline.loss.nll,
         "front": [{name: point[name] for name in _SUMMARY_FIELDS} for point in points],
     }
 
@@ -224,16 +224,16 @@ def _read_plan_names(out: Path) -> set[str]:
         return set()
 
 
-def _build_metadata(front: MeasuredFront, record: PlanRecord) -> PlanMetadata:
+def _build_metadata(front: MeasuredFront, record: TrialResult) -> PlanMetadata:
     """Build what a plan file says besides the groups."""
     dtype = str(front.loaded.model.dtype).removeprefix("torch.")
     windows = front.windows["proxy"]
     proxy = ProxyMetrics(
-        nll=record.nll,
-        delta_nll=record.delta_nll,
-        delta_nll_se=record.delta_nll_se,
+        nll=record.loss.nll,
+        delta_nll=record.loss.delta_nll,
+        delta_nll_se=record.loss.delta_nll_se,
         perplexity=record.perplexity,
-        kl_nats_per_token=record.kl_nats_per_token,
+        kl_nats_per_token=record.loss.kl_nats_per_token,
         data=windows.spec,
         windows=windows.num_windows,
         seq_len=windows.seq_len,
@@ -264,7 +264,7 @@ def _build_metadata(front: MeasuredFront, record: PlanRecord) -> PlanMetadata:
     )
 
 
-def _build_point(front: MeasuredFront, record: PlanRecord) -> dict[str, Any]:
+def _build_point(front: MeasuredFront, record: TrialResult) -> dict[str, Any]:
     """Build the entry of one point of the front."""
     heldout = front.heldout_deltas.get(record.plan)
     heldout_kl = front.heldout_kl.get(record.plan)
@@ -273,12 +273,12 @@ def _build_point(front: MeasuredFront, record: PlanRecord) -> dict[str, Any]:
         "plan": front.plan_names[record.plan],
         "num_joins": record.num_joins,
         "depth_reduction": record.depth_reduction,
-        "delta_nll": record.delta_nll,
-        "delta_nll_se": record.delta_nll_se,
+        "delta_nll": record.loss.delta_nll,
+        "delta_nll_se": record.loss.delta_nll_se,
         "heldout_delta_nll": None if heldout is None else heldout.delta,
         "heldout_delta_nll_se": None if heldout is None else heldout.standard_error,
-        "kl_nats_per_token": record.kl_nats_per_token,
-        "kl_se": finite_or_none(record.kl_se),
+        "kl_nats_per_token": record.loss.kl_nats_per_token,
+        "kl_se": finite_or_none(record.loss.kl_se),
         "heldout_kl_nats_per_token": None if heldout_kl is None else heldout_kl.delta,
         "heldout_kl_se": None if heldout_kl is None else heldout_kl.standard_error,
         "perplexity": record.perplexity,

@@ -30,10 +30,10 @@ from lpsearch.models.aliases import find_alias
 from lpsearch.plan import Plan, load_plan
 from lpsearch.search import (
     JoinSpace,
-    PlanRecord,
     StoredWindows,
     StudyResult,
     StudyStore,
+    TrialResult,
     compare_settings,
     evaluate_stored_plan,
     run_study,
@@ -420,7 +420,7 @@ def _warn_of_odd_baseline(store: StudyStore, evaluator: ModelEvaluator, loaded: 
         logger.warning("%s", warning)
 
 
-def _evaluate_heldout(run: _Run, front: Sequence[PlanRecord]) -> dict[Plan, WindowLosses]:
+def _evaluate_heldout(run: _Run, front: Sequence[TrialResult]) -> dict[Plan, WindowLosses]:
     """Evaluate the front on windows that the search never saw: the best of many noisy values is optimistic."""
     from lpsearch.evaluation import ModelEvaluator
 

@@ -55,7 +55,7 @@ class SearchSummary:
 
     def _describe_search(self) -> str:
         result = self.front.result
-        line = f"{self.front.study_name}: the front of {name_count(len(result.records), 'plan')}"
+        line = f"{self.front.study_name}: the front of {name_count(len(result.results), 'plan')}"
         line += ", which are all there are" if result.exact else ""
         line += f" ({result.proxy_tokens:,} tokens, {result.share_evaluated:.0%} of all windows)"
         if result.num_resumed:

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from lpsearch.evaluation.losses import PairedDelta
 from lpsearch.plan import Plan
-from lpsearch.search import PlanRecord
-from lpsearch.search.records import Metric
+from lpsearch.search import TrialResult
+from lpsearch.search.results import Metric
 from lpsearch.wording import describe_layers
 
 __all__ = ["build_front_table", "get_metric", "spread_rows"]
@@ -51,7 +51,7 @@ class _Column:
 
 
 def build_front_table(
-    front: Sequence[PlanRecord],
+    front: Sequence[TrialResult],
     *,
     width: int,
     heldout: Mapping[Plan, PairedDelta] | None = None,
@@ -90,9 +90,9 @@ def build_front_table(
     return table
 
 
-def get_metric(front: Sequence[PlanRecord]) -> Metric:
+def get_metric(front: Sequence[TrialResult]) -> Metric:
     """Return the loss that was searched: the divergence is measured only where it is what is searched."""
-    return "nll" if front[0].kl_nats_per_token is None else "kl"
+    return "nll" if front[0].loss.kl_nats_per_token is None else "kl"
 
 
 def spread_rows(rows: Sequence[_Row], count: int) -> list[_Row]:
@@ -102,15 +102,15 @@ def spread_rows(rows: Sequence[_Row], count: int) -> list[_Row]:
     return [rows[round(index * (len(rows) - 1) / (count - 1))] for index in range(count)]
 
 
-def _build_columns(front: Sequence[PlanRecord], heldout: Mapping[Plan, PairedDelta] | None) -> list[_Column]:
+def _build_columns(front: Sequence[TrialResult], heldout: Mapping[Plan, PairedDelta] | None) -> list[_Column]:
     columns = [
         _Column("joins", [str(record.num_joins) for record in front]),
         _Column("less depth", [f"{record.depth_reduction:.1%}" for record in front], rank=1),
     ]
-    delta = _Column("delta nll", [_format_loss(record.delta_nll, record.delta_nll_se) for record in front])
+    delta = _Column("delta nll", [_format_loss(record.loss.delta_nll, record.loss.delta_nll_se) for record in front])
     is_kl = get_metric(front) == "kl"
     if is_kl:
-        columns.append(_Column("kl", [_format_loss(record.get_cost("kl"), record.kl_se) for record in front]))
+        columns.append(_Column("kl", [_format_loss(record.get_cost("kl"), record.loss.kl_se) for record in front]))
     else:
         columns.append(delta)
     if heldout is not None:

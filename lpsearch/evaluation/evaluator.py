@@ -14,7 +14,7 @@ from lpsearch.data import Windows
 from lpsearch.errors import FamilyError, LpsearchError
 from lpsearch.evaluation.losses import WindowLosses
 from lpsearch.evaluation.prefix_cache import CacheUsage, PrefixCache, choose_cache_bytes
-from lpsearch.evaluation.shards import split_windows
+from lpsearch.evaluation.rungs import split_by_rung
 from lpsearch.models.families import get_decoder_layers
 from lpsearch.plan import Plan
 from lpsearch.transform import applied_plan
@@ -147,10 +147,10 @@ class ModelEvaluator:
         return [losses[index] for index in window_indices]
 
     def _split(self, window_indices: Sequence[int]) -> Iterator[list[int]]:
-        """Yield the batches; none crosses a shard, so a search in stages runs the batches of a whole evaluation."""
-        for shard in split_windows(window_indices, self.num_windows):
-            for start in range(0, len(shard), self._batch_size):
-                yield shard[start : start + self._batch_size]
+        """Yield the batches; none crosses a rung, so a search in stages runs the batches of a whole evaluation."""
+        for rung in split_by_rung(window_indices, self.num_windows):
+            for start in range(0, len(rung), self._batch_size):
+                yield rung[start : start + self._batch_size]
 
     def _remember_base(self, window_indices: Sequence[int]) -> None:
         missing = [index for index in window_indices if index not in self._base_hidden_states]

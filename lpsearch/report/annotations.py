@@ -149,8 +149,9 @@ def _describe_study(store: StudyStore, report: StudyReport) -> str:
             f"## {_escape(report.name)}: layer parallelism",
             "",
             f"{_escape(str(settings.get('model', 'the model')))} has {report.num_layers} layers. Evaluated: "
-            f"{len(report.records)} plans, {report.proxy_tokens:,} tokens. Unmodified: {report.baseline.nll:.4f} nats "
-            f"per token, perplexity {report.baseline.perplexity:.2f}.{state}",
+            f"{len(report.records)} plans, {report.proxy_tokens:,} tokens. "
+            f"Unmodified: {report.baseline.loss.nll:.4f} nats per token, "
+            f"perplexity {report.baseline.perplexity:.2f}.{state}",
             "",
             *_render_markdown(build_front_table(report)),
             "",

@@ -11,8 +11,8 @@ import plotly.graph_objects as go
 from lpsearch.plan import Plan
 from lpsearch.report.study import FrontPoint, StudyReport, count_joins, name_row
 from lpsearch.report.theme import LIGHT, Theme, style_figure
-from lpsearch.search import PlanRecord
-from lpsearch.search.records import compute_perplexity
+from lpsearch.search import TrialResult
+from lpsearch.search.results import compute_perplexity
 from lpsearch.wording import describe_layers
 
 __all__ = [
@@ -44,7 +44,7 @@ def name_loss(report: StudyReport, loss: Loss = "delta") -> str:
     return "loss added (nats per token)" if report.metric == "nll" else "KL to the unmodified model (nats per token)"
 
 
-def get_saving_value(record: PlanRecord, saving: Saving) -> float | None:
+def get_saving_value(record: TrialResult, saving: Saving) -> float | None:
     """Return where a plan stands on the axis of savings: percent of the depth, or milliseconds."""
     return 100 * record.depth_reduction if saving == "depth" else record.latency_ms
 
@@ -150,7 +150,7 @@ def build_layers_figure(report: StudyReport, *, theme: Theme = LIGHT) -> go.Figu
 # ---- Parts of the front ----------------------------------------------------------------------------------------------
 
 
-def _list_faint(report: StudyReport) -> list[PlanRecord]:
+def _list_faint(report: StudyReport) -> list[TrialResult]:
     """Return the plans behind the front; its own would lie under it and answer in its place."""
     on_front = _find_places(report)
     records = [
@@ -165,14 +165,14 @@ def _find_places(report: StudyReport) -> dict[Plan, int]:
     return {point.record.plan: index for index, point in enumerate(report.front)}
 
 
-def _get_value(report: StudyReport, record: PlanRecord, loss: Loss) -> float:
+def _get_value(report: StudyReport, record: TrialResult, loss: Loss) -> float:
     return record.get_cost(report.metric) if loss == "delta" else record.perplexity
 
 
 def _add_records(
     figure: go.Figure,
     report: StudyReport,
-    records: Iterable[PlanRecord],
+    records: Iterable[TrialResult],
     *,
     saving: Saving,
     loss: Loss,
@@ -211,9 +211,9 @@ def _add_records(
     )
 
 
-def _build_bounds(report: StudyReport, record: PlanRecord, loss: Loss) -> tuple[float, float]:
+def _build_bounds(report: StudyReport, record: TrialResult, loss: Loss) -> tuple[float, float]:
     """Return how far one standard error reaches below and above a plan's value."""
-    error = (record.get_cost_se(report.metric) if loss == "delta" else record.delta_nll_se) or 0.0
+    error = (record.get_cost_se(report.metric) if loss == "delta" else record.loss.delta_nll_se) or 0.0
     if loss == "delta":
         return error, error
     value = record.perplexity
@@ -246,7 +246,7 @@ def _add_heldout(figure: go.Figure, report: StudyReport, *, saving: Saving, loss
         error = heldout.standard_error or 0.0
         deltas: tuple[float, ...] = (heldout.delta, heldout.delta + error, heldout.delta - error)
         if loss == "perplexity":
-            deltas = tuple(compute_perplexity(report.baseline.nll + delta) for delta in deltas)
+            deltas = tuple(compute_perplexity(report.baseline.loss.nll + delta) for delta in deltas)
         values.append(deltas[0])
         above.append(deltas[1] - deltas[0])
         below.append(deltas[0] - deltas[2])
@@ -272,15 +272,15 @@ def _choose_range(report: StudyReport, loss: Loss) -> list[float]:
     bottom = min([0.0, *(point.record.get_cost(report.metric) for point in values)]) - 0.04 * top
     if loss == "delta":
         return [bottom, top]
-    base = report.baseline.nll
+    base = report.baseline.loss.nll
     if report.metric == "kl":
         useful = [point.record for point in report.front if point.record.get_cost("kl") <= report.reference_cost]
-        top = max(record.nll for record in useful) - base + 0.1
+        top = max(record.loss.nll for record in useful) - base + 0.1
     low, high = compute_perplexity(base + min(bottom, 0.0)), compute_perplexity(base + top)
     return [low - 0.02 * (high - low), high]
 
 
-def _describe(report: StudyReport, record: PlanRecord) -> str:
+def _describe(report: StudyReport, record: TrialResult) -> str:
     words = [
         f"{count_joins(record)}, {record.depth_reduction:.1%} less depth",
         f"{record.get_cost(report.metric):.4f} nats, perplexity {record.perplexity:.2f}",

@@ -192,7 +192,7 @@ def _render_head(report: StudyReport) -> str:
     facts = {
         "plans": f"{len(report.records)}" + (", all there are" if report.is_exact else ""),
         "layers": str(report.num_layers),
-        "unmodified": f"{report.baseline.nll:.4f} nats/token, perplexity {report.baseline.perplexity:.2f}",
+        "unmodified": f"{report.baseline.loss.nll:.4f} nats/token, perplexity {report.baseline.perplexity:.2f}",
         "data": f"{settings.get('data', 'not recorded')}, {settings.get('windows', '?')} windows of "
         f"{settings.get('seq_len', '?')} tokens",
         "tokens evaluated": f"{report.proxy_tokens:,}",

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lpsearch.search import PlanRecord, build_front
+from lpsearch.search import TrialResult, build_front
 from lpsearch.search.front import Objective
-from lpsearch.search.records import Metric
+from lpsearch.search.results import Metric
 
 __all__ = ["ProgressStep", "compute_hypervolume", "find_reference_cost", "trace_progress"]
 
@@ -34,7 +34,7 @@ class ProgressStep:
     best: Mapping[int, float]
 
 
-def find_reference_cost(front: Sequence[PlanRecord], metric: Metric) -> float:
+def find_reference_cost(front: Sequence[TrialResult], metric: Metric) -> float:
     """Return the loss up to which the hypervolume counts.
 
     It is 1 nat per token, or the largest loss of the front where that is smaller or all are larger.
@@ -47,7 +47,7 @@ def find_reference_cost(front: Sequence[PlanRecord], metric: Metric) -> float:
 
 
 def trace_progress(
-    records: Sequence[PlanRecord], *, metric: Metric, objective: Objective, reference_cost: float
+    records: Sequence[TrialResult], *, metric: Metric, objective: Objective, reference_cost: float
 ) -> tuple[ProgressStep, ...]:
     """Return what was known after every trial.
 
@@ -58,7 +58,7 @@ def trace_progress(
         reference_cost: loss up to which the hypervolume counts.
     """
     steps = []
-    front: list[PlanRecord] = []
+    front: list[TrialResult] = []
     best: dict[int, float] = {}
     tokens = 0
     baseline = next(record for record in records if record.num_joins == 0)
@@ -77,7 +77,7 @@ def trace_progress(
     return tuple(steps)
 
 
-def get_saving(record: PlanRecord, baseline: PlanRecord, objective: Objective) -> float:
+def get_saving(record: TrialResult, baseline: TrialResult, objective: Objective) -> float:
     """Return the share of the depth, or of the time, that a plan saves."""
     if objective == "depth":
         return record.depth_reduction

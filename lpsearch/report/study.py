@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import math
@@ -21,10 +20,10 @@ from lpsearch.latency.model import LatencyModel
 from lpsearch.latency.profile import LatencyProfile, parse_recorded_profile
 from lpsearch.plan import Plan
 from lpsearch.report.progress import ProgressStep, find_reference_cost, trace_progress
-from lpsearch.search import JoinSpace, PlanRecord, StudyStore, build_front, load_records
+from lpsearch.search import JoinSpace, StudyStore, TrialResult, build_front, read_results
 from lpsearch.search.front import Objective
-from lpsearch.search.pairset import Observation, fit_surrogate
-from lpsearch.search.records import Metric
+from lpsearch.search.pairset import fit_surrogate
+from lpsearch.search.results import Metric, set_latency
 from lpsearch.wording import name_count
 
 __all__ = ["FrontPoint", "JoinEffects", "StudyReport", "build_report", "count_joins", "load_report", "name_row"]
@@ -48,7 +47,7 @@ class FrontPoint:
         speedup: estimated time of the unmodified model over that of the plan; None with latency off.
     """
 
-    record: PlanRecord
+    record: TrialResult
     heldout: PairedDelta | None
     plan_file: str | None
     speedup: float | None
@@ -96,9 +95,9 @@ class StudyReport:
     name: str
     directory: str
     settings: Mapping[str, Any]
-    records: tuple[PlanRecord, ...]
+    records: tuple[TrialResult, ...]
     front: tuple[FrontPoint, ...]
-    windows_front: tuple[PlanRecord, ...]
+    windows_front: tuple[TrialResult, ...]
     effects: JoinEffects | None
     latency_model: LatencyModel | None
     is_exact: bool
@@ -117,7 +116,7 @@ class StudyReport:
         return objective
 
     @property
-    def baseline(self) -> PlanRecord:
+    def baseline(self) -> TrialResult:
         """The unmodified model."""
         return self.front[0].record
 
@@ -177,7 +176,7 @@ def build_report(
     store: StudyStore,
     directory: Path,
     settings: Mapping[str, Any],
-    records: Sequence[PlanRecord],
+    records: Sequence[TrialResult],
     profile: LatencyProfile | None,
     front_file: Mapping[str, Any] | None,
 ) -> StudyReport:
@@ -194,16 +193,14 @@ def build_report(
     metric: Metric = settings["metric"]
     latency_model = None if profile is None else LatencyModel(profile)
     if latency_model is not None:
+        baseline_ms = _estimate_latency_ms(latency_model, Plan.baseline(int(settings["num_layers"])))
         records = [
-            dataclasses.replace(record, latency_ms=_estimate_latency_ms(latency_model, record.plan))
-            for record in records
+            set_latency(record, _estimate_latency_ms(latency_model, record.plan), baseline_ms) for record in records
         ]
     front = build_front(records, metric=metric, objective=settings["objective"])
     plan_files = {_key(point["groups"]): str(point["plan"]) for point in (front_file or {}).get("front", ())}
-    base_ms = front[0].latency_ms
     points = []
     for record in front:
-        latency_ms = record.latency_ms
         plan_file = plan_files.get(_key(record.plan.groups))
         is_written = plan_file is not None and (directory / plan_file).is_file()
         points.append(
@@ -211,7 +208,7 @@ def build_report(
                 record=record,
                 heldout=_load_heldout(store, record.plan, metric),
                 plan_file=plan_file if is_written else None,
-                speedup=None if base_ms is None or latency_ms is None else base_ms / latency_ms,
+                speedup=record.speedup,
             )
         )
     space = JoinSpace(int(settings["num_layers"]), int(settings["max_group"]), tuple(settings.get("freeze", ())))
@@ -230,24 +227,21 @@ def build_report(
     )
 
 
-def count_joins(record: PlanRecord) -> str:
+def count_joins(record: TrialResult) -> str:
     """Say how many joins a plan has."""
     return name_count(record.num_joins, "join")
 
 
-def name_row(report: StudyReport, record: PlanRecord) -> str:
+def name_row(report: StudyReport, record: TrialResult) -> str:
     """Name a plan of the front by its joins, and by its trial where several have as many."""
     alike = sum(point.record.num_joins == record.num_joins for point in report.front)
     return str(record.num_joins) if alike == 1 else f"{record.num_joins} (trial {record.trial})"
 
 
-def _load_finished(store: StudyStore) -> list[PlanRecord]:
+def _load_finished(store: StudyStore) -> list[TrialResult]:
     with store.translate_errors():
         has_trials = store.study_name in optuna.get_all_study_names(store.optuna_storage)
-    try:
-        records = load_records(store) if has_trials else []
-    except (KeyError, TypeError, ValueError) as error:
-        raise _build_version_error(store, f"a trial lacks what this version reads ({error!r})") from error
+    records = read_results(store) if has_trials else []
     if not any(record.num_joins == 0 for record in records):
         raise UsageError(
             f"{store.where}: no plan of the study {store.study_name!r} is finished yet; "
@@ -318,23 +312,23 @@ def _estimate_latency_ms(latency_model: LatencyModel, plan: Plan) -> float | Non
         return None
 
 
-def _find_windows(records: Sequence[PlanRecord], space: JoinSpace, metric: Metric) -> tuple[PlanRecord, ...]:
+def _find_windows(records: Sequence[TrialResult], space: JoinSpace, metric: Metric) -> tuple[TrialResult, ...]:
     """Return the best contiguous window of each number of joins, if the study set out to try such windows.
 
     A search that meets a window by chance is no comparison with the published method.
     """
-    windows = [record for record in records if _is_window(record.plan, space) and is_complete(record, records)]
+    windows = [record for record in records if _is_window(record.plan, space) and is_complete(record)]
     if not any(record.origin in ("window", "enqueued") for record in windows):
         return ()
-    best: dict[int, PlanRecord] = {}
+    best: dict[int, TrialResult] = {}
     for record in sorted(windows, key=lambda record: record.get_cost(metric)):
         best.setdefault(record.num_joins, record)
     return tuple(best[num_joins] for num_joins in sorted(best) if math.isfinite(best[num_joins].get_cost(metric)))
 
 
-def is_complete(record: PlanRecord, records: Sequence[PlanRecord]) -> bool:
+def is_complete(record: TrialResult) -> bool:
     """Say whether a plan has losses on all windows, as the baseline has."""
-    return record.proxy_tokens >= max(other.proxy_tokens for other in records if other.num_joins == 0)
+    return record.state == "complete"
 
 
 def _is_window(plan: Plan, space: JoinSpace) -> bool:
@@ -342,13 +336,9 @@ def _is_window(plan: Plan, space: JoinSpace) -> bool:
     return len(joins) > 0 and joins == space.repair(range(joins[0], joins[-1] + 1))
 
 
-def _estimate_effects(records: Sequence[PlanRecord], space: JoinSpace, metric: Metric) -> JoinEffects | None:
+def _estimate_effects(records: Sequence[TrialResult], space: JoinSpace, metric: Metric) -> JoinEffects | None:
     num_joins = space.num_join_positions
-    num_tokens = max(record.proxy_tokens for record in records)
-    surrogate = fit_surrogate(
-        [Observation.from_record(record, metric=metric, num_tokens=num_tokens) for record in records],
-        num_joins=num_joins,
-    )
+    surrogate = fit_surrogate(records, num_joins=num_joins, metric=metric)
     if surrogate is None:
         return None
     single = {record.plan.joins[0]: record for record in records if record.num_joins == 1}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from lpsearch.search.evaluations import StoredEvaluation, evaluate_stored_plan
 from lpsearch.search.front import build_front
-from lpsearch.search.opening import load_records
 from lpsearch.search.outcome import EvaluationUpdate, StudyResult, TrialUpdate
-from lpsearch.search.records import PlanRecord
+from lpsearch.search.results import Loss, TrialResult, read_results
 from lpsearch.search.samplers import SAMPLER_NAMES, build_sampler
 from lpsearch.search.settings import FIXED_SETTINGS, compare_settings
 from lpsearch.search.space import JoinSpace
@@ -18,17 +17,18 @@ __all__ = [
     "SAMPLER_NAMES",
     "EvaluationUpdate",
     "JoinSpace",
-    "PlanRecord",
+    "Loss",
     "Split",
     "StoredEvaluation",
     "StoredWindows",
     "StudyResult",
     "StudyStore",
+    "TrialResult",
     "TrialUpdate",
     "build_front",
     "build_sampler",
     "compare_settings",
     "evaluate_stored_plan",
-    "load_records",
+    "read_results",
     "run_study",
 ]

@@ -33,5 +33,5 @@ def ask_trial(
         return trial, space.build_plan(trial.params)
     trial = study.ask()
     params = trial.relative_params
-    store.record_params(trial._trial_id, params, space.distributions)
+    store.record_params(trial.number, params, space.distributions)
     return trial, space.build_plan(params)

@@ -5,7 +5,7 @@ device hardly waits. A sampler therefore sees one trial pending whenever it is a
 the two was quicker, so a search is repeatable.
 
 A plan is evaluated in stages: on few windows first, on more only while it may still be on the front
-(:mod:`lpsearch.search.ledger`). Its trial is told once, after its own stages; a plan that the final front turns out to
+(:mod:`lpsearch.search.racing`). Its trial is told once, after its own stages; a plan that the final front turns out to
 need whole gets its other windows at the end, in the store's own tables.
 
 Losses go into these tables before the next evaluation begins, and a plan is never evaluated on a window twice. A
@@ -15,6 +15,7 @@ database.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -33,10 +34,10 @@ from lpsearch.evaluation.losses import PlanEvaluator, WindowLosses
 from lpsearch.plan import Plan
 from lpsearch.search.asking import ask_trial
 from lpsearch.search.front import Objective, build_front, find_rival
-from lpsearch.search.ledger import Ledger
-from lpsearch.search.opening import open_study, read_finished, record_settings
+from lpsearch.search.opening import open_study, record_settings
 from lpsearch.search.outcome import EvaluationUpdate, StudyResult, TrialUpdate
-from lpsearch.search.records import Metric, PlanRecord, build_attributes
+from lpsearch.search.racing import Racing
+from lpsearch.search.results import RAW, Metric, TrialResult, build_attributes, read_results, set_latency
 from lpsearch.search.samplers import build_sampler
 from lpsearch.search.space import JoinSpace
 from lpsearch.search.store import StudyStore
@@ -68,7 +69,7 @@ class _Stage:
     Attributes:
         plan: the plan.
         origin: what proposed it.
-        window_indices: windows of one shard.
+        window_indices: windows of one rung.
         future: their losses.
     """
 
@@ -118,7 +119,7 @@ class Coordinator:
         record_settings(store, space, metric, objective, sampler, seed)
         with store.translate_errors():
             self._study = open_study(store, metric, objective)
-            self._study.sampler = build_sampler(
+            self._sampler = build_sampler(
                 sampler,
                 space=space,
                 budget=budget,
@@ -126,15 +127,17 @@ class Coordinator:
                 metric=metric,
                 num_trials=len(self._study.get_trials(deepcopy=False)),
                 estimate_latency_ms=estimate_latency_ms if objective == "latency" else None,
+                read_results=lambda study: self._list_finished(),
             )
-            self._finished = read_finished(self._study)
+            self._study.sampler = self._sampler
+        results = read_results(store, estimate_latency_ms=estimate_latency_ms)
+        self._finished = {result.plan: result for result in results}
         self._num_resumed = len(self._finished)
         self._enumerates = space.count_plans() <= budget
         # An enumeration ends with a front that is exact, not one that is most likely right.
-        self._ledger = Ledger(
+        self._racing = Racing(
             store, num_windows=evaluator.num_windows, metric=metric, staged=staged and not self._enumerates
         )
-        self._finished = {plan: self._ledger.refresh(record) for plan, record in self._finished.items()}
         self._open_trials: list[optuna.Trial] = []
         self._queue: deque[tuple[Plan, str]] = deque()
         self._num_waiting = 0
@@ -153,15 +156,15 @@ class Coordinator:
                 for trial in tuple(self._open_trials):
                     self._fail(trial)
             raise
-        records = tuple(sorted(self._finished.values(), key=lambda record: record.trial))
-        is_whole = all(self._ledger.is_complete(record.plan) for record in records)
-        is_exhausted = sum(self._space.is_valid(record.plan.joins) for record in records) == self._space.count_plans()
+        results = tuple(self._list_finished())
+        is_whole = all(result.state != "stopped" for result in results)
+        is_exhausted = sum(self._space.is_valid(result.plan.joins) for result in results) == self._space.count_plans()
         return StudyResult(
-            records=records,
+            results=results,
             front=tuple(self._build_front()),
             exact=is_exhausted and is_whole,
             num_resumed=self._num_resumed,
-            num_new=len(records) - self._num_resumed,
+            num_new=len(results) - self._num_resumed,
             num_new_tokens=self._num_new_tokens,
             timed_out=timed_out,
             elapsed_s=self._get_elapsed_s(),
@@ -255,8 +258,11 @@ class Coordinator:
         with self._store.translate_errors():
             # Noted before the work, so that a later process knows what this one was doing.
             trial.set_user_attr("groups", plan.to_groups_json())
-            attributes = self._store.optuna_storage.get_trial(trial._trial_id).user_attrs
-        return _Job(trial, plan, attributes.get("origin", "enqueued"))
+            origin = self._sampler.origins.get(trial.number)
+            if origin is None:  # it was enqueued
+                return _Job(trial, plan, trial.user_attrs.get("origin", "enqueued"))
+            trial.set_user_attr("origin", origin)
+        return _Job(trial, plan, origin)
 
     # ---- Evaluating --------------------------------------------------------------------------------------------------
 
@@ -269,7 +275,7 @@ class Coordinator:
             is_whole: evaluate it on all windows, whatever its rival.
         """
         rival = None if is_whole or not plan.num_joins else self._find_rival(plan)
-        window_indices = self._ledger.find_next_windows(plan, rival=rival)
+        window_indices = self._racing.find_next_windows(plan, rival=rival)
         if not window_indices:
             return None
         future = self._executor.submit(self._evaluator.evaluate_windows, plan, window_indices)
@@ -288,7 +294,7 @@ class Coordinator:
 
     def _finish_stage(self, stage: _Stage) -> None:
         losses = stage.future.result()
-        self._ledger.keep(stage.plan, stage.window_indices, losses)
+        self._racing.keep(stage.plan, stage.window_indices, losses)
         self._num_new_tokens += losses.tokens_per_window * len(stage.window_indices)
 
     def _evaluate_whole(self, plan: Plan, origin: str) -> None:
@@ -311,13 +317,13 @@ class Coordinator:
         """Evaluate the unmodified model on all windows; every other loss is relative to it."""
         plan = Plan.baseline(self._space.num_layers)
         self._evaluate_whole(plan, "baseline")
-        measurement = self._ledger.measure(plan)
-        if not math.isfinite(measurement.nll):
+        loss = self._racing.compute_loss(plan)
+        if not math.isfinite(loss.nll):
             raise StudyError(
                 f"{self._store.where}: the unmodified model's loss is not finite, so nothing can be compared with "
                 "it; check the model's weights, or try --dtype float32"
             )
-        if self._metric == "kl" and not math.isfinite(measurement.kl_nats_per_token or 0.0):
+        if self._metric == "kl" and not math.isfinite(loss.kl_nats_per_token or 0.0):
             raise ConfigError("metric kl needs an evaluator that measures KL to the unmodified model")
 
     def _settle_front(self) -> None:
@@ -331,28 +337,30 @@ class Coordinator:
                 candidates = build_front(
                     candidates, metric=self._metric, objective=self._objective, include_partial=True
                 )
-            partial = [record for record in candidates if not self._ledger.is_complete(record.plan)]
-            if not partial:
+            stopped = [result for result in candidates if result.state == "stopped"]
+            if not stopped:
                 return
-            for record in partial:
-                self._evaluate_whole(record.plan, "front")
-                self._finished[record.plan] = self._ledger.refresh(record)
+            for result in stopped:
+                self._evaluate_whole(result.plan, "front")
+                self._finished[result.plan] = dataclasses.replace(
+                    result, state=self._racing.get_state(result.plan), loss=self._racing.compute_loss(result.plan)
+                )
 
     # ---- Telling -----------------------------------------------------------------------------------------------------
 
     def _tell(self, job: _Job) -> None:
         """Tell the values of an evaluated plan."""
-        record = self._build_record(job)
+        result = self._build_result(job)
         with self._store.translate_errors():
-            for name, value in build_attributes(record).items():
+            for name, value in build_attributes(result).items():
                 job.trial.set_user_attr(name, value)
-            self._study.tell(job.trial, self._build_values(record))
+            self._study.tell(job.trial, self._build_values(result))
         self._open_trials.remove(job.trial)
-        self._finished[job.plan] = record
+        self._finished[job.plan] = result
         if self._on_trial is not None:
             self._on_trial(
                 TrialUpdate(
-                    record=record,
+                    result=result,
                     num_finished=len(self._finished),
                     num_new=len(self._finished) - self._num_resumed,
                     budget=self._get_reachable(),
@@ -366,26 +374,36 @@ class Coordinator:
             self._study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
         self._open_trials.remove(trial)
 
-    def _build_record(self, job: _Job) -> PlanRecord:
-        return self._ledger.build_record(
-            job.plan,
+    def _build_result(self, job: _Job) -> TrialResult:
+        result = TrialResult(
+            plan=job.plan,
+            variant=RAW,
             trial=job.trial.number,
             origin=job.origin,
-            latency_ms=None if self._estimate_latency_ms is None else self._estimate_latency_ms(job.plan),
+            state=self._racing.get_state(job.plan),
+            loss=self._racing.compute_loss(job.plan),
         )
+        if self._estimate_latency_ms is None:
+            return result
+        baseline_ms = self._estimate_latency_ms(Plan.baseline(self._space.num_layers))
+        return set_latency(result, self._estimate_latency_ms(job.plan), baseline_ms)
 
-    def _build_values(self, record: PlanRecord) -> list[float]:
-        saving = record.depth_reduction if self._objective == "depth" else record.latency_ms
-        loss = record.perplexity if self._metric == "nll" else record.get_cost("kl")
+    def _build_values(self, result: TrialResult) -> list[float]:
+        saving = result.depth_reduction if self._objective == "depth" else result.latency_ms
+        loss = result.perplexity if self._metric == "nll" else result.get_cost("kl")
         assert saving is not None
         return [saving, loss]
 
-    def _build_front(self) -> list[PlanRecord]:
+    def _build_front(self) -> list[TrialResult]:
         return build_front(self._list_valid(), metric=self._metric, objective=self._objective)
 
-    def _list_valid(self) -> list[PlanRecord]:
+    def _list_finished(self) -> list[TrialResult]:
+        """Return the finished plans in the order of the trials."""
+        return sorted(self._finished.values(), key=lambda result: result.trial)
+
+    def _list_valid(self) -> list[TrialResult]:
         """Return the finished plans of the space; a former run's may have been larger, before a layer was frozen."""
-        return [record for record in self._finished.values() if self._space.is_valid(record.plan.joins)]
+        return [result for result in self._list_finished() if self._space.is_valid(result.plan.joins)]
 
     def _count_trials(self, state: TrialState) -> int:
         with self._store.translate_errors():

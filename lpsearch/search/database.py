@@ -16,7 +16,6 @@ from urllib.parse import quote
 
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
-from optuna.storages._rdb.models import BaseModel as OptunaModel
 from sqlalchemy import (
     Column,
     Double,
@@ -28,10 +27,17 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    column,
     event,
+    func,
+    inspect,
+    select,
+    table,
+    text,
+    update,
 )
 from sqlalchemy.dialects import mysql
-from sqlalchemy.engine import URL, make_url
+from sqlalchemy.engine import URL, Engine, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from lpsearch.errors import ConfigError, StudyError, StudyVersionError
@@ -65,17 +71,21 @@ _BLOB = LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")
 
 _metadata = MetaData()
 
-optuna_studies_table: Table = OptunaModel.metadata.tables["studies"]
-"""Optuna's table of studies, since its interface cannot rename one."""
+# Of Optuna's own tables these are read and written past its interface, which cannot do what is said of each.
 
-optuna_params_table: Table = OptunaModel.metadata.tables["trial_params"]
-"""Optuna's table of parameters, since its interface writes each in a transaction of its own."""
+optuna_studies_table = table("studies", column("study_id"), column("study_name"))
+"""Optuna's studies: it cannot rename one."""
 
-optuna_study_attributes_table: Table = OptunaModel.metadata.tables["study_system_attributes"]
-"""Optuna's table of a study's system attributes, since its interface cannot delete one."""
+optuna_params_table = table(
+    "trial_params", column("trial_id"), column("param_name"), column("param_value"), column("distribution_json")
+)
+"""Optuna's parameters: it writes each in a transaction of its own."""
 
-optuna_trials_table: Table = OptunaModel.metadata.tables["trials"]
-"""Optuna's table of trials, since its interface reads each of them to count them."""
+optuna_study_attributes_table = table("study_system_attributes", column("study_id"), column("key"))
+"""Optuna's system attributes of studies: it cannot delete one."""
+
+optuna_trials_table = table("trials", column("trial_id"), column("number"), column("study_id"), column("state"))
+"""Optuna's trials: it reads each of them to count them."""
 
 
 def _table(name: str, *columns: Any) -> Table:
@@ -112,10 +122,16 @@ plans_table = _table(
     Column("id", Integer, primary_key=True),
     _study_key(),
     Column("plan_hash", String(64), nullable=False),
+    Column("variant", String(32), nullable=False, server_default="raw"),
+    Column("state", String(16)),
     Column("groups", Text, nullable=False),
     UniqueConstraint("study_id", "plan_hash"),
 )
-"""Plans that were evaluated; the hash is SHA-256 of the groups, since MySQL indexes no long text."""
+"""Plans that were evaluated, a row for each variant of the weights.
+
+The hash is SHA-256 of groups and variant, since MySQL indexes no long text. The state is ``complete``, ``stopped`` or
+``broken``, and NULL while the plan is evaluated.
+"""
 
 evaluations_table = _table(
     "evaluations",
@@ -236,7 +252,33 @@ def open_optuna_storage(url: URL) -> RDBStorage:
             event.listen(storage.engine, "connect", _set_synchronous_normal)
             storage.engine.dispose()
         _metadata.create_all(storage.engine)
+        _migrate(storage.engine)
     return storage
+
+
+def _migrate(engine: Engine) -> None:
+    """Bring the tables of a former version to this one's: until then plans had neither a variant nor a state."""
+    if "variant" in {found["name"] for found in inspect(engine).get_columns(plans_table.name)}:
+        return
+    plans, evaluations = plans_table, evaluations_table
+    nll, kl = evaluations.c.nll_nats_per_token, evaluations.c.kl_nats_per_token
+    with engine.begin() as connection:
+        connection.execute(text(f"ALTER TABLE {plans.name} ADD COLUMN variant VARCHAR(32) NOT NULL DEFAULT 'raw'"))
+        connection.execute(text(f"ALTER TABLE {plans.name} ADD COLUMN state VARCHAR(16)"))
+        rows = connection.execute(
+            select(plans.c.id, plans.c.study_id, func.count(), func.count(nll), func.count(kl))
+            .join(evaluations, evaluations.c.plan_id == plans.c.id)
+            .where(evaluations.c.split == "proxy")
+            .group_by(plans.c.id, plans.c.study_id)
+        ).all()
+        num_windows: dict[int, int] = {}  # the unmodified model has losses on all of them
+        for _, study_id, count, _, _ in rows:
+            num_windows[study_id] = max(count, num_windows.get(study_id, 0))
+        for plan_id, study_id, count, num_nll, num_kl in rows:
+            state = "complete" if count == num_windows[study_id] else "stopped"
+            if num_nll < count or 0 < num_kl < count:
+                state = "broken"
+            connection.execute(update(plans).where(plans.c.id == plan_id).values(state=state))
 
 
 def _set_synchronous_normal(connection: Any, record: Any) -> None:
@@ -268,7 +310,7 @@ def _check_sqlite_file(path: Path) -> None:
         raise StudyError(f"{path}: not a readable study: {error}; {mend}") from None
     if verdict != "ok":
         raise StudyError(f"{path}: the database is damaged: {' '.join(verdict.split())}; {mend}")
-    known = {*OptunaModel.metadata.tables, *_metadata.tables}
+    known = {optuna_studies_table.name, optuna_trials_table.name, *_metadata.tables}
     if tables and not tables & known:
         raise StudyError(f"{path}: a database of another program (tables {', '.join(sorted(tables)[:3])}); {mend}")
 

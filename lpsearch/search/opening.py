@@ -1,4 +1,4 @@
-"""Opening the Optuna study of a store: its settings, its objectives and what it has finished."""
+"""Opening the Optuna study of a store: its settings and its objectives."""
 
 from __future__ import annotations
 
@@ -7,18 +7,15 @@ import warnings
 import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.study import StudyDirection
-from optuna.trial import TrialState
 
-from lpsearch.errors import ResumeError, StudyError
-from lpsearch.plan import Plan
+from lpsearch.errors import ResumeError
 from lpsearch.search.front import Objective
-from lpsearch.search.ledger import Ledger
-from lpsearch.search.records import Metric, PlanRecord, read_record
+from lpsearch.search.results import Metric
 from lpsearch.search.settings import compare_settings
 from lpsearch.search.space import JoinSpace
 from lpsearch.search.store import StudyStore
 
-__all__ = ["load_records", "open_study", "read_finished", "record_settings"]
+__all__ = ["open_study", "record_settings"]
 
 
 def record_settings(
@@ -66,34 +63,3 @@ def open_study(store: StudyStore, metric: Metric, objective: Objective) -> optun
             warnings.simplefilter("ignore", ExperimentalWarning)
             study.set_metric_names(names)
     return study
-
-
-def read_finished(study: optuna.Study) -> dict[Plan, PlanRecord]:
-    """Return the finished plans of a study in the order of the trials, each once."""
-    finished: dict[Plan, PlanRecord] = {}
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        record = read_record(trial)
-        finished.setdefault(record.plan, record)
-    return finished
-
-
-def load_records(store: StudyStore) -> list[PlanRecord]:
-    """Return every finished plan of a study in the order of the trials, each once; evaluates nothing.
-
-    A plan that was evaluated on further windows after its trial was told has the values of all of them.
-
-    Raises:
-        StudyError: if there is no such study or its database fails.
-    """
-    with store.translate_errors():
-        try:
-            study = optuna.load_study(study_name=store.study_name, storage=store.optuna_storage)
-        except KeyError:
-            raise StudyError(f"{store.where}: holds no study {store.study_name!r}") from None
-        records = list(read_finished(study).values())
-    if not records:
-        return []
-    window_indices, _ = store.load_known_losses(Plan.baseline(records[0].plan.num_layers), split="proxy")
-    metric = (store.load_settings() or {}).get("metric", "nll")
-    ledger = Ledger(store, num_windows=len(window_indices), metric=metric, staged=False)
-    return [ledger.refresh(record) for record in records]

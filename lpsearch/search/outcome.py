@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lpsearch.plan import Plan
-from lpsearch.search.records import PlanRecord
+from lpsearch.search.results import TrialResult
 
 __all__ = ["EvaluationUpdate", "StudyResult", "TrialUpdate"]
 
@@ -31,7 +31,7 @@ class EvaluationUpdate:
     num_windows: int
     num_finished: int
     budget: int
-    front: Sequence[PlanRecord]
+    front: Sequence[TrialResult]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class TrialUpdate:
     """Progress after one finished trial.
 
     Attributes:
-        record: the plan that just finished.
+        result: the plan that just finished.
         num_finished: distinct finished plans of the study so far.
         num_new: those of them that this run finished.
         budget: distinct finished plans at which the study ends; less than was asked for if the space is smaller.
@@ -47,11 +47,11 @@ class TrialUpdate:
         elapsed_s: seconds since this run began.
     """
 
-    record: PlanRecord
+    result: TrialResult
     num_finished: int
     num_new: int
     budget: int
-    front: Sequence[PlanRecord]
+    front: Sequence[TrialResult]
     elapsed_s: float
 
 
@@ -60,7 +60,7 @@ class StudyResult:
     """What a study knows when a run ends.
 
     Attributes:
-        records: every finished plan, in the order of the trials, the baseline included.
+        results: every finished plan, in the order of the trials, the baseline included.
         front: the baseline, then every plan that no other beats, fewest joins first.
         exact: every plan of the space is finished, so the front is the best there is on the proxy.
         num_resumed: plans that were finished before this run.
@@ -70,8 +70,8 @@ class StudyResult:
         elapsed_s: seconds that this run took.
     """
 
-    records: tuple[PlanRecord, ...]
-    front: tuple[PlanRecord, ...]
+    results: tuple[TrialResult, ...]
+    front: tuple[TrialResult, ...]
     exact: bool
     num_resumed: int
     num_new: int
@@ -80,16 +80,16 @@ class StudyResult:
     elapsed_s: float
 
     @property
-    def baseline(self) -> PlanRecord:
+    def baseline(self) -> TrialResult:
         """The unmodified model."""
         return self.front[0]
 
     @property
     def proxy_tokens(self) -> int:
         """Tokens behind the losses of all finished plans, earlier runs included."""
-        return sum(record.proxy_tokens for record in self.records)
+        return sum(result.proxy_tokens for result in self.results)
 
     @property
     def share_evaluated(self) -> float:
         """``proxy_tokens`` relative to evaluating every plan on all windows."""
-        return self.proxy_tokens / (len(self.records) * self.baseline.proxy_tokens)
+        return self.proxy_tokens / (len(self.results) * self.baseline.proxy_tokens)

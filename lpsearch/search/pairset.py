@@ -8,7 +8,7 @@
 
 Where plans are compared by time, strata of what they save take the place of the numbers of joins.
 
-The proposer keeps no state: any process that sees the same observations proposes the same plan.
+The proposer keeps no state: any process that sees the same results proposes the same plan.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from lpsearch.search.programme import (
     list_exchanges,
     solve_programme,
 )
-from lpsearch.search.records import Metric, PlanRecord
+from lpsearch.search.results import Metric, TrialResult
 from lpsearch.search.space import JoinSpace
 from lpsearch.search.strata import build_strata
 from lpsearch.search.surrogate import Surrogate
 
-__all__ = ["Observation", "PairsetProposer", "Proposal", "fit_surrogate"]
+__all__ = ["PairsetProposer", "Proposal", "fit_surrogate"]
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -68,36 +68,6 @@ ENUMERABLE_PLANS = 256
 
 
 @dataclass(frozen=True)
-class Observation:
-    """An evaluated plan.
-
-    Attributes:
-        plan: the plan.
-        delta_nll: its loss minus the baseline's in nats per token; infinite or not a number for a broken plan.
-        sampling_error: standard error of ``delta_nll`` as an estimate of the loss on all of the study's windows; 0 for
-            a plan that was evaluated on all of them, where it is exact.
-    """
-
-    plan: Plan
-    delta_nll: float
-    sampling_error: float = 0.0
-
-    @classmethod
-    def from_record(cls, record: PlanRecord, *, metric: Metric, num_tokens: int) -> Observation:
-        """Read what a finished plan says about its loss on all windows.
-
-        Args:
-            record: the finished plan.
-            metric: which loss.
-            num_tokens: tokens of all windows.
-        """
-        # Windows are drawn without replacement: the error that is left falls to zero where all are there.
-        share_missing = 1 - record.proxy_tokens / num_tokens
-        standard_error = record.get_cost_se(metric) or 0.0
-        return cls(record.plan, record.get_cost(metric), standard_error * math.sqrt(share_missing))
-
-
-@dataclass(frozen=True)
 class Proposal:
     """The plan to evaluate next.
 
@@ -110,24 +80,26 @@ class Proposal:
     origin: str
 
 
-def fit_surrogate(observations: Iterable[Observation], *, num_joins: int) -> Surrogate | None:
+def fit_surrogate(results: Iterable[TrialResult], *, num_joins: int, metric: Metric = "nll") -> Surrogate | None:
     """Return what the search has learned from plans; None where none of them has a join.
 
     Args:
-        observations: evaluated plans, in any order.
+        results: finished plans, in any order.
         num_joins: joins of the model, one less than its layers.
+        metric: which loss.
     """
-    evaluated = _Evaluated.from_observations(observations, num_joins)
+    evaluated = _Evaluated.from_results(results, num_joins, metric)
     return evaluated.fit_surrogate() if len(evaluated.delta_nll) else None
 
 
 class PairsetProposer:
-    """Proposes plans; a pure function of the observations, the pending plans, the space, the budget and the seed.
+    """Proposes plans; a pure function of the results, the pending plans, the space, the budget and the seed.
 
     Args:
         space: the plans to search.
         budget: evaluations of the whole study, the baseline included; None when unknown.
         seed: decides the draws and nothing else.
+        metric: which loss.
         estimate_latency_ms: latency that plans are compared by, additive over groups; None compares by depth.
     """
 
@@ -137,11 +109,12 @@ class PairsetProposer:
         space: JoinSpace,
         budget: int | None,
         seed: int,
+        metric: Metric = "nll",
         estimate_latency_ms: Callable[[Plan], float] | None = None,
     ) -> None:
-        """Store the settings and lay the strata."""
         self._space = space
         self._seed = seed
+        self._metric: Metric = metric
         self._num_joins = space.num_layers - 1
         self._strata = build_strata(space, estimate_latency_ms)
         self._max_stratum = self._strata.num_strata
@@ -153,20 +126,20 @@ class PairsetProposer:
         self._scan = scan
         self._num_scanned_groups = max(0, int(GROUP_SCAN_SHARE * (budget - len(scan) - 1)))
 
-    def propose(self, observations: Sequence[Observation], pending: Collection[Plan]) -> Proposal | None:
+    def propose(self, results: Sequence[TrialResult], pending: Collection[Plan]) -> Proposal | None:
         """Choose the next plan.
 
         Args:
-            observations: every evaluated plan, in any order.
+            results: every finished plan, in any order.
             pending: plans that are being evaluated.
 
         Returns:
             A plan that is neither evaluated nor pending; None when the space has no other.
         """
         # a study may hold plans of another space, enqueued by the user
-        observations = [observation for observation in observations if self._space.is_valid(observation.plan.joins)]
+        results = [result for result in results if self._space.is_valid(result.plan.joins)]
         pending = [plan for plan in pending if self._space.is_valid(plan.joins)]
-        taken = {observation.plan.joins for observation in observations}.union(plan.joins for plan in pending)
+        taken = {result.plan.joins for result in results}.union(plan.joins for plan in pending)
         if () not in taken:
             return self._build_proposal((), "baseline")
         for join in self._scan:
@@ -174,7 +147,7 @@ class PairsetProposer:
                 return self._build_proposal((join,), "scan")
         if len(taken) >= self._space.count_plans():
             return None
-        evaluated = _Evaluated.from_observations(observations, self._num_joins)
+        evaluated = _Evaluated.from_results(results, self._num_joins, self._metric)
         if not len(evaluated.delta_nll):
             return self._propose_any(taken)
         join_means, _ = evaluated.estimate_join_costs()
@@ -293,7 +266,7 @@ class PairsetProposer:
 
 @dataclass(frozen=True)
 class _Evaluated:
-    """The observations as arrays, in an order of their own, without the baseline.
+    """The finished plans as arrays, in an order of their own, without the baseline.
 
     Attributes:
         joined: (plans, num_joins) which joins each sets.
@@ -306,13 +279,18 @@ class _Evaluated:
     sampling_error: FloatArray
 
     @classmethod
-    def from_observations(cls, observations: Iterable[Observation], num_joins: int) -> _Evaluated:
+    def from_results(cls, results: Iterable[TrialResult], num_joins: int, metric: Metric) -> _Evaluated:
+        """Read what finished plans say about their losses on all windows."""
+        results = list(results)
+        num_tokens = max((result.proxy_tokens for result in results), default=0)  # the baseline's: all there are
         losses: dict[tuple[int, ...], tuple[float, float]] = {}
-        for observation in observations:
-            joins, loss = observation.plan.joins, observation.delta_nll
+        for result in results:
+            joins, loss = result.plan.joins, result.get_cost(metric)
             if joins:
-                loss = min(loss, WORST_DELTA_NATS) if np.isfinite(loss) else WORST_DELTA_NATS
-                measured = (loss, observation.sampling_error)
+                # Windows are drawn without replacement: the error that is left falls to zero where all are there.
+                share_missing = 1 - result.proxy_tokens / num_tokens
+                sampling_error = (result.get_cost_se(metric) or 0.0) * math.sqrt(share_missing)
+                measured = (min(loss, WORST_DELTA_NATS), sampling_error)
                 losses[joins] = min(measured, losses.get(joins, measured))
         ordered = sorted(losses)
         values = np.array([losses[joins] for joins in ordered], dtype=np.float64).reshape(-1, 2)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Collection, Iterator, Sequence, Set
 from typing import Protocol
 
 from lpsearch.plan import Plan
-from lpsearch.search.pairset import Observation, Proposal
+from lpsearch.search.pairset import Proposal
+from lpsearch.search.results import Metric, TrialResult
 from lpsearch.search.space import JoinSpace
 
 __all__ = ["EvolutionProposer", "Proposer", "RandomProposer", "WindowProposer"]
@@ -29,11 +29,11 @@ MAX_REDRAWS = 16
 class Proposer(Protocol):
     """Chooses the next plan from what is known; a pure function, so that any process continues the search."""
 
-    def propose(self, observations: Sequence[Observation], pending: Collection[Plan]) -> Proposal | None:
-        """Choose a plan that is neither observed nor pending; None when the space has no other.
+    def propose(self, results: Sequence[TrialResult], pending: Collection[Plan]) -> Proposal | None:
+        """Choose a plan that is neither finished nor pending; None when the space has no other.
 
         Args:
-            observations: every evaluated plan, in the order of the trials.
+            results: every finished plan, in the order of the trials.
             pending: plans that are being evaluated.
         """
 
@@ -49,13 +49,12 @@ class RandomProposer:
     """
 
     def __init__(self, *, space: JoinSpace, seed: int) -> None:
-        """Store the settings."""
         self._space = space
         self._seed = seed
 
-    def propose(self, observations: Sequence[Observation], pending: Collection[Plan]) -> Proposal | None:
-        """Draw a plan that is neither observed nor pending; None when the space has no other."""
-        taken = {observation.plan for observation in observations}.union(pending)
+    def propose(self, results: Sequence[TrialResult], pending: Collection[Plan]) -> Proposal | None:
+        """Draw a plan that is neither finished nor pending; None when the space has no other."""
+        taken = {result.plan for result in results}.union(pending)
         rng = random.Random(f"{self._seed}:{len(taken)}")
         strata = _find_open_strata(self._space, taken)
         return Proposal(_draw_untaken(self._space, rng.choice(strata), taken, rng), "random") if strata else None
@@ -73,16 +72,17 @@ class EvolutionProposer:
     Args:
         space: the plans to choose from.
         seed: decides the draws.
+        metric: which loss.
     """
 
-    def __init__(self, *, space: JoinSpace, seed: int) -> None:
-        """Store the settings."""
+    def __init__(self, *, space: JoinSpace, seed: int, metric: Metric = "nll") -> None:
         self._space = space
         self._seed = seed
+        self._metric: Metric = metric
 
-    def propose(self, observations: Sequence[Observation], pending: Collection[Plan]) -> Proposal | None:
+    def propose(self, results: Sequence[TrialResult], pending: Collection[Plan]) -> Proposal | None:
         """Mutate a parent of the number of joins whose turn it is; None when the space has no other plan."""
-        taken = {observation.plan for observation in observations}.union(pending)
+        taken = {result.plan for result in results}.union(pending)
         rng = random.Random(f"{self._seed}:{len(taken)}")
         strata = _find_open_strata(self._space, taken)
         if not strata:
@@ -91,8 +91,8 @@ class EvolutionProposer:
         num_taken = sum(plan.num_joins == num_joins for plan in taken)
         # A generation descends from what was known when it began, whichever of its plans are finished by now.
         num_before = num_taken // GENERATION_PLANS * GENERATION_PLANS
-        before = [item for item in observations if self._is_member(item.plan, num_joins)][:num_before]
-        parents = sorted(before, key=lambda item: (math.isnan(item.delta_nll), item.delta_nll))[:SURVIVORS]
+        before = [result for result in results if self._is_member(result.plan, num_joins)][:num_before]
+        parents = sorted(before, key=lambda result: result.get_cost(self._metric))[:SURVIVORS]
         for _ in range(MAX_REDRAWS if parents else 0):
             plan = self._mutate(rng.choice(parents).plan, rng)
             if plan not in taken:
@@ -133,17 +133,16 @@ class WindowProposer:
     """
 
     def __init__(self, *, space: JoinSpace, seed: int) -> None:
-        """Store the settings."""
         self._space = space
         self._random = RandomProposer(space=space, seed=seed)
 
-    def propose(self, observations: Sequence[Observation], pending: Collection[Plan]) -> Proposal | None:
+    def propose(self, results: Sequence[TrialResult], pending: Collection[Plan]) -> Proposal | None:
         """Choose the next window, or a random plan after the last; None when the space has no other."""
-        taken = {observation.plan for observation in observations}.union(pending)
+        taken = {result.plan for result in results}.union(pending)
         for plan in self._iterate_windows():
             if plan not in taken:
                 return Proposal(plan, "window")
-        return self._random.propose(observations, pending)
+        return self._random.propose(results, pending)
 
     def _iterate_windows(self) -> Iterator[Plan]:
         space = self._space

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from types import TracebackType
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.storages import RDBStorage
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from lpsearch.config import Split
 from lpsearch.errors import StudyError
@@ -24,9 +25,9 @@ from lpsearch.evaluation.losses import WindowLosses
 from lpsearch.plan import Plan
 from lpsearch.search import database as db
 from lpsearch.search.locks import Claim, HeldElsewhereError, hold_claim, hold_file_lock
-from lpsearch.search.records import finite_or_none
+from lpsearch.search.results import RAW, State, Variant, finite_or_none
 
-__all__ = ["Split", "StoredWindows", "StudyStore"]
+__all__ = ["Split", "StoredPlan", "StoredWindows", "StudyStore"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,19 @@ class StoredWindows:
 
     input_ids: npt.NDArray[np.int32]
     spec: str
+
+
+@dataclass(frozen=True)
+class StoredPlan:
+    """What a study's tables know of a plan.
+
+    Attributes:
+        state: whether its loss is that of all proxy windows; None while it is evaluated.
+        windows: for each split on which it has losses, the windows, ascending, and the loss on each.
+    """
+
+    state: State | None
+    windows: Mapping[Split, tuple[list[int], WindowLosses]]
 
 
 class StudyStore:
@@ -89,7 +103,8 @@ class StudyStore:
             yield
 
     @contextmanager
-    def _transaction(self) -> Iterator[Connection]:
+    def begin_transaction(self) -> Iterator[Connection]:
+        """Yield a connection whose changes are kept if the block ends well."""
         with self.translate_errors(), self._engine.begin() as connection:
             yield connection
 
@@ -97,7 +112,7 @@ class StudyStore:
 
     def load_settings(self) -> dict[str, Any] | None:
         """Return what the study was begun with; None if it has not begun."""
-        with self._transaction() as connection:
+        with self.begin_transaction() as connection:
             row = connection.execute(
                 select(db.studies_table.c.settings).where(db.studies_table.c.name == self.study_name)
             ).one_or_none()
@@ -106,7 +121,7 @@ class StudyStore:
     def list_studies(self) -> list[str]:
         """Return the names of the studies in the database, the oldest first."""
         table = db.studies_table
-        with self._transaction() as connection:
+        with self.begin_transaction() as connection:
             return list(connection.execute(select(table.c.name).order_by(table.c.id)).scalars())
 
     def begin(self, settings: Mapping[str, Any], windows: Mapping[Split, StoredWindows]) -> None:
@@ -117,7 +132,7 @@ class StudyStore:
             windows: what it evaluates on.
         """
         document = json.dumps(settings, sort_keys=True)
-        with self._transaction() as connection:
+        with self.begin_transaction() as connection:
             values = {"name": self.study_name, "settings": document, "created_at": time.time()}
             key = connection.execute(insert(db.studies_table).values(values)).inserted_primary_key
             assert key is not None
@@ -129,7 +144,7 @@ class StudyStore:
     def save_settings(self, settings: Mapping[str, Any]) -> None:
         """Begin the study with these settings, or replace those recorded; JSON values only."""
         document = json.dumps(settings, sort_keys=True)
-        with self._transaction() as connection:
+        with self.begin_transaction() as connection:
             table = db.studies_table
             changed = connection.execute(
                 update(table).where(table.c.name == self.study_name).values(settings=document)
@@ -150,7 +165,7 @@ class StudyStore:
         """
         aside = f"{self.study_name} before {time.strftime('%Y-%m-%dT%H:%M:%S')}"
         own, optuna_table = db.studies_table, db.optuna_studies_table
-        with self.hold_lock(), self._transaction() as connection:
+        with self.hold_lock(), self.begin_transaction() as connection:
             changed = connection.execute(update(own).where(own.c.name == self.study_name).values(name=aside)).rowcount
             connection.execute(
                 update(optuna_table).where(optuna_table.c.study_name == self.study_name).values(study_name=aside)
@@ -162,31 +177,39 @@ class StudyStore:
         """Delete a system attribute of the Optuna study, if it has it."""
         own, studies = db.optuna_study_attributes_table, db.optuna_studies_table
         study_id = select(studies.c.study_id).where(studies.c.study_name == self.study_name).scalar_subquery()
-        with self._transaction() as connection:
+        with self.begin_transaction() as connection:
             connection.execute(delete(own).where(own.c.study_id == study_id, own.c.key == key))
 
     def record_params(
-        self, trial_id: int, params: Mapping[str, Any], distributions: Mapping[str, BaseDistribution]
+        self, trial: int, params: Mapping[str, Any], distributions: Mapping[str, BaseDistribution]
     ) -> None:
         """Note all parameters of a running Optuna trial that has none yet.
 
         Args:
-            trial_id: Optuna's key of the trial.
+            trial: its number.
             params: values by name.
             distributions: what each value is from.
         """
-        rows = [
-            {
-                "trial_id": trial_id,
-                "param_name": name,
-                "param_value": distributions[name].to_internal_repr(value),
-                "distribution_json": distribution_to_json(distributions[name]),
-            }
-            for name, value in params.items()
-        ]
-        if rows:
-            with self._transaction() as connection:
-                connection.execute(insert(db.optuna_params_table), rows)
+        if not params:
+            return
+        trials, studies = db.optuna_trials_table, db.optuna_studies_table
+        find_trial_id = (
+            select(trials.c.trial_id)
+            .join(studies, studies.c.study_id == trials.c.study_id)
+            .where(studies.c.study_name == self.study_name, trials.c.number == trial)
+        )
+        with self.begin_transaction() as connection:
+            trial_id = connection.execute(find_trial_id).scalar_one()
+            rows = [
+                {
+                    "trial_id": trial_id,
+                    "param_name": name,
+                    "param_value": distributions[name].to_internal_repr(value),
+                    "distribution_json": distribution_to_json(distributions[name]),
+                }
+                for name, value in params.items()
+            ]
+            connection.execute(insert(db.optuna_params_table), rows)
 
     @property
     def study_id(self) -> int:
@@ -196,7 +219,7 @@ class StudyStore:
             StudyError: if the study has not begun.
         """
         if self._study_id is None:
-            with self._transaction() as connection:
+            with self.begin_transaction() as connection:
                 self._study_id = connection.execute(
                     select(db.studies_table.c.id).where(db.studies_table.c.name == self.study_name)
                 ).scalar_one_or_none()
@@ -220,7 +243,7 @@ class StudyStore:
         row = _build_windows_row(input_ids, spec)
         table = db.windows_table
         study_id = self.study_id
-        with self._transaction() as connection:
+        with self.begin_transaction() as connection:
             recorded = connection.execute(
                 select(table.c.content_hash).where(table.c.study_id == study_id, table.c.split == split)
             ).scalar_one_or_none()
@@ -240,7 +263,7 @@ class StudyStore:
         """
         table = db.windows_table
         study_id = self.study_id
-        with self._transaction() as connection:
+        with self.begin_transaction() as connection:
             row = connection.execute(
                 select(table).where(table.c.study_id == study_id, table.c.split == split)
             ).one_or_none()
@@ -253,7 +276,15 @@ class StudyStore:
 
     # ---- Evaluations -------------------------------------------------------------------------------------------------
 
-    def record_losses(self, plan: Plan, window_indices: Sequence[int], losses: WindowLosses, *, split: Split) -> None:
+    def record_losses(
+        self,
+        plan: Plan,
+        window_indices: Sequence[int],
+        losses: WindowLosses,
+        *,
+        split: Split,
+        variant: Variant = RAW,
+    ) -> None:
         """Keep the losses of a plan on some windows, none of which it has losses on yet.
 
         Args:
@@ -261,17 +292,23 @@ class StudyStore:
             window_indices: which windows, in the order of ``losses``.
             losses: one value a window; values that are not finite are kept as such.
             split: which windows the indices count.
+            variant: what was done to the weights before; losses of two variants never mix.
         """
         kl_values = losses.kl_nats_per_token or (None,) * len(window_indices)
         study_id = self.study_id
-        with self._transaction() as connection:
+        with self.begin_transaction() as connection:
             self._renew_claim(connection)
-            plan_id = self._find_plan_id(connection, study_id, plan)
+            plan_id = self._find_plan_id(connection, study_id, plan, variant)
             if plan_id is None:
-                groups = plan.to_groups_json()
-                values = {"study_id": study_id, "plan_hash": _hash_plan(plan), "groups": groups}
-                connection.execute(insert(db.plans_table).values(values))
-                plan_id = self._find_plan_id(connection, study_id, plan)
+                connection.execute(
+                    insert(db.plans_table).values(
+                        study_id=study_id,
+                        plan_hash=_hash_plan(plan, variant),
+                        variant=variant,
+                        groups=plan.to_groups_json(),
+                    )
+                )
+                plan_id = self._find_plan_id(connection, study_id, plan, variant)
             connection.execute(
                 insert(db.evaluations_table),
                 [
@@ -287,20 +324,27 @@ class StudyStore:
                 ],
             )
 
-    def find_evaluated_windows(self, plan: Plan, *, split: Split) -> set[int]:
-        """Return the windows on which a plan has losses."""
-        return set(self.load_known_losses(plan, split=split)[0])
+    def record_state(self, plan: Plan, state: State, *, variant: Variant = RAW) -> None:
+        """Note how far a plan was evaluated, of which losses are kept."""
+        study_id = self.study_id
+        with self.begin_transaction() as connection:
+            plan_id = self._find_plan_id(connection, study_id, plan, variant)
+            connection.execute(update(db.plans_table).where(db.plans_table.c.id == plan_id).values(state=state))
 
-    def load_losses(self, plan: Plan, *, num_windows: int, split: Split) -> WindowLosses | None:
+    def find_evaluated_windows(self, plan: Plan, *, split: Split, variant: Variant = RAW) -> set[int]:
+        """Return the windows on which a plan has losses."""
+        return set(self.load_known_losses(plan, split=split, variant=variant)[0])
+
+    def load_losses(self, plan: Plan, *, num_windows: int, split: Split, variant: Variant = RAW) -> WindowLosses | None:
         """Return the losses of a plan on windows 0 to ``num_windows - 1``; None unless it has all of them.
 
         A loss that was not finite comes back as nan.
         """
-        window_indices, losses = self.load_known_losses(plan, split=split, num_windows=num_windows)
+        window_indices, losses = self.load_known_losses(plan, split=split, num_windows=num_windows, variant=variant)
         return losses if len(window_indices) == num_windows else None
 
     def load_known_losses(
-        self, plan: Plan, *, split: Split, num_windows: int | None = None
+        self, plan: Plan, *, split: Split, num_windows: int | None = None, variant: Variant = RAW
     ) -> tuple[list[int], WindowLosses]:
         """Return the windows that a plan has losses on, ascending, and these losses; nan where one was not finite.
 
@@ -308,33 +352,46 @@ class StudyStore:
             plan: the plan.
             split: which windows.
             num_windows: look at windows 0 to ``num_windows - 1`` only; None at all of them.
+            variant: what was done to the weights before.
         """
         table = db.evaluations_table
         study_id = self.study_id
-        with self._transaction() as connection:
-            plan_id = self._find_plan_id(connection, study_id, plan)
+        with self.begin_transaction() as connection:
+            plan_id = self._find_plan_id(connection, study_id, plan, variant)
             chosen = select(table).where(table.c.plan_id == plan_id, table.c.split == split)
             if num_windows is not None:
                 chosen = chosen.where(table.c.window_idx < num_windows)
             rows = connection.execute(chosen.order_by(table.c.window_idx)).all()
-        has_kl = any(row.kl_nats_per_token is not None for row in rows)
-        losses = WindowLosses(
-            nll_nats_per_token=tuple(_number_or_nan(row.nll_nats_per_token) for row in rows),
-            kl_nats_per_token=tuple(_number_or_nan(row.kl_nats_per_token) for row in rows) if has_kl else None,
-            tokens_per_window=rows[0].num_tokens if rows else 0,
-        )
-        return [row.window_idx for row in rows], losses
+        return _read_losses(rows)
 
-    def list_evaluated_plans(self, *, num_windows: int, split: Split) -> list[Plan]:
+    def load_plans(self, *, variant: Variant = RAW) -> dict[str, StoredPlan]:
+        """Return what is known of every plan of a variant, by the plan's compact JSON, in the order they came."""
+        plans, evaluations = db.plans_table, db.evaluations_table
+        study_id = self.study_id
+        with self.begin_transaction() as connection:
+            rows = connection.execute(
+                select(plans.c.groups, plans.c.state, evaluations)
+                .join(evaluations, evaluations.c.plan_id == plans.c.id)
+                .where(plans.c.study_id == study_id, plans.c.variant == variant)
+                .order_by(plans.c.id, evaluations.c.split, evaluations.c.window_idx)
+            ).all()
+        loaded: dict[str, StoredPlan] = {}
+        for (groups, state), of_plan in groupby(rows, key=lambda row: (row.groups, row.state)):
+            windows = {split: _read_losses(list(some)) for split, some in groupby(of_plan, key=lambda row: row.split)}
+            loaded[groups] = StoredPlan(state, windows)
+        return loaded
+
+    def list_evaluated_plans(self, *, num_windows: int, split: Split, variant: Variant = RAW) -> list[Plan]:
         """Return the plans that have losses on windows 0 to ``num_windows - 1``, in the order they came."""
         plans, evaluations = db.plans_table, db.evaluations_table
         study_id = self.study_id
-        with self._transaction() as connection:
+        with self.begin_transaction() as connection:
             rows = connection.execute(
                 select(plans.c.groups)
                 .join(evaluations, evaluations.c.plan_id == plans.c.id)
                 .where(
                     plans.c.study_id == study_id,
+                    plans.c.variant == variant,
                     evaluations.c.split == split,
                     evaluations.c.window_idx < num_windows,
                 )
@@ -345,10 +402,10 @@ class StudyStore:
             return [Plan.from_groups(json.loads(groups)) for groups in rows.scalars()]
 
     @staticmethod
-    def _find_plan_id(connection: Connection, study_id: int, plan: Plan) -> int | None:
+    def _find_plan_id(connection: Connection, study_id: int, plan: Plan, variant: Variant) -> int | None:
         table = db.plans_table
         return connection.execute(
-            select(table.c.id).where(table.c.study_id == study_id, table.c.plan_hash == _hash_plan(plan))
+            select(table.c.id).where(table.c.study_id == study_id, table.c.plan_hash == _hash_plan(plan, variant))
         ).scalar_one_or_none()
 
     # ---- Documents ---------------------------------------------------------------------------------------------------
@@ -356,7 +413,7 @@ class StudyStore:
     def save_latency_profile(self, profile: Mapping[str, Any]) -> None:
         """Keep a latency profile, the content of its file; the latest counts."""
         study_id = self.study_id
-        with self._transaction() as connection:
+        with self.begin_transaction() as connection:
             connection.execute(
                 insert(db.latency_profiles_table).values(
                     study_id=study_id, profile=json.dumps(profile), created_at=time.time()
@@ -367,7 +424,7 @@ class StudyStore:
         """Return the latest latency profile of the study, or None."""
         table = db.latency_profiles_table
         study_id = self.study_id
-        with self._transaction() as connection:
+        with self.begin_transaction() as connection:
             document = connection.execute(
                 select(table.c.profile).where(table.c.study_id == study_id).order_by(table.c.id.desc()).limit(1)
             ).scalar_one_or_none()
@@ -377,7 +434,7 @@ class StudyStore:
         """Keep the front, the content of ``front.json``, in place of the former one."""
         table = db.fronts_table
         study_id = self.study_id
-        with self._transaction() as connection:
+        with self.begin_transaction() as connection:
             connection.execute(delete(table).where(table.c.study_id == study_id))
             connection.execute(insert(table).values(study_id=study_id, front=json.dumps(front), updated_at=time.time()))
 
@@ -385,7 +442,7 @@ class StudyStore:
         """Return the front that was kept last, or None."""
         table = db.fronts_table
         study_id = self.study_id
-        with self._transaction() as connection:
+        with self.begin_transaction() as connection:
             document = connection.execute(
                 select(table.c.front).where(table.c.study_id == study_id)
             ).scalar_one_or_none()
@@ -413,7 +470,7 @@ class StudyStore:
                     held.enter_context(hold_file_lock(path.with_name(path.name + ".lock")))
                 else:
                     subject = f"coordinator of {self.study_name}"
-                    self._claim = held.enter_context(hold_claim(subject, self._transaction))
+                    self._claim = held.enter_context(hold_claim(subject, self.begin_transaction))
             except HeldElsewhereError as error:
                 raise StudyError(
                     f"{self.where}: study {self.study_name!r} is being run by process {error.holder}; "
@@ -431,8 +488,21 @@ class StudyStore:
             raise StudyError(f"{self.where}: another process took over study {self.study_name!r}; this one stops")
 
 
-def _hash_plan(plan: Plan) -> str:
-    return hashlib.sha256(plan.to_groups_json().encode()).hexdigest()
+def _hash_plan(plan: Plan, variant: Variant) -> str:
+    """Return the key of a plan and variant; that of a raw plan is the one of studies that knew no variants."""
+    text = plan.to_groups_json() if variant == RAW else f"{variant}:{plan.to_groups_json()}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read_losses(rows: Sequence[Row[Any]]) -> tuple[list[int], WindowLosses]:
+    """Return the windows and losses of rows of evaluations, of one plan and split."""
+    has_kl = any(row.kl_nats_per_token is not None for row in rows)
+    losses = WindowLosses(
+        nll_nats_per_token=tuple(_number_or_nan(row.nll_nats_per_token) for row in rows),
+        kl_nats_per_token=tuple(_number_or_nan(row.kl_nats_per_token) for row in rows) if has_kl else None,
+        tokens_per_window=rows[0].num_tokens if rows else 0,
+    )
+    return [row.window_idx for row in rows], losses
 
 
 def _build_windows_row(input_ids: npt.NDArray[np.integer[Any]], spec: str) -> dict[str, Any]:

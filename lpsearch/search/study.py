@@ -12,7 +12,7 @@ from lpsearch.search.coordinator import Coordinator
 from lpsearch.search.executors import WorkerThread
 from lpsearch.search.front import Objective
 from lpsearch.search.outcome import EvaluationUpdate, StudyResult, TrialUpdate
-from lpsearch.search.records import Metric
+from lpsearch.search.results import Metric
 from lpsearch.search.space import JoinSpace
 from lpsearch.search.store import StudyStore
 

@@ -11,33 +11,23 @@ from rich.console import Console
 from lpsearch.commands.tables import build_front_table, spread_rows
 from lpsearch.evaluation.losses import PairedDelta
 from lpsearch.plan import Plan
-from lpsearch.search import PlanRecord
+from lpsearch.search import TrialResult
 from lpsearch.wording import describe_layers
+from tests.results import build_result
 
 
-def build_front(num_layers: int = 30, **fields: float) -> list[PlanRecord]:
+def build_front(num_layers: int = 30, **fields: float) -> list[TrialResult]:
     """Build a front of 0, 1, ... joins, from the last pair of layers on."""
     front = []
     for num_joins in range(num_layers // 2 + 1):
         first = num_layers - 2 * num_joins
         groups = [[i] for i in range(first)] + [[i, i + 1] for i in range(first, num_layers, 2)]
-        values = {"kl_nats_per_token": None, "kl_se": None, **fields}
-        record = PlanRecord(
-            plan=Plan.from_groups(groups),
-            trial=num_joins,
-            nll=3.0 + num_joins,
-            delta_nll=0.1 * num_joins,
-            delta_nll_se=0.01 if num_joins else 0.0,
-            latency_ms=100.0 - num_joins,
-            proxy_tokens=100,
-            origin="scan",
-            **values,
-        )
-        front.append(record)
+        values = {"delta_nll_se": 0.01 if num_joins else 0.0, "latency_ms": 100.0 - num_joins, **fields}
+        front.append(build_result(Plan.from_groups(groups), 0.1 * num_joins, trial=num_joins, **values))
     return front
 
 
-def render(front: list[PlanRecord], width: int, **options: object) -> list[str]:
+def render(front: list[TrialResult], width: int, **options: object) -> list[str]:
     stream = io.StringIO()
     Console(file=stream, width=width).print(build_front_table(front, width=width, **options))
     return stream.getvalue().splitlines()
@@ -51,7 +41,7 @@ def test_no_line_is_wider_than_the_terminal(width: int, is_brief: bool) -> None:
     assert max(map(len, lines)) <= width
     assert "…" not in lines[0]
     for record in front[1:]:
-        assert any(f"{record.delta_nll:.3f} ±0.010" in line for line in lines), "numbers are whole"
+        assert any(f"{record.loss.delta_nll:.3f} ±0.010" in line for line in lines), "numbers are whole"
     if is_brief:
         assert len(lines) == len(front) + 2, "one line a plan"
 
@@ -67,7 +57,7 @@ def test_no_line_is_wider_than_the_terminal(width: int, is_brief: bool) -> None:
 )
 def test_columns_give_way_in_order(width: int, shown: list[str], hidden: list[str]) -> None:
     front = build_front()
-    heldout = {record.plan: PairedDelta(record.delta_nll, 0.02) for record in front}
+    heldout = {record.plan: PairedDelta(record.loss.delta_nll, 0.02) for record in front}
     header = render(front, width, heldout=heldout)[0]
     assert all(name in header for name in shown), header
     assert not any(name in header for name in hidden), header

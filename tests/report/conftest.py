@@ -12,7 +12,7 @@ import pytest
 from lpsearch.latency.profile import LatencyProfile
 from lpsearch.plan import ModelIdentity, Plan, PlanMetadata, save_plan, write_json
 from lpsearch.report import StudyReport, load_report
-from lpsearch.search import JoinSpace, StudyStore, build_front, evaluate_stored_plan, load_records, run_study
+from lpsearch.search import JoinSpace, StudyStore, build_front, evaluate_stored_plan, read_results, run_study
 from tests.search.evaluators import SyntheticEvaluator
 
 NUM_LAYERS = 10
@@ -105,14 +105,14 @@ def search_formula(
             objective=objective,
             estimate_latency_ms=None if profile is None else LatencyModel(profile).estimate_latency_ms,
         )
-        front = build_front(load_records(store), metric=metric, objective=objective)
+        front = build_front(read_results(store), metric=metric, objective=objective)
         assert [record.plan for record in front] == [record.plan for record in result.front]
         if heldout:
             unseen = SyntheticEvaluator(NUM_LAYERS, num_windows=5)
             for record in front:
                 evaluate_stored_plan(store, unseen, record.plan, split="heldout")
         if files:
-            write_front_files(directory, [record.plan for record in front], trials=len(result.records), exact=False)
+            write_front_files(directory, [record.plan for record in front], trials=len(result.results), exact=False)
         return load_report(store, directory)
 
 

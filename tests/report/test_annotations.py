@@ -50,7 +50,7 @@ def test_the_figure_is_the_present_front_and_there_is_one(make_study: MakeStudy,
         shown = annotate(report, tmp_path)["plotly_graph_objects"]
         assert [one["id"] for one in shown] == ["lpsearch-front"]
         traces = {trace["name"]: trace for trace in json.loads(shown[0]["graph_object"])["data"]}
-        assert traces["front"]["y"] == [point.record.delta_nll for point in report.front]
+        assert traces["front"]["y"] == [point.record.loss.delta_nll for point in report.front]
         assert len(traces["front"]["y"]) + len(traces["every other trial"]["y"]) == len(report.records)
 
 
@@ -61,7 +61,7 @@ def test_a_large_study_keeps_a_small_figure(
     report = make_study(budget=14)
     shown = json.loads(annotate(report, tmp_path)["plotly_graph_objects"][0]["graph_object"])["data"]
     traces = {trace["name"]: trace for trace in shown}
-    others = sorted(r.delta_nll for r in report.records if r.plan not in {p.record.plan for p in report.front})
+    others = sorted(r.loss.delta_nll for r in report.records if r.plan not in {p.record.plan for p in report.front})
     assert traces["every other trial"]["y"] == others[:5]
     assert len(traces["front"]["y"]) == len(report.front)
 
@@ -94,7 +94,7 @@ def test_notes_are_of_the_present_front_and_keep_what_people_wrote(make_study: M
             joined = [f"{group[0]}-{group[-1]}" for group in point.record.plan.groups if len(group) > 1]
             groups = " ".join(joined) or "every layer alone"
             row = next(line for line in shown["note"]["body"].splitlines() if line.endswith(f"| {groups} |"))
-            assert f"| {point.record.delta_nll:.4f}" in row
+            assert f"| {point.record.loss.delta_nll:.4f}" in row
         notes = {trial["number"]: trial["note"]["body"] for trial in shown["trials"]}
         points = {point.record.trial: point for point in report.front}
         assert {number for number, body in notes.items() if body} == {*points, kept}

@@ -41,7 +41,7 @@ def test_front_figure(make_study: MakeStudy, saving: str, loss: str) -> None:
     def place(record: Any) -> tuple[float, float]:
         return (
             100 * (1 - record.plan.depth / report.num_layers) if saving == "depth" else record.latency_ms,
-            record.delta_nll if loss == "delta" else math.exp(record.nll),
+            record.loss.delta_nll if loss == "delta" else math.exp(record.loss.nll),
         )
 
     on_front = [point.record for point in report.front]
@@ -59,11 +59,12 @@ def test_front_figure(make_study: MakeStudy, saving: str, loss: str) -> None:
         record = report.front[index].record
         assert (x, y) == pytest.approx(place(record)), "a click on a point must find its own plan"
         assert f"layers {describe_groups(record.plan)}" in text.replace("<br>", " ")
-        error = record.delta_nll_se or 0.0
-        assert above == pytest.approx(error if loss == "delta" else math.exp(record.nll + error) - math.exp(record.nll))
+        error = record.loss.delta_nll_se or 0.0
+        nll = record.loss.nll
+        assert above == pytest.approx(error if loss == "delta" else math.exp(nll + error) - math.exp(nll))
     heldout = get_trace(figure, "front, held out")
     losses = [point.heldout.delta for point in report.front]
-    base = report.baseline.nll
+    base = report.baseline.loss.nll
     assert list(heldout.y) == pytest.approx(losses if loss == "delta" else [math.exp(base + x) for x in losses])
     assert figure.data[-1].name == "chosen plan"
 
@@ -174,7 +175,7 @@ def test_tables_hold_the_data_of_their_figures(make_study: MakeStudy) -> None:
         assert {len(row) for row in chart.table.rows} == {len(chart.table.columns)}
     for row, point in zip(charts["front"].table.rows, report.front, strict=True):
         assert row[0] == str(point.record.num_joins)
-        assert row[2].startswith(f"{point.record.delta_nll:.4f}")
+        assert row[2].startswith(f"{point.record.loss.delta_nll:.4f}")
         assert row[3].startswith(f"{point.heldout.delta:.4f}")
         assert row[-1] == describe_groups(point.record.plan)
     strongest = charts["interactions"].table.rows[0][1]

@@ -14,6 +14,7 @@ import pytest
 from lpsearch.report import build_html, write_html
 from tests.report.conftest import MakeStudy
 from tests.report.pages import parse
+from tests.results import build_result
 from tests.search.evaluators import SyntheticEvaluator
 
 MAX_BYTES = 6_000_000
@@ -44,7 +45,7 @@ def test_every_front_plan_has_its_numbers_and_commands(make_study: MakeStudy) ->
     for index, point in enumerate(report.front):
         assert f"plan-{index}" in page.ids
         assert f"lpsearch evaluate {report.directory}/{point.plan_file}" in page.text
-        assert f"{point.record.delta_nll:.4f}" in page.text
+        assert f"{point.record.loss.delta_nll:.4f}" in page.text
     assert "under way or was interrupted" not in page.text
 
 
@@ -91,9 +92,9 @@ def test_a_large_study_stays_small(make_study: MakeStudy) -> None:
         joins = 2 * np.flatnonzero(rng.random(39) < rng.uniform(0.05, 0.9))
         plan = Plan.from_joins(80, joins.tolist() or [0])
         delta = 0.02 * plan.num_joins**1.5 * float(rng.uniform(0.8, 2))
-        records.append(dataclasses.replace(base, plan=plan, trial=trial, delta_nll=delta, nll=base.nll + delta))
+        records.append(build_result(plan, delta, trial=trial))
     best = {
-        k: min((r for r in records if r.num_joins == k), key=lambda r: r.delta_nll)
+        k: min((r for r in records if r.num_joins == k), key=lambda r: r.loss.delta_nll)
         for k in range(40)
         if any(r.num_joins == k for r in records)
     }

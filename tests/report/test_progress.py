@@ -9,13 +9,13 @@ import pytest
 
 from lpsearch.plan import Plan
 from lpsearch.report.progress import compute_hypervolume, find_reference_cost, trace_progress
-from lpsearch.search import PlanRecord
+from lpsearch.search import TrialResult
+from tests.results import build_result
 
 NUM_LAYERS = 9
-BASE_NLL = 3.0
 
 
-def build_records(seed: int, count: int = 40) -> list[PlanRecord]:
+def build_records(seed: int, count: int = 40) -> list[TrialResult]:
     """Draw plans with any loss; some have fewer tokens than the baseline, one has no loss."""
     rng = random.Random(seed)
     records = []
@@ -24,18 +24,17 @@ def build_records(seed: int, count: int = 40) -> list[PlanRecord]:
         if trial and not joins:
             joins = [rng.randrange(NUM_LAYERS - 1)]
         delta = 0.0 if trial == 0 else math.nan if trial == 7 else 0.3 * len(joins) * rng.uniform(-0.1, 1.5)
+        is_whole = trial == 0 or trial % 5 > 0
         records.append(
-            PlanRecord(
-                plan=Plan.from_joins(NUM_LAYERS, joins),
+            build_result(
+                Plan.from_joins(NUM_LAYERS, joins),
+                delta,
                 trial=trial,
-                nll=BASE_NLL + delta,
-                delta_nll=delta,
                 delta_nll_se=0.01,
-                kl_nats_per_token=None,
-                kl_se=None,
                 latency_ms=10 - len(joins) - 0.1 * sum(joins),
-                proxy_tokens=100 if trial % 5 or trial == 0 else 25,
-                origin="random",
+                num_windows=4 if is_whole else 1,
+                num_tokens=100 if is_whole else 25,
+                state="broken" if math.isnan(delta) else "complete" if is_whole else "stopped",
             )
         )
     return records
@@ -65,20 +64,20 @@ def test_progress_is_what_each_beginning_of_the_search_knew(seed: int, objective
     records = build_records(seed)
     base = records[0]
 
-    def saving(record: PlanRecord) -> float:
+    def saving(record: TrialResult) -> float:
         return record.depth_reduction if objective == "depth" else 1 - record.latency_ms / base.latency_ms
 
     steps = trace_progress(records, metric="nll", objective=objective, reference_cost=0.8)
     assert [step.trial for step in steps] == list(range(len(records)))
     for end, step in enumerate(steps, start=1):
-        known = [r for r in records[:end] if r.proxy_tokens >= base.proxy_tokens and math.isfinite(r.delta_nll)]
+        known = [r for r in records[:end] if r.proxy_tokens >= base.proxy_tokens and math.isfinite(r.loss.delta_nll)]
         assert step.tokens == sum(record.proxy_tokens for record in records[:end])
         assert step.best == {
-            k: min(r.delta_nll for r in known if r.num_joins == k) for k in {r.num_joins for r in known}
+            k: min(r.loss.delta_nll for r in known if r.num_joins == k) for k in {r.num_joins for r in known}
         }
         # every saving is a multiple of this slice, or so close to one that it does not matter
         slices = NUM_LAYERS if objective == "depth" else 20000
-        expected = slice_hypervolume([(saving(record), record.delta_nll) for record in known], 0.8, slices)
+        expected = slice_hypervolume([(saving(record), record.loss.delta_nll) for record in known], 0.8, slices)
         assert step.hypervolume == pytest.approx(expected, abs=1e-9 if objective == "depth" else 1e-4)
 
 
@@ -86,9 +85,7 @@ def test_the_reference_is_a_nat_or_the_worst_of_the_front() -> None:
     base, *others = build_records(0, 6)
 
     def find(*costs: float) -> float:
-        import dataclasses
-
-        records = [dataclasses.replace(others[0], delta_nll=cost) for cost in costs]
+        records = [build_result(others[0].plan, cost) for cost in costs]
         return find_reference_cost([base, *records], "nll")
 
     assert find(0.2, 0.6) == 0.6

@@ -43,12 +43,12 @@ def test_front_and_held_out_values(make_study: MakeStudy) -> None:
     assert report.front[0].record.num_joins == 0
     for point in report.front:
         delta, error = compare(seen, point.record.plan)
-        assert (point.record.delta_nll, point.record.delta_nll_se) == pytest.approx((delta, error))
+        assert (point.record.loss.delta_nll, point.record.loss.delta_nll_se) == pytest.approx((delta, error))
         assert (point.heldout.delta, point.heldout.standard_error) == pytest.approx(compare(unseen, point.record.plan))
     expected = {
         a.plan
         for a in complete
-        if not any(b.num_joins >= a.num_joins and b.delta_nll < a.delta_nll for b in complete if b.num_joins)
+        if not any(b.num_joins >= a.num_joins and b.loss.delta_nll < a.loss.delta_nll for b in complete if b.num_joins)
     }
     assert {point.record.plan for point in report.front} == expected | {Plan.baseline(NUM_LAYERS)}
     assert report.is_current
@@ -79,18 +79,18 @@ def test_effects_are_those_of_the_surrogate(make_study: MakeStudy) -> None:
     assert len(single) == num_joins
     surrogate = Surrogate(
         joined=np.array([[i in record.plan.joins for i in range(num_joins)] for record in plans]),
-        delta_nll=np.array([record.delta_nll for record in plans]),
+        delta_nll=np.array([record.loss.delta_nll for record in plans]),
         sampling_error=np.array(
-            [(record.delta_nll_se or 0) * math.sqrt(1 - record.proxy_tokens / (8 * 63)) for record in plans]
+            [(record.loss.delta_nll_se or 0) * math.sqrt(1 - record.proxy_tokens / (8 * 63)) for record in plans]
         ),
-        join_means=np.array([single[i].delta_nll for i in range(num_joins)]),
+        join_means=np.array([single[i].loss.delta_nll for i in range(num_joins)]),
         measured=np.ones(num_joins, dtype=bool),
     )
 
     def expect(*joins: int) -> float:
         return float(surrogate.estimate_mean(np.array([[i in joins for i in range(num_joins)]]))[0])
 
-    assert report.effects.measured == tuple(single[i].delta_nll for i in range(num_joins))
+    assert report.effects.measured == tuple(single[i].loss.delta_nll for i in range(num_joins))
     assert report.effects.expected == pytest.approx([expect(i) for i in range(num_joins)])
     for i in range(num_joins):
         for j in range(num_joins):
@@ -122,7 +122,7 @@ def test_windows_are_compared_where_the_study_tried_them(make_study: MakeStudy) 
             for joins in windows
             if joins in evaluated
         ]
-        assert record.nll == pytest.approx(min(losses))
+        assert record.loss.nll == pytest.approx(min(losses))
     assert {record.num_joins for record in report.windows_front} >= {1, 2, 3}
 
 
@@ -203,6 +203,6 @@ def test_a_profile_of_another_version_is_left_out(make_study: MakeStudy, tmp_pat
         store.save_latency_profile({"schema_version": 1})
         again = load_report(store, tmp_path)
     assert again.latency_model is None
-    assert [dataclasses.replace(record, latency_ms=None) for record in again.records] == [
-        dataclasses.replace(record, latency_ms=None) for record in report.records
+    assert [dataclasses.replace(record, latency_ms=None, speedup=None) for record in again.records] == [
+        dataclasses.replace(record, latency_ms=None, speedup=None) for record in report.records
     ]

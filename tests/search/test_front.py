@@ -7,22 +7,12 @@ from hypothesis import strategies as st
 
 from lpsearch.plan import Plan
 from lpsearch.search.front import build_front
-from lpsearch.search.records import PlanRecord
+from lpsearch.search.results import TrialResult
+from tests.results import build_result
 
 
-def build_record(trial: int, joins, delta: float, latency_ms: float | None = None) -> PlanRecord:
-    return PlanRecord(
-        plan=Plan.from_joins(9, joins),
-        trial=trial,
-        nll=3.0 + delta,
-        delta_nll=delta,
-        delta_nll_se=None,
-        kl_nats_per_token=None,
-        kl_se=None,
-        latency_ms=latency_ms,
-        proxy_tokens=1,
-        origin="random",
-    )
+def build_record(trial: int, joins, delta: float, latency_ms: float | None = None) -> TrialResult:
+    return build_result(Plan.from_joins(9, joins), delta, trial=trial, latency_ms=latency_ms)
 
 
 records_strategy = st.lists(
@@ -34,11 +24,11 @@ records_strategy = st.lists(
 @given(records_strategy)
 def test_front_is_what_no_other_plan_dominates(records):
     def dominates(a, b):
-        as_good = a.num_joins >= b.num_joins and a.delta_nll <= b.delta_nll
-        better = a.num_joins > b.num_joins or a.delta_nll < b.delta_nll or a.trial < b.trial
+        as_good = a.num_joins >= b.num_joins and a.loss.delta_nll <= b.loss.delta_nll
+        better = a.num_joins > b.num_joins or a.loss.delta_nll < b.loss.delta_nll or a.trial < b.trial
         return as_good and better
 
-    joined = [record for record in records if record.num_joins and record.delta_nll == record.delta_nll]
+    joined = [record for record in records if record.num_joins and record.loss.delta_nll == record.loss.delta_nll]
     expected = [b for b in joined if not any(dominates(a, b) for a in joined)]
     front = build_front(records)
     assert front == [records[0], *sorted(expected, key=lambda record: record.num_joins)]

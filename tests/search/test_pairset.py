@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lpsearch.plan import Plan
-from lpsearch.search.pairset import Observation, PairsetProposer
+from lpsearch.search import TrialResult
+from lpsearch.search.pairset import PairsetProposer
 from lpsearch.search.space import JoinSpace
+from tests.results import build_result
 
 Landscape = Callable[[Plan], float]
 
@@ -39,18 +41,18 @@ def _build_landscape(num_layers: int, seed: int) -> Landscape:
 
 def _run(
     space: JoinSpace, landscape: Landscape, *, budget: int, seed: int = 0, workers: int = 1
-) -> tuple[list[Observation], list[str]]:
+) -> tuple[list[TrialResult], list[str]]:
     """Run a search; with several workers the oldest running plan finishes first."""
     proposer = PairsetProposer(space=space, budget=budget, seed=seed)
-    observations: list[Observation] = []
+    results: list[TrialResult] = []
     running: list[Plan] = []
     origins: list[str] = []
-    while len(observations) < budget:
-        while len(running) < workers and len(observations) + len(running) < budget:
-            proposal = proposer.propose(observations, running)
+    while len(results) < budget:
+        while len(running) < workers and len(results) + len(running) < budget:
+            proposal = proposer.propose(results, running)
             if proposal is None:
                 break
-            known = {observation.plan for observation in observations} | set(running)
+            known = {result.plan for result in results} | set(running)
             assert proposal.plan not in known
             assert space.is_valid(proposal.plan.joins)
             running.append(proposal.plan)
@@ -58,8 +60,8 @@ def _run(
         if not running:
             break
         plan = running.pop(0)
-        observations.append(Observation(plan, landscape(plan)))
-    return observations, origins
+        results.append(build_result(plan, landscape(plan)))
+    return results, origins
 
 
 @settings(max_examples=25, deadline=None)
@@ -77,22 +79,20 @@ def test_never_repeats_and_exhausts_the_space(
     space = JoinSpace(
         num_layers, min(max_group, max(2, num_layers)), tuple(layer for layer in frozen if layer < num_layers)
     )
-    observations, _ = _run(space, _build_landscape(num_layers, seed), budget=budget, seed=seed, workers=workers)
-    assert len(observations) == min(budget, space.count_plans())
+    results, _ = _run(space, _build_landscape(num_layers, seed), budget=budget, seed=seed, workers=workers)
+    assert len(results) == min(budget, space.count_plans())
 
 
 @settings(max_examples=15, deadline=None)
 @given(shuffled=st.randoms(use_true_random=False), max_group=st.integers(2, 4), seed=st.integers(0, 5))
-def test_proposal_does_not_depend_on_the_order_of_observations(
-    shuffled: random.Random, max_group: int, seed: int
-) -> None:
+def test_proposal_does_not_depend_on_the_order_of_results(shuffled: random.Random, max_group: int, seed: int) -> None:
     space = JoinSpace(12, max_group)
-    observations, _ = _run(space, _build_landscape(12, seed), budget=24, seed=seed)
+    results, _ = _run(space, _build_landscape(12, seed), budget=24, seed=seed)
     proposer = PairsetProposer(space=space, budget=60, seed=seed)
-    expected = proposer.propose(observations, ())
-    shuffled.shuffle(observations)
-    assert proposer.propose(observations, ()) == expected
-    assert PairsetProposer(space=space, budget=60, seed=seed).propose(observations, ()) == expected
+    expected = proposer.propose(results, ())
+    shuffled.shuffle(results)
+    assert proposer.propose(results, ()) == expected
+    assert PairsetProposer(space=space, budget=60, seed=seed).propose(results, ()) == expected
 
 
 def test_origins_follow_the_design() -> None:
@@ -106,17 +106,17 @@ def test_origins_follow_the_design() -> None:
 def test_broken_plans_do_not_spoil_the_search(broken: float) -> None:
     """A join that ruins the model takes part in no later proposal, and the others are still ranked."""
     landscape = _build_landscape(12, 1)
-    observations, _ = _run(JoinSpace(12), lambda plan: broken if 5 in plan.joins else landscape(plan), budget=40)
-    assert sum(5 in observation.plan.joins for observation in observations[12:]) <= 3
+    results, _ = _run(JoinSpace(12), lambda plan: broken if 5 in plan.joins else landscape(plan), budget=40)
+    assert sum(5 in result.plan.joins for result in results[12:]) <= 3
     best = {}
     for plan in JoinSpace(12).enumerate_plans():
         if 5 not in plan.joins:
             best[plan.num_joins] = min(landscape(plan), best.get(plan.num_joins, math.inf))
     for count in range(1, 5):
         found = min(
-            item.delta_nll
-            for item in observations
-            if item.plan.num_joins == count and math.isfinite(item.delta_nll) and 5 not in item.plan.joins
+            item.loss.delta_nll
+            for item in results
+            if item.plan.num_joins == count and math.isfinite(item.loss.delta_nll) and 5 not in item.plan.joins
         )
         assert found <= best[count] + 1e-9
 
@@ -125,28 +125,28 @@ def test_broken_plans_do_not_spoil_the_search(broken: float) -> None:
 def test_finds_the_front_of_a_small_space(max_group: int) -> None:
     space = JoinSpace(14, max_group)
     landscape = _build_landscape(14, 3)
-    observations, _ = _run(space, landscape, budget=80)
+    results, _ = _run(space, landscape, budget=80)
     for count in range(1, 5):
         best = min(landscape(plan) for plan in space.enumerate_plans_with(count))
-        found = min(item.delta_nll for item in observations if item.plan.num_joins == count)
+        found = min(item.loss.delta_nll for item in results if item.plan.num_joins == count)
         assert found == pytest.approx(best, abs=1e-9)
 
 
 def test_small_budget_scans_evenly_and_still_reaches_the_programme() -> None:
-    observations, origins = _run(JoinSpace(40), _build_landscape(40, 0), budget=30)
+    results, origins = _run(JoinSpace(40), _build_landscape(40, 0), budget=30)
     assert "programme" in origins
-    scanned = sorted(item.plan.joins[0] for item in observations if item.plan.num_joins == 1)
+    scanned = sorted(item.plan.joins[0] for item in results if item.plan.num_joins == 1)
     assert max(np.diff([-1, *scanned, 39])) <= 5
 
 
 def test_several_asks_before_a_tell_differ() -> None:
     """A batch asked with the earlier plans pending holds no plan twice and spreads over the front."""
     space = JoinSpace(20)
-    observations, _ = _run(space, _build_landscape(20, 2), budget=40)
+    results, _ = _run(space, _build_landscape(20, 2), budget=40)
     proposer = PairsetProposer(space=space, budget=80, seed=0)
     batch: list[Plan] = []
     for _ in range(8):
-        proposal = proposer.propose(observations, batch)
+        proposal = proposer.propose(results, batch)
         assert proposal is not None
         batch.append(proposal.plan)
     assert len(set(batch)) == 8
@@ -162,7 +162,7 @@ def test_scans_larger_groups_where_they_are_allowed() -> None:
 def test_plans_of_another_space_are_passed_over() -> None:
     space = JoinSpace(8, 2, (0,))
     outsider = Plan.from_joins(8, [0, 1, 2, 3, 4])
-    observations, _ = _run(space, _build_landscape(8, 0), budget=12)
+    results, _ = _run(space, _build_landscape(8, 0), budget=12)
     proposer = PairsetProposer(space=space, budget=20, seed=0)
-    expected = proposer.propose(observations, ())
-    assert proposer.propose([*observations, Observation(outsider, -1.0)], [outsider]) == expected
+    expected = proposer.propose(results, ())
+    assert proposer.propose([*results, build_result(outsider, -1.0)], [outsider]) == expected

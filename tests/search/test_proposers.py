@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lpsearch.plan import Plan
-from lpsearch.search.pairset import Observation
+from lpsearch.search import TrialResult
 from lpsearch.search.proposers import (
     GENERATION_PLANS,
     MAX_SWITCHES,
@@ -18,17 +18,18 @@ from lpsearch.search.proposers import (
     WindowProposer,
 )
 from lpsearch.search.space import JoinSpace
+from tests.results import build_result
 from tests.search.evaluators import SyntheticEvaluator
 
 PROPOSERS = (EvolutionProposer, RandomProposer, WindowProposer)
 
 
 def search(proposer, measure, *, budget, workers=1):
-    """Run a proposer, the oldest running plan finishing first; return the observations and the origins."""
-    observations, running, origins = [], [], []
-    while len(observations) < budget:
+    """Run a proposer, the oldest running plan finishing first; return the results and the origins."""
+    results, running, origins = [], [], []
+    while len(results) < budget:
         while len(running) < workers:
-            proposal = proposer.propose(observations, running)
+            proposal = proposer.propose(results, running)
             if proposal is None:
                 break
             running.append(proposal.plan)
@@ -36,8 +37,8 @@ def search(proposer, measure, *, budget, workers=1):
         if not running:
             break
         plan = running.pop(0)
-        observations.append(Observation(plan, measure(plan)))
-    return observations, origins
+        results.append(build_result(plan, measure(plan)))
+    return results, origins
 
 
 @pytest.mark.parametrize("build", PROPOSERS)
@@ -54,8 +55,8 @@ def test_never_repeats_and_exhausts_the_space(build, num_layers, max_group, froz
         num_layers, min(max_group, max(2, num_layers)), tuple(layer for layer in frozen if layer < num_layers)
     )
     proposer = build(space=space, seed=seed)
-    observations, _ = search(proposer, lambda plan: math.nan if 2 in plan.joins else 0.1, budget=500, workers=workers)
-    plans = [item.plan for item in observations]
+    results, _ = search(proposer, lambda plan: math.nan if 2 in plan.joins else 0.1, budget=500, workers=workers)
+    plans = [item.plan for item in results]
     assert len(plans) == len(set(plans)) == space.count_plans()
     assert all(space.is_valid(plan.joins) for plan in plans)
 
@@ -64,14 +65,14 @@ def test_never_repeats_and_exhausts_the_space(build, num_layers, max_group, froz
 def test_evolution_mutates_the_best_plan_of_each_number_of_joins(max_group):
     space = JoinSpace(20, max_group)
     measure = SyntheticEvaluator(20).compute_delta
-    observations, origins = search(EvolutionProposer(space=space, seed=1), measure, budget=150)
+    results, origins = search(EvolutionProposer(space=space, seed=1), measure, budget=150)
     assert origins.count("mutation") > 75
-    by_count: dict[int, list[Observation]] = {}
-    for item, origin in zip(observations, origins, strict=True):
+    by_count: dict[int, list[TrialResult]] = {}
+    for item, origin in zip(results, origins, strict=True):
         earlier = by_count.setdefault(item.plan.num_joins, [])
         before = earlier[: len(earlier) // GENERATION_PLANS * GENERATION_PLANS]
         if origin == "mutation":
-            parent = min(before, key=lambda known: known.delta_nll).plan
+            parent = min(before, key=lambda known: known.loss.delta_nll).plan
             assert 1 <= len(set(parent.joins) - set(item.plan.joins)) <= MAX_SWITCHES
         earlier.append(item)
     sizes = {k: len(items) for k, items in by_count.items()}
@@ -86,8 +87,8 @@ def test_evolution_improves_on_random():
     for build in (EvolutionProposer, RandomProposer):
         found = []
         for seed in range(3):
-            observations, _ = search(build(space=space, seed=seed), measure, budget=200)
-            found += [min(item.delta_nll for item in observations if item.plan.num_joins == k) for k in range(2, 9)]
+            results, _ = search(build(space=space, seed=seed), measure, budget=200)
+            found += [min(item.loss.delta_nll for item in results if item.plan.num_joins == k) for k in range(2, 9)]
         best[build] = sum(found)
     assert best[EvolutionProposer] < best[RandomProposer]
 
@@ -96,8 +97,8 @@ def test_a_proposal_is_decided_by_what_is_known():
     space = JoinSpace(12)
     measure = SyntheticEvaluator(12).compute_delta
     for build in PROPOSERS:
-        observations, _ = search(build(space=space, seed=2), measure, budget=30)
-        first = build(space=space, seed=2).propose(observations, [])
-        assert first == build(space=space, seed=2).propose(list(observations), ())
-        outsider = Observation(Plan.from_joins(12, [0, 1, 2, 3]), -1.0)
-        assert build(space=space, seed=2).propose([outsider, *observations], []) is not None
+        results, _ = search(build(space=space, seed=2), measure, budget=30)
+        first = build(space=space, seed=2).propose(results, [])
+        assert first == build(space=space, seed=2).propose(list(results), ())
+        outsider = build_result(Plan.from_joins(12, [0, 1, 2, 3]), -1.0)
+        assert build(space=space, seed=2).propose([outsider, *results], []) is not None

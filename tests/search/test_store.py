@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import os
@@ -9,7 +10,9 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,12 +21,20 @@ from sqlalchemy import insert, select
 from lpsearch.errors import ConfigError, ResumeError, StudyError
 from lpsearch.evaluation.losses import WindowLosses
 from lpsearch.plan import Plan
-from lpsearch.search import JoinSpace, StudyStore, compare_settings, run_study
+from lpsearch.search import (
+    JoinSpace,
+    StudyStore,
+    compare_settings,
+    evaluate_stored_plan,
+    read_results,
+    run_study,
+)
 from lpsearch.search.database import claims_table
 from lpsearch.search.locks import CLAIM_LIFETIME_S
 from tests.search.evaluators import SyntheticEvaluator
 
 PLAN = Plan.from_joins(6, (1, 3))
+FORMER_STUDY = Path(__file__).parents[1] / "data" / "studies" / "without_variants.sql"
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -82,6 +93,52 @@ def test_losses_round_trip_by_plan_split_and_window(store):
     assert store.list_evaluated_plans(num_windows=2, split="heldout") == [other]
     with pytest.raises(StudyError):
         store.record_losses(PLAN, [1], WindowLosses((1.0,), None, 63), split="proxy")
+
+
+def test_losses_of_two_variants_never_mix(store):
+    store.save_settings({})
+    for nll, variant in [(3.0, "raw"), (2.5, "refit")]:
+        store.record_losses(PLAN, [0], WindowLosses((nll,), None, 63), split="proxy", variant=variant)
+    store.record_losses(PLAN, [1], WindowLosses((2.6,), None, 63), split="proxy", variant="refit")
+    store.record_state(PLAN, "complete", variant="refit")
+    assert store.load_losses(PLAN, num_windows=1, split="proxy") == WindowLosses((3.0,), None, 63)
+    assert store.load_losses(PLAN, num_windows=2, split="proxy") is None
+    assert store.load_losses(PLAN, num_windows=2, split="proxy", variant="refit").nll_nats_per_token == (2.5, 2.6)
+    assert store.list_evaluated_plans(num_windows=2, split="proxy") == []
+    assert store.list_evaluated_plans(num_windows=2, split="proxy", variant="refit") == [PLAN]
+    states = [store.load_plans(variant=variant)[PLAN.to_groups_json()].state for variant in ("raw", "refit")]
+    assert states == [None, "complete"]
+
+
+def test_a_study_that_knew_no_variants_and_states_resumes(tmp_path):
+    """The dump is of 12 trials of another version; this one's first 12 trials are the same."""
+    evaluator = {"num_layers": 8, "num_windows": 8, "easy_windows": 4, "broken_join": 3}
+    space = JoinSpace(8)
+    urls = [f"sqlite:///{tmp_path / name}.db" for name in ("former", "fresh")]
+    with closing(sqlite3.connect(tmp_path / "former.db")) as connection:
+        connection.executescript(FORMER_STUDY.read_text(encoding="utf-8"))
+    with StudyStore(urls[0], study_name="demo") as store:
+        former = read_results(store)
+    assert Counter(result.state for result in former) == {"complete": 8, "stopped": 3, "broken": 1}
+    with StudyStore(urls[1], study_name="demo") as store:
+        first = run_study(evaluator=SyntheticEvaluator(**evaluator), space=space, budget=12, seed=1, store=store)
+        for result in first.front:
+            evaluate_stored_plan(store, SyntheticEvaluator(8, num_windows=5), result.plan, split="heldout")
+        fresh = read_results(store)
+    plan_files = {result.plan: result.plan_file for result in former if result.plan_file}
+    assert plan_files == {result.plan: f"plans/joins-{result.num_joins:02d}.json" for result in first.front}
+    # not a number is unequal to itself
+    shown = [[repr(dataclasses.replace(result, plan_file=None)) for result in results] for results in (former, fresh)]
+    assert shown[0] == shown[1]
+
+    both = []
+    for url in urls:
+        with StudyStore(url, study_name="demo") as store:
+            rest = SyntheticEvaluator(**evaluator)
+            run_study(evaluator=rest, space=space, budget=18, seed=1, store=store)
+            both.append((rest.calls, [result.plan for result in read_results(store)]))
+    assert both[0] == both[1]
+    assert len(both[0][1]) == 18
 
 
 def test_damaged_windows_are_noticed(tmp_path):
@@ -186,7 +243,7 @@ def test_no_space_left_is_said_and_loses_nothing(tmp_path):
     url = f"sqlite:///{path}"
     with StudyStore(url, study_name="demo") as store:
         num_before = len(
-            run_study(evaluator=SyntheticEvaluator(20), space=JoinSpace(20), budget=3, store=store).records
+            run_study(evaluator=SyntheticEvaluator(20), space=JoinSpace(20), budget=3, store=store).results
         )
     limit = path.stat().st_size + 300_000
     done = subprocess.run(
@@ -198,7 +255,7 @@ def test_no_space_left_is_said_and_loses_nothing(tmp_path):
     with StudyStore(url, study_name="demo") as store:
         result = run_study(evaluator=SyntheticEvaluator(20), space=JoinSpace(20), budget=40, store=store)
     assert result.num_resumed >= num_before
-    assert len(result.records) == 40
+    assert len(result.results) == 40
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lpsearch.plan import Plan
-from lpsearch.search import StudyStore, run_study
-from lpsearch.search.pairset import Observation, PairsetProposer
+from lpsearch.search import StudyStore, TrialResult, run_study
+from lpsearch.search.pairset import PairsetProposer
 from lpsearch.search.space import JoinSpace
 from lpsearch.search.strata import build_strata
+from tests.results import build_result
 from tests.search.evaluators import SyntheticEvaluator
 
 spaces = st.builds(
@@ -89,14 +90,12 @@ def test_search_finds_the_front_of_time_where_layers_differ(max_group):
     regret = {}
     for objective, latency in (("latency", estimate), ("depth", None)):
         proposer = PairsetProposer(space=space, budget=90, seed=0, estimate_latency_ms=latency)
-        observations: list[Observation] = []
-        while len(observations) < 90:
-            proposal = proposer.propose(observations, ())
-            observations.append(Observation(proposal.plan, measure(proposal.plan)))
-        assert len({item.plan for item in observations}) == 90
-        found = find_best(
-            [item.delta_nll for item in observations], [estimate(item.plan) for item in observations], targets
-        )
+        results: list[TrialResult] = []
+        while len(results) < 90:
+            proposal = proposer.propose(results, ())
+            results.append(build_result(proposal.plan, measure(proposal.plan)))
+        assert len({item.plan for item in results}) == 90
+        found = find_best([item.loss.delta_nll for item in results], [estimate(item.plan) for item in results], targets)
         regret[objective] = sum(found) - sum(best)
     assert 0 <= regret["latency"] < 0.02
     assert regret["latency"] < regret["depth"]
@@ -116,5 +115,5 @@ def test_study_trades_loss_against_time(tmp_path):
         )
     latencies = [record.latency_ms for record in result.front]
     assert latencies == [estimate(record.plan) for record in result.front]
-    assert len(result.records) == 40
-    assert result.records[0].plan == Plan.baseline(10)
+    assert len(result.results) == 40
+    assert result.results[0].plan == Plan.baseline(10)

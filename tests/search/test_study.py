@@ -18,8 +18,10 @@ from optuna.trial import TrialState
 from lpsearch.errors import ConfigError, PlanError, ResumeError, StudyError
 from lpsearch.evaluation.losses import WindowLosses, compute_paired_delta
 from lpsearch.plan import Plan
-from lpsearch.search import SAMPLER_NAMES, JoinSpace, StudyStore, evaluate_stored_plan, load_records, run_study
+from lpsearch.search import SAMPLER_NAMES, JoinSpace, StudyStore, evaluate_stored_plan, read_results, run_study
 from lpsearch.search.front import build_front
+from lpsearch.search.pairset import PairsetProposer
+from tests.results import build_result
 from tests.search.evaluators import BASE_NLL, SyntheticEvaluator, TableEvaluator
 
 NUM_LAYERS = 10
@@ -54,13 +56,13 @@ def test_every_evaluation_is_announced_as_it_begins(url):
     ]
     assert begun[0].origin == "baseline"
     assert begun[0].front == []
-    origins = {update.record.plan: update.record.origin for update in trials}
+    origins = {update.result.plan: update.result.origin for update in trials}
     for update in begun:
         assert update.budget == 20
         assert update.origin in (origins[update.plan], "front")
     assert [record.plan for record in begun[-1].front] != []
     whole = [update.plan for update in begun if update.origin == "front"]
-    assert set(whole) <= {record.plan for record in result.records}
+    assert set(whole) <= {record.plan for record in result.results}
 
     again = []
     run(url, evaluator, budget=21, on_evaluation=again.append)
@@ -85,7 +87,7 @@ def test_contract_of_every_sampler(url, sampler):
         on_trial=updates.append,
     )
 
-    assert len(result.records) == 20 == result.num_new
+    assert len(result.results) == 20 == result.num_new
     assert len(list_plans(evaluator)) == 20 == len(set(list_plans(evaluator)))
     assert result.num_new_tokens == 20 * 3 * 63
     assert not result.exact
@@ -96,7 +98,7 @@ def test_contract_of_every_sampler(url, sampler):
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 20
     assert trials[0].user_attrs["origin"] == "baseline"
     assert trials[0].user_attrs["delta_nll"] == 0.0
-    for trial, record in zip(trials, result.records, strict=True):
+    for trial, record in zip(trials, result.results, strict=True):
         plan = Plan.from_groups(json.loads(trial.user_attrs["groups"]))
         assert SPACE.is_valid(plan.joins)
         assert trial.user_attrs["groups"] == plan.to_groups_json()
@@ -115,10 +117,10 @@ def test_contract_of_every_sampler(url, sampler):
         }  # fmt: skip
         assert trial.values == pytest.approx([plan.depth_reduction, math.exp(sum(losses) / 3)])
         assert (record.plan, record.trial) == (plan, trial.number)
-        assert record.delta_nll == trial.user_attrs["delta_nll"]
-    assert list(result.front) == build_front(result.records)
+        assert record.loss.delta_nll == trial.user_attrs["delta_nll"]
+    assert list(result.front) == build_front(result.results)
     with StudyStore(url, study_name="demo") as store:
-        assert tuple(load_records(store)) == result.records
+        assert tuple(read_results(store)) == result.results
 
 
 def list_whole(evaluator):
@@ -151,21 +153,21 @@ def test_staged_search_looks_at_few_windows_first(tmp_path, sampler):
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 20
     reference = SyntheticEvaluator(NUM_LAYERS, num_windows=16)
     base = reference.evaluate_windows(Plan.baseline(NUM_LAYERS), range(16)).nll_nats_per_token
-    for trial, record in zip(trials, results[True].records, strict=True):
+    for trial, record in zip(trials, results[True].results, strict=True):
         seen = range(record.proxy_tokens // 63)
         losses = reference.evaluate_windows(record.plan, seen).nll_nats_per_token
         paired = compute_paired_delta(losses, base[: len(losses)])
-        assert record.delta_nll == pytest.approx(paired.delta, abs=1e-12)
-        assert record.delta_nll_se == pytest.approx(paired.standard_error, abs=1e-12)
-        assert record.nll == pytest.approx(sum(base) / 16 + paired.delta)
+        assert record.loss.delta_nll == pytest.approx(paired.delta, abs=1e-12)
+        assert record.loss.delta_nll_se == pytest.approx(paired.standard_error, abs=1e-12)
+        assert record.loss.nll == pytest.approx(sum(base) / 16 + paired.delta)
         assert (record.plan in whole) == (len(seen) == 16)
         assert trial.user_attrs["proxy_tokens"] <= record.proxy_tokens
     with StudyStore(url, study_name="demo") as store:
-        assert tuple(load_records(store)) == results[True].records
+        assert tuple(read_results(store)) == results[True].results
     again = SyntheticEvaluator(NUM_LAYERS, num_windows=16)
     resumed = run(url, again, budget=20, sampler=sampler)
     assert again.calls == []
-    assert resumed.records == results[True].records
+    assert resumed.results == results[True].results
     assert resumed.front == results[True].front
 
 
@@ -178,12 +180,42 @@ def test_what_looks_good_on_few_windows_is_evaluated_whole_for_the_final_front(u
     told = {trial.user_attrs["groups"]: trial.user_attrs["proxy_tokens"] for trial in load_trials(url)}
     settled = [plan for plan in whole if told[plan.to_groups_json()] < 16 * 63]
     assert settled
-    everything = [record.delta_nll for record in result.records if record.plan in whole]
-    for record in result.records:
+    everything = [record.loss.delta_nll for record in result.results if record.plan in whole]
+    for record in result.results:
         if record.plan in partial:
-            rivals = [r.delta_nll for r in result.front if r.num_joins >= record.num_joins]
-            assert min(rivals) <= record.delta_nll
+            rivals = [r.loss.delta_nll for r in result.front if r.num_joins >= record.num_joins]
+            assert min(rivals) <= record.loss.delta_nll
     assert len(everything) + len(partial) == 20
+
+
+@pytest.mark.parametrize("num_layers", [10, 14])
+def test_after_a_resume_pairset_learns_from_plans_that_were_completed_after_their_trial(url, num_layers):
+    """The end of a run completes plans of the front, whose trials still say what their first look said."""
+    space = JoinSpace(num_layers)
+    evaluator = SyntheticEvaluator(num_layers, num_windows=16, easy_windows=4)
+    run(url, evaluator, space=space, budget=24)
+    told = {trial.user_attrs["groups"]: trial.user_attrs["proxy_tokens"] for trial in load_trials(url)}
+    with StudyStore(url, study_name="demo") as store:
+        results = read_results(store)
+    assert any(told[result.plan.to_groups_json()] < result.proxy_tokens for result in results)
+    # what a search knows that evaluated each plan once, on as many windows as it has by now
+    base = evaluator.evaluate_windows(Plan.baseline(num_layers), range(16)).nll_nats_per_token
+    known = []
+    for result in results:
+        losses = evaluator.evaluate_windows(result.plan, range(result.loss.num_windows)).nll_nats_per_token
+        paired = compute_paired_delta(losses, base[: len(losses)])
+        known.append(
+            build_result(
+                result.plan,
+                paired.delta,
+                trial=result.trial,
+                delta_nll_se=paired.standard_error,
+                num_windows=len(losses),
+                num_tokens=63 * len(losses),
+            )
+        )
+    expected = PairsetProposer(space=space, budget=25, seed=0).propose(known, [])
+    assert run(url, evaluator, space=space, budget=25).results[-1].plan == expected.plan
 
 
 def test_an_enumeration_completes_what_a_smaller_budget_had_stopped(url):
@@ -206,8 +238,8 @@ def test_interrupted_stages_are_neither_lost_nor_repeated(tmp_path):
         rest = SyntheticEvaluator(NUM_LAYERS, num_windows=16)
         result = run(url, rest, budget=12)
         assert interrupted.calls + rest.calls == whole.calls
-        assert [record.plan for record in result.records] == [record.plan for record in expected.records]
-        fronts = [[(record.plan, record.delta_nll) for record in r.front] for r in (result, expected)]
+        assert [record.plan for record in result.results] == [record.plan for record in expected.results]
+        fronts = [[(record.plan, record.loss.delta_nll) for record in r.front] for r in (result, expected)]
         assert fronts[0] == fronts[1]
 
 
@@ -226,11 +258,11 @@ def test_small_space_is_enumerated(url, sampler):
     evaluator = SyntheticEvaluator(6)
     result = run(url, evaluator, space=space, budget=50, sampler=sampler)
     assert result.exact
-    assert len(result.records) == space.count_plans() == 8
+    assert len(result.results) == space.count_plans() == 8
     assert sorted(list_plans(evaluator), key=str) == sorted(space.enumerate_plans(), key=str)
     for num_joins in range(1, space.max_joins + 1):
         best = min(evaluator.compute_delta(plan) for plan in space.enumerate_plans() if plan.num_joins >= num_joins)
-        found = min(record.delta_nll for record in result.front if record.num_joins >= num_joins)
+        found = min(record.loss.delta_nll for record in result.front if record.num_joins >= num_joins)
         assert found == pytest.approx(best, abs=0.05)
     assert run(url, evaluator, space=space, budget=50, sampler=sampler).num_new == 0
 
@@ -247,12 +279,12 @@ def test_interruption_at_every_trial_loses_and_repeats_nothing(tmp_path, sampler
         rest = SyntheticEvaluator(NUM_LAYERS)
         result = run(url, rest, budget=budget, sampler=sampler)
         assert result.num_resumed == fail_at
-        assert len(result.records) == budget
+        assert len(result.results) == budget
         plans = list_plans(interrupted) + list_plans(rest)
         assert len(plans) == budget == len(set(plans))
-        assert result.records[0].num_joins == 0
+        assert result.results[0].num_joins == 0
         if sampler in STATELESS:
-            assert [record.plan for record in result.records] == [record.plan for record in whole.records]
+            assert [record.plan for record in result.results] == [record.plan for record in whole.results]
         assert len(load_trials(url, [TrialState.RUNNING, TrialState.WAITING])) == 0
 
 
@@ -262,7 +294,7 @@ def test_second_process_continues_the_same_search(tmp_path, sampler):
     url = f"sqlite:///{tmp_path / 'b.db'}"
     for budget in (1, 12, 20) if sampler != "pairset" else (20,):
         in_parts = run(url, SyntheticEvaluator(NUM_LAYERS), budget=budget, sampler=sampler, seed=3)
-    assert [record.plan for record in in_parts.records] == [record.plan for record in at_once.records]
+    assert [record.plan for record in in_parts.results] == [record.plan for record in at_once.results]
 
 
 KILLED_RUN = """
@@ -305,8 +337,8 @@ def test_kill_minus_nine_mid_run(url):
 
     evaluator = SyntheticEvaluator(NUM_LAYERS)
     result = run(url, evaluator, budget=20)
-    assert len(result.records) == 20
-    assert kept <= {record.plan.to_groups_json() for record in result.records}
+    assert len(result.results) == 20
+    assert kept <= {record.plan.to_groups_json() for record in result.results}
     assert kept.isdisjoint(plan.to_groups_json() for plan in list_plans(evaluator))
     assert len(evaluator.calls) == 20 - len(kept)
     assert len(load_trials(url, [TrialState.RUNNING])) == 0
@@ -346,7 +378,7 @@ def test_ctrl_c_ends_an_evaluation_of_minutes_and_loses_only_it(url):
     assert "KeyboardInterrupt" in errors
     assert load_trials(url, [TrialState.RUNNING]) == []
     rest = SyntheticEvaluator(NUM_LAYERS)
-    assert len(run(url, rest, budget=6).records) == 6
+    assert len(run(url, rest, budget=6).results) == 6
     assert len(rest.calls) == 3
 
 
@@ -374,7 +406,7 @@ def test_trials_are_asked_and_told_while_their_neighbour_is_evaluated(url):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optuna.Study, "ask", count_asks)
         result = run(url, Evaluator(NUM_LAYERS), budget=12, on_trial=told.append)
-    assert [update.record for update in told] == list(result.records)
+    assert [update.result for update in told] == list(result.results)
     assert num_asked == [12]
 
 
@@ -384,7 +416,7 @@ def test_search_does_not_depend_on_how_long_evaluations_take(tmp_path, sampler):
     for index, delay_s in enumerate((0.0, 0.1)):
         evaluator = SyntheticEvaluator(NUM_LAYERS, delay_s=delay_s)
         result = run(f"sqlite:///{tmp_path / f'{index}.db'}", evaluator, budget=20, sampler=sampler)
-        plans.append([record.plan for record in result.records])
+        plans.append([record.plan for record in result.results])
     assert plans[0] == plans[1]
 
 
@@ -410,7 +442,7 @@ def test_plan_that_was_evaluated_but_not_told_is_finished_without_evaluation(url
         study.ask().set_user_attr("groups", plan.to_groups_json())
     evaluator = SyntheticEvaluator(NUM_LAYERS)
     result = run(url, evaluator, budget=6)
-    assert result.records[-1].plan == plan
+    assert result.results[-1].plan == plan
     assert evaluator.calls == []
 
 
@@ -434,7 +466,7 @@ def test_waiting_trials_that_a_killed_run_left_are_used_up(url):
             study.enqueue_trial(SPACE.build_params(Plan.from_joins(NUM_LAYERS, joins)))
     evaluator = SyntheticEvaluator(NUM_LAYERS)
     result = run(url, evaluator, budget=4)
-    assert result.records[-1].plan.joins == (5,)
+    assert result.results[-1].plan.joins == (5,)
     assert len(evaluator.calls) == 1
     assert [t.number for t in load_trials(url, [TrialState.FAIL])] == [3]
 
@@ -442,8 +474,8 @@ def test_waiting_trials_that_a_killed_run_left_are_used_up(url):
 def test_enqueued_plans_come_right_after_the_baseline(url):
     enqueued = [Plan.from_joins(NUM_LAYERS, joins) for joins in [(1, 3, 5), (2,), (1, 3, 5)]]
     result = run(url, SyntheticEvaluator(NUM_LAYERS), budget=5, enqueue=enqueued)
-    assert [record.plan for record in result.records[:3]] == [Plan.baseline(NUM_LAYERS), enqueued[0], enqueued[1]]
-    assert [record.origin for record in result.records[:4]] == ["baseline", "enqueued", "enqueued", "scan"]
+    assert [record.plan for record in result.results[:3]] == [Plan.baseline(NUM_LAYERS), enqueued[0], enqueued[1]]
+    assert [record.origin for record in result.results[:4]] == ["baseline", "enqueued", "enqueued", "scan"]
 
 
 @pytest.mark.parametrize("sampler", SAMPLER_NAMES)
@@ -451,9 +483,9 @@ def test_plans_whose_loss_is_not_finite_are_recorded_once(url, sampler):
     evaluator = SyntheticEvaluator(NUM_LAYERS, broken_join=4)
     result = run(url, evaluator, budget=25, sampler=sampler, enqueue=[Plan.from_joins(NUM_LAYERS, (4,))])
     assert len(list_plans(evaluator)) == 25 == len(set(list_plans(evaluator)))
-    broken = [record for record in result.records if 4 in record.plan.joins]
+    broken = [record for record in result.results if 4 in record.plan.joins]
     assert broken
-    assert all(math.isnan(record.delta_nll) and math.isinf(record.perplexity) for record in broken)
+    assert all(math.isnan(record.loss.delta_nll) and math.isinf(record.perplexity) for record in broken)
     assert not any(4 in record.plan.joins for record in result.front)
     trial = load_trials(url)[broken[0].trial]
     assert trial.user_attrs["delta_nll"] is None
@@ -471,11 +503,11 @@ def test_baseline_whose_loss_is_not_finite_ends_the_study(url):
 
 def test_kl_is_searched_and_named(url):
     result = run(url, SyntheticEvaluator(NUM_LAYERS), budget=12, metric="kl")
-    for trial, record in zip(load_trials(url), result.records, strict=True):
-        assert trial.values == [record.depth_reduction, record.kl_nats_per_token]
-        assert trial.user_attrs["kl_nats_per_token"] == record.kl_nats_per_token
-        assert trial.user_attrs["delta_nll"] == pytest.approx(record.nll - BASE_NLL - 0.1)
-    assert list(result.front) == build_front(result.records, metric="kl")
+    for trial, record in zip(load_trials(url), result.results, strict=True):
+        assert trial.values == [record.depth_reduction, record.loss.kl_nats_per_token]
+        assert trial.user_attrs["kl_nats_per_token"] == record.loss.kl_nats_per_token
+        assert trial.user_attrs["delta_nll"] == pytest.approx(record.loss.nll - BASE_NLL - 0.1)
+    assert list(result.front) == build_front(result.results, metric="kl")
 
 
 def test_latency_objective(url):
@@ -486,7 +518,7 @@ def test_latency_objective(url):
         objective="latency",
         estimate_latency_ms=lambda plan: 2.0 * plan.depth,
     )
-    assert [trial.values[0] for trial in load_trials(url)] == [2.0 * record.plan.depth for record in result.records]
+    assert [trial.values[0] for trial in load_trials(url)] == [2.0 * record.plan.depth for record in result.results]
     with pytest.raises(ConfigError, match="latency estimate"):
         run(url, SyntheticEvaluator(NUM_LAYERS), objective="latency")
 
@@ -494,7 +526,7 @@ def test_latency_objective(url):
 def test_timeout_ends_between_trials(url):
     result = run(url, SyntheticEvaluator(NUM_LAYERS), budget=16, timeout_s=1e-9)
     assert result.timed_out
-    assert [record.origin for record in result.records] == ["baseline"]
+    assert [record.origin for record in result.results] == ["baseline"]
     assert run(url, SyntheticEvaluator(NUM_LAYERS), budget=4, timeout_s=600.0).num_new == 3
 
 
@@ -517,7 +549,7 @@ def test_another_sampler_may_continue_and_says_so(url, caplog):
     run(url, SyntheticEvaluator(NUM_LAYERS), budget=2, sampler="random")
     result = run(url, SyntheticEvaluator(NUM_LAYERS), budget=4, sampler="pairset")
     assert "sampler random and goes on with pairset" in caplog.text
-    assert len(result.records) == 4
+    assert len(result.results) == 4
 
 
 @pytest.mark.parametrize(
@@ -542,7 +574,7 @@ def test_two_studies_share_a_database(url):
             run_study(evaluator=SyntheticEvaluator(num_layers), space=JoinSpace(num_layers), budget=4, store=store)
     for name, num_layers in [("one", 6), ("two", 8)]:
         with StudyStore(url, study_name=name) as store:
-            assert [record.plan.num_layers for record in load_records(store)] == [num_layers] * 4
+            assert [record.plan.num_layers for record in read_results(store)] == [num_layers] * 4
 
 
 def test_study_moved_aside_keeps_its_trials_and_frees_its_name(url):
@@ -553,7 +585,7 @@ def test_study_moved_aside_keeps_its_trials_and_frees_its_name(url):
         assert store.move_aside() is None
     assert run(url, SyntheticEvaluator(NUM_LAYERS), budget=2, metric="kl").num_resumed == 0
     with StudyStore(url, study_name=aside) as store:
-        assert len(load_records(store)) == 3
+        assert len(read_results(store)) == 3
         assert len(store.list_evaluated_plans(num_windows=3, split="proxy")) == 3
 
 
@@ -565,6 +597,6 @@ def test_pairset_beats_random_on_a_real_table(tmp_path):
     regret = {}
     for sampler in ("pairset", "random"):
         result = run(f"sqlite:///{tmp_path / sampler}.db", table, space=space, budget=60, sampler=sampler)
-        found = {k: min(r.delta_nll for r in result.records if r.num_joins >= k) for k in best}
+        found = {k: min(r.loss.delta_nll for r in result.results if r.num_joins >= k) for k in best}
         regret[sampler] = sum(found[k] - best[k] for k in best) / len(best)
     assert 0 <= regret["pairset"] < regret["random"]

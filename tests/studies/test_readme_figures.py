@@ -1,4 +1,4 @@
-"""The pictures of the README: what they show is what the studies hold, and the same study gives the same bytes."""
+"""The pictures of the README show what the studies hold, and the same study gives the same bytes."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def run_tiny_study(directory: Path, *, sampler: str, budget: int, data: str = "a
     return directory
 
 
-def find_best_window(num_joins: int) -> float:
-    """Return the least loss of a run of neighbouring pairs, by trying all."""
+def find_best_block(num_joins: int) -> float:
+    """Return the least loss of a contiguous run of pairs, by trying all."""
     evaluator = SyntheticEvaluator(NUM_LAYERS, num_windows=8)
     base = evaluator.evaluate_windows(Plan.baseline(NUM_LAYERS), range(8)).nll_nats_per_token
     losses = []
@@ -66,25 +66,25 @@ def test_pictures_are_small_and_fetch_nothing(name: str) -> None:
     assert not re.findall(r"(?:href|src)=\"(?!#)[^\"]*\"|url\((?!#)[^)]*\)|@import", text)
 
 
-def test_the_front_is_that_of_the_study_beside_the_best_windows(tmp_path: Path) -> None:
+def test_the_front_is_that_of_the_study_beside_the_best_blocks(tmp_path: Path) -> None:
     study = readme_figures.read_study(run_tiny_study(tmp_path / "a", sampler="pairset", budget=16))
-    window_study = readme_figures.read_study(run_tiny_study(tmp_path / "b", sampler="window", budget=14))
-    readme_figures.check_comparable(study, window_study)
-    rows = readme_figures.collect_front([study, window_study], max_joins=3)
+    block_study = readme_figures.read_study(run_tiny_study(tmp_path / "b", sampler="window", budget=14))
+    readme_figures.check_comparable(study, block_study)
+    rows = readme_figures.collect_front([study, block_study], max_joins=3)
     assert [row["num_joins"] for row in rows] == [0, 1, 2, 3]
     for row, point in zip(rows, study.front, strict=False):
         assert row["depth_reduction"] == row["num_joins"] / NUM_LAYERS
-        assert row["delta_nll"] == point.record.delta_nll
+        assert row["delta_nll"] == point.record.loss.delta_nll
         assert point.heldout is not None
         assert row["heldout_delta_nll"] == point.heldout.delta
-        if row["num_joins"] in (1, 2):  # of 7 and 5 windows; those of 3 joins are not all among 13 plans
-            assert row["window_heldout_delta_nll"] is not None
-            assert row["window_delta_nll"] == pytest.approx(find_best_window(row["num_joins"]), abs=1e-9)
-    assert rows[0]["window_delta_nll"] is None
-    assert rows[3]["window_delta_nll"] is None
-    assert max(record.num_joins for record in window_study.windows_front) == 3
+        if row["num_joins"] in (1, 2):  # 7 and 5 blocks; 13 plans do not hold all blocks of 3 joins
+            assert row["block_heldout_delta_nll"] is not None
+            assert row["block_delta_nll"] == pytest.approx(find_best_block(row["num_joins"]), abs=1e-9)
+    assert rows[0]["block_delta_nll"] is None
+    assert rows[3]["block_delta_nll"] is None
+    assert max(record.num_joins for record in block_study.windows_front) == 3
     # The search evaluates every single join itself, and the only plan of four joins.
-    assert sorted(readme_figures.find_windows([study])) == [1, 4]
+    assert sorted(readme_figures.find_best_blocks([study])) == [1, 4]
 
 
 def test_studies_of_other_data_are_not_drawn_together(tmp_path: Path) -> None:
@@ -104,20 +104,20 @@ def test_the_same_study_gives_the_same_bytes(
 ) -> None:
     pytest.importorskip("matplotlib", reason="the extra docs is not installed")
     study = run_tiny_study(tmp_path / "a", sampler="pairset", budget=14)
-    windows = run_tiny_study(tmp_path / "b", sampler="window", budget=10)
+    blocks = run_tiny_study(tmp_path / "b", sampler="window", budget=10)
     pictures = []
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-        arguments = [str(study), "--windows", str(windows), "--out", str(tmp_path / name)]
+        arguments = [str(study), "--blocks", str(blocks), "--out", str(tmp_path / name)]
         monkeypatch.setattr(sys, "argv", ["readme_figures.py", *arguments])
         readme_figures.main()
         summary = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert len(summary["front"]) >= 4
         pictures.append((tmp_path / name / "front.svg").read_bytes())
     assert pictures[0] == pictures[1]
-    # A marker for every plan and series: the picture is drawn, not empty.
+    # The picture is not empty: it has a marker for every plan and series.
     root = ElementTree.fromstring(pictures[0])
     words = "".join(root.itertext())
     assert "held out" in words
-    assert "best contiguous window" in words
+    assert "best block" in words
     assert len(re.findall(rb"<use ", pictures[0])) >= 3 * (len(summary["front"]) - 1)

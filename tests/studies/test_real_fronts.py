@@ -1,4 +1,4 @@
-"""Fronts of a tiny model against slow loops over its plans."""
+"""Compare the fronts of a tiny model with slow loops over its plans."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ import torch
 from lpsearch.data import Windows
 from lpsearch.models import load_model, resolve_source
 from lpsearch.plan import Plan
-from lpsearch.search import PlanRecord
+from lpsearch.search import TrialResult
 from lpsearch.transform import applied_plan
 from studies import real_fronts
 from studies.windows_file import load_windows, save_windows
+from tests.results import build_result
 from tests.tolerances import FLOAT32_LOSS
 
 
-def list_windows_slowly(num_layers: int) -> set[tuple[int, ...]]:
-    """Joins of every run of neighbouring pairs."""
+def list_blocks_slowly(num_layers: int) -> set[tuple[int, ...]]:
+    """Return the joins of every contiguous run of pairs."""
     found = set()
     for num_joins in range(1, num_layers // 2 + 1):
         for first in range(num_layers - 2 * num_joins + 1):
@@ -30,15 +31,14 @@ def list_windows_slowly(num_layers: int) -> set[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("num_layers", [2, 5, 6, 11])
-def test_windows_are_all_runs_of_pairs(num_layers: int):
-    plans = real_fronts.list_contiguous_windows(num_layers)
+def test_blocks_are_all_contiguous_runs_of_pairs(num_layers: int):
+    plans = real_fronts.list_blocks(num_layers)
     assert len(plans) == len(set(plans))
-    assert {plan.joins for plan in plans} == list_windows_slowly(num_layers)
+    assert {plan.joins for plan in plans} == list_blocks_slowly(num_layers)
 
 
-def build_record(num_layers: int, joins: tuple[int, ...], delta: float) -> PlanRecord:
-    plan = Plan.from_joins(num_layers, joins)
-    return PlanRecord(plan, 0, 3 + delta, delta, None, None, None, None, 10, "random")
+def build_record(num_layers: int, joins: tuple[int, ...], delta: float) -> TrialResult:
+    return build_result(Plan.from_joins(num_layers, joins), delta)
 
 
 def test_a_sample_takes_as_many_of_each_number_of_joins():
@@ -69,7 +69,7 @@ def test_rank_correlation_counts_order_only():
 
 @pytest.fixture(scope="module")
 def document(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """What the script writes of the tiny model, with the windows beside it."""
+    """Return what the script writes for the tiny model, and the directory of the windows."""
     directory = tmp_path_factory.mktemp("fronts")
     rng = np.random.default_rng(0)
     for name in ("search", "heldout"):
@@ -83,7 +83,7 @@ def document(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def evaluate_slowly(model_dir: Path, windows: Windows, plans: list[Plan]) -> list[float]:
-    """Mean loss of each plan minus the unmodified model's, one window after the other."""
+    """Return the mean loss of each plan minus the unmodified model's, one window after the other."""
     model = load_model(resolve_source(str(model_dir)), device="cpu", dtype=torch.float32).model
 
     def compute_nll(plan: Plan) -> float:
@@ -102,7 +102,7 @@ def evaluate_slowly(model_dir: Path, windows: Windows, plans: list[Plan]) -> lis
 def test_writes_what_a_slow_loop_measures(document, tiny_model_dir: Path):
     search, heldout = (load_windows(document["directory"] / f"{name}.npz") for name in ("search", "heldout"))
     assert [front["max_group"] for front in document["fronts"]] == [2, 3]
-    for measured in [*document["fronts"], document["contiguous"]]:
+    for measured in [*document["fronts"], document["blocks"]]:
         plans = [
             Plan.from_joins(6, [layer for group in row["plan"] for layer in group[:-1]]) for row in measured["winners"]
         ]
@@ -123,12 +123,12 @@ def test_writes_what_a_slow_loop_measures(document, tiny_model_dir: Path):
     assert first["sample"]["plans"] == 9
 
 
-def test_windows_are_the_best_of_their_number_of_joins(document, tiny_model_dir: Path):
+def test_blocks_are_the_best_of_their_number_of_joins(document, tiny_model_dir: Path):
     search = load_windows(document["directory"] / "search.npz")
-    plans = [Plan.from_joins(6, joins) for joins in sorted(list_windows_slowly(6))]
+    plans = [Plan.from_joins(6, joins) for joins in sorted(list_blocks_slowly(6))]
     deltas = evaluate_slowly(tiny_model_dir, search, plans)
-    assert document["contiguous"]["evaluations"] == len(plans) + 1
-    for row in document["contiguous"]["winners"]:
+    assert document["blocks"]["evaluations"] == len(plans) + 1
+    for row in document["blocks"]["winners"]:
         least = min(delta for plan, delta in zip(plans, deltas, strict=True) if plan.num_joins >= row["joins"])
         assert row["proxy_delta_nll"] == pytest.approx(least, abs=FLOAT32_LOSS)
 

@@ -1,4 +1,4 @@
-"""Shards: nested, whole, the same whenever they are asked for."""
+"""Rungs: nested, whole, the same whenever they are asked for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lpsearch.evaluation.shards import FIRST_SHARD_WINDOWS, find_shard_starts, split_windows
+from lpsearch.evaluation.rungs import FIRST_RUNG_WINDOWS, find_rung_starts, split_by_rung
 
 
 @pytest.mark.parametrize(
@@ -16,13 +16,13 @@ from lpsearch.evaluation.shards import FIRST_SHARD_WINDOWS, find_shard_starts, s
     [(1, (0,)), (7, (0,)), (8, (0, 4)), (15, (0, 4)), (16, (0, 4, 8)), (33, (0, 8, 16)), (64, (0, 16, 32))],
 )
 def test_starts(num_windows, starts):
-    assert find_shard_starts(num_windows) == starts
+    assert find_rung_starts(num_windows) == starts
 
 
 @given(num_windows=st.integers(1, 300), data=st.data())
-def test_every_window_stands_in_one_shard(num_windows, data):
+def test_every_window_stands_in_one_rung(num_windows, data):
     chosen = data.draw(st.lists(st.integers(0, num_windows - 1), unique=True))
-    parts = split_windows(chosen, num_windows)
+    parts = split_by_rung(chosen, num_windows)
     assert sorted(index for part in parts for index in part) == sorted(chosen)
     assert all(parts)
     assert all(max(left) < min(right) for left, right in itertools.pairwise(parts))
@@ -31,8 +31,8 @@ def test_every_window_stands_in_one_shard(num_windows, data):
 
 
 @given(num_windows=st.integers(1, 300))
-def test_each_shard_at_least_doubles_what_came_before(num_windows):
-    starts = (*find_shard_starts(num_windows), num_windows)
+def test_each_rung_at_least_doubles_what_came_before(num_windows):
+    starts = (*find_rung_starts(num_windows), num_windows)
     assert starts[0] == 0
-    assert starts[1] >= min(num_windows, FIRST_SHARD_WINDOWS)
+    assert starts[1] >= min(num_windows, FIRST_RUNG_WINDOWS)
     assert all(2 * before <= after for before, after in itertools.pairwise(starts))

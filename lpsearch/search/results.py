@@ -1,0 +1,358 @@
+"""Finished plans as everything else sees them: one frozen result a plan, read by one join over the study's database."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+from optuna.trial import FrozenTrial, TrialState
+
+from lpsearch.errors import StudyError, StudyVersionError
+from lpsearch.evaluation.losses import WindowLosses, compute_paired_delta
+from lpsearch.plan import Plan
+
+if TYPE_CHECKING:
+    from lpsearch.search.store import Split, StoredPlan, StudyStore
+
+__all__ = [
+    "RAW",
+    "Loss",
+    "Metric",
+    "PlanLosses",
+    "State",
+    "TrialResult",
+    "Variant",
+    "build_attributes",
+    "compute_loss",
+    "compute_perplexity",
+    "finite_or_none",
+    "read_results",
+    "set_latency",
+]
+
+Metric = Literal["nll", "kl"]
+"""The loss that is searched: the negative log-likelihood, or the divergence from the unmodified model."""
+
+State = Literal["complete", "stopped", "broken"]
+"""Of a plan: evaluated on all proxy windows; stopped by racing before; or with a loss that is not finite."""
+
+Variant = str
+"""What was done to the weights before a loss was measured."""
+
+RAW: Variant = "raw"
+"""Nothing: the weights are the model's own."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Mean losses of one plan over one set of windows, paired with the unmodified model on the same windows.
+
+    Attributes:
+        nll: mean negative log-likelihood over all windows in nats per token; where the plan lacks some, the unmodified
+            model's plus ``delta_nll``. nan where a loss was not finite.
+        delta_nll: mean of the plan's loss minus the unmodified model's, over the windows that the plan has; nan where a
+            loss was not finite.
+        delta_nll_se: standard error of ``delta_nll`` over windows; None for a single window.
+        kl_nats_per_token: mean KL(base || plan) over the windows that the plan has; None unless it was measured.
+        kl_se: standard error of that mean over windows; None unless it was measured on several.
+        num_windows: windows behind these values.
+        num_tokens: tokens behind them.
+    """
+
+    nll: float
+    delta_nll: float
+    delta_nll_se: float | None
+    kl_nats_per_token: float | None
+    kl_se: float | None
+    num_windows: int
+    num_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(nll)``; infinite where the loss was not finite."""
+        return compute_perplexity(self.nll)
+
+    def get_cost(self, metric: Metric) -> float:
+        """Return the loss that the search minimises: ``delta_nll``, or the KL divergence; inf if it is not finite."""
+        cost = self.delta_nll if metric == "nll" else self.kl_nats_per_token
+        return cost if cost is not None and math.isfinite(cost) else math.inf
+
+    def get_cost_se(self, metric: Metric) -> float | None:
+        """Return the standard error of :meth:`get_cost`."""
+        return self.delta_nll_se if metric == "nll" else self.kl_se
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """One finished plan of a study.
+
+    Attributes:
+        plan: what was evaluated.
+        variant: what was done to the weights before.
+        trial: number of the Optuna trial.
+        origin: what proposed the plan: baseline, enqueued, enumeration, scan, programme, surrogate, random ...
+        state: whether its loss is that of all proxy windows.
+        loss: on the proxy windows that it was evaluated on by now, also after its trial was told.
+        heldout: on the held-out windows; None until it was checked.
+        latency_ms: estimated time per output token; None with latency off.
+        speedup: estimated time of the unmodified model over that of the plan; None with latency off.
+        plan_file: its plan file relative to the study's directory; None unless it is on the front that was written.
+    """
+
+    plan: Plan
+    variant: Variant
+    trial: int
+    origin: str
+    state: State
+    loss: Loss
+    heldout: Loss | None = None
+    latency_ms: float | None = None
+    speedup: float | None = None
+    plan_file: str | None = None
+
+    @property
+    def num_joins(self) -> int:
+        """Number of joins of the plan."""
+        return self.plan.num_joins
+
+    @property
+    def depth_reduction(self) -> float:
+        """Share of the depth that the plan removes."""
+        return self.plan.depth_reduction
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(nll)``; infinite where the loss was not finite."""
+        return self.loss.perplexity
+
+    @property
+    def proxy_tokens(self) -> int:
+        """Tokens behind ``loss``."""
+        return self.loss.num_tokens
+
+    def get_cost(self, metric: Metric) -> float:
+        """Return :meth:`Loss.get_cost` on the proxy windows."""
+        return self.loss.get_cost(metric)
+
+    def get_cost_se(self, metric: Metric) -> float | None:
+        """Return :meth:`Loss.get_cost_se` on the proxy windows."""
+        return self.loss.get_cost_se(metric)
+
+
+@dataclass
+class PlanLosses:
+    """Losses of one plan by window.
+
+    Attributes:
+        seen: (windows,) where the plan has losses; the others are meaningless.
+        nll: (windows,) nats per token; nan where one was not finite.
+        kl: (windows,) KL(base || plan) in nats per token; None unless it was measured.
+        tokens_per_window: tokens behind each.
+    """
+
+    seen: NDArray[np.bool_]
+    nll: NDArray[np.float64]
+    kl: NDArray[np.float64] | None
+    tokens_per_window: int
+
+    @classmethod
+    def build(
+        cls, num_windows: int, window_indices: Sequence[int] = (), losses: WindowLosses | None = None
+    ) -> PlanLosses:
+        """Build them from the losses on some windows, or without any."""
+        built = cls(np.zeros(num_windows, dtype=bool), np.full(num_windows, np.nan), None, tokens_per_window=0)
+        if losses is not None and len(window_indices):
+            built.keep(window_indices, losses)
+        return built
+
+    def keep(self, window_indices: Sequence[int], losses: WindowLosses) -> None:
+        """Add losses, in the order of ``window_indices``."""
+        chosen = list(window_indices)
+        self.seen[chosen] = True
+        self.nll[chosen] = _replace_infinite(losses.nll_nats_per_token)
+        if losses.kl_nats_per_token is not None:
+            if self.kl is None:
+                self.kl = np.full(len(self.nll), np.nan)
+            self.kl[chosen] = _replace_infinite(losses.kl_nats_per_token)
+        self.tokens_per_window = losses.tokens_per_window
+
+    def get_costs(self, metric: Metric, chosen: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
+        """Return the losses by which plans are compared, on the ``chosen`` windows, or those that the plan has."""
+        chosen = self.seen if chosen is None else chosen
+        if metric == "nll":
+            return self.nll[chosen]
+        return np.full(int(chosen.sum()), np.nan) if self.kl is None else self.kl[chosen]
+
+
+def compute_loss(losses: PlanLosses, base: PlanLosses, *, metric: Metric) -> Loss:
+    """Compute the mean losses of a plan.
+
+    Args:
+        losses: of the plan, on some windows.
+        base: of the unmodified model, on all windows.
+        metric: the loss that is searched: a divergence is then measured, even where it was finite on no window.
+    """
+    seen = losses.seen
+    num_windows = int(seen.sum())
+    delta, delta_se = _compare(losses.nll[seen], base.nll[seen])
+    kl, kl_se = (math.nan if metric == "kl" else None), None
+    if losses.kl is not None:
+        kl, kl_se = _compare(losses.kl[seen], np.zeros(num_windows))
+    is_whole = num_windows == len(seen)
+    return Loss(
+        nll=math.fsum(losses.nll) / num_windows if is_whole else float(base.nll.mean()) + delta,
+        delta_nll=delta,
+        delta_nll_se=delta_se,
+        kl_nats_per_token=kl,
+        kl_se=kl_se,
+        num_windows=num_windows,
+        num_tokens=num_windows * losses.tokens_per_window,
+    )
+
+
+def set_latency(result: TrialResult, latency_ms: float | None, baseline_ms: float | None) -> TrialResult:
+    """Return a result with its time and speed-up.
+
+    Args:
+        result: of a plan.
+        latency_ms: estimated time per output token of the plan; None where it is not known.
+        baseline_ms: that of the unmodified model.
+    """
+    speedup = None if latency_ms is None or baseline_ms is None else baseline_ms / latency_ms
+    return dataclasses.replace(result, latency_ms=latency_ms, speedup=speedup)
+
+
+def read_results(
+    store: StudyStore, *, estimate_latency_ms: Callable[[Plan], float | None] | None = None
+) -> list[TrialResult]:
+    """Return every finished plan of a study in the order of the trials, each once.
+
+    Args:
+        store: its database.
+        estimate_latency_ms: time of a plan by the study's latest latency profile; None takes what stands on the trials.
+
+    Raises:
+        StudyError: if there is no such study or its database fails.
+        StudyVersionError: if a trial lacks what this version reads.
+    """
+    with store.translate_errors():
+        try:
+            study = optuna.load_study(study_name=store.study_name, storage=store.optuna_storage)
+        except KeyError:
+            raise StudyError(f"{store.where}: holds no study {store.study_name!r}") from None
+        trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if not trials:
+        return []
+    metric: Metric = (store.load_settings() or {}).get("metric", "nll")
+    reader = _ResultReader(store, metric)
+    results: dict[Plan, TrialResult] = {}
+    for trial in trials:
+        try:
+            result = reader.read(trial)
+        except (KeyError, TypeError, ValueError) as error:
+            raise StudyVersionError(
+                f"{store.where}: the study {store.study_name!r} was written by another version of lpsearch: "
+                f"a trial lacks what this version reads ({error!r}); "
+                "read it with that version, or search again with --fresh, which moves it aside"
+            ) from error
+        results.setdefault(result.plan, result)
+    if estimate_latency_ms is None:
+        latencies = {plan: result.latency_ms for plan, result in results.items()}
+    else:
+        latencies = {plan: estimate_latency_ms(plan) for plan in results}
+    baseline_ms = latencies.get(Plan.baseline(next(iter(results)).num_layers))
+    return [set_latency(result, latencies[plan], baseline_ms) for plan, result in results.items()]
+
+
+class _ResultReader:
+    """Joins Optuna's trials with what the study's own tables know of their plans."""
+
+    def __init__(self, store: StudyStore, metric: Metric) -> None:
+        self._metric = metric
+        self._plans = store.load_plans()
+        self._plan_files = {
+            json.dumps(point["groups"], separators=(",", ":")): str(point["plan"])
+            for point in (store.load_front() or {}).get("front", ())
+        }
+
+    def read(self, trial: FrozenTrial) -> TrialResult:
+        """Read the result of a finished trial, with the time that was noted on it."""
+        key = trial.user_attrs["groups"]
+        plan = Plan.from_groups(json.loads(key))
+        stored, base = self._plans[key], self._plans[Plan.baseline(plan.num_layers).to_groups_json()]
+        loss = self._compute_loss(stored, base, "proxy")
+        if stored.state is None or loss is None:
+            raise ValueError(f"trial {trial.number} was told before its plan was evaluated")
+        heldout = self._compute_loss(stored, base, "heldout")
+        return TrialResult(
+            plan=plan,
+            variant=RAW,
+            trial=trial.number,
+            origin=trial.user_attrs["origin"],
+            state=stored.state,
+            loss=loss,
+            heldout=heldout,
+            latency_ms=trial.user_attrs.get("latency_ms"),
+            plan_file=self._plan_files.get(key),
+        )
+
+    def _compute_loss(self, stored: StoredPlan, base: StoredPlan, split: Split) -> Loss | None:
+        """Return the loss of a plan; None where it has none, or not yet on all held-out windows."""
+        if split not in stored.windows or split not in base.windows:
+            return None
+        num_windows = len(base.windows[split][0])
+        losses, base_losses = (PlanLosses.build(num_windows, *known.windows[split]) for known in (stored, base))
+        if split == "heldout" and not losses.seen.all():
+            return None
+        return compute_loss(losses, base_losses, metric=self._metric)
+
+
+def build_attributes(result: TrialResult) -> dict[str, Any]:
+    """Return the user attributes of a result's trial, besides ``origin``; JSON has null for what is not finite."""
+    loss = result.loss
+    attributes: dict[str, Any] = {
+        "groups": result.plan.to_groups_json(),
+        "num_joins": result.num_joins,
+        "nll": finite_or_none(loss.nll),
+        "delta_nll": finite_or_none(loss.delta_nll),
+        "delta_nll_se": finite_or_none(loss.delta_nll_se),
+        "proxy_tokens": loss.num_tokens,
+    }
+    if loss.kl_nats_per_token is not None:
+        attributes["kl_nats_per_token"] = finite_or_none(loss.kl_nats_per_token)
+        attributes["kl_se"] = finite_or_none(loss.kl_se)
+    if result.latency_ms is not None:
+        attributes["latency_ms"] = result.latency_ms
+    return attributes
+
+
+def compute_perplexity(nll: float) -> float:
+    """Return ``exp(nll)``, infinite where that overflows or the loss is not a number."""
+    try:
+        return math.exp(nll) if not math.isnan(nll) else math.inf
+    except OverflowError:
+        return math.inf
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """Return a number as a database or JSON can hold it: None where it is not finite."""
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _replace_infinite(values: Sequence[float]) -> NDArray[np.float64]:
+    array = np.array(values, dtype=np.float64)
+    return np.where(np.isfinite(array), array, np.nan)
+
+
+def _compare(losses: NDArray[np.float64], base_losses: NDArray[np.float64]) -> tuple[float, float | None]:
+    if not np.isfinite(losses).all():
+        return math.nan, None
+    paired = compute_paired_delta(losses.tolist(), base_losses.tolist())
+    return paired.delta, paired.standard_error
