@@ -20,6 +20,7 @@ from lpsearch.errors import ConfigError
 __all__ = [
     "Dtype",
     "Metric",
+    "Objective",
     "OptimizeConfig",
     "ResolvedConfig",
     "Split",
@@ -29,6 +30,11 @@ __all__ = [
 ]
 
 Metric = Literal["nll", "kl"]
+"""The loss that is searched: the negative log-likelihood, or the divergence from the unmodified model."""
+
+Objective = Literal["depth", "latency"]
+"""What is traded against the loss."""
+
 Split = Literal["proxy", "heldout"]
 """What windows are for: to search on, or to check the front on windows that the search never saw."""
 
@@ -68,7 +74,7 @@ class OptimizeConfig(BaseModel):
     metric: Metric = Field(
         default="nll", description="loss that is searched: nll on the data, or kl to the unmodified model"
     )
-    objective: Literal["depth", "latency"] = Field(default="depth", description="what is traded against the loss")
+    objective: Objective = Field(default="depth", description="what is traded against the loss")
     sampler: Literal["pairset", "evolution", "nsga2", "tpe", "random", "window"] = Field(
         default="pairset", description="search method; window tries blocks, the published method"
     )

@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from lpsearch.errors import UsageError
+from lpsearch.front_file import FRONT_NAME
 from lpsearch.report import StudyReport, load_report
 from lpsearch.report.html import PAGE_TOP, build_parts, read_asset
 from lpsearch.search import StudyStore
@@ -155,7 +156,7 @@ class LiveStudy:
     def _read_revision(self) -> str:
         """Return a text that changes with the study or the files of its front."""
         try:
-            status = (self._directory / "front.json").stat()
+            status = (self._directory / FRONT_NAME).stat()
         except FileNotFoundError:
             return read_revision(self._store)
         return f"{read_revision(self._store)} {status.st_ino} {status.st_mtime_ns} {status.st_size}"
@@ -188,7 +189,7 @@ class LiveStudy:
 
 
 def _describe(report: StudyReport) -> str:
-    plans = name_count(len(report.records), "plan")
+    plans = name_count(len(report.results), "plan")
     if report.is_current:
         return f"{plans}; the search is done, and its plan files are written"
     return f"{plans} so far; this page follows the search"

@@ -44,6 +44,7 @@ def evaluate(
     """
     from lpsearch.commands.results import build_proxy_metrics
     from lpsearch.evaluation import ModelEvaluator
+    from lpsearch.search.results import PlanLosses, compute_loss
 
     plan = load_plan(plan_path)
     metadata = plan.metadata
@@ -69,13 +70,18 @@ def evaluate(
         searched=metadata.metrics.proxy,
     )
     evaluator = ModelEvaluator(model=loaded.model, windows=built, metric=metric)
+    window_indices = range(num_windows)
     with show_steps("evaluating the unmodified model and the plan") as on_step:
-        base_losses = evaluator.evaluate_windows(Plan.baseline(plan.num_layers), range(num_windows))
+        base_losses = evaluator.evaluate_windows(Plan.baseline(plan.num_layers), window_indices)
         on_step(1, 2)
-        losses = evaluator.evaluate_windows(plan, range(num_windows))
+        losses = evaluator.evaluate_windows(plan, window_indices)
+    loss = compute_loss(
+        PlanLosses.build(num_windows, window_indices, losses),
+        PlanLosses.build(num_windows, window_indices, base_losses),
+        metric=metric,
+    )
     metrics = build_proxy_metrics(
-        losses=losses,
-        base_losses=base_losses,
+        loss,
         windows=built,
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         device_name=describe_device(target),

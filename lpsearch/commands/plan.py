@@ -11,7 +11,8 @@ import typer
 
 from lpsearch.commands.options import ModelOption, PlanArgument
 from lpsearch.errors import StudyError, UsageError
-from lpsearch.picking import Candidate, pick_candidate
+from lpsearch.front_file import FRONT_NAME, load_front_file
+from lpsearch.picking import pick_plan
 from lpsearch.plan import build_plan_schema, load_plan
 
 __all__ = ["diff", "pick", "schema", "show", "validate"]
@@ -70,59 +71,32 @@ def pick(
     """
     if max_delta is None and min_speedup is None:
         raise UsageError("say what you need: --max-delta NATS, --min-speedup X, or both")
-    document = load_front(study_dir)
-    front = document["front"]
-    metric = document.get("metric", "nll")
-    if "metric" not in document and any(point.get("kl_nats_per_token") is not None for point in front):
+    if not study_dir.is_dir():
+        raise UsageError(f"{study_dir}: no such directory; give one that `lpsearch optimize` wrote")
+    file = load_front_file(study_dir)
+    if file is None:
+        raise StudyError(f"{study_dir / FRONT_NAME}: not there; run `lpsearch optimize` with --out {study_dir} first")
+    if file.metric is None and any(point.kl_nats_per_token is not None for point in file.front):
         logger.warning(
             "%s: written by an older lpsearch, without held-out divergences, so the added nll decides; run the same "
             "`lpsearch optimize` again to rewrite it",
-            study_dir / "front.json",
+            study_dir / FRONT_NAME,
         )
-    index = pick_candidate(
-        [Candidate(point["num_joins"], _get_loss(point, metric), point["speedup"]) for point in front],
-        objective=document.get("objective", "depth"),
+    front = [point.model_dump(mode="json", exclude_unset=True) for point in file.front]
+    index = pick_plan(
+        file.front,
+        metric=file.metric or "nll",
+        objective=file.objective,
         max_loss=max_delta,
         min_speedup=min_speedup,
     )
     if index is None:
         raise UsageError(f"no plan of {study_dir} meets that; its front: {json.dumps(front)}")
-    chosen = front[index]
-    if chosen["num_joins"] == 0:
+    if file.front[index].num_joins == 0:
         logger.warning("no plan of %s with a join meets that; this is the unmodified model", study_dir)
-    return {**chosen, "plan": str(study_dir / chosen["plan"])}
+    return {**front[index], "plan": str(study_dir / file.front[index].plan)}
 
 
 def schema() -> dict[str, Any]:
     """Print the JSON Schema of the plan file."""
     return build_plan_schema()
-
-
-def load_front(study_dir: Path) -> dict[str, Any]:
-    """Read ``front.json`` of a study.
-
-    Raises:
-        UsageError: if there is no such directory.
-        StudyError: if it is not there or not readable.
-    """
-    path = study_dir / "front.json"
-    if not study_dir.is_dir():
-        raise UsageError(f"{study_dir}: no such directory; give one that `lpsearch optimize` wrote")
-    try:
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(document, dict) or not isinstance(document.get("front"), list):
-            raise ValueError("not the front of a study")
-    except FileNotFoundError:
-        raise StudyError(f"{path}: no front here; run `lpsearch optimize` with --out {study_dir} first") from None
-    except (OSError, ValueError) as error:
-        raise StudyError(
-            f"{path}: cannot be read: {error}; run the same `lpsearch optimize` again to rewrite it"
-        ) from None
-    return document
-
-
-def _get_loss(point: dict[str, Any], metric: str) -> float:
-    """Return the loss of a point by the metric of the search: held out where that is known."""
-    name = "kl_nats_per_token" if metric == "kl" else "delta_nll"
-    heldout = point[f"heldout_{name}"]
-    return float(point[name] if heldout is None else heldout)

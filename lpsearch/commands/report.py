@@ -47,7 +47,7 @@ def report(
     return {
         "report": str(target),
         "study": found.name,
-        "trials": len(found.records),
+        "trials": len(found.results),
         "front_plans": len(found.front),
         "num_bytes": num_bytes,
         "seconds": round(time.perf_counter() - started, 2),

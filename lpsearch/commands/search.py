@@ -18,12 +18,13 @@ from lpsearch.commands.console import Answer, adopt_optuna_log
 from lpsearch.commands.loading import describe_device, load_for_search, resolve_device, settle_dtype
 from lpsearch.commands.progress import show_search
 from lpsearch.commands.report import try_write_report
-from lpsearch.commands.results import MeasuredFront, build_summary, write_front
+from lpsearch.commands.results import build_front_file, build_summary, name_plan_files, write_front
 from lpsearch.commands.steps import show_steps
 from lpsearch.commands.studies import RECORDED_OPTIONS, follow_record, open_study, refuse_orphaned_results
 from lpsearch.commands.summary import SearchSummary
-from lpsearch.config import OptimizeConfig, ResolvedConfig, Split, slug_of_model
+from lpsearch.config import Objective, OptimizeConfig, ResolvedConfig, Split, slug_of_model
 from lpsearch.errors import ConfigError, FamilyError, PlanError, ResumeError, StudyError
+from lpsearch.front_file import FrontFile
 from lpsearch.latency.profile import LatencyProfile, load_profile, parse_recorded_profile
 from lpsearch.models import resolve_source
 from lpsearch.models.aliases import find_alias
@@ -36,10 +37,11 @@ from lpsearch.search import (
     TrialResult,
     compare_settings,
     evaluate_stored_plan,
+    read_results,
     run_study,
 )
-from lpsearch.search.front import Objective
 from lpsearch.search.options import has_own_database
+from lpsearch.search.results import set_latency
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +49,6 @@ if TYPE_CHECKING:
 
     from lpsearch.data import Windows
     from lpsearch.evaluation import ModelEvaluator
-    from lpsearch.evaluation.losses import WindowLosses
     from lpsearch.latency import LatencyModel
     from lpsearch.models import LoadedModel
 
@@ -106,32 +107,26 @@ def search(config: ResolvedConfig, *, fresh: bool) -> Answer:
     with _prepare(config, fresh=fresh) as run:
         try:
             result = _evaluate_plans(run)
-            front = MeasuredFront(
-                study_name=run.store.study_name,
-                seed=run.values.seed,
-                objective=run.values.objective,
-                metric=run.values.metric,
-                loaded=run.loaded,
-                device_name=run.device_name,
-                result=result,
-                windows=run.windows,
-                heldout_losses=_evaluate_heldout(run, result.front),
-                latency_model=run.latency_model,
-            )
-            run.store.save_front(write_front(front, run.out))
+            _evaluate_heldout(run, result.front)
+            front, file = _write_front(run, result)
         except KeyboardInterrupt:
             try_write_report(run.store, run.out)
             raise
         with show_steps("writing the report"):
             report = try_write_report(run.store, run.out)
+        latency_model = run.latency_model
         summary = SearchSummary(
+            study_name=file.study,
+            metric=run.values.metric,
             front=front,
+            result=result,
+            latency=None if latency_model is None else latency_model.build_metrics(front[0].plan),
             out=run.out,
             storage=None if has_own_database(run.store, run.out) else run.store.where,
             report=report,
             elapsed_s=time.monotonic() - began_at,
         )
-        return Answer(build_summary(front, run.out), summary)
+        return Answer(build_summary(file, run.out), summary)
 
 
 @contextmanager
@@ -420,14 +415,46 @@ def _warn_of_odd_baseline(store: StudyStore, evaluator: ModelEvaluator, loaded: 
         logger.warning("%s", warning)
 
 
-def _evaluate_heldout(run: _Run, front: Sequence[TrialResult]) -> dict[Plan, WindowLosses]:
+def _evaluate_heldout(run: _Run, front: Sequence[TrialResult]) -> None:
     """Evaluate the front on windows that the search never saw: the best of many noisy values is optimistic."""
     from lpsearch.evaluation import ModelEvaluator
 
     evaluator = ModelEvaluator(model=run.loaded.model, windows=run.windows["heldout"], metric=run.values.metric)
-    losses = {}
     with show_steps("checking the front on held-out windows") as on_step:
-        for index, record in enumerate(front):
-            losses[record.plan] = evaluate_stored_plan(run.store, evaluator, record.plan, split="heldout").losses
+        for index, result in enumerate(front):
+            evaluate_stored_plan(run.store, evaluator, result.plan, split="heldout")
             on_step(index + 1, len(front))
-    return losses
+
+
+def _write_front(run: _Run, result: StudyResult) -> tuple[list[TrialResult], FrontFile]:
+    """Write the front and its plans, with the held-out losses and by the latest latency model.
+
+    Returns:
+        The front, and the content of ``front.json``.
+    """
+    known = {found.plan: found for found in read_results(run.store)}
+    front = name_plan_files([known[found.plan] for found in result.front])
+    # Trials were noted with the times of the profile of their day, if any.
+    model = run.latency_model
+    times = [None if model is None else model.estimate_latency_ms(found.plan) for found in front]
+    front = [set_latency(found, latency_ms, times[0]) for found, latency_ms in zip(front, times, strict=True)]
+    file = build_front_file(
+        front,
+        study=run.store.study_name,
+        model=run.loaded.identity,
+        objective=run.values.objective,
+        metric=run.values.metric,
+        result=result,
+    )
+    write_front(
+        run.out,
+        front,
+        file,
+        windows=run.windows,
+        dtype=str(run.loaded.model.dtype).removeprefix("torch."),
+        device_name=run.device_name,
+        seed=run.values.seed,
+        latency_model=model,
+    )
+    run.store.save_front(file.model_dump(mode="json"))
+    return front, file

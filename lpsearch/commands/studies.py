@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from sqlalchemy.engine import URL
 
 from lpsearch.config import OptimizeConfig, ResolvedConfig, check_latency
 from lpsearch.errors import ResumeError, StudyError, UsageError
+from lpsearch.front_file import FRONT_NAME, load_front_file
 from lpsearch.models import ModelSource
 from lpsearch.search import FIXED_SETTINGS, StudyStore, compare_settings
 from lpsearch.search.locks import HeldElsewhereError, hold_file_lock
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _NEEDED_BYTES = 64 << 20
 """Room for a study of some hundred trials with its windows and plan files."""
 
-_STUDY_FILES = ("study.db-wal", "study.db-shm", "study.db", "front.json", "plans", "artifacts", "report.html")
+_STUDY_FILES = ("study.db-wal", "study.db-shm", "study.db", FRONT_NAME, "plans", "artifacts", "report.html")
 
 RECORDED_OPTIONS = (
     "data",
@@ -111,7 +111,7 @@ def refuse_orphaned_results(store: StudyStore, out: Path) -> None:
     Raises:
         StudyError: if the directory holds the results of a study that the database does not hold.
     """
-    if (out / "front.json").exists():
+    if (out / FRONT_NAME).exists():
         raise StudyError(
             f"{out}: holds the results of a study that {store.where} does not hold; put its study.db back, add "
             "--fresh to move the results aside, or name another directory with --out"
@@ -150,26 +150,19 @@ def _choose_study(store: StudyStore, held: Sequence[str], directory: Path) -> st
     Raises:
         UsageError: if there are several.
     """
-    named = _read_front_study(directory)
+    named = None
+    with suppress(StudyError):  # said when the report is read
+        file = load_front_file(directory)
+        named = None if file is None else file.study
     if named is not None and named in held:
         return named
     if len(held) == 1:
         return held[0]
     found = f"names {named!r}, which is none of them" if named is not None else "does not say which is meant"
     raise UsageError(
-        f"{store.where}: holds {len(held)} studies, and {directory / 'front.json'} {found}; "
+        f"{store.where}: holds {len(held)} studies, and {directory / FRONT_NAME} {found}; "
         f"choose one with --study: {', '.join(map(repr, held))}"
     )
-
-
-def _read_front_study(directory: Path) -> str | None:
-    """Return the study that ``front.json`` names; None where it names none."""
-    try:
-        document = json.loads((directory / "front.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # said when the report is read
-        return None
-    named = document.get("study") if isinstance(document, dict) else None
-    return named if isinstance(named, str) else None
 
 
 def _prepare_directory(out: Path) -> None:

@@ -151,14 +151,14 @@ def test_the_chosen_plan_stays_as_the_front_grows_below_it(
     with serve(tmp_path) as url:
         page = open_page(url, out=tmp_path, front=[{} for _ in report.front]).page
         index = len(report.front) - 1
-        trial = report.front[index].record.trial
+        trial = report.front[index].trial
         page.click("#front summary")
         page.click(f"#front table [data-show='{index}']")
         assert get_shown_plans(page) == [index]
         before = page.inner_text(f"#plan-{index} code >> nth=0")
 
         grown = make_study(budget=24)
-        place = [point.record.trial for point in grown.front].index(trial)
+        place = [point.trial for point in grown.front].index(trial)
         assert place > index, "a plan entered the front below the chosen one"
         page.wait_for_selector("#live-message:has-text('24 plans')")
         page.wait_for_function("document.querySelectorAll('[data-plan]:not([hidden])').length === 1")

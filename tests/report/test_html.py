@@ -14,7 +14,6 @@ import pytest
 from lpsearch.report import build_html, write_html
 from tests.report.conftest import MakeStudy
 from tests.report.pages import parse
-from tests.results import build_result
 from tests.search.evaluators import SyntheticEvaluator
 
 MAX_BYTES = 6_000_000
@@ -45,7 +44,7 @@ def test_every_front_plan_has_its_numbers_and_commands(make_study: MakeStudy) ->
     for index, point in enumerate(report.front):
         assert f"plan-{index}" in page.ids
         assert f"lpsearch evaluate {report.directory}/{point.plan_file}" in page.text
-        assert f"{point.record.loss.delta_nll:.4f}" in page.text
+        assert f"{point.loss.delta_nll:.4f}" in page.text
     assert "under way or was interrupted" not in page.text
 
 
@@ -92,20 +91,21 @@ def test_a_large_study_stays_small(make_study: MakeStudy) -> None:
         joins = 2 * np.flatnonzero(rng.random(39) < rng.uniform(0.05, 0.9))
         plan = Plan.from_joins(80, joins.tolist() or [0])
         delta = 0.02 * plan.num_joins**1.5 * float(rng.uniform(0.8, 2))
-        records.append(build_result(plan, delta, trial=trial))
+        loss = dataclasses.replace(base.loss, delta_nll=delta, nll=base.loss.nll + delta)
+        records.append(dataclasses.replace(base, plan=plan, trial=trial, loss=loss))
     best = {
         k: min((r for r in records if r.num_joins == k), key=lambda r: r.loss.delta_nll)
         for k in range(40)
         if any(r.num_joins == k for r in records)
     }
-    front = [dataclasses.replace(report.front[0], record=best[k], heldout=None) for k in sorted(best)]
+    front = [dataclasses.replace(best[k], heldout=None) for k in sorted(best)]
     effects = JoinEffects(
         measured=(0.1,) * 79,
         measured_se=(0.01,) * 79,
         expected=(0.1,) * 79,
         interactions=tuple(tuple(float(x) for x in row) for row in rng.normal(size=(79, 79))),
     )
-    large = dataclasses.replace(report, records=tuple(records), front=tuple(front), effects=effects, latency_model=None)
+    large = dataclasses.replace(report, results=tuple(records), front=tuple(front), effects=effects, latency_model=None)
     assert len(build_html(large).encode()) < MAX_BYTES
 
 
