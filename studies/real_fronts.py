@@ -49,7 +49,7 @@ from lpsearch.evaluation.losses import compute_paired_delta
 from lpsearch.models import LoadedModel, load_model, resolve_source
 from lpsearch.plan import Plan
 from lpsearch.search import JoinSpace, StudyResult, StudyStore, TrialResult, run_study
-from lpsearch.search.proposers import WindowProposer
+from lpsearch.search.samplers.baselines import BlockProposer
 from studies.windows_file import get_windows
 
 MIN_PLANS_TO_RANK = 8
@@ -81,7 +81,7 @@ class DeltaEvaluator:
 
 def list_blocks(num_layers: int) -> list[Plan]:
     """Return every block, a contiguous run of pairs, in the order in which the ``window`` sampler proposes them."""
-    proposer = WindowProposer(space=JoinSpace(num_layers), seed=0)
+    proposer = BlockProposer(space=JoinSpace(num_layers), seed=0)
     plans: dict[Plan, None] = {}
     while (proposal := proposer.propose((), plans.keys())) is not None and proposal.origin == "window":
         plans[proposal.plan] = None

@@ -53,7 +53,7 @@ from lpsearch.config import parse_layer_list
 from lpsearch.errors import ConfigError, LpsearchError
 from lpsearch.evaluation.losses import WindowLosses
 from lpsearch.plan import Plan
-from lpsearch.search import SAMPLER_NAMES, StudyStore, coordinator, run_study
+from lpsearch.search import SAMPLER_NAMES, StudyStore, run_study, trials
 from studies.tables import Table, load_table
 
 FloatArray = NDArray[np.float64]
@@ -162,7 +162,7 @@ def replay_study(table: Table, *, sampler: str, budget: int, seed: int, staged: 
 def _time_asks() -> Iterator[list[float]]:
     """Collect the time in ms of every ask inside the ``with`` statement, sampler and storage together."""
     asks_ms: list[float] = []
-    ask_trial = coordinator.ask_trial
+    ask_trial = trials.ask_trial
 
     def timed_ask(*args: Any, **kwargs: Any) -> tuple[optuna.Trial, Plan]:
         began_at = time.perf_counter()
@@ -170,11 +170,11 @@ def _time_asks() -> Iterator[list[float]]:
         asks_ms.append(1e3 * (time.perf_counter() - began_at))
         return asked
 
-    coordinator.ask_trial = timed_ask
+    trials.ask_trial = timed_ask
     try:
         yield asks_ms
     finally:
-        coordinator.ask_trial = ask_trial
+        trials.ask_trial = ask_trial
 
 
 def replay_seeds(

@@ -17,7 +17,6 @@ from lpsearch.report import StudyReport, load_report
 from lpsearch.report.html import PAGE_TOP, build_parts, read_asset
 from lpsearch.search import StudyStore
 from lpsearch.search.database import find_sqlite_path
-from lpsearch.search.revision import read_revision
 from lpsearch.wording import name_count
 
 __all__ = ["LiveStudy", "Snapshot"]
@@ -158,8 +157,8 @@ class LiveStudy:
         try:
             status = (self._directory / FRONT_NAME).stat()
         except FileNotFoundError:
-            return read_revision(self._store)
-        return f"{read_revision(self._store)} {status.st_ino} {status.st_mtime_ns} {status.st_size}"
+            return self._store.read_stamp()
+        return f"{self._store.read_stamp()} {status.st_ino} {status.st_mtime_ns} {status.st_size}"
 
     def _build(self) -> Snapshot:
         try:

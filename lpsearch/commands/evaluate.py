@@ -44,7 +44,8 @@ def evaluate(
     """
     from lpsearch.commands.results import build_proxy_metrics
     from lpsearch.evaluation import ModelEvaluator
-    from lpsearch.search.results import PlanLosses, compute_loss
+    from lpsearch.evaluation.losses import PlanLosses
+    from lpsearch.search.results import compute_loss
 
     plan = load_plan(plan_path)
     metadata = plan.metadata

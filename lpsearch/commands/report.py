@@ -65,7 +65,7 @@ def try_write_report(store: StudyStore, out: Path) -> StudyReport | None:
         What the report shows; None where it was not written.
     """
     from lpsearch.report import load_report, write_html
-    from lpsearch.search.options import list_study_options
+    from lpsearch.search.settings import list_study_options
 
     try:
         found = load_report(store, out)

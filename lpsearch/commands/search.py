@@ -40,8 +40,8 @@ from lpsearch.search import (
     read_results,
     run_study,
 )
-from lpsearch.search.options import has_own_database
 from lpsearch.search.results import set_latency
+from lpsearch.search.settings import has_own_database
 
 if TYPE_CHECKING:
     import torch
@@ -213,14 +213,7 @@ def _build_space(
     """
     space = JoinSpace(num_layers, max_group, freeze)
     for path, plan in enqueued.items():
-        if plan.num_layers != num_layers:
-            raise PlanError(f"--enqueue {path}: it has {plan.num_layers} layers, the model {num_layers}")
-        if not space.is_valid(plan.joins):
-            raise PlanError(
-                f"--enqueue {path}: it is outside the space: groups have at most {space.max_group} layers and leave "
-                f"layers {list(space.frozen_layers)} alone, got {plan.to_groups_json()}; "
-                "raise --max-group, freeze fewer layers or enqueue another plan"
-            )
+        space.check_plan(plan, where=f"--enqueue {path}")
     return space
 
 

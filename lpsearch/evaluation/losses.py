@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lpsearch.plan import Plan
 
-__all__ = ["PairedDelta", "PlanEvaluator", "WindowLosses", "compute_paired_delta"]
+__all__ = ["Metric", "PairedDelta", "PlanEvaluator", "PlanLosses", "WindowLosses", "compute_paired_delta"]
+
+Metric = Literal["nll", "kl"]
+"""The loss that is searched: the negative log-likelihood, or the divergence from the unmodified model."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,51 @@ class WindowLosses:
     nll_nats_per_token: tuple[float, ...]
     kl_nats_per_token: tuple[float, ...] | None
     tokens_per_window: int
+
+
+@dataclass
+class PlanLosses:
+    """Losses of one plan by window.
+
+    Attributes:
+        seen: (windows,) where the plan has losses; the others are meaningless.
+        nll: (windows,) nats per token; nan where one was not finite.
+        kl: (windows,) KL(base || plan) in nats per token; None unless it was measured.
+        tokens_per_window: tokens behind each.
+    """
+
+    seen: NDArray[np.bool_]
+    nll: NDArray[np.float64]
+    kl: NDArray[np.float64] | None
+    tokens_per_window: int
+
+    @classmethod
+    def build(
+        cls, num_windows: int, window_indices: Sequence[int] = (), losses: WindowLosses | None = None
+    ) -> PlanLosses:
+        """Build them from the losses on some windows, or without any."""
+        built = cls(np.zeros(num_windows, dtype=bool), np.full(num_windows, np.nan), None, tokens_per_window=0)
+        if losses is not None and len(window_indices):
+            built.keep(window_indices, losses)
+        return built
+
+    def keep(self, window_indices: Sequence[int], losses: WindowLosses) -> None:
+        """Add losses, in the order of ``window_indices``."""
+        chosen = list(window_indices)
+        self.seen[chosen] = True
+        self.nll[chosen] = _replace_infinite(losses.nll_nats_per_token)
+        if losses.kl_nats_per_token is not None:
+            if self.kl is None:
+                self.kl = np.full(len(self.nll), np.nan)
+            self.kl[chosen] = _replace_infinite(losses.kl_nats_per_token)
+        self.tokens_per_window = losses.tokens_per_window
+
+    def get_costs(self, metric: Metric, chosen: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
+        """Return the losses by which plans are compared, on the ``chosen`` windows, or those that the plan has."""
+        chosen = self.seen if chosen is None else chosen
+        if metric == "nll":
+            return self.nll[chosen]
+        return np.full(int(chosen.sum()), np.nan) if self.kl is None else self.kl[chosen]
 
 
 class PlanEvaluator(Protocol):
@@ -81,3 +130,8 @@ def compute_paired_delta(plan_losses: Sequence[float], base_losses: Sequence[flo
         return PairedDelta(float(differences[0]), None)
     standard_error = float(differences.std(ddof=1)) / math.sqrt(len(differences))
     return PairedDelta(float(differences.mean()), standard_error)
+
+
+def _replace_infinite(values: Sequence[float]) -> NDArray[np.float64]:
+    array = np.array(values, dtype=np.float64)
+    return np.where(np.isfinite(array), array, np.nan)

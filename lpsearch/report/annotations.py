@@ -1,7 +1,7 @@
 """What optuna-dashboard shows of a study besides its trials: the front as a figure, notes, and the plan files.
 
 All of it lies in the study's system attributes and in ``artifacts/`` beside its plan files, so that it is there however
-optuna-dashboard is started. Metric names are set where the study is opened (:mod:`lpsearch.search.opening`).
+optuna-dashboard is started. Metric names are set where the study is opened (:mod:`lpsearch.search.settings`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lpsearch.report.figures import build_front_figure, describe_groups
 from lpsearch.report.study import StudyReport
 from lpsearch.report.tables import Table, build_front_table
 from lpsearch.search import StudyStore, TrialResult
-from lpsearch.search.options import list_study_options
+from lpsearch.search.settings import list_study_options
 from lpsearch.wording import format_loss, name_count
 
 __all__ = ["ARTIFACTS_NAME", "FRONT_FIGURE_ID", "annotate_study"]

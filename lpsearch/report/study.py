@@ -22,8 +22,8 @@ from lpsearch.plan import Plan
 from lpsearch.report.progress import ProgressStep, find_reference_cost, trace_progress
 from lpsearch.search import JoinSpace, StudyStore, TrialResult, build_front, read_results
 from lpsearch.search.front import Objective
-from lpsearch.search.pairset import fit_surrogate
 from lpsearch.search.results import Metric
+from lpsearch.search.samplers.pairset import fit_surrogate
 
 __all__ = ["JoinEffects", "StudyReport", "load_report", "name_row"]
 

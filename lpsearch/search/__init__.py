@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from lpsearch.search.evaluations import StoredEvaluation, evaluate_stored_plan
 from lpsearch.search.front import build_front
-from lpsearch.search.outcome import EvaluationUpdate, StudyResult, TrialUpdate
-from lpsearch.search.results import Loss, TrialResult, read_results
+from lpsearch.search.pool import Pool, ThreadPool
+from lpsearch.search.racing import StoredEvaluation, evaluate_stored_plan
+from lpsearch.search.results import EvaluationUpdate, Loss, StudyResult, TrialResult, TrialUpdate, read_results
 from lpsearch.search.samplers import SAMPLER_NAMES, build_sampler
 from lpsearch.search.settings import FIXED_SETTINGS, compare_settings
 from lpsearch.search.space import JoinSpace
@@ -18,11 +18,13 @@ __all__ = [
     "EvaluationUpdate",
     "JoinSpace",
     "Loss",
+    "Pool",
     "Split",
     "StoredEvaluation",
     "StoredWindows",
     "StudyResult",
     "StudyStore",
+    "ThreadPool",
     "TrialResult",
     "TrialUpdate",
     "build_front",

@@ -1,8 +1,4 @@
-"""Opening a study's database safely, its own tables, and its errors in plain words.
-
-The tables stand beside Optuna's in the same database and hold what Optuna cannot: a finished trial is immutable there,
-and its attributes are short strings.
-"""
+"""Opening a study's database safely, and its errors in plain words."""
 
 from __future__ import annotations
 
@@ -16,158 +12,23 @@ from urllib.parse import quote
 
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
-from sqlalchemy import (
-    Column,
-    Double,
-    ForeignKey,
-    Integer,
-    LargeBinary,
-    MetaData,
-    String,
-    Table,
-    Text,
-    UniqueConstraint,
-    column,
-    event,
-    func,
-    inspect,
-    select,
-    table,
-    text,
-    update,
-)
-from sqlalchemy.dialects import mysql
-from sqlalchemy.engine import URL, Engine, make_url
+from sqlalchemy import event
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from lpsearch.errors import ConfigError, StudyError, StudyVersionError
+from lpsearch.search import optuna_tables, schema
 
 __all__ = [
-    "claims_table",
     "describe_url",
-    "evaluations_table",
     "find_sqlite_path",
-    "fronts_table",
-    "latency_profiles_table",
     "open_optuna_storage",
-    "optuna_params_table",
-    "optuna_studies_table",
-    "optuna_study_attributes_table",
-    "optuna_trials_table",
     "parse_storage_url",
-    "plans_table",
-    "studies_table",
     "translate_storage_errors",
-    "windows_table",
 ]
 
-TABLE_PREFIX = "lpsearch_"
 BUSY_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 10
-
-# MySQL's TEXT and BLOB end at 64 KB.
-_JSON = Text().with_variant(mysql.MEDIUMTEXT(), "mysql", "mariadb")
-_BLOB = LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")
-
-_metadata = MetaData()
-
-# Of Optuna's own tables these are read and written past its interface, which cannot do what is said of each.
-
-optuna_studies_table = table("studies", column("study_id"), column("study_name"))
-"""Optuna's studies: it cannot rename one."""
-
-optuna_params_table = table(
-    "trial_params", column("trial_id"), column("param_name"), column("param_value"), column("distribution_json")
-)
-"""Optuna's parameters: it writes each in a transaction of its own."""
-
-optuna_study_attributes_table = table("study_system_attributes", column("study_id"), column("key"))
-"""Optuna's system attributes of studies: it cannot delete one."""
-
-optuna_trials_table = table("trials", column("trial_id"), column("number"), column("study_id"), column("state"))
-"""Optuna's trials: it reads each of them to count them."""
-
-
-def _table(name: str, *columns: Any) -> Table:
-    return Table(TABLE_PREFIX + name, _metadata, *columns)
-
-
-def _study_key(**options: Any) -> Column[int]:
-    return Column("study_id", Integer, ForeignKey(f"{TABLE_PREFIX}studies.id"), nullable=False, **options)
-
-
-studies_table = _table(
-    "studies",
-    Column("id", Integer, primary_key=True),
-    Column("name", String(512), nullable=False, unique=True),
-    Column("settings", _JSON, nullable=False),
-    Column("created_at", Double, nullable=False),
-)
-"""One row a study: its settings as JSON. Times in these tables are seconds since the epoch."""
-
-windows_table = _table(
-    "windows",
-    _study_key(primary_key=True),
-    Column("split", String(16), primary_key=True),
-    Column("spec", _JSON, nullable=False),
-    Column("num_windows", Integer, nullable=False),
-    Column("seq_len", Integer, nullable=False),
-    Column("content_hash", String(64), nullable=False),
-    Column("input_ids", _BLOB, nullable=False),
-)
-"""Tokenised windows, little-endian int32, row after row."""
-
-plans_table = _table(
-    "plans",
-    Column("id", Integer, primary_key=True),
-    _study_key(),
-    Column("plan_hash", String(64), nullable=False),
-    Column("variant", String(32), nullable=False, server_default="raw"),
-    Column("state", String(16)),
-    Column("groups", Text, nullable=False),
-    UniqueConstraint("study_id", "plan_hash"),
-)
-"""Plans that were evaluated, a row for each variant of the weights.
-
-The hash is SHA-256 of groups and variant, since MySQL indexes no long text. The state is ``complete``, ``stopped`` or
-``broken``, and NULL while the plan is evaluated.
-"""
-
-evaluations_table = _table(
-    "evaluations",
-    Column("plan_id", Integer, ForeignKey(f"{TABLE_PREFIX}plans.id"), primary_key=True),
-    Column("split", String(16), primary_key=True),
-    Column("window_idx", Integer, primary_key=True),
-    Column("nll_nats_per_token", Double),
-    Column("kl_nats_per_token", Double),
-    Column("num_tokens", Integer, nullable=False),
-)
-"""One row a plan and window. NULL is a loss that is not a finite number: MySQL and SQLite store no NaN."""
-
-latency_profiles_table = _table(
-    "latency_profiles",
-    Column("id", Integer, primary_key=True),
-    _study_key(),
-    Column("profile", _JSON, nullable=False),
-    Column("created_at", Double, nullable=False),
-)
-"""Latency profiles that the study used, the newest last."""
-
-claims_table = _table(
-    "claims",
-    Column("subject", String(640), primary_key=True),
-    Column("owner", String(255), nullable=False),
-    Column("claimed_at", Double, nullable=False),
-)
-"""Who works on what, at most one owner a subject."""
-
-fronts_table = _table(
-    "fronts",
-    _study_key(primary_key=True),
-    Column("front", _JSON, nullable=False),
-    Column("updated_at", Double, nullable=False),
-)
-"""The latest front of a study, the content of its ``front.json``."""
 
 
 def parse_storage_url(url: str) -> URL:
@@ -251,34 +112,8 @@ def open_optuna_storage(url: URL) -> RDBStorage:
             # In WAL mode NORMAL loses nothing when a process dies, and saves one disk flush a transaction.
             event.listen(storage.engine, "connect", _set_synchronous_normal)
             storage.engine.dispose()
-        _metadata.create_all(storage.engine)
-        _migrate(storage.engine)
+        schema.create_tables(storage.engine)
     return storage
-
-
-def _migrate(engine: Engine) -> None:
-    """Bring the tables of a former version to this one's: until then plans had neither a variant nor a state."""
-    if "variant" in {found["name"] for found in inspect(engine).get_columns(plans_table.name)}:
-        return
-    plans, evaluations = plans_table, evaluations_table
-    nll, kl = evaluations.c.nll_nats_per_token, evaluations.c.kl_nats_per_token
-    with engine.begin() as connection:
-        connection.execute(text(f"ALTER TABLE {plans.name} ADD COLUMN variant VARCHAR(32) NOT NULL DEFAULT 'raw'"))
-        connection.execute(text(f"ALTER TABLE {plans.name} ADD COLUMN state VARCHAR(16)"))
-        rows = connection.execute(
-            select(plans.c.id, plans.c.study_id, func.count(), func.count(nll), func.count(kl))
-            .join(evaluations, evaluations.c.plan_id == plans.c.id)
-            .where(evaluations.c.split == "proxy")
-            .group_by(plans.c.id, plans.c.study_id)
-        ).all()
-        num_windows: dict[int, int] = {}  # the unmodified model has losses on all of them
-        for _, study_id, count, _, _ in rows:
-            num_windows[study_id] = max(count, num_windows.get(study_id, 0))
-        for plan_id, study_id, count, num_nll, num_kl in rows:
-            state = "complete" if count == num_windows[study_id] else "stopped"
-            if num_nll < count or 0 < num_kl < count:
-                state = "broken"
-            connection.execute(update(plans).where(plans.c.id == plan_id).values(state=state))
 
 
 def _set_synchronous_normal(connection: Any, record: Any) -> None:
@@ -310,8 +145,7 @@ def _check_sqlite_file(path: Path) -> None:
         raise StudyError(f"{path}: not a readable study: {error}; {mend}") from None
     if verdict != "ok":
         raise StudyError(f"{path}: the database is damaged: {' '.join(verdict.split())}; {mend}")
-    known = {optuna_studies_table.name, optuna_trials_table.name, *_metadata.tables}
-    if tables and not tables & known:
+    if tables and not tables & (optuna_tables.TABLE_NAMES | schema.TABLE_NAMES):
         raise StudyError(f"{path}: a database of another program (tables {', '.join(sorted(tables)[:3])}); {mend}")
 
 

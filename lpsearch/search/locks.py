@@ -7,16 +7,19 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy.engine import URL
 from sqlalchemy.exc import IntegrityError
 
-from lpsearch.search.database import claims_table, translate_storage_errors
+from lpsearch.errors import StudyError
+from lpsearch.search.database import describe_url, find_sqlite_path, translate_storage_errors
+from lpsearch.search.schema import claims_table
 
-__all__ = ["Claim", "HeldElsewhereError", "hold_claim", "hold_file_lock"]
+__all__ = ["HeldElsewhereError", "StudyLock", "hold_file_lock"]
 
 CLAIM_LIFETIME_S = 900.0
 """Age at which a claim from another machine counts as abandoned; it is renewed with every evaluation."""
@@ -30,9 +33,71 @@ class HeldElsewhereError(Exception):
     """
 
     def __init__(self, holder: str) -> None:
-        """Store the holder."""
         super().__init__(holder)
         self.holder = holder
+
+
+class StudyLock:
+    """The right to write a study, which one process has at a time.
+
+    A SQLite file is locked as a whole through ``<file>.lock``, which the system releases when its holder dies. Other
+    databases hold a claim, which is renewed with every evaluation and taken over once its process is gone.
+
+    Args:
+        url: of the database.
+        study_name: the study.
+        begin_transaction: begins a transaction on the database.
+    """
+
+    def __init__(
+        self, url: URL, study_name: str, begin_transaction: Callable[[], AbstractContextManager[Connection]]
+    ) -> None:
+        self._url = url
+        self._study_name = study_name
+        self._begin_transaction = begin_transaction
+        self._is_held = False
+        self._claim: _Claim | None = None
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Hold the lock during a block; may be nested.
+
+        Raises:
+            StudyError: if another process holds it, naming that process.
+        """
+        if self._is_held:
+            yield
+            return
+        path = find_sqlite_path(self._url)
+        with ExitStack() as held:
+            try:
+                if path is not None:
+                    held.enter_context(hold_file_lock(path.with_name(path.name + ".lock")))
+                else:
+                    subject = f"coordinator of {self._study_name}"
+                    self._claim = held.enter_context(_hold_claim(subject, self._begin_transaction))
+            except HeldElsewhereError as error:
+                raise StudyError(
+                    f"{describe_url(self._url)}: study {self._study_name!r} is being run by process {error.holder}; "
+                    "wait for it or end it, or name another directory with --out"
+                ) from None
+            self._is_held = True
+            try:
+                yield
+            finally:
+                self._is_held = False
+                self._claim = None
+
+    def renew(self, connection: Connection) -> None:
+        """Put off the age at which a claim counts as abandoned, where there is one.
+
+        Raises:
+            StudyError: if another process took it over.
+        """
+        if self._claim is not None and not self._claim.renew(connection):
+            raise StudyError(
+                f"{describe_url(self._url)}: another process took over study {self._study_name!r}; this one stops"
+            )
 
 
 @contextmanager
@@ -59,7 +124,7 @@ def hold_file_lock(path: Path) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Claim:
+class _Claim:
     """A row that says who works on something.
 
     Attributes:
@@ -78,7 +143,7 @@ class Claim:
 
 
 @contextmanager
-def hold_claim(subject: str, transaction: Callable[[], AbstractContextManager[Connection]]) -> Iterator[Claim]:
+def _hold_claim(subject: str, transaction: Callable[[], AbstractContextManager[Connection]]) -> Iterator[_Claim]:
     """Hold the only claim on a subject; one whose process is gone is taken over.
 
     Args:
@@ -88,7 +153,7 @@ def hold_claim(subject: str, transaction: Callable[[], AbstractContextManager[Co
     Raises:
         HeldElsewhereError: if another process holds it.
     """
-    claim = Claim(subject, f"{socket.gethostname()}:{os.getpid()}")
+    claim = _Claim(subject, f"{socket.gethostname()}:{os.getpid()}")
     table = claims_table
     with transaction() as connection:
         row = connection.execute(select(table).where(table.c.subject == subject)).one_or_none()

@@ -13,18 +13,20 @@ the front alone, and the bound is that of a t-test over a finite number of windo
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from lpsearch.evaluation.losses import WindowLosses
+from lpsearch.evaluation.losses import Metric, PlanEvaluator, PlanLosses, WindowLosses
 from lpsearch.evaluation.rungs import split_by_rung
 from lpsearch.plan import Plan
-from lpsearch.search.results import Loss, Metric, PlanLosses, State, compute_loss
+from lpsearch.search.losses import Split
+from lpsearch.search.results import Loss, State, compute_loss
 from lpsearch.search.store import StudyStore
 
-__all__ = ["Racing", "is_beaten"]
+__all__ = ["Racing", "StoredEvaluation", "evaluate_stored_plan", "is_beaten"]
 
 FloatArray = NDArray[np.float64]
 
@@ -65,7 +67,7 @@ class Racing:
         state = self._judge(plan, rival)
         if state is not None:
             self._states[plan] = state
-            self._store.record_state(plan, state)
+            self._store.losses.record_state(plan, state)
             return []
         missing = np.flatnonzero(~self._get(plan).seen).tolist()
         return split_by_rung(missing, self._num_windows)[0] if self._staged else missing
@@ -79,7 +81,7 @@ class Racing:
             losses: one value a window.
         """
         known = self._get(plan)
-        self._store.record_losses(plan, window_indices, losses, split="proxy")
+        self._store.losses.record(plan, window_indices, losses, split="proxy")
         known.keep(window_indices, losses)
 
     def get_state(self, plan: Plan) -> State:
@@ -106,7 +108,7 @@ class Racing:
 
     def _get(self, plan: Plan) -> PlanLosses:
         if plan not in self._losses:
-            known = self._store.load_known_losses(plan, split="proxy", num_windows=self._num_windows)
+            known = self._store.losses.load_known(plan, split="proxy", num_windows=self._num_windows)
             self._losses[plan] = PlanLosses.build(self._num_windows, *known)
         return self._losses[plan]
 
@@ -130,3 +132,40 @@ def is_beaten(costs: FloatArray, rival_costs: FloatArray, *, num_windows: int) -
     standard_error = float(difference.std(ddof=1)) * math.sqrt(1 / seen - 1 / num_windows)
     quantile = float(stats.t.ppf(0.5 + CONFIDENCE / 2, seen - 1))
     return bool(difference.mean() > quantile * standard_error)
+
+
+@dataclass(frozen=True)
+class StoredEvaluation:
+    """Losses of a plan on all windows of an evaluator.
+
+    Attributes:
+        losses: one value a window, in the order of the windows.
+        num_new_tokens: tokens that were evaluated now; the others were in the store.
+    """
+
+    losses: WindowLosses
+    num_new_tokens: int
+
+
+def evaluate_stored_plan(
+    store: StudyStore, evaluator: PlanEvaluator, plan: Plan, *, split: Split = "proxy"
+) -> StoredEvaluation:
+    """Evaluate a plan on the windows that the store has no losses for, and keep them there.
+
+    Args:
+        store: the study's database; the study has begun.
+        evaluator: holds the windows of ``split``.
+        plan: a plan for the evaluator's model.
+        split: which windows these are.
+    """
+    num_windows = evaluator.num_windows
+    evaluated = store.losses.find_evaluated_windows(plan, split=split)
+    missing = [window_idx for window_idx in range(num_windows) if window_idx not in evaluated]
+    num_new_tokens = 0
+    if missing:
+        losses = evaluator.evaluate_windows(plan, missing)
+        store.losses.record(plan, missing, losses, split=split)
+        num_new_tokens = losses.tokens_per_window * len(missing)
+    stored = store.losses.load(plan, num_windows=num_windows, split=split)
+    assert stored is not None
+    return StoredEvaluation(stored, num_new_tokens)

@@ -15,19 +15,22 @@ from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
 
 from lpsearch.errors import StudyError, StudyVersionError
-from lpsearch.evaluation.losses import WindowLosses, compute_paired_delta
+from lpsearch.evaluation.losses import Metric, PlanLosses, compute_paired_delta
 from lpsearch.plan import Plan
 
 if TYPE_CHECKING:
-    from lpsearch.search.store import Split, StoredPlan, StudyStore
+    from lpsearch.search.losses import Split, StoredPlan
+    from lpsearch.search.store import StudyStore
 
 __all__ = [
     "RAW",
+    "EvaluationUpdate",
     "Loss",
     "Metric",
-    "PlanLosses",
     "State",
+    "StudyResult",
     "TrialResult",
+    "TrialUpdate",
     "Variant",
     "build_attributes",
     "compute_loss",
@@ -36,9 +39,6 @@ __all__ = [
     "read_results",
     "set_latency",
 ]
-
-Metric = Literal["nll", "kl"]
-"""The loss that is searched: the negative log-likelihood, or the divergence from the unmodified model."""
 
 State = Literal["complete", "stopped", "broken"]
 """Of a plan: evaluated on all proxy windows; stopped by racing before; or with a loss that is not finite."""
@@ -154,49 +154,88 @@ class TrialResult:
         return (self.get_heldout(metric) or self.loss).get_cost(metric)
 
 
-@dataclass
-class PlanLosses:
-    """Losses of one plan by window.
+@dataclass(frozen=True)
+class EvaluationUpdate:
+    """What begins to be evaluated, and what is known by then.
+
+    The trial before it may be evaluated but not finished, since the two overlap.
 
     Attributes:
-        seen: (windows,) where the plan has losses; the others are meaningless.
-        nll: (windows,) nats per token; nan where one was not finite.
-        kl: (windows,) KL(base || plan) in nats per token; None unless it was measured.
-        tokens_per_window: tokens behind each.
+        plan: the plan.
+        origin: what proposed it; ``front`` where a plan of the final front gets the windows that it lacks.
+        num_windows: windows that it is evaluated on now.
+        num_finished: distinct finished plans of the study so far.
+        budget: distinct finished plans at which the study ends; less than was asked for if the space is smaller.
+        front: the best front so far, the baseline first; empty before the baseline is finished.
     """
 
-    seen: NDArray[np.bool_]
-    nll: NDArray[np.float64]
-    kl: NDArray[np.float64] | None
-    tokens_per_window: int
+    plan: Plan
+    origin: str
+    num_windows: int
+    num_finished: int
+    budget: int
+    front: Sequence[TrialResult]
 
-    @classmethod
-    def build(
-        cls, num_windows: int, window_indices: Sequence[int] = (), losses: WindowLosses | None = None
-    ) -> PlanLosses:
-        """Build them from the losses on some windows, or without any."""
-        built = cls(np.zeros(num_windows, dtype=bool), np.full(num_windows, np.nan), None, tokens_per_window=0)
-        if losses is not None and len(window_indices):
-            built.keep(window_indices, losses)
-        return built
 
-    def keep(self, window_indices: Sequence[int], losses: WindowLosses) -> None:
-        """Add losses, in the order of ``window_indices``."""
-        chosen = list(window_indices)
-        self.seen[chosen] = True
-        self.nll[chosen] = _replace_infinite(losses.nll_nats_per_token)
-        if losses.kl_nats_per_token is not None:
-            if self.kl is None:
-                self.kl = np.full(len(self.nll), np.nan)
-            self.kl[chosen] = _replace_infinite(losses.kl_nats_per_token)
-        self.tokens_per_window = losses.tokens_per_window
+@dataclass(frozen=True)
+class TrialUpdate:
+    """Progress after one finished trial.
 
-    def get_costs(self, metric: Metric, chosen: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
-        """Return the losses by which plans are compared, on the ``chosen`` windows, or those that the plan has."""
-        chosen = self.seen if chosen is None else chosen
-        if metric == "nll":
-            return self.nll[chosen]
-        return np.full(int(chosen.sum()), np.nan) if self.kl is None else self.kl[chosen]
+    Attributes:
+        result: the plan that just finished.
+        num_finished: distinct finished plans of the study so far.
+        num_new: those of them that this run finished.
+        budget: distinct finished plans at which the study ends; less than was asked for if the space is smaller.
+        front: the best front so far, the baseline first.
+        elapsed_s: seconds since this run began.
+    """
+
+    result: TrialResult
+    num_finished: int
+    num_new: int
+    budget: int
+    front: Sequence[TrialResult]
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What a study knows when a run ends.
+
+    Attributes:
+        results: every finished plan, in the order of the trials, the baseline included.
+        front: the baseline, then every plan that no other beats, fewest joins first.
+        exact: every plan of the space is finished, so the front is the best there is on the proxy.
+        num_resumed: plans that were finished before this run.
+        num_new: plans that this run finished.
+        num_new_tokens: tokens that this run evaluated.
+        timed_out: the run ended by ``timeout_s`` before the budget.
+        elapsed_s: seconds that this run took.
+    """
+
+    results: tuple[TrialResult, ...]
+    front: tuple[TrialResult, ...]
+    exact: bool
+    num_resumed: int
+    num_new: int
+    num_new_tokens: int
+    timed_out: bool
+    elapsed_s: float
+
+    @property
+    def baseline(self) -> TrialResult:
+        """The unmodified model."""
+        return self.front[0]
+
+    @property
+    def proxy_tokens(self) -> int:
+        """Tokens behind the losses of all finished plans, earlier runs included."""
+        return sum(result.proxy_tokens for result in self.results)
+
+    @property
+    def share_evaluated(self) -> float:
+        """``proxy_tokens`` relative to evaluating every plan on all windows."""
+        return self.proxy_tokens / (len(self.results) * self.baseline.proxy_tokens)
 
 
 def compute_loss(losses: PlanLosses, base: PlanLosses, *, metric: Metric) -> Loss:
@@ -284,7 +323,7 @@ class _ResultReader:
 
     def __init__(self, store: StudyStore, metric: Metric) -> None:
         self._metric = metric
-        self._plans = store.load_plans()
+        self._plans = store.losses.load_plans()
         self._plan_files = {
             json.dumps(point["groups"], separators=(",", ":")): str(point["plan"])
             for point in (store.load_front() or {}).get("front", ())
@@ -352,11 +391,6 @@ def compute_perplexity(nll: float) -> float:
 def finite_or_none(value: float | None) -> float | None:
     """Return a number as a database or JSON can hold it: None where it is not finite."""
     return float(value) if value is not None and math.isfinite(value) else None
-
-
-def _replace_infinite(values: Sequence[float]) -> NDArray[np.float64]:
-    array = np.array(values, dtype=np.float64)
-    return np.where(np.isfinite(array), array, np.nan)
 
 
 def _compare(losses: NDArray[np.float64], base_losses: NDArray[np.float64]) -> tuple[float, float | None]:

@@ -1,15 +1,33 @@
-"""What a study records about itself, and what may not change when it is resumed."""
+"""What a study is begun with, what may not change when it is resumed, and how a command line names it."""
 
 from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from lpsearch.errors import ResumeError
+import optuna
+from optuna.exceptions import ExperimentalWarning
+from optuna.study import StudyDirection
 
-__all__ = ["FIXED_SETTINGS", "compare_settings"]
+from lpsearch.errors import ResumeError
+from lpsearch.search.database import find_sqlite_path
+from lpsearch.search.front import Objective
+from lpsearch.search.results import Metric
+from lpsearch.search.space import JoinSpace
+from lpsearch.search.store import StudyStore
+
+__all__ = [
+    "FIXED_SETTINGS",
+    "compare_settings",
+    "has_own_database",
+    "list_study_options",
+    "open_study",
+    "record_settings",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +73,81 @@ def compare_settings(recorded: Mapping[str, Any], requested: Mapping[str, Any]) 
     begun_with, now = recorded.get("sampler"), requested.get("sampler")
     if begun_with is not None and now is not None and begun_with != now:
         logger.warning("the study was begun with the sampler %s and goes on with %s", begun_with, now)
+
+
+def record_settings(
+    store: StudyStore, space: JoinSpace, metric: Metric, objective: Objective, sampler: str, seed: int
+) -> None:
+    """Begin the study, or check that this run may continue it; what the caller recorded stays."""
+    requested = {
+        "num_layers": space.num_layers,
+        "max_group": space.max_group,
+        "metric": metric,
+        "objective": objective,
+        "sampler": sampler,
+        "seed": seed,
+    }
+    recorded = store.load_settings() or {}
+    compare_settings(recorded, requested)
+    if not requested.keys() <= recorded.keys():
+        store.save_settings({**requested, **recorded})
+
+
+def open_study(store: StudyStore, metric: Metric, objective: Objective) -> optuna.Study:
+    """Create or load the Optuna study, with its objectives named.
+
+    Raises:
+        ResumeError: if a study of this name has other objectives.
+    """
+    names = [
+        "depth_reduction" if objective == "depth" else "latency_ms",
+        "perplexity" if metric == "nll" else "kl_nats_per_token",
+    ]
+    directions = [
+        StudyDirection.MAXIMIZE if objective == "depth" else StudyDirection.MINIMIZE,
+        StudyDirection.MINIMIZE,
+    ]
+    study = optuna.create_study(
+        storage=store.optuna_storage, study_name=store.study_name, directions=directions, load_if_exists=True
+    )
+    if study.directions != directions:
+        raise ResumeError(
+            f"{store.where}: study {store.study_name!r} has other objectives than {' and '.join(names)}; "
+            "it was not made by this command, so choose another --study or --out"
+        )
+    if study.metric_names != names:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            study.set_metric_names(names)
+    return study
+
+
+def has_own_database(store: StudyStore, directory: Path) -> bool:
+    """Say whether a study's database is ``study.db`` in its directory.
+
+    Args:
+        store: the database.
+        directory: directory of the study.
+    """
+    path = find_sqlite_path(store.optuna_storage.engine.url)
+    return path is not None and path.resolve() == (directory / "study.db").resolve()
+
+
+def list_study_options(store: StudyStore, directory: Path) -> list[str]:
+    """Return what a command needs besides the directory of a study to find it, one word each, not quoted.
+
+    Args:
+        store: its database.
+        directory: its directory.
+
+    Returns:
+        Nothing where ``study.db`` in the directory is the database; else ``--storage`` with the URL, whose password is
+        hidden, and ``--study``, since others may be in it too.
+    """
+    if has_own_database(store, directory):
+        return []
+    url = store.optuna_storage.engine.url
+    return ["--storage", url.render_as_string(hide_password=True), "--study", store.study_name]
 
 
 def _show(value: Any) -> str:

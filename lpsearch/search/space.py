@@ -14,7 +14,7 @@ from typing import Any
 
 from optuna.distributions import CategoricalDistribution
 
-from lpsearch.errors import ConfigError
+from lpsearch.errors import ConfigError, PlanError
 from lpsearch.plan import Plan
 
 __all__ = ["JoinSpace"]
@@ -99,6 +99,27 @@ class JoinSpace:
         return set(joins) <= self._free_join_set and all(
             last - first + 2 <= self.max_group for first, last in _iterate_runs(joins)
         )
+
+    def check_plan(self, plan: Plan, *, where: str) -> None:
+        """Refuse a plan that is not one of this space.
+
+        Args:
+            plan: the plan.
+            where: what it is, for the message, e.g. ``--enqueue plan.json``.
+
+        Raises:
+            PlanError: if it is for another number of layers, or outside the space.
+        """
+        if plan.num_layers != self.num_layers:
+            raise PlanError(
+                f"{where} has {plan.num_layers} layers, the model {self.num_layers}; name a plan of this model"
+            )
+        if not self.is_valid(plan.joins):
+            raise PlanError(
+                f"{where} is outside the space: groups have at most {self.max_group} layers and leave layers "
+                f"{list(self.frozen_layers)} alone, got {plan.to_groups_json()}; "
+                "raise --max-group, freeze fewer layers or name another plan"
+            )
 
     def repair(self, joins: Iterable[int]) -> tuple[int, ...]:
         """Return the plan nearest in spirit: frozen joins dropped, overlong runs cut into full groups from the left.

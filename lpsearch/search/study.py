@@ -1,27 +1,31 @@
-"""Running a search: what may be asked for, the lock and the thread; the coordinator does the rest."""
+"""Running a search: what may be asked for, and the lock; the coordinator does the rest."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import get_args
 
-from lpsearch.errors import ConfigError, PlanError
-from lpsearch.evaluation.losses import PlanEvaluator
+from lpsearch.errors import ConfigError
+from lpsearch.evaluation.losses import Metric, PlanEvaluator
 from lpsearch.plan import Plan
 from lpsearch.search.coordinator import Coordinator
-from lpsearch.search.executors import WorkerThread
 from lpsearch.search.front import Objective
-from lpsearch.search.outcome import EvaluationUpdate, StudyResult, TrialUpdate
-from lpsearch.search.results import Metric
+from lpsearch.search.pool import Pool, ThreadPool
+from lpsearch.search.racing import Racing
+from lpsearch.search.results import EvaluationUpdate, StudyResult, TrialUpdate
 from lpsearch.search.space import JoinSpace
 from lpsearch.search.store import StudyStore
+from lpsearch.search.trials import Trials
 
 __all__ = ["run_study"]
 
 
 def run_study(
     *,
-    evaluator: PlanEvaluator,
+    evaluator: PlanEvaluator | None = None,
+    pool: Pool | None = None,
     space: JoinSpace,
     budget: int,
     store: StudyStore,
@@ -42,10 +46,10 @@ def run_study(
     enumerated. A plan whose loss is not finite is finished like any other, with an infinite perplexity: it is never
     proposed again and never on the front.
 
-    Plans are evaluated in a thread of their own, so that the device works while the caller's thread does the books.
-
     Args:
-        evaluator: evaluates plans on the proxy windows; used by one thread at a time, which is not the caller's.
+        evaluator: evaluates plans on the proxy windows, in a thread of its own, so that the device works while the
+            caller's thread does the books.
+        pool: evaluates them in the place of an ``evaluator``; it stays open.
         space: the plans to search.
         budget: distinct finished plans of the study in total, the baseline and earlier runs included.
         store: the study's database.
@@ -62,39 +66,14 @@ def run_study(
         on_evaluation: called as every evaluation of a plan on some windows begins.
 
     Raises:
-        ConfigError: for a budget below 1, an unknown name, or ``latency`` without an estimate.
+        ConfigError: for a budget below 1, an unknown name, ``latency`` without an estimate, or anything but one of
+            ``evaluator`` and ``pool``.
         PlanError: for an enqueued plan outside the space.
         ResumeError: if the study was begun with another space, metric or objective.
         StudyError: if the database fails, another process runs the study, or the baseline's loss is not finite.
     """
-    _check_arguments(space, budget, metric, objective, estimate_latency_ms, enqueue)
-    with store.hold_lock(), WorkerThread() as executor:
-        coordinator = Coordinator(
-            executor=executor,
-            evaluator=evaluator,
-            space=space,
-            budget=budget,
-            store=store,
-            sampler=sampler,
-            seed=seed,
-            metric=metric,
-            objective=objective,
-            estimate_latency_ms=estimate_latency_ms,
-            staged=staged,
-            on_trial=on_trial,
-            on_evaluation=on_evaluation,
-        )
-        return coordinator.run(enqueue, timeout_s)
-
-
-def _check_arguments(
-    space: JoinSpace,
-    budget: int,
-    metric: Metric,
-    objective: Objective,
-    estimate_latency_ms: Callable[[Plan], float] | None,
-    enqueue: Sequence[Plan],
-) -> None:
+    if (evaluator is None) == (pool is None):
+        raise ConfigError("plans are evaluated by an evaluator or a pool of them; pass one of the two")
     if budget < 1:
         raise ConfigError(f"budget is {budget}; it counts finished plans, the baseline included, so at least 1")
     if metric not in get_args(Metric):
@@ -104,13 +83,28 @@ def _check_arguments(
     if objective == "latency" and estimate_latency_ms is None:
         raise ConfigError("objective latency needs a latency estimate; pass estimate_latency_ms")
     for plan in enqueue:
-        if plan.num_layers != space.num_layers:
-            raise PlanError(
-                f"an enqueued plan has {plan.num_layers} layers, the model {space.num_layers}; enqueue plans of it only"
-            )
-        if not space.is_valid(plan.joins):
-            raise PlanError(
-                f"an enqueued plan is outside the space: groups have at most {space.max_group} layers and leave "
-                f"layers {list(space.frozen_layers)} alone, got {plan.to_groups_json()}; "
-                "raise --max-group, freeze fewer layers or enqueue another plan"
-            )
+        space.check_plan(plan, where="an enqueued plan")
+    with store.hold_lock(), ExitStack() as stack:
+        if pool is None:
+            assert evaluator is not None
+            pool = stack.enter_context(ThreadPool(evaluator))
+        trials = Trials(
+            store=store,
+            space=space,
+            budget=budget,
+            sampler=sampler,
+            seed=seed,
+            metric=metric,
+            objective=objective,
+            estimate_latency_ms=estimate_latency_ms,
+        )
+        coordinator = Coordinator(
+            pool=pool,
+            trials=trials,
+            # An enumeration ends with a front that is exact, not one that is most likely right.
+            racing=Racing(store, num_windows=pool.num_windows, metric=metric, staged=staged and not trials.enumerates),
+            timeout_s=math.inf if timeout_s is None else timeout_s,
+            on_trial=on_trial,
+            on_evaluation=on_evaluation,
+        )
+        return coordinator.run(enqueue)

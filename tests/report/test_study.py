@@ -16,7 +16,7 @@ from lpsearch.errors import StudyVersionError, UsageError
 from lpsearch.plan import Plan
 from lpsearch.report import load_report
 from lpsearch.search import StudyStore
-from lpsearch.search.surrogate import Surrogate
+from lpsearch.search.samplers.surrogate import Surrogate
 from tests.report.conftest import NUM_LAYERS, MakeStudy, build_profile
 from tests.search.evaluators import SyntheticEvaluator
 

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from lpsearch.evaluation.losses import WindowLosses
 from lpsearch.plan import Plan
 
-TABLES = Path(__file__).parents[3] / "shared" / "tables"
+TABLES = Path(__file__).parents[1] / "data" / "tables"
 BASE_NLL = 3.0
 
 
@@ -68,15 +67,12 @@ class SyntheticEvaluator:
 
 
 class TableEvaluator:
-    """Replays the exhaustive table of Gemma 3 270M."""
+    """Replays the exhaustive table of Gemma 3 270M: all 4181 sets of pairs, means over 8 windows of WikiText-2."""
 
     num_windows = 1
 
     def __init__(self) -> None:
-        path = TABLES / "gemma3-270m.npz"
-        if not path.is_file():
-            pytest.skip(f"no exhaustive table at {path}")
-        with np.load(path) as table:
+        with np.load(TABLES / "gemma3-270m.npz") as table:
             self.nll_of_mask = dict(zip(table["mask"].tolist(), table["nll"].tolist(), strict=True))
             self.num_layers = int(table["L"])
 

@@ -29,7 +29,7 @@ def store(tmp_path):
 def build_racing(store, *, staged=True, metric="nll"):
     racing = Racing(store, num_windows=NUM_WINDOWS, metric=metric, staged=staged)
     everything = list(range(NUM_WINDOWS))
-    if not store.find_evaluated_windows(BASE, split="proxy"):
+    if not store.losses.find_evaluated_windows(BASE, split="proxy"):
         racing.keep(BASE, everything, build_losses(everything, 0.0))
         racing.keep(RIVAL, everything, build_losses(everything, 0.2))
     return racing
@@ -51,7 +51,7 @@ def run_stages(racing, delta, *, rival=RIVAL):
 
 def get_states(racing, store):
     """The state of the plan in memory and in the store."""
-    return [racing.get_state(PLAN), store.load_plans()[PLAN.to_groups_json()].state]
+    return [racing.get_state(PLAN), store.losses.load_plans()[PLAN.to_groups_json()].state]
 
 
 def test_a_plan_that_may_be_on_the_front_gets_rung_after_rung(store):

@@ -29,8 +29,8 @@ from lpsearch.search import (
     read_results,
     run_study,
 )
-from lpsearch.search.database import claims_table
 from lpsearch.search.locks import CLAIM_LIFETIME_S
+from lpsearch.search.schema import claims_table
 from tests.search.evaluators import SyntheticEvaluator
 
 PLAN = Plan.from_joins(6, (1, 3))
@@ -75,38 +75,38 @@ def test_settings_windows_and_documents_round_trip(store):
 
 def test_losses_round_trip_by_plan_split_and_window(store):
     store.save_settings({})
-    store.record_losses(PLAN, [2, 0], WindowLosses((3.2, 3.0), None, 63), split="proxy")
-    assert store.find_evaluated_windows(PLAN, split="proxy") == {0, 2}
-    assert store.find_evaluated_windows(PLAN, split="heldout") == set()
-    assert store.load_losses(PLAN, num_windows=3, split="proxy") is None
-    store.record_losses(PLAN, [1], WindowLosses((math.inf,), None, 63), split="proxy")
-    losses = store.load_losses(PLAN, num_windows=3, split="proxy")
+    store.losses.record(PLAN, [2, 0], WindowLosses((3.2, 3.0), None, 63), split="proxy")
+    assert store.losses.find_evaluated_windows(PLAN, split="proxy") == {0, 2}
+    assert store.losses.find_evaluated_windows(PLAN, split="heldout") == set()
+    assert store.losses.load(PLAN, num_windows=3, split="proxy") is None
+    store.losses.record(PLAN, [1], WindowLosses((math.inf,), None, 63), split="proxy")
+    losses = store.losses.load(PLAN, num_windows=3, split="proxy")
     assert losses.nll_nats_per_token[0] == 3.0
     assert math.isnan(losses.nll_nats_per_token[1])
     assert losses.kl_nats_per_token is None
-    assert store.load_losses(PLAN, num_windows=1, split="proxy") == WindowLosses((3.0,), None, 63)
+    assert store.losses.load(PLAN, num_windows=1, split="proxy") == WindowLosses((3.0,), None, 63)
 
     other = Plan.from_joins(6, (1, 4))
-    store.record_losses(other, [0, 1], WindowLosses((3.0, 3.1), (0.1, 0.2), 63), split="heldout")
-    assert store.load_losses(other, num_windows=2, split="heldout").kl_nats_per_token == (0.1, 0.2)
-    assert store.list_evaluated_plans(num_windows=3, split="proxy") == [PLAN]
-    assert store.list_evaluated_plans(num_windows=2, split="heldout") == [other]
+    store.losses.record(other, [0, 1], WindowLosses((3.0, 3.1), (0.1, 0.2), 63), split="heldout")
+    assert store.losses.load(other, num_windows=2, split="heldout").kl_nats_per_token == (0.1, 0.2)
+    assert store.losses.list_evaluated(num_windows=3, split="proxy") == [PLAN]
+    assert store.losses.list_evaluated(num_windows=2, split="heldout") == [other]
     with pytest.raises(StudyError):
-        store.record_losses(PLAN, [1], WindowLosses((1.0,), None, 63), split="proxy")
+        store.losses.record(PLAN, [1], WindowLosses((1.0,), None, 63), split="proxy")
 
 
 def test_losses_of_two_variants_never_mix(store):
     store.save_settings({})
     for nll, variant in [(3.0, "raw"), (2.5, "refit")]:
-        store.record_losses(PLAN, [0], WindowLosses((nll,), None, 63), split="proxy", variant=variant)
-    store.record_losses(PLAN, [1], WindowLosses((2.6,), None, 63), split="proxy", variant="refit")
-    store.record_state(PLAN, "complete", variant="refit")
-    assert store.load_losses(PLAN, num_windows=1, split="proxy") == WindowLosses((3.0,), None, 63)
-    assert store.load_losses(PLAN, num_windows=2, split="proxy") is None
-    assert store.load_losses(PLAN, num_windows=2, split="proxy", variant="refit").nll_nats_per_token == (2.5, 2.6)
-    assert store.list_evaluated_plans(num_windows=2, split="proxy") == []
-    assert store.list_evaluated_plans(num_windows=2, split="proxy", variant="refit") == [PLAN]
-    states = [store.load_plans(variant=variant)[PLAN.to_groups_json()].state for variant in ("raw", "refit")]
+        store.losses.record(PLAN, [0], WindowLosses((nll,), None, 63), split="proxy", variant=variant)
+    store.losses.record(PLAN, [1], WindowLosses((2.6,), None, 63), split="proxy", variant="refit")
+    store.losses.record_state(PLAN, "complete", variant="refit")
+    assert store.losses.load(PLAN, num_windows=1, split="proxy") == WindowLosses((3.0,), None, 63)
+    assert store.losses.load(PLAN, num_windows=2, split="proxy") is None
+    assert store.losses.load(PLAN, num_windows=2, split="proxy", variant="refit").nll_nats_per_token == (2.5, 2.6)
+    assert store.losses.list_evaluated(num_windows=2, split="proxy") == []
+    assert store.losses.list_evaluated(num_windows=2, split="proxy", variant="refit") == [PLAN]
+    states = [store.losses.load_plans(variant=variant)[PLAN.to_groups_json()].state for variant in ("raw", "refit")]
     assert states == [None, "complete"]
 
 
@@ -275,7 +275,7 @@ def test_bad_urls(url, message):
 def test_one_coordinator_at_a_time(store):
     with store.hold_lock(), store.hold_lock():
         store.save_settings({})
-        store.record_losses(PLAN, [0], WindowLosses((3.0,), None, 63), split="proxy")
+        store.losses.record(PLAN, [0], WindowLosses((3.0,), None, 63), split="proxy")
     with store.hold_lock():
         pass
 
@@ -329,8 +329,8 @@ def test_losing_the_claim_stops_the_coordinator():
             with store.optuna_storage.engine.begin() as connection:
                 connection.execute(claims_table.update().values(owner="elsewhere:1"))
             with pytest.raises(StudyError, match="took over"):
-                store.record_losses(PLAN, [0], WindowLosses((3.0,), None, 63), split="proxy")
-        assert store.find_evaluated_windows(PLAN, split="proxy") == set()
+                store.losses.record(PLAN, [0], WindowLosses((3.0,), None, 63), split="proxy")
+        assert store.losses.find_evaluated_windows(PLAN, split="proxy") == set()
 
 
 def test_every_changed_setting_is_listed_with_both_values():

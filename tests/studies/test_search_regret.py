@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import json
 import multiprocessing
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 
 from lpsearch.plan import Plan
-from lpsearch.search import run_study
 from studies import search_regret
 from studies.tables import load_table
 
@@ -169,7 +167,6 @@ def test_a_study_on_a_table_of_windows_finds_what_a_slow_loop_says(sampler: str,
     assert 25 <= replay.windows_evaluated[-1] <= 100
 
 
-@pytest.mark.skipif("staged" not in inspect.signature(run_study).parameters, reason="studies are not staged yet")
 def test_an_unstaged_study_evaluates_every_plan_on_all_windows(tmp_path: Path):
     table = load_table(save_window_table(tmp_path / "table.npz"))
     replay = search_regret.replay_study(table, sampler="pairset", budget=25, seed=0, staged=False)

@@ -1,4 +1,4 @@
-"""The revision of a study changes with everything that is recorded, and only then."""
+"""The stamp of a study changes with everything that is recorded, and only then."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from pathlib import Path
 from lpsearch.evaluation.losses import WindowLosses
 from lpsearch.plan import Plan
 from lpsearch.search import JoinSpace, StudyStore, run_study
-from lpsearch.search.revision import read_revision
 from tests.search.evaluators import SyntheticEvaluator
 
 
-def test_every_record_changes_the_revision(tmp_path: Path) -> None:
+def test_every_change_shows_in_the_stamp(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'study.db'}"
     with StudyStore(url, study_name="a") as store, StudyStore(url, study_name="b") as other:
 
@@ -24,17 +23,17 @@ def test_every_record_changes_the_revision(tmp_path: Path) -> None:
             lambda: store.save_settings({"model": "m"}),
             lambda: search(1),
             lambda: search(2),
-            lambda: store.record_losses(Plan.baseline(6), [0], losses, split="heldout"),
+            lambda: store.losses.record(Plan.baseline(6), [0], losses, split="heldout"),
             lambda: store.save_latency_profile({}),
             lambda: store.save_front({"front": []}),
             lambda: store.save_front({"front": [1]}),
         ]
-        seen = [read_revision(store)]
+        seen = [store.read_stamp()]
         for step in steps:
             step()
-            seen.append(read_revision(store))
-            assert read_revision(store) == seen[-1]
+            seen.append(store.read_stamp())
+            assert store.read_stamp() == seen[-1]
         assert len({*seen}) == len(seen)
         other.save_settings({"model": "m"})
-        other.record_losses(Plan.baseline(6), [0], losses, split="proxy")
-        assert read_revision(store) == seen[-1], "another study in the same database is no change"
+        other.losses.record(Plan.baseline(6), [0], losses, split="proxy")
+        assert store.read_stamp() == seen[-1], "another study in the same database is no change"

@@ -1,4 +1,4 @@
-"""Strata of plans that save about as much: by the number of joins, or by the time that a latency model promises.
+"""Levels of plans that save about as much: by the number of joins, or by the time that a latency model promises.
 
 Where layers are alike, time is a function of the groups' sizes; where they differ (sliding and full attention, dense
 and sparse), joins save unlike times, and comparing plans with as many joins would pass over the ones worth having.
@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpsearch.plan import Plan
-from lpsearch.search.programme import solve_programme
+from lpsearch.search.samplers.dynamic_program import solve_dynamic_program
 from lpsearch.search.space import JoinSpace
 
-__all__ = ["Strata", "build_strata"]
+__all__ = ["SavingLevels", "build_levels"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,30 +27,30 @@ BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
 
 MAX_UNITS = 8
-"""Most units that a stratum is cut into for the programme, which counts in whole units."""
+"""Most units that a level is cut into for the dynamic program, which counts in whole units."""
 
 ROUNDING = 1e-6
-"""Part of a stratum that a plan may lack because of rounding."""
+"""Part of a level that a plan may lack because of rounding."""
 
 
 @dataclass(frozen=True)
-class Strata:
-    """Sorts plans by what they save: stratum s holds those that save s to s + 1 times what one stratum is wide.
+class SavingLevels:
+    """Sorts plans by what they save: level s holds those that save s to s + 1 times what one level is wide.
 
     Attributes:
-        group_savings: (max_group - 1, num_joins) what the group of m + 2 layers from layer i on saves, in strata.
+        group_savings: (max_group - 1, num_joins) what the group of m + 2 layers from layer i on saves, in levels.
         group_units: the same in whole units, rounded.
-        units: units in a stratum.
-        num_strata: the number of strata but for the lowest, that of the baseline.
+        units: units in a level.
+        num_levels: the number of levels but for the lowest, that of the baseline.
     """
 
     group_savings: FloatArray
     group_units: IntArray
     units: int
-    num_strata: int
+    num_levels: int
 
     def classify(self, joined: BoolArray) -> IntArray:
-        """Return the (plans,) strata of (plans, num_joins) plans."""
+        """Return the (plans,) levels of (plans, num_joins) plans."""
         if self._counts_joins:
             return np.asarray(joined.sum(axis=1, dtype=np.int64))
         saving = np.zeros(len(joined))
@@ -62,19 +62,19 @@ class Strata:
             step = self.group_savings[extended, start] - np.where(run > 0, self.group_savings[extended - 1, start], 0.0)
             saving += np.where(is_set, step, 0.0)
             run = np.where(is_set, run + 1, 0)
-        return np.clip(np.floor(saving + ROUNDING).astype(np.int64), 0, self.num_strata)
+        return np.clip(np.floor(saving + ROUNDING).astype(np.int64), 0, self.num_levels)
 
     @cached_property
     def _counts_joins(self) -> bool:
-        """Whether every join saves one stratum, so that a plan's stratum is its number of joins."""
+        """Whether every join saves one level, so that a plan's level is its number of joins."""
         sizes = np.arange(1.0, len(self.group_savings) + 1)
         return bool((self.group_savings == sizes[:, None]).all())
 
 
-def build_strata(space: JoinSpace, estimate_latency_ms: Callable[[Plan], float] | None = None) -> Strata:
-    """Lay strata over a space: as many as a plan can have joins, the uppermost for the most that any plan saves.
+def build_levels(space: JoinSpace, estimate_latency_ms: Callable[[Plan], float] | None = None) -> SavingLevels:
+    """Lay levels over a space: as many as a plan can have joins, the uppermost for the most that any plan saves.
 
-    Where every join saves the same, a plan's stratum is its number of joins.
+    Where every join saves the same, a plan's level is its number of joins.
 
     Args:
         space: the plans.
@@ -92,7 +92,7 @@ def build_strata(space: JoinSpace, estimate_latency_ms: Callable[[Plan], float] 
             logger.warning("no plan is estimated to be faster than the unmodified model; the search goes by depth")
             savings = by_count
     units = min(range(1, MAX_UNITS + 1), key=lambda units: _measure_rounding(savings, units))
-    return Strata(savings, np.rint(savings * units).astype(np.int64), units, space.max_joins)
+    return SavingLevels(savings, np.rint(savings * units).astype(np.int64), units, space.max_joins)
 
 
 def _estimate_group_savings_ms(space: JoinSpace, estimate_latency_ms: Callable[[Plan], float]) -> FloatArray:
@@ -108,11 +108,11 @@ def _estimate_group_savings_ms(space: JoinSpace, estimate_latency_ms: Callable[[
 
 
 def _find_largest_saving(space: JoinSpace, savings: FloatArray) -> float:
-    result = solve_programme(-savings[None], free_joins=space.free_joins, max_saving=space.max_joins)
+    result = solve_dynamic_program(-savings[None], free_joins=space.free_joins, max_saving=space.max_joins)
     return -float(result.cost.min())
 
 
 def _measure_rounding(savings: FloatArray, units: int) -> float:
-    """Return the largest error of a group's saving in whole units, in strata, but for differences that do not count."""
+    """Return the largest error of a group's saving in whole units, in levels, but for differences that do not count."""
     error = np.abs(np.rint(savings * units) / units - savings).max(initial=0.0)
     return float(error) if error > ROUNDING else 0.0

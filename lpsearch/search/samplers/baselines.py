@@ -1,17 +1,16 @@
-"""Baselines to compare a search with: stratified random plans, evolution, and the published contiguous windows."""
+"""Baselines to compare a search with: random plans, evolution, and the published method's blocks."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterator, Sequence, Set
-from typing import Protocol
 
 from lpsearch.plan import Plan
-from lpsearch.search.pairset import Proposal
 from lpsearch.search.results import Metric, TrialResult
+from lpsearch.search.samplers.sampler import Proposal
 from lpsearch.search.space import JoinSpace
 
-__all__ = ["EvolutionProposer", "Proposer", "RandomProposer", "WindowProposer"]
+__all__ = ["BlockProposer", "EvolutionProposer", "RandomProposer"]
 
 GENERATION_PLANS = 4
 """Offspring of a generation, and random plans of the first one, for each number of joins."""
@@ -26,20 +25,8 @@ MAX_REDRAWS = 16
 """Mutations that may repeat a known plan before a random unknown one takes their place."""
 
 
-class Proposer(Protocol):
-    """Chooses the next plan from what is known; a pure function, so that any process continues the search."""
-
-    def propose(self, results: Sequence[TrialResult], pending: Collection[Plan]) -> Proposal | None:
-        """Choose a plan that is neither finished nor pending; None when the space has no other.
-
-        Args:
-            results: every finished plan, in the order of the trials.
-            pending: plans that are being evaluated.
-        """
-
-
 class RandomProposer:
-    """Draws plans at random, stratified: each goes to a number of joins with the fewest plans so far.
+    """Draws plans at random, evenly over the numbers of joins: each goes to one with the fewest plans so far.
 
     Uniform draws over the whole space would nearly all have about the same number of joins.
 
@@ -56,8 +43,10 @@ class RandomProposer:
         """Draw a plan that is neither finished nor pending; None when the space has no other."""
         taken = {result.plan for result in results}.union(pending)
         rng = random.Random(f"{self._seed}:{len(taken)}")
-        strata = _find_open_strata(self._space, taken)
-        return Proposal(_draw_untaken(self._space, rng.choice(strata), taken, rng), "random") if strata else None
+        open_counts = _find_open_counts(self._space, taken)
+        if not open_counts:
+            return None
+        return Proposal(_draw_untaken(self._space, rng.choice(open_counts), taken, rng), "random")
 
 
 class EvolutionProposer:
@@ -84,10 +73,10 @@ class EvolutionProposer:
         """Mutate a parent of the number of joins whose turn it is; None when the space has no other plan."""
         taken = {result.plan for result in results}.union(pending)
         rng = random.Random(f"{self._seed}:{len(taken)}")
-        strata = _find_open_strata(self._space, taken)
-        if not strata:
+        open_counts = _find_open_counts(self._space, taken)
+        if not open_counts:
             return None
-        num_joins = strata[0]
+        num_joins = open_counts[0]
         num_taken = sum(plan.num_joins == num_joins for plan in taken)
         # A generation descends from what was known when it began, whichever of its plans are finished by now.
         num_before = num_taken // GENERATION_PLANS * GENERATION_PLANS
@@ -121,14 +110,14 @@ class EvolutionProposer:
         return joins
 
 
-class WindowProposer:
-    """Proposes contiguous windows of layers cut into groups: fewest joins first, each from the last layer downwards.
+class BlockProposer:
+    """Proposes blocks, contiguous runs of groups: fewest joins first, each number from the last layer downwards.
 
-    This is the published method (arXiv 2502.02790, section 4), with pairs at ``max_group`` 2. When every window is
+    This is the published method (arXiv 2502.02790, section 4), with pairs at ``max_group`` 2. When every block is
     evaluated it goes on with random plans.
 
     Args:
-        space: the plans to choose from; windows that touch a frozen layer are left out.
+        space: the plans to choose from; blocks that touch a frozen layer are left out.
         seed: decides the random plans.
     """
 
@@ -137,26 +126,26 @@ class WindowProposer:
         self._random = RandomProposer(space=space, seed=seed)
 
     def propose(self, results: Sequence[TrialResult], pending: Collection[Plan]) -> Proposal | None:
-        """Choose the next window, or a random plan after the last; None when the space has no other."""
+        """Choose the next block, or a random plan after the last; None when the space has no other."""
         taken = {result.plan for result in results}.union(pending)
-        for plan in self._iterate_windows():
+        for plan in self._iterate_blocks():
             if plan not in taken:
                 return Proposal(plan, "window")
         return self._random.propose(results, pending)
 
-    def _iterate_windows(self) -> Iterator[Plan]:
+    def _iterate_blocks(self) -> Iterator[Plan]:
         space = self._space
         free = set(space.free_joins)
         for num_layers in range(2, space.num_layers + 1):
             if num_layers % space.max_group == 1:
-                continue  # its last layer would stand alone, which is the window of one layer less
+                continue  # its last layer would stand alone, which is the block of one layer less
             for first in reversed(range(space.num_layers - num_layers + 1)):
                 joins = range(first, first + num_layers - 1)
                 if free.issuperset(joins):
                     yield Plan.from_joins(space.num_layers, space.repair(joins))
 
 
-def _find_open_strata(space: JoinSpace, taken: Set[Plan]) -> list[int]:
+def _find_open_counts(space: JoinSpace, taken: Set[Plan]) -> list[int]:
     """Return the numbers of joins with the fewest taken plans among those that have untaken ones, ascending."""
     num_taken = [0] * (space.max_joins + 1)
     for plan in taken:

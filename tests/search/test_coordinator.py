@@ -20,7 +20,7 @@ from lpsearch.evaluation.losses import WindowLosses, compute_paired_delta
 from lpsearch.plan import Plan
 from lpsearch.search import SAMPLER_NAMES, JoinSpace, StudyStore, evaluate_stored_plan, read_results, run_study
 from lpsearch.search.front import build_front
-from lpsearch.search.pairset import PairsetProposer
+from lpsearch.search.samplers.pairset import PairsetProposer
 from tests.results import build_result
 from tests.search.evaluators import BASE_NLL, SyntheticEvaluator, TableEvaluator
 
@@ -180,12 +180,23 @@ def test_what_looks_good_on_few_windows_is_evaluated_whole_for_the_final_front(u
     told = {trial.user_attrs["groups"]: trial.user_attrs["proxy_tokens"] for trial in load_trials(url)}
     settled = [plan for plan in whole if told[plan.to_groups_json()] < 16 * 63]
     assert settled
-    everything = [record.loss.delta_nll for record in result.results if record.plan in whole]
     for record in result.results:
         if record.plan in partial:
             rivals = [r.loss.delta_nll for r in result.front if r.num_joins >= record.num_joins]
             assert min(rivals) <= record.loss.delta_nll
-    assert len(everything) + len(partial) == 20
+    # the front is that of the plans with losses on all windows, by those losses
+    base = evaluator.evaluate_windows(Plan.baseline(NUM_LAYERS), range(16)).nll_nats_per_token
+    known = [
+        build_result(
+            record.plan,
+            compute_paired_delta(evaluator.evaluate_windows(record.plan, range(16)).nll_nats_per_token, base).delta,
+            trial=record.trial,
+        )
+        for record in result.results
+        if record.plan in whole
+    ]
+    expected = [(found.plan, pytest.approx(found.loss.delta_nll)) for found in build_front(known)]
+    assert [(record.plan, record.loss.delta_nll) for record in result.front] == expected
 
 
 @pytest.mark.parametrize("num_layers", [10, 14])
@@ -288,13 +299,39 @@ def test_interruption_at_every_trial_loses_and_repeats_nothing(tmp_path, sampler
         assert len(load_trials(url, [TrialState.RUNNING, TrialState.WAITING])) == 0
 
 
+PART_OF_A_RUN = """
+import sys
+from lpsearch.search import JoinSpace, StudyStore, run_study
+from tests.search.evaluators import SyntheticEvaluator
+
+url, sampler, fail_at = sys.argv[1], sys.argv[2], int(sys.argv[3])
+evaluator = SyntheticEvaluator(10, num_windows=16, fail_at=fail_at)
+with StudyStore(url, study_name="demo") as store:
+    run_study(evaluator=evaluator, space=JoinSpace(10), budget=14, store=store, sampler=sampler, seed=3)
+"""
+
+
 @pytest.mark.parametrize("sampler", STATELESS)
 def test_second_process_continues_the_same_search(tmp_path, sampler):
-    at_once = run(f"sqlite:///{tmp_path / 'a.db'}", SyntheticEvaluator(NUM_LAYERS), budget=20, sampler=sampler, seed=3)
+    """A process that is interrupted and one that resumes propose, evaluate and learn what one process does."""
+    evaluator = SyntheticEvaluator(NUM_LAYERS, num_windows=16)
+    at_once = run(f"sqlite:///{tmp_path / 'a.db'}", evaluator, budget=14, sampler=sampler, seed=3)
     url = f"sqlite:///{tmp_path / 'b.db'}"
-    for budget in (1, 12, 20) if sampler != "pairset" else (20,):
-        in_parts = run(url, SyntheticEvaluator(NUM_LAYERS), budget=budget, sampler=sampler, seed=3)
-    assert [record.plan for record in in_parts.results] == [record.plan for record in at_once.results]
+    num_calls = len(evaluator.calls)
+    for fail_at in (num_calls - 6, num_calls):
+        done = subprocess.run(
+            [sys.executable, "-c", PART_OF_A_RUN, url, sampler, str(fail_at)],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parents[2],
+            check=False,
+        )
+        assert ("KeyboardInterrupt" in done.stderr) == (fail_at < num_calls), done.stderr
+        assert (3 < len(load_trials(url, [TrialState.COMPLETE])) < 14) == (fail_at < num_calls)
+    with StudyStore(url, study_name="demo") as store:
+        in_parts = read_results(store)
+    key = [(record.plan, record.origin, record.state, record.loss) for record in at_once.results]
+    assert [(record.plan, record.origin, record.state, record.loss) for record in in_parts] == key
 
 
 KILLED_RUN = """
@@ -332,7 +369,7 @@ def test_kill_minus_nine_mid_run(url):
     assert all(evaluated)
 
     with StudyStore(url, study_name="demo") as store:
-        kept = {plan.to_groups_json() for plan in store.list_evaluated_plans(num_windows=3, split="proxy")}
+        kept = {plan.to_groups_json() for plan in store.losses.list_evaluated(num_windows=3, split="proxy")}
     assert set(evaluated[:-1]) <= kept  # the last may have been evaluated but not yet written
 
     evaluator = SyntheticEvaluator(NUM_LAYERS)
@@ -451,7 +488,7 @@ def test_half_evaluated_plan_pays_for_its_missing_windows_only(url):
     run(url, SyntheticEvaluator(NUM_LAYERS), budget=1)
     with StudyStore(url, study_name="demo") as store:
         evaluator = SyntheticEvaluator(NUM_LAYERS)
-        store.record_losses(plan, [1], evaluator.evaluate_windows(plan, [1]), split="proxy")
+        store.losses.record(plan, [1], evaluator.evaluate_windows(plan, [1]), split="proxy")
         evaluation = evaluate_stored_plan(store, evaluator, plan)
     assert [windows for _, windows in evaluator.calls] == [(1,), (0, 2)]
     assert evaluation.losses == evaluator.evaluate_windows(plan, range(3))
@@ -586,7 +623,7 @@ def test_study_moved_aside_keeps_its_trials_and_frees_its_name(url):
     assert run(url, SyntheticEvaluator(NUM_LAYERS), budget=2, metric="kl").num_resumed == 0
     with StudyStore(url, study_name=aside) as store:
         assert len(read_results(store)) == 3
-        assert len(store.list_evaluated_plans(num_windows=3, split="proxy")) == 3
+        assert len(store.losses.list_evaluated(num_windows=3, split="proxy")) == 3
 
 
 def test_pairset_beats_random_on_a_real_table(tmp_path):

@@ -1,6 +1,6 @@
-"""Minimising a quadratic cost over plans: an exact dynamic programme, and exchanges of joins where it cannot reach.
+"""Minimising a quadratic cost over plans: an exact dynamic program, and exchanges of joins where it cannot reach.
 
-The programme's cost of a plan is a sum of group costs plus, where asked for, a sum over pairs of joins at most
+The program's cost of a plan is a sum of group costs plus, where asked for, a sum over pairs of joins at most
 ``reach`` apart. It solves at once for every number of joins, or for every whole number of units that groups save,
 whatever the size of the groups (Bellman's recursion over joins; the state is what later costs depend on: the last
 ``reach`` joins and how long the open group is). Interactions of joins farther apart are left to
@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from lpsearch.search.space import JoinSpace
 
 __all__ = [
+    "CheapestPlans",
     "PlanCosts",
-    "ProgrammeResult",
     "build_group_costs",
     "exchange_joins",
     "find_valid",
     "list_exchanges",
-    "solve_programme",
+    "solve_dynamic_program",
 ]
 
 FloatArray = NDArray[np.float64]
@@ -58,7 +58,7 @@ class PlanCosts:
         )
 
     def build_bands(self, reach: int) -> FloatArray:
-        """Return the (batch, reach, num_joins) products of joins at most ``reach`` apart, for the programme."""
+        """Return the (batch, reach, num_joins) products of joins at most ``reach`` apart, for the dynamic program."""
         batch, num_joins = self.join_costs.shape
         bands = np.zeros((batch, reach, num_joins))
         for distance in range(1, min(reach, num_joins - 1) + 1):
@@ -67,7 +67,7 @@ class PlanCosts:
 
 
 @dataclass(frozen=True)
-class ProgrammeResult:
+class CheapestPlans:
     """Cheapest plans of a batch of cost functions.
 
     Attributes:
@@ -106,7 +106,7 @@ def build_group_costs(join_costs: FloatArray, *, max_group: int) -> FloatArray:
         max_group: most layers in a group.
 
     Returns:
-        (..., max_group - 1, num_joins) costs in the form of :func:`solve_programme`.
+        (..., max_group - 1, num_joins) costs in the form of :func:`solve_dynamic_program`.
     """
     num_joins = join_costs.shape[-1]
     group_costs = np.zeros((*join_costs.shape[:-1], max_group - 1, num_joins))
@@ -115,14 +115,14 @@ def build_group_costs(join_costs: FloatArray, *, max_group: int) -> FloatArray:
     return group_costs
 
 
-def solve_programme(
+def solve_dynamic_program(
     group_costs: FloatArray,
     *,
     free_joins: Sequence[int],
     max_saving: int,
     product_costs: FloatArray | None = None,
     group_units: IntArray | None = None,
-) -> ProgrammeResult:
+) -> CheapestPlans:
     """Minimise the cost of a plan exactly, for every saving from 0 to ``max_saving``.
 
     Args:
@@ -277,7 +277,7 @@ def _compute_step_units(group_units: IntArray | None, states: _States, num_joins
     return np.asarray(group_units[within, start] - np.where(within > 0, group_units[within - 1, start], 0))
 
 
-def _trace_back(best: FloatArray, choices: NDArray[np.int16], states: _States, step_units: IntArray) -> ProgrammeResult:
+def _trace_back(best: FloatArray, choices: NDArray[np.int16], states: _States, step_units: IntArray) -> CheapestPlans:
     """Follow the recorded choices from the last join to the first."""
     num_joins, batch, _, num_savings = choices.shape
     rows = np.arange(batch)[:, None]
@@ -292,7 +292,7 @@ def _trace_back(best: FloatArray, choices: NDArray[np.int16], states: _States, s
         source = states.sources[state, choices[join, rows, state, saving]]
         state = np.where(alive, source, 0)
         saving = saving - np.where(is_set, step_units[state, join], 0)
-    return ProgrammeResult(joined=joined, cost=cost)
+    return CheapestPlans(joined=joined, cost=cost)
 
 
 @lru_cache(maxsize=32)

@@ -1,4 +1,4 @@
-"""Strata of plans, and a search that trades the loss against time where layers save unlike times."""
+"""Levels of plans, and a search that trades the loss against time where layers save unlike times."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from lpsearch.plan import Plan
 from lpsearch.search import StudyStore, TrialResult, run_study
-from lpsearch.search.pairset import PairsetProposer
+from lpsearch.search.samplers.pairset import PairsetProposer
+from lpsearch.search.samplers.savings import build_levels
 from lpsearch.search.space import JoinSpace
-from lpsearch.search.strata import build_strata
 from tests.results import build_result
 from tests.search.evaluators import SyntheticEvaluator
 
@@ -48,28 +48,28 @@ def stack(space, plans):
 @given(spaces, st.booleans())
 def test_alike_layers_give_the_numbers_of_joins(space, timed):
     plans = list(space.enumerate_plans())
-    strata = build_strata(space, (lambda plan: 0.3 + 0.7 * plan.depth) if timed else None)
-    assert strata.classify(stack(space, plans)).tolist() == [plan.num_joins for plan in plans]
-    assert (strata.units, strata.num_strata) == (1, space.max_joins)
+    levels = build_levels(space, (lambda plan: 0.3 + 0.7 * plan.depth) if timed else None)
+    assert levels.classify(stack(space, plans)).tolist() == [plan.num_joins for plan in plans]
+    assert (levels.units, levels.num_levels) == (1, space.max_joins)
 
 
 @given(spaces)
-def test_strata_follow_the_time_saved(space):
+def test_levels_follow_the_time_saved(space):
     estimate = build_latency(space.num_layers)
     plans = list(space.enumerate_plans())
     saved_ms = [estimate(plans[0]) - estimate(plan) for plan in plans]
-    strata = build_strata(space, estimate)
+    levels = build_levels(space, estimate)
     width_ms = max(saved_ms) / max(space.max_joins, 1)
     expected = [math.floor(saved / width_ms + 1e-6) if width_ms else 0 for saved in saved_ms]
-    assert strata.classify(stack(space, plans)).tolist() == expected
+    assert levels.classify(stack(space, plans)).tolist() == expected
 
 
 def test_a_model_that_no_plan_speeds_up_is_searched_by_depth(caplog):
     space = JoinSpace(6)
     plans = list(space.enumerate_plans())
-    strata = build_strata(space, lambda plan: 5.0 + plan.num_joins)
+    levels = build_levels(space, lambda plan: 5.0 + plan.num_joins)
     assert "no plan is estimated to be faster" in caplog.text
-    assert strata.classify(stack(space, plans)).tolist() == [plan.num_joins for plan in plans]
+    assert levels.classify(stack(space, plans)).tolist() == [plan.num_joins for plan in plans]
 
 
 def find_best(values, latencies, targets):

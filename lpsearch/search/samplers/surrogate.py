@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve, solve_triangular
 
-from lpsearch.search.programme import PlanCosts
+from lpsearch.search.samplers.dynamic_program import PlanCosts
 
 __all__ = ["Surrogate"]
 

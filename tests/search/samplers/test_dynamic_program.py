@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lpsearch.plan import Plan
-from lpsearch.search.programme import PlanCosts, build_group_costs, exchange_joins, find_valid, solve_programme
+from lpsearch.search.samplers.dynamic_program import (
+    PlanCosts,
+    build_group_costs,
+    exchange_joins,
+    find_valid,
+    solve_dynamic_program,
+)
 from lpsearch.search.space import JoinSpace
 
 
@@ -32,12 +38,12 @@ def _sum_costs(plan: Plan, group_costs: np.ndarray, product_costs: np.ndarray | 
 
 @settings(max_examples=60, deadline=None)
 @given(space=_spaces(), reach=st.integers(0, 5), seed=st.integers(0, 2**32 - 1))
-def test_programme_equals_brute_force(space: JoinSpace, reach: int, seed: int) -> None:
+def test_program_equals_brute_force(space: JoinSpace, reach: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     num_joins = space.num_layers - 1
     group_costs = rng.normal(size=(2, space.max_group - 1, num_joins))
     product_costs = rng.normal(size=(2, reach, num_joins)) if reach else None
-    result = solve_programme(
+    result = solve_dynamic_program(
         group_costs, free_joins=space.free_joins, max_saving=space.max_joins + 1, product_costs=product_costs
     )
     for row in range(2):
@@ -54,14 +60,14 @@ def test_programme_equals_brute_force(space: JoinSpace, reach: int, seed: int) -
 
 @settings(max_examples=60, deadline=None)
 @given(space=_spaces(), reach=st.integers(0, 2), seed=st.integers(0, 2**32 - 1))
-def test_programme_over_units_equals_brute_force(space: JoinSpace, reach: int, seed: int) -> None:
+def test_program_over_units_equals_brute_force(space: JoinSpace, reach: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     num_joins = space.num_layers - 1
     group_costs = rng.normal(size=(2, space.max_group - 1, num_joins))
     product_costs = rng.normal(size=(2, reach, num_joins)) if reach else None
     group_units = rng.integers(0, 4, size=(space.max_group - 1, num_joins))
     max_saving = 4 * space.num_layers
-    result = solve_programme(
+    result = solve_dynamic_program(
         group_costs,
         free_joins=space.free_joins,
         max_saving=max_saving,

@@ -9,7 +9,7 @@ import pytest
 
 from lpsearch.plan import Plan
 from lpsearch.search import SAMPLER_NAMES, JoinSpace, build_sampler
-from lpsearch.search.pairset import PairsetProposer
+from lpsearch.search.samplers.pairset import PairsetProposer
 from tests.results import build_result
 from tests.search.evaluators import BASE_NLL, SyntheticEvaluator
 

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from lpsearch.search import surrogate as module
-from lpsearch.search.surrogate import Surrogate
+from lpsearch.search.samplers import surrogate as module
+from lpsearch.search.samplers.surrogate import Surrogate
 
 
 def _build(

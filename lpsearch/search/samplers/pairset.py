@@ -1,12 +1,12 @@
 """The proposer behind the ``pairset`` sampler: which plan to evaluate next, given every plan evaluated so far.
 
 1. The baseline, then every single join; with groups of more than two layers, then the most promising single groups.
-2. The cheapest plan for each number of joins, by the dynamic programme over the costs known by then.
+2. The cheapest plan for each number of joins, by the dynamic program over the costs known by then.
 3. From then on the plan that promises the largest expected fall of the front. Candidates are the minimisers of the
-   surrogate's mean and of draws from it, by the dynamic programme then exchanges of joins, and the neighbours of the
+   surrogate's mean and of draws from it, by the dynamic program then exchanges of joins, and the neighbours of the
    best plans so far.
 
-Where plans are compared by time, strata of what they save take the place of the numbers of joins.
+Where plans are compared by time, levels of what they save take the place of the numbers of joins.
 
 The proposer keeps no state: any process that sees the same results proposes the same plan.
 """
@@ -24,20 +24,21 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from lpsearch.plan import Plan
-from lpsearch.search.programme import (
+from lpsearch.search.results import Metric, TrialResult
+from lpsearch.search.samplers.dynamic_program import (
     PlanCosts,
     build_group_costs,
     exchange_joins,
     find_valid,
     list_exchanges,
-    solve_programme,
+    solve_dynamic_program,
 )
-from lpsearch.search.results import Metric, TrialResult
+from lpsearch.search.samplers.sampler import Proposal
+from lpsearch.search.samplers.savings import build_levels
+from lpsearch.search.samplers.surrogate import Surrogate
 from lpsearch.search.space import JoinSpace
-from lpsearch.search.strata import build_strata
-from lpsearch.search.surrogate import Surrogate
 
-__all__ = ["PairsetProposer", "Proposal", "fit_surrogate"]
+__all__ = ["PairsetProposer", "fit_surrogate"]
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -62,22 +63,9 @@ REACH_JOINS = 4
 NUM_DRAWS = 4
 NUM_EXCHANGES = 24
 MAX_EXCHANGE_STEPS = 6
-INCUMBENTS_PER_STRATUM = 2
-CANDIDATES_PER_STRATUM = 16
+INCUMBENTS_PER_LEVEL = 2
+CANDIDATES_PER_LEVEL = 16
 ENUMERABLE_PLANS = 256
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """The plan to evaluate next.
-
-    Attributes:
-        plan: neither evaluated nor pending.
-        origin: ``baseline``, ``scan``, ``programme`` or ``surrogate``.
-    """
-
-    plan: Plan
-    origin: str
 
 
 def fit_surrogate(results: Iterable[TrialResult], *, num_joins: int, metric: Metric = "nll") -> Surrogate | None:
@@ -116,9 +104,9 @@ class PairsetProposer:
         self._seed = seed
         self._metric: Metric = metric
         self._num_joins = space.num_layers - 1
-        self._strata = build_strata(space, estimate_latency_ms)
-        self._max_stratum = self._strata.num_strata
-        self._useful_stratum = min(self._max_stratum, max(1, space.num_layers // 3))
+        self._levels = build_levels(space, estimate_latency_ms)
+        self._max_level = self._levels.num_levels
+        self._useful_level = min(self._max_level, max(1, space.num_layers // 3))
         scan = _order_coarse_to_fine(space.free_joins)
         budget = 4 * (len(scan) + 1) if budget is None else budget
         if len(scan) + 1 > FULL_SCAN_SHARE * budget:
@@ -180,26 +168,26 @@ class PairsetProposer:
         taken: Collection[tuple[int, ...]],
         pending: Collection[Plan],
     ) -> Proposal | None:
-        """Return the best candidate: the programme's where a stratum is yet untried, else by improvement."""
+        """Return the best candidate: the dynamic program's where a level is yet untried, else by improvement."""
         candidates = self._list_candidates(surrogate, evaluated, taken)
         if not len(candidates):
             return None
-        strata = self._strata.classify(candidates)
+        levels = self._levels.classify(candidates)
         mean = surrogate.estimate_mean(candidates)
-        horizon = self._useful_stratum if len(taken) < DEEP_AFTER * self._num_joins else self._max_stratum
-        tried = set(self._strata.classify(_stack_joins(taken, self._num_joins)).tolist())
-        for stratum in range(1, horizon + 1):
-            rows = np.flatnonzero(strata == stratum)
-            if stratum not in tried and len(rows):
+        horizon = self._useful_level if len(taken) < DEEP_AFTER * self._num_joins else self._max_level
+        tried = set(self._levels.classify(_stack_joins(taken, self._num_joins)).tolist())
+        for level in range(1, horizon + 1):
+            rows = np.flatnonzero(levels == level)
+            if level not in tried and len(rows):
                 return self._build_proposal(_list_joins(candidates[rows[mean[rows].argmin()]]), "programme")
-        kept = _find_least_by_stratum(mean, strata, CANDIDATES_PER_STRATUM)
-        candidates, strata, mean = candidates[kept], strata[kept], mean[kept]
+        kept = _find_least_by_level(mean, levels, CANDIDATES_PER_LEVEL)
+        candidates, levels, mean = candidates[kept], levels[kept], mean[kept]
         gain = _compute_expected_improvement(
             mean,
             surrogate.estimate_standard_deviation(candidates, mean),
-            strata,
+            levels,
             front=self._estimate_front(surrogate, evaluated, pending),
-            weights=np.where(np.arange(self._max_stratum + 1) <= self._useful_stratum, 1.0, DEEP_WEIGHT),
+            weights=np.where(np.arange(self._max_level + 1) <= self._useful_level, 1.0, DEEP_WEIGHT),
         )
         return self._build_proposal(_list_joins(candidates[gain.argmax()]), "surrogate")
 
@@ -213,10 +201,10 @@ class PairsetProposer:
         mean_costs = surrogate.mean_costs
         costs = mean_costs.concatenate(surrogate.draw_costs(NUM_DRAWS, self._build_rng(taken)))
         cheapest = self._solve(costs)
-        useful = cheapest[:, : self._useful_stratum]
+        useful = cheapest[:, : self._useful_level]
         descended = exchange_joins(costs, useful, space=self._space, width=NUM_EXCHANGES, max_steps=MAX_EXCHANGE_STEPS)
         incumbents = evaluated.joined[
-            _find_least_by_stratum(evaluated.delta_nll, self._strata.classify(evaluated.joined), INCUMBENTS_PER_STRATUM)
+            _find_least_by_level(evaluated.delta_nll, self._levels.classify(evaluated.joined), INCUMBENTS_PER_LEVEL)
         ]
         centres = np.concatenate([incumbents, descended[0]])[None]
         neighbours, _ = list_exchanges(mean_costs, centres, space=self._space, width=NUM_EXCHANGES)
@@ -226,26 +214,26 @@ class PairsetProposer:
         return _drop_taken(candidates[find_valid(candidates, self._space)], taken)
 
     def _solve(self, costs: PlanCosts) -> BoolArray:
-        """Return (batch, num_strata, num_joins): the cheapest plan of each stratum, far products ignored."""
-        units, num_strata = self._strata.units, self._max_stratum
-        result = solve_programme(
+        """Return (batch, num_levels, num_joins): the cheapest plan of each level, far products ignored."""
+        units, num_levels = self._levels.units, self._max_level
+        result = solve_dynamic_program(
             build_group_costs(costs.join_costs, max_group=self._space.max_group),
             free_joins=self._space.free_joins,
-            max_saving=(num_strata + 1) * units - 1,
+            max_saving=(num_levels + 1) * units - 1,
             product_costs=costs.build_bands(REACH_JOINS),
-            group_units=self._strata.group_units,
+            group_units=self._levels.group_units,
         )
-        best = result.cost.reshape(-1, num_strata + 1, units).argmin(axis=2)
-        joined = result.joined.reshape(-1, num_strata + 1, units, self._num_joins)
+        best = result.cost.reshape(-1, num_levels + 1, units).argmin(axis=2)
+        joined = result.joined.reshape(-1, num_levels + 1, units, self._num_joins)
         return np.take_along_axis(joined, best[:, :, None, None], axis=2)[:, 1:, 0]
 
     def _estimate_front(self, surrogate: Surrogate, evaluated: _Evaluated, pending: Collection[Plan]) -> FloatArray:
-        """Return (num_strata + 1,): the least loss of plans that save so much, pending ones at what is expected."""
-        front = np.full(self._max_stratum + 1, WORST_DELTA_NATS)
+        """Return (num_levels + 1,): the least loss of plans that save so much, pending ones at what is expected."""
+        front = np.full(self._max_level + 1, WORST_DELTA_NATS)
         front[0] = 0.0
-        np.minimum.at(front, self._strata.classify(evaluated.joined), evaluated.delta_nll)
+        np.minimum.at(front, self._levels.classify(evaluated.joined), evaluated.delta_nll)
         joined = _stack_joins((plan.joins for plan in pending), self._num_joins)
-        np.minimum.at(front, self._strata.classify(joined), surrogate.estimate_mean(joined))
+        np.minimum.at(front, self._levels.classify(joined), surrogate.estimate_mean(joined))
         return np.minimum.accumulate(front[::-1])[::-1]
 
     def _propose_any(self, taken: Collection[tuple[int, ...]]) -> Proposal | None:
@@ -322,21 +310,25 @@ class _Evaluated:
 
 
 def _compute_expected_improvement(
-    mean: FloatArray, deviation: FloatArray, strata: IntArray, *, front: FloatArray, weights: FloatArray
+    mean: FloatArray, deviation: FloatArray, levels: IntArray, *, front: FloatArray, weights: FloatArray
 ) -> FloatArray:
-    """Return (plans,): the expected fall of the weighted front; a plan bears on its stratum and those below."""
+    """Return (plans,): the expected fall of the weighted front; a plan bears on its level and those below.
+
+    This is the expected improvement of Jones, Schonlau and Welch (Efficient Global Optimization, 1998, equation 15),
+    summed over the levels that a plan reaches.
+    """
     fall = front[None, :] - mean[:, None]
     standard = fall / deviation[:, None]
     gain = fall * ndtr(standard) + deviation[:, None] * np.exp(-0.5 * standard**2) / np.sqrt(2 * np.pi)
-    bears = (np.arange(len(front)) > 0) & (np.arange(len(front)) <= strata[:, None])
+    bears = (np.arange(len(front)) > 0) & (np.arange(len(front)) <= levels[:, None])
     return np.asarray((gain * bears) @ weights)
 
 
-def _find_least_by_stratum(values: FloatArray, strata: IntArray, per_stratum: int) -> IntArray:
-    """Return the indices of the least few values of every stratum."""
-    order = np.lexsort((values, strata))
-    rank = np.arange(len(order)) - np.searchsorted(strata[order], strata[order])
-    return order[rank < per_stratum]
+def _find_least_by_level(values: FloatArray, levels: IntArray, per_level: int) -> IntArray:
+    """Return the indices of the least few values of every level."""
+    order = np.lexsort((values, levels))
+    rank = np.arange(len(order)) - np.searchsorted(levels[order], levels[order])
+    return order[rank < per_level]
 
 
 def _drop_taken(joined: BoolArray, taken: Iterable[tuple[int, ...]]) -> BoolArray:

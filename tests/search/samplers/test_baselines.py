@@ -10,18 +10,18 @@ from hypothesis import strategies as st
 
 from lpsearch.plan import Plan
 from lpsearch.search import TrialResult
-from lpsearch.search.proposers import (
+from lpsearch.search.samplers.baselines import (
     GENERATION_PLANS,
     MAX_SWITCHES,
+    BlockProposer,
     EvolutionProposer,
     RandomProposer,
-    WindowProposer,
 )
 from lpsearch.search.space import JoinSpace
 from tests.results import build_result
 from tests.search.evaluators import SyntheticEvaluator
 
-PROPOSERS = (EvolutionProposer, RandomProposer, WindowProposer)
+PROPOSERS = (EvolutionProposer, RandomProposer, BlockProposer)
 
 
 def search(proposer, measure, *, budget, workers=1):

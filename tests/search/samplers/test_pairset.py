@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lpsearch.plan import Plan
 from lpsearch.search import TrialResult
-from lpsearch.search.pairset import PairsetProposer
+from lpsearch.search.samplers.pairset import PairsetProposer
 from lpsearch.search.space import JoinSpace
 from tests.results import build_result
 

@@ -1,0 +1,203 @@
+"""The losses of a study by plan, variant of the weights, and window, and how far each plan was evaluated."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Literal
+
+from sqlalchemy import Connection, Row, func, insert, select, update
+
+from lpsearch.evaluation.losses import WindowLosses
+from lpsearch.plan import Plan
+from lpsearch.search import schema
+from lpsearch.search.results import RAW, State, Variant, finite_or_none
+
+if TYPE_CHECKING:
+    from lpsearch.search.store import StudyStore
+
+__all__ = ["LossStore", "Split", "StoredPlan"]
+
+Split = Literal["proxy", "heldout"]
+"""What windows are for: the search, or the check of its front."""
+
+
+@dataclass(frozen=True)
+class StoredPlan:
+    """What a study's tables know of a plan.
+
+    Attributes:
+        state: whether its loss is that of all proxy windows; None while it is evaluated.
+        windows: for each split on which it has losses, the windows, ascending, and the loss on each.
+    """
+
+    state: State | None
+    windows: Mapping[Split, tuple[list[int], WindowLosses]]
+
+
+class LossStore:
+    """The tables of plans and evaluations of one study.
+
+    Args:
+        store: the study's database.
+    """
+
+    def __init__(self, store: StudyStore) -> None:
+        self._store = store
+
+    def record(
+        self,
+        plan: Plan,
+        window_indices: Sequence[int],
+        losses: WindowLosses,
+        *,
+        split: Split,
+        variant: Variant = RAW,
+    ) -> None:
+        """Keep the losses of a plan on some windows, none of which it has losses on yet.
+
+        Args:
+            plan: the plan that was evaluated.
+            window_indices: which windows, in the order of ``losses``.
+            losses: one value a window; values that are not finite are kept as such.
+            split: which windows the indices count.
+            variant: what was done to the weights before; losses of two variants never mix.
+        """
+        kl_values = losses.kl_nats_per_token or (None,) * len(window_indices)
+        study_id = self._store.study_id
+        with self._store.begin_transaction() as connection:
+            self._store.lock.renew(connection)
+            plan_id = self._find_plan_id(connection, study_id, plan, variant)
+            if plan_id is None:
+                connection.execute(
+                    insert(schema.plans_table).values(
+                        study_id=study_id,
+                        plan_hash=_hash_plan(plan, variant),
+                        variant=variant,
+                        groups=plan.to_groups_json(),
+                    )
+                )
+                plan_id = self._find_plan_id(connection, study_id, plan, variant)
+            connection.execute(
+                insert(schema.evaluations_table),
+                [
+                    {
+                        "plan_id": plan_id,
+                        "split": split,
+                        "window_idx": int(window_idx),
+                        "nll_nats_per_token": finite_or_none(nll),
+                        "kl_nats_per_token": finite_or_none(kl),
+                        "num_tokens": losses.tokens_per_window,
+                    }
+                    for window_idx, nll, kl in zip(window_indices, losses.nll_nats_per_token, kl_values, strict=True)
+                ],
+            )
+
+    def record_state(self, plan: Plan, state: State, *, variant: Variant = RAW) -> None:
+        """Note how far a plan was evaluated, of which losses are kept."""
+        study_id = self._store.study_id
+        with self._store.begin_transaction() as connection:
+            plan_id = self._find_plan_id(connection, study_id, plan, variant)
+            connection.execute(update(schema.plans_table).where(schema.plans_table.c.id == plan_id).values(state=state))
+
+    def find_evaluated_windows(self, plan: Plan, *, split: Split, variant: Variant = RAW) -> set[int]:
+        """Return the windows on which a plan has losses."""
+        return set(self.load_known(plan, split=split, variant=variant)[0])
+
+    def load(self, plan: Plan, *, num_windows: int, split: Split, variant: Variant = RAW) -> WindowLosses | None:
+        """Return the losses of a plan on windows 0 to ``num_windows - 1``; None unless it has all of them.
+
+        A loss that was not finite comes back as nan.
+        """
+        window_indices, losses = self.load_known(plan, split=split, num_windows=num_windows, variant=variant)
+        return losses if len(window_indices) == num_windows else None
+
+    def load_known(
+        self, plan: Plan, *, split: Split, num_windows: int | None = None, variant: Variant = RAW
+    ) -> tuple[list[int], WindowLosses]:
+        """Return the windows that a plan has losses on, ascending, and these losses; nan where one was not finite.
+
+        Args:
+            plan: the plan.
+            split: which windows.
+            num_windows: look at windows 0 to ``num_windows - 1`` only; None at all of them.
+            variant: what was done to the weights before.
+        """
+        table = schema.evaluations_table
+        study_id = self._store.study_id
+        with self._store.begin_transaction() as connection:
+            plan_id = self._find_plan_id(connection, study_id, plan, variant)
+            chosen = select(table).where(table.c.plan_id == plan_id, table.c.split == split)
+            if num_windows is not None:
+                chosen = chosen.where(table.c.window_idx < num_windows)
+            rows = connection.execute(chosen.order_by(table.c.window_idx)).all()
+        return _read_losses(rows)
+
+    def load_plans(self, *, variant: Variant = RAW) -> dict[str, StoredPlan]:
+        """Return what is known of every plan of a variant, by the plan's compact JSON, in the order they came."""
+        plans, evaluations = schema.plans_table, schema.evaluations_table
+        study_id = self._store.study_id
+        with self._store.begin_transaction() as connection:
+            rows = connection.execute(
+                select(plans.c.groups, plans.c.state, evaluations)
+                .join(evaluations, evaluations.c.plan_id == plans.c.id)
+                .where(plans.c.study_id == study_id, plans.c.variant == variant)
+                .order_by(plans.c.id, evaluations.c.split, evaluations.c.window_idx)
+            ).all()
+        loaded: dict[str, StoredPlan] = {}
+        for (groups, state), of_plan in groupby(rows, key=lambda row: (row.groups, row.state)):
+            windows = {split: _read_losses(list(some)) for split, some in groupby(of_plan, key=lambda row: row.split)}
+            loaded[groups] = StoredPlan(state, windows)
+        return loaded
+
+    def list_evaluated(self, *, num_windows: int, split: Split, variant: Variant = RAW) -> list[Plan]:
+        """Return the plans that have losses on windows 0 to ``num_windows - 1``, in the order they came."""
+        plans, evaluations = schema.plans_table, schema.evaluations_table
+        study_id = self._store.study_id
+        with self._store.begin_transaction() as connection:
+            rows = connection.execute(
+                select(plans.c.groups)
+                .join(evaluations, evaluations.c.plan_id == plans.c.id)
+                .where(
+                    plans.c.study_id == study_id,
+                    plans.c.variant == variant,
+                    evaluations.c.split == split,
+                    evaluations.c.window_idx < num_windows,
+                )
+                .group_by(plans.c.id, plans.c.groups)
+                .having(func.count() == num_windows)
+                .order_by(plans.c.id)
+            )
+            return [Plan.from_groups(json.loads(groups)) for groups in rows.scalars()]
+
+    @staticmethod
+    def _find_plan_id(connection: Connection, study_id: int, plan: Plan, variant: Variant) -> int | None:
+        table = schema.plans_table
+        return connection.execute(
+            select(table.c.id).where(table.c.study_id == study_id, table.c.plan_hash == _hash_plan(plan, variant))
+        ).scalar_one_or_none()
+
+
+def _hash_plan(plan: Plan, variant: Variant) -> str:
+    """Return the key of a plan and variant; that of a raw plan is the one of studies that knew no variants."""
+    text = plan.to_groups_json() if variant == RAW else f"{variant}:{plan.to_groups_json()}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read_losses(rows: Sequence[Row[Any]]) -> tuple[list[int], WindowLosses]:
+    """Return the windows and losses of rows of evaluations, of one plan and split."""
+    has_kl = any(row.kl_nats_per_token is not None for row in rows)
+    losses = WindowLosses(
+        nll_nats_per_token=tuple(_number_or_nan(row.nll_nats_per_token) for row in rows),
+        kl_nats_per_token=tuple(_number_or_nan(row.kl_nats_per_token) for row in rows) if has_kl else None,
+        tokens_per_window=rows[0].num_tokens if rows else 0,
+    )
+    return [row.window_idx for row in rows], losses
+
+
+def _number_or_nan(value: float | None) -> float:
+    return math.nan if value is None else value

@@ -1,0 +1,75 @@
+"""What Optuna's interface cannot do to its own tables, done past it; nothing else reads or writes them directly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from optuna.distributions import BaseDistribution, distribution_to_json
+from sqlalchemy import Connection, ScalarSelect, column, delete, func, insert, select, table, update
+
+__all__ = ["TABLE_NAMES", "count_trials", "delete_study_attribute", "record_params", "rename_study"]
+
+_studies = table("studies", column("study_id"), column("study_name"))
+_study_attributes = table("study_system_attributes", column("study_id"), column("key"))
+_trials = table("trials", column("trial_id"), column("number"), column("study_id"), column("state"))
+_params = table(
+    "trial_params", column("trial_id"), column("param_name"), column("param_value"), column("distribution_json")
+)
+
+TABLE_NAMES = frozenset({_studies.name, _trials.name})
+"""Tables by which a database of Optuna's is known."""
+
+
+def rename_study(connection: Connection, name: str, new_name: str) -> None:
+    """Rename a study, if there is one of this name."""
+    connection.execute(update(_studies).where(_studies.c.study_name == name).values(study_name=new_name))
+
+
+def delete_study_attribute(connection: Connection, study_name: str, key: str) -> None:
+    """Delete a system attribute of a study, if it has it."""
+    own = _study_attributes.c
+    connection.execute(delete(_study_attributes).where(own.study_id == _find_study(study_name), own.key == key))
+
+
+def record_params(
+    connection: Connection,
+    study_name: str,
+    trial: int,
+    params: Mapping[str, Any],
+    distributions: Mapping[str, BaseDistribution],
+) -> None:
+    """Note all parameters of a running trial that has none yet; Optuna notes each in a transaction of its own.
+
+    Args:
+        connection: to the database, in a transaction.
+        study_name: name of the study.
+        trial: number of the trial.
+        params: values by name.
+        distributions: what each value is from.
+    """
+    trial_id = connection.execute(
+        select(_trials.c.trial_id).where(_trials.c.study_id == _find_study(study_name), _trials.c.number == trial)
+    ).scalar_one()
+    rows = [
+        {
+            "trial_id": trial_id,
+            "param_name": name,
+            "param_value": distributions[name].to_internal_repr(value),
+            "distribution_json": distribution_to_json(distributions[name]),
+        }
+        for name, value in params.items()
+    ]
+    if rows:
+        connection.execute(insert(_params), rows)
+
+
+def count_trials(connection: Connection, study_name: str) -> dict[str, int]:
+    """Return how many trials a study has in each state; Optuna reads each of them to count them."""
+    own = _trials.c
+    query = select(own.state, func.count()).where(own.study_id == _find_study(study_name)).group_by(own.state)
+    return {str(state): count for state, count in connection.execute(query)}
+
+
+def _find_study(name: str) -> ScalarSelect[Any]:
+    return select(_studies.c.study_id).where(_studies.c.study_name == name).scalar_subquery()

@@ -1,0 +1,115 @@
+"""Samplers by name: lpsearch's own proposers, and Optuna's samplers to compare them with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
+
+from lpsearch.errors import ConfigError
+from lpsearch.plan import Plan
+from lpsearch.search.results import Metric
+from lpsearch.search.samplers.baselines import BlockProposer, EvolutionProposer, RandomProposer
+from lpsearch.search.samplers.pairset import PairsetProposer
+from lpsearch.search.samplers.sampler import (
+    PlanSampler,
+    Proposer,
+    ProposerSampler,
+    RepairingSampler,
+    ResultSource,
+    read_told_results,
+)
+from lpsearch.search.space import JoinSpace
+
+__all__ = ["SAMPLER_NAMES", "build_sampler"]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What a sampler may depend on; see :func:`build_sampler`."""
+
+    space: JoinSpace
+    budget: int | None
+    seed: int
+    metric: Metric
+    num_trials: int
+    estimate_latency_ms: Callable[[Plan], float] | None
+    read_results: ResultSource
+
+    @property
+    def stock_seed(self) -> int:
+        """Seed of a sampler of Optuna's: it must not repeat the draws of a former run."""
+        return int(np.random.SeedSequence([self.seed, self.num_trials]).generate_state(1)[0])
+
+    def ask(self, proposer: Proposer) -> PlanSampler:
+        """Build the sampler of a proposer."""
+        return ProposerSampler(proposer, space=self.space, read_results=self.read_results)
+
+    def repair(self, sampler: BaseSampler, *, origin: str) -> PlanSampler:
+        """Build the sampler that repairs what one of Optuna's draws."""
+        fallback = RandomProposer(space=self.space, seed=self.seed)
+        return RepairingSampler(
+            sampler, origin=origin, fallback=fallback, space=self.space, read_results=self.read_results
+        )
+
+
+def _build_pairset(settings: _Settings) -> PlanSampler:
+    return settings.ask(
+        PairsetProposer(
+            space=settings.space,
+            budget=settings.budget,
+            seed=settings.seed,
+            metric=settings.metric,
+            estimate_latency_ms=settings.estimate_latency_ms,
+        )
+    )
+
+
+_FACTORIES: dict[str, Callable[[_Settings], PlanSampler]] = {
+    "evolution": lambda of: of.ask(EvolutionProposer(space=of.space, seed=of.seed, metric=of.metric)),
+    "nsga2": lambda of: of.repair(NSGAIISampler(seed=of.stock_seed), origin="nsga2"),
+    "pairset": _build_pairset,
+    "random": lambda of: of.ask(RandomProposer(space=of.space, seed=of.seed)),
+    # Univariate, its default for several objectives, would sort all trials once for every join.
+    "tpe": lambda of: of.repair(TPESampler(seed=of.stock_seed, multivariate=True), origin="tpe"),
+    "window": lambda of: of.ask(BlockProposer(space=of.space, seed=of.seed)),
+}
+
+SAMPLER_NAMES = tuple(sorted(_FACTORIES))
+
+
+def build_sampler(
+    name: str,
+    *,
+    space: JoinSpace,
+    budget: int | None,
+    seed: int,
+    metric: Metric = "nll",
+    num_trials: int = 0,
+    estimate_latency_ms: Callable[[Plan], float] | None = None,
+    read_results: ResultSource | None = None,
+) -> PlanSampler:
+    """Build a sampler for ask-and-tell on a study over ``space.distributions``.
+
+    Args:
+        name: one of ``SAMPLER_NAMES``.
+        space: the plans to search.
+        budget: evaluations of the whole study; None when unknown.
+        seed: decides every draw.
+        metric: the loss that plans are compared by.
+        num_trials: trials that the study already has, so that Optuna's samplers do not repeat their first draws.
+        estimate_latency_ms: latency in ms that ``pairset`` compares plans by; None compares by depth.
+        read_results: where the finished plans come from, with their losses as they are known by now; None takes the
+            values that the trials were told.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
+    if name not in _FACTORIES:
+        raise ConfigError(f"sampler {name!r} is unknown; choose one of {', '.join(SAMPLER_NAMES)}")
+    if read_results is None:
+        read_results = partial(read_told_results, space=space, metric=metric)
+    return _FACTORIES[name](_Settings(space, budget, seed, metric, num_trials, estimate_latency_ms, read_results))
