@@ -66,7 +66,6 @@ class LiveStudy:
     """
 
     def __init__(self, store: StudyStore, directory: Path) -> None:
-        """Begin with nothing read."""
         self._store = store
         self._directory = directory
         self._lock = threading.Lock()
@@ -135,7 +134,7 @@ class LiveStudy:
         return _render(snapshot, etag="", optuna_path="/dashboard")  # no tag, so that the first answer is whole
 
     def follow_database(self) -> None:
-        """Let go of a database file that was moved aside, as ``optimize --fresh`` does, and take the one in its place.
+        """Release a database file that was moved aside, as by ``optimize --fresh``, and open the one in its place.
 
         Raises:
             StudyError: if there is none; SQLite would make one.
@@ -165,7 +164,7 @@ class LiveStudy:
             report = load_report(self._store, self._directory)
         except UsageError as error:  # no plan is finished yet
             return self._build_waiting(
-                "waiting", "waiting for the first plan", f"{error}; the figures come by themselves."
+                "waiting", "waiting for the first plan", f"{error}; the figures appear by themselves."
             )
         parts = build_parts(report)
         state = "done" if report.is_current else "searching"
@@ -219,7 +218,7 @@ def _read_own_asset(name: str) -> str:
 
 _WAITING = "<header><div class='bar'><h1>{name}</h1></div></header>\n<main id='main'><p class='note'>{note}</p></main>"
 
-_LOST = "The study cannot be read now. This page asks again, and shows the study once it can be read."
+_LOST = "The study cannot be read now. This page tries again, and shows the study once it can be read."
 
 _PAGE = (
     PAGE_TOP

@@ -27,13 +27,13 @@ def evaluate(
     plan_path: PlanArgument,
     model: ModelOption = None,
     data: Annotated[
-        str | None, typer.Option(help="as for optimize; default: what the plan was checked on", metavar="SPEC")
+        str | None, typer.Option(help="as for optimize; default: as in the plan file", metavar="SPEC")
     ] = None,
-    windows: Annotated[int | None, typer.Option(help="evaluation windows; default: as many as there", min=1)] = None,
-    seq_len: Annotated[int | None, typer.Option(help="tokens in a window; default: as many as there", min=2)] = None,
+    windows: Annotated[int | None, typer.Option(help="evaluation windows; default: as in the plan file", min=1)] = None,
+    seq_len: Annotated[int | None, typer.Option(help="tokens in a window; default: as in the plan file", min=2)] = None,
     metric: Annotated[Metric, typer.Option(help="kl also measures the divergence from the unmodified model")] = "nll",
     split: Annotated[Split, typer.Option(help="windows that a search uses, or those held out from it")] = "heldout",
-    seed: Annotated[int | None, typer.Option(help="seed of sampled data; default: the study's", min=0)] = None,
+    seed: Annotated[int | None, typer.Option(help="seed of sampled data; default: as in the plan file", min=0)] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     trust_remote_code: TrustOption = False,
@@ -107,7 +107,7 @@ def _build_windows(
     seed: int,
     searched: ProxyMetrics | None,
 ) -> Windows:
-    """Build the windows; those held out of the text that the plan was searched on come after the search's own."""
+    """Build the windows. Held-out ones of the text that the plan was searched on come after the search's own."""
 
     def build(split: Split, num_windows: int, seq_len: int, after: Windows | None = None) -> Windows:
         with show_steps("preparing windows") as on_progress:

@@ -1,4 +1,4 @@
-"""What the commands that run a model share: the device, the model a plan is for, and its data windows."""
+"""What commands that run a model share: the device, the dtype, and the model that a plan is for."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def load_model_of_plan(
 
 
 def load_for_search(source: ModelSource, *, device: torch.device, dtype: str, trust_remote_code: bool) -> LoadedModel:
-    """Load a model in the dtype of a search, or in float32 where an automatic dtype is yet to be checked against it.
+    """Load a model in the dtype of a search, or in float32 where an automatic dtype must first be checked against it.
 
     Args:
         source: the model.
@@ -134,7 +134,7 @@ def load_for_search(source: ModelSource, *, device: torch.device, dtype: str, tr
     from lpsearch.models import load_model
 
     loaded_dtype = resolve_dtype(dtype, device)
-    # A repository with code of its own has no geometry that could be told before it is loaded.
+    # The geometry of a repository with its own code is not known before it is loaded.
     if dtype == "auto" and loaded_dtype != torch.float32 and not trust_remote_code and _fits_in_float32(source, device):
         loaded_dtype = torch.float32
     with show_steps(f"loading {source.id} on {describe_device(device)}"):
@@ -163,7 +163,7 @@ def settle_dtype(model: PreTrainedModel, *, dtype: str, device: torch.device, wi
         if check.dtype == target:
             logger.info("%s moves the baseline by %+.4f nats per token from float32", target, check.nll_difference)
     elif dtype == "auto" and target != torch.float32:
-        logger.info("%s is not checked against float32, for which there is no room on %s", target, device)
+        logger.info("%s is not checked against float32, which does not fit on %s", target, device)
     return str(model.dtype).removeprefix("torch.")
 
 

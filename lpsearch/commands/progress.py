@@ -1,4 +1,4 @@
-"""What is seen of a search while it works: a live display on a terminal, now and then a line anywhere else."""
+"""Shows a search while it runs: a live display on a terminal, a line now and then anywhere else."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LOG_LINES = 4
 """Lines of a terminal that the live display leaves to the log."""
 
 _NUM_RECENT = 20
-"""Trials whose duration tells the time left."""
+"""Trials from whose duration the time left is estimated."""
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def show_search() -> Iterator[SearchProgress]:
     """Show a search while the block runs.
 
     Yields:
-        What to tell of every evaluation and every trial.
+        What ``run_study`` tells of every evaluation and every trial.
     """
     output = get_output()
     if output.is_live:
@@ -47,7 +47,7 @@ def show_search() -> Iterator[SearchProgress]:
 
 
 class SearchProgress(Protocol):
-    """What is told of a search while it runs; the methods are those that ``run_study`` calls."""
+    """Follows a search; ``run_study`` calls its methods."""
 
     def on_evaluation(self, update: EvaluationUpdate) -> None:
         """Take note of an evaluation that begins."""
@@ -57,7 +57,7 @@ class SearchProgress(Protocol):
 
 
 class _SearchLines:
-    """Logs a search: each trial, or those that reach the next tenth of the budget and one now and then."""
+    """Logs a search: every trial, or only those that reach the next tenth of the budget, and one now and then."""
 
     def __init__(self, *, is_throttled: bool) -> None:
         self._clock = _Clock()
@@ -108,7 +108,7 @@ class _SearchLines:
 
 
 class _SearchDisplay:
-    """Draws a search to the size that the terminal has at the moment: its progress, and the front below."""
+    """Draws a search at the present size of the terminal: its progress, and the front below."""
 
     def __init__(self) -> None:
         self._clock = _Clock()
@@ -150,7 +150,7 @@ class _SearchDisplay:
 
 
 class _Clock:
-    """Tells the time left by the latest trials, since those of a search become slower or quicker as it goes on."""
+    """Estimates the time left from the latest trials, since trials become slower or quicker during a search."""
 
     def __init__(self) -> None:
         self._began_at = time.monotonic()
@@ -174,7 +174,7 @@ class _Clock:
 
 
 def _build_point(record: TrialResult) -> dict[str, Any]:
-    """Build what a program is told of a plan; losses in nats per token, null where they are not finite."""
+    """Build a plan's entry in the lines for programs; losses in nats per token, null where they are not finite."""
     return {
         "num_joins": record.num_joins,
         "depth_reduction": record.depth_reduction,

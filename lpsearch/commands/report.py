@@ -55,7 +55,7 @@ def report(
 
 
 def try_write_report(store: StudyStore, out: Path) -> StudyReport | None:
-    """Write the report of a search that ends, and what optuna-dashboard shows of it; what fails is a warning.
+    """Write the report of a search and what optuna-dashboard shows of it; a failure is only a warning.
 
     Args:
         store: the study's database, open and locked.
@@ -74,7 +74,7 @@ def try_write_report(store: StudyStore, out: Path) -> StudyReport | None:
         logger.info("no report: %s", error)
         return None
     except Exception as error:
-        # A report can be written again at any time; a search that is done must not fail by it.
+        # A report can be written again at any time, so it must not fail a search that is done.
         command = shlex.join(["lpsearch", "report", str(out), *list_study_options(store, out)])
         logger.warning("the report was not written: %s; `%s` tries again", error, command)
         logger.debug("while writing the report", exc_info=True)
@@ -84,7 +84,7 @@ def try_write_report(store: StudyStore, out: Path) -> StudyReport | None:
 
 
 def _try_annotate(store: StudyStore, found: StudyReport, out: Path) -> None:
-    """Write what optuna-dashboard shows of a study; what fails is a warning."""
+    """Write what optuna-dashboard shows of a study; a failure is only a warning."""
     try:
         from lpsearch.report.annotations import annotate_study
 

@@ -1,7 +1,7 @@
-"""One search, from what was asked for to its front; every step is safe to interrupt.
+"""One search, from its configuration to its front.
 
-What can be refused cheaply is refused first; the study's record decides where the user said nothing; everything that
-was measured is in the database before it is used.
+Cheap checks come first. Where the user named no value, the study's record decides. Everything that is measured is in
+the database before it is used, so a search may be interrupted at any step.
 """
 
 from __future__ import annotations
@@ -390,7 +390,7 @@ def _evaluate_plans(run: _Run) -> StudyResult:
 
 
 def _warn_of_odd_baseline(store: StudyStore, evaluator: ModelEvaluator, loaded: LoadedModel) -> None:
-    """Say so where the unmodified model reads its text worse than any healthy one would."""
+    """Warn where the unmodified model predicts its text worse than any healthy model would."""
     from lpsearch.models import check_baseline_nll
 
     with show_steps("evaluating the unmodified model"):

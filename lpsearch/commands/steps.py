@@ -1,4 +1,4 @@
-"""What is shown of one piece of work: a bar on a terminal, now and then a line anywhere else."""
+"""Shows one piece of work: a bar on a terminal, a line now and then anywhere else."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def show_steps(description: str) -> Iterator[Callable[[int, int], None]]:
         description: what is being done.
 
     Yields:
-        What to call with steps done and steps in all; work that never calls it is shown without a share.
+        A function to call with the steps done and the steps in all; work that never calls it is shown without a share.
     """
     output = get_output()
     steps = _Steps(description)
@@ -109,8 +109,8 @@ class _Steps:
 
 @contextmanager
 def draw(display: RenderableType, console: Console) -> Iterator[None]:
-    """Draw a display four times a second while the block runs, then take it away; the cursor comes back in any case."""
-    # What a library prints on stdout must not tear the display; where stdout is no terminal, it does not.
+    """Draw a display four times a second while the block runs, then remove it; the cursor always comes back."""
+    # Where stdout is a terminal, what a library prints there would tear the display.
     with Live(display, console=console, refresh_per_second=4, transient=True, redirect_stdout=sys.stdout.isatty()):
         yield
 
@@ -118,7 +118,7 @@ def draw(display: RenderableType, console: Console) -> Iterator[None]:
 def build_bar(
     label: str, *, count: str, share: float | None, elapsed_s: float, left_s: float | None, width: int
 ) -> RenderableType:
-    """Lay out what is done and how far it is: in one line with a bar, or in two without where that is too wide."""
+    """Lay out what is being done and how far it is: one line with a bar, or two lines where that is too wide."""
     times = format_seconds(elapsed_s) + ("" if left_s is None else f", {format_seconds(left_s)} left")
     if width < NARROW:
         return Group(clip(label, "bold", width), clip(f"{count} {times}".lstrip(), "", width))

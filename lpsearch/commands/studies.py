@@ -1,4 +1,4 @@
-"""The study in a directory: opening it to run it or to look at it, and what its record says against what was asked."""
+"""Opening the study of a directory, to run it or to look at it, and following what it recorded."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ RECORDED_OPTIONS = (
     "freeze",
     "staged",
 )
-"""Options that a study records; where the user names none of these, a resumed study keeps its own."""
+"""Options that a study records; a resumed study keeps those that the user does not name."""
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def open_study(out: Path, *, storage: str | None, study: str | None, slug: str, 
 
 @contextmanager
 def open_existing_study(directory: Path, *, storage: str | None, study: str | None) -> Iterator[StudyStore]:
-    """Open the study of a directory to look at it; makes none, and takes no lock.
+    """Open the study of a directory to look at it, without making one or taking its lock.
 
     Args:
         directory: what ``optimize`` wrote.
@@ -166,7 +166,7 @@ def _choose_study(store: StudyStore, held: Sequence[str], directory: Path) -> st
 
 
 def _prepare_directory(out: Path) -> None:
-    """Make the directory of a study, and see that it can be written and has room.
+    """Make the directory of a study, and check that it can be written and has room.
 
     Raises:
         StudyError: if not.

@@ -1,4 +1,4 @@
-"""What a person reads when a search has ended: the front, what it cost, where it is, and what to do next."""
+"""The summary of a search: the front, what it cost, where it is, and what to do next."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ class SearchSummary:
         if result.num_resumed:
             line += f"; this run added {name_count(result.num_new, 'plan')} and {result.num_new_tokens:,} tokens"
         line += f" in {format_seconds(self.elapsed_s)}"
-        return line + ("; it ended by --timeout" if result.timed_out else "")
+        return line + ("; --timeout ended it" if result.timed_out else "")
 
     def _explain_columns(self) -> str:
-        """Say what the columns mean that do not say so themselves."""
+        """Explain the columns whose names do not."""
         delta = "delta nll: nats per token lost against the unmodified model on the search's windows, ± standard error."
         unseen = "the same on windows that the search never saw. Trust this one: the best of many is optimistic."
         if self.metric == "kl":

@@ -1,4 +1,4 @@
-"""The front as a table of a terminal, as wide as there is room for."""
+"""The front as a table for a terminal, as wide as there is room."""
 
 from __future__ import annotations
 

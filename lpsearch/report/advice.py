@@ -1,4 +1,4 @@
-"""What to do next: three plans that a user would pick from a front, and the commands to check, export and serve one."""
+"""What to do next: three plans to pick from a front, and the commands that check, export and serve one."""
 
 from __future__ import annotations
 

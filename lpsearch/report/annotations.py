@@ -1,7 +1,7 @@
 """What optuna-dashboard shows of a study besides its trials: the front as a figure, notes, and the plan files.
 
-All of it lies in the study's system attributes and in ``artifacts/`` beside its plan files, so that it is there however
-optuna-dashboard is started. Metric names are set where the study is opened (:mod:`lpsearch.search.settings`).
+All of it is in the study's system attributes and in ``artifacts/`` beside its plan files, so optuna-dashboard finds it
+however it is started. Metric names are set where the study is opened (:mod:`lpsearch.search.settings`).
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _save_notes(dashboard: Dashboard, store: StudyStore, study: optuna.Study, re
 
 
 def _save_note(dashboard: Dashboard, subject: optuna.Study | _FinishedTrial, text: str) -> None:
-    """Put a text in the place of lpsearch's former one, and keep what people wrote.
+    """Replace lpsearch's former text in a note, and keep what people wrote.
 
     Args:
         dashboard: reads and writes notes.

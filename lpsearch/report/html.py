@@ -35,8 +35,8 @@ _DIGITS = 7
 """Significant digits of the figures' numbers."""
 
 _SERVE_NOTE = (
-    "Type these where you ran optimize. Serving needs vLLM, which runs the exported checkpoint through its "
-    "transformers backend; whoever serves it needs no lpsearch."
+    "Run these commands where you ran optimize. Serving needs vLLM, which runs the exported checkpoint through its "
+    "transformers backend and needs no lpsearch."
 )
 
 
@@ -77,7 +77,7 @@ def build_parts(report: StudyReport) -> PageParts:
             _render_advice(report),
             _render_section("layers", "Which layers pair", _EXPLAIN["layers"], [charts["layers"]]),
             _render_joins(charts),
-            _render_section("search", "How the search came along", _explain_progress(report), [charts["progress"]]),
+            _render_section("search", "How the search progressed", _explain_progress(report), [charts["progress"]]),
             _render_latency(report, charts),
             "</main>",
         ]
@@ -212,7 +212,7 @@ def _render_head(report: StudyReport) -> str:
         ""
         if report.is_current
         else "<p class='note'>This study is under way or was interrupted: the report shows what is there. "
-        "Run the same <code>lpsearch optimize</code> again to go on; it writes the plan files of this front.</p>"
+        "Run the same <code>lpsearch optimize</code> again to resume it and to write the plan files of this front.</p>"
     )
     links = [("front", "Front"), ("next", "What next"), ("layers", "Layers"), ("joins", "Joins"), ("search", "Search")]
     links += [("latency", "Latency")] if report.latency_model is not None else []
@@ -231,7 +231,7 @@ def _render_front(report: StudyReport, charts: dict[str, Chart]) -> str:
     if any(result.get_heldout(report.metric) is not None for result in report.front):
         notes += "Held-out values are on windows that the search never saw. "
     elif len(report.front) > 1:
-        notes += "Held-out values come when the search ends. "
+        notes += "The search adds held-out values when it ends. "
     if not report.blocks:
         notes += "The study tried no blocks. "
     notes += "Click a point, or use the arrow keys on the figure, to see its plan."
@@ -267,8 +267,8 @@ def _render_commands(report: StudyReport, result: TrialResult) -> str:
     commands = list_commands(report, result)
     if not commands:
         return (
-            "<p class='note'>Its plan file is not written yet: that comes at the end of the search, or when the same "
-            "<code>lpsearch optimize</code> is run again.</p>"
+            "<p class='note'>Its plan file is not written yet. The search writes it when it ends; run the same "
+            "<code>lpsearch optimize</code> again if it was interrupted.</p>"
         )
     return (
         "<ul class='commands'>"

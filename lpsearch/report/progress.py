@@ -1,4 +1,4 @@
-"""How a search came along: what was known after every trial, from the values that the study has now."""
+"""How a search progressed: what was known after every trial, by the values that the study has now."""
 
 from __future__ import annotations
 

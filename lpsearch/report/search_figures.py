@@ -1,4 +1,4 @@
-"""Plotly figures of a search: what it learned about joins, and how it came along."""
+"""Plotly figures of a search: what it learned about joins, and how it progressed."""
 
 from __future__ import annotations
 
