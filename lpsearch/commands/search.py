@@ -12,30 +12,36 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING
 
 from lpsearch.commands.console import Answer, adopt_optuna_log
-from lpsearch.commands.loading import describe_device, load_for_search, resolve_device, settle_dtype
+from lpsearch.commands.latency import get_latency_model
+from lpsearch.commands.loading import describe_device, load_for_search, resolve_device
 from lpsearch.commands.progress import show_search
 from lpsearch.commands.report import try_write_report
 from lpsearch.commands.results import build_front_file, build_summary, name_plan_files, write_front
 from lpsearch.commands.steps import show_steps
-from lpsearch.commands.studies import RECORDED_OPTIONS, follow_record, open_study, refuse_orphaned_results
+from lpsearch.commands.studies import (
+    RECORDED_OPTIONS,
+    begin_study,
+    follow_record,
+    open_study_store,
+    refuse_orphaned_results,
+    resume_study,
+)
 from lpsearch.commands.summary import SearchSummary
-from lpsearch.config import Objective, OptimizeConfig, ResolvedConfig, Split, slug_of_model
-from lpsearch.errors import ConfigError, FamilyError, PlanError, ResumeError, StudyError
+from lpsearch.config import OptimizeConfig, ResolvedConfig, Split, slug_of_model
+from lpsearch.errors import PlanError
 from lpsearch.front_file import FrontFile
-from lpsearch.latency.profile import LatencyProfile, load_profile, parse_recorded_profile
+from lpsearch.latency.profile import load_profile
 from lpsearch.models import resolve_source
 from lpsearch.models.aliases import find_alias
 from lpsearch.plan import Plan, load_plan
 from lpsearch.search import (
     JoinSpace,
-    StoredWindows,
     StudyResult,
     StudyStore,
     TrialResult,
-    compare_settings,
     evaluate_stored_plan,
     read_results,
     run_study,
@@ -44,9 +50,6 @@ from lpsearch.search.results import set_latency
 from lpsearch.search.settings import has_own_database
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
     from lpsearch.data import Windows
     from lpsearch.evaluation import ModelEvaluator
     from lpsearch.latency import LatencyModel
@@ -55,8 +58,6 @@ if TYPE_CHECKING:
 __all__ = ["search"]
 
 logger = logging.getLogger(__name__)
-
-_SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
         check_new_study()
     slug = slug_of_model(values.model)
     out = values.out or Path("studies") / slug
-    with open_study(out, storage=values.storage, study=values.study, slug=slug, fresh=fresh) as store:
+    with open_study_store(out, storage=values.storage, study=values.study, slug=slug, fresh=fresh) as store:
         recorded = store.load_settings()
         if recorded is not None:
             values, source = follow_record(recorded, config, source)
@@ -163,14 +164,13 @@ def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
         space = build_space(loaded.identity.num_layers)
         _check_fingerprints(enqueued, loaded)
         if recorded is None:
-            windows = _begin_study(
-                store, values.model_dump(mode="json", include={*RECORDED_OPTIONS}), loaded, device=device
-            )
+            options = values.model_dump(mode="json", include={*RECORDED_OPTIONS})
+            windows = begin_study(store, options, loaded, device=device)
         else:
-            windows = _resume_study(store, recorded, loaded)
+            windows = resume_study(store, recorded, loaded)
         latency_model = None
         if values.latency != "off":
-            latency_model = _get_latency_model(
+            latency_model = get_latency_model(
                 store, loaded.model, profile=profile, objective=values.objective, max_group=values.max_group
             )
         yield _Run(
@@ -236,128 +236,6 @@ def _check_fingerprints(enqueued: Mapping[Path, Plan], loaded: LoadedModel) -> N
             )
         except PlanError as error:
             raise PlanError(f"--enqueue {path}: {error}") from None
-
-
-def _begin_study(
-    store: StudyStore, options: Mapping[str, Any], loaded: LoadedModel, *, device: torch.device
-) -> dict[Split, Windows]:
-    """Build a study's windows, settle its dtype, and record these with its options: all or nothing.
-
-    Args:
-        store: its database.
-        options: what it is begun with, :data:`RECORDED_OPTIONS` as JSON values.
-        loaded: the model, which is cast to the dtype.
-        device: where the model is.
-    """
-    from lpsearch.data import build_windows
-
-    windows: dict[Split, Windows] = {}
-    for split in _SPLITS:
-        with show_steps(f"preparing {split} windows") as on_progress:
-            windows[split] = build_windows(
-                (options["heldout"] if split == "heldout" else None) or options["data"],
-                tokenizer=loaded.tokenizer,
-                num_windows=options["windows"],
-                seq_len=options["seq_len"],
-                split=split,
-                seed=options["seed"],
-                model=loaded.model,
-                after=windows.get("proxy"),
-                on_progress=on_progress,
-            )
-    dtype = settle_dtype(loaded.model, dtype=options["dtype"], device=device, windows=windows["proxy"])
-    model = {"model": loaded.source.id, "source": loaded.source.to_dict(), **_identify(loaded)}
-    stored = {split: StoredWindows(built.input_ids, built.spec) for split, built in windows.items()}
-    store.begin({**options, **model, "dtype": dtype}, stored)
-    return windows
-
-
-def _resume_study(store: StudyStore, recorded: Mapping[str, Any], loaded: LoadedModel) -> dict[Split, Windows]:
-    """Return the windows of a study, whose model must still be the same.
-
-    Raises:
-        ResumeError: if the model is not the one that the study was begun with.
-        StudyError: if the study has lost its windows.
-    """
-    from lpsearch.data import Windows
-
-    compare_settings(recorded, _identify(loaded))
-    stored = {split: store.load_windows(split) for split in _SPLITS}
-    windows = {split: Windows(kept.input_ids, kept.spec) for split, kept in stored.items() if kept is not None}
-    if len(windows) < len(_SPLITS):
-        raise StudyError(f"{store.where}: the study has lost its windows; restore a copy, or begin one with --fresh")
-    return windows
-
-
-def _identify(loaded: LoadedModel) -> dict[str, Any]:
-    """Return what of a model may not change while a study runs."""
-    return {"fingerprint": loaded.identity.fingerprint, "num_layers": loaded.identity.num_layers}
-
-
-# ---- Latency ---------------------------------------------------------------------------------------------------------
-
-
-def _get_latency_model(
-    store: StudyStore,
-    model: PreTrainedModel,
-    *,
-    profile: LatencyProfile | None,
-    objective: Objective,
-    max_group: int,
-) -> LatencyModel | None:
-    """Return the latency model of a study: of the given profile, of its own record, or measured now and recorded.
-
-    Returns:
-        None for a family that cannot be measured, where latency is not the objective.
-
-    Raises:
-        ResumeError: if the study optimises the latency of another profile.
-        FamilyError: for a family that cannot be measured, where latency is the objective.
-    """
-    from lpsearch.latency import LatencyModel, check_profile_geometry, measure_or_reuse_profile
-
-    recorded = parse_recorded_profile(store.load_latency_profile())
-    if profile is not None:
-        check_profile_geometry(profile, model.config)
-        if recorded is not None and objective == "latency" and profile != recorded:
-            raise ResumeError(
-                "--latency: the study optimises the latency of another profile, and its trials cannot be compared "
-                "with new ones; leave --latency out, or begin a study with --fresh"
-            )
-    elif recorded is not None and _covers(LatencyModel(recorded), max_group):
-        return LatencyModel(recorded)
-    else:
-        try:
-            with show_steps("measuring latency") as on_step:
-                profile = measure_or_reuse_profile(
-                    model.config,
-                    device=model.device,
-                    dtype=model.dtype,
-                    max_group=max_group,
-                    on_progress=lambda share: on_step(round(1000 * share), 1000),
-                )
-        except FamilyError as error:
-            if objective == "latency":
-                raise
-            logger.warning("latency is off: %s", error)
-            return None
-    if profile != recorded:
-        store.save_latency_profile(profile.model_dump(mode="json"))
-    return LatencyModel(profile)
-
-
-def _covers(latency_model: LatencyModel, max_group: int) -> bool:
-    """Tell whether every group that a plan may have was measured."""
-    num_layers = latency_model.profile.geometry.num_layers
-    try:
-        for first in range(num_layers):
-            for size in range(2, min(max_group, num_layers - first) + 1):
-                groups = [[i] for i in range(first)] + [list(range(first, first + size))]
-                plan = Plan.from_groups(groups + [[i] for i in range(first + size, num_layers)])
-                latency_model.estimate_latency_ms(plan)
-    except ConfigError:
-        return False
-    return True
 
 
 # ---- Evaluating ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Opening the study of a directory, to run it or to look at it, and following what it recorded."""
+"""The study of a directory: opening it to run it or to look at it, beginning it, and following its record."""
 
 from __future__ import annotations
 
@@ -9,20 +9,38 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from sqlalchemy.engine import URL
 
-from lpsearch.config import OptimizeConfig, ResolvedConfig, check_latency
+from lpsearch.commands.loading import settle_dtype
+from lpsearch.commands.steps import show_steps
+from lpsearch.config import OptimizeConfig, ResolvedConfig, Split, check_latency
 from lpsearch.errors import ResumeError, StudyError, UsageError
 from lpsearch.front_file import FRONT_NAME, load_front_file
 from lpsearch.models import ModelSource
-from lpsearch.search import FIXED_SETTINGS, StudyStore, compare_settings
+from lpsearch.search import FIXED_SETTINGS, StoredWindows, StudyStore, compare_settings
 from lpsearch.search.locks import HeldElsewhereError, hold_file_lock
 
-__all__ = ["RECORDED_OPTIONS", "follow_record", "open_existing_study", "open_study", "refuse_orphaned_results"]
+if TYPE_CHECKING:
+    import torch
+
+    from lpsearch.data import Windows
+    from lpsearch.models import LoadedModel
+
+__all__ = [
+    "RECORDED_OPTIONS",
+    "begin_study",
+    "follow_record",
+    "open_existing_study",
+    "open_study_store",
+    "refuse_orphaned_results",
+    "resume_study",
+]
 
 logger = logging.getLogger(__name__)
+
+_SPLITS: tuple[Split, ...] = get_args(Split)
 
 _NEEDED_BYTES = 64 << 20
 """Room for a study of some hundred trials with its windows and plan files."""
@@ -47,7 +65,9 @@ RECORDED_OPTIONS = (
 
 
 @contextmanager
-def open_study(out: Path, *, storage: str | None, study: str | None, slug: str, fresh: bool) -> Iterator[StudyStore]:
+def open_study_store(
+    out: Path, *, storage: str | None, study: str | None, slug: str, fresh: bool
+) -> Iterator[StudyStore]:
     """Open the study of a directory, or of a database elsewhere, and be the only process that runs it.
 
     Args:
@@ -142,6 +162,62 @@ def follow_record(
     followed = values.model_copy(update=updates)
     check_latency(followed)
     return followed, ModelSource.from_dict(recorded["source"])
+
+
+def begin_study(
+    store: StudyStore, options: Mapping[str, Any], loaded: LoadedModel, *, device: torch.device
+) -> dict[Split, Windows]:
+    """Build a study's windows, settle its dtype, and record these with its options: all or nothing.
+
+    Args:
+        store: its database.
+        options: what it is begun with, :data:`RECORDED_OPTIONS` as JSON values.
+        loaded: the model, which is cast to the dtype.
+        device: where the model is.
+    """
+    from lpsearch.data import build_windows
+
+    windows: dict[Split, Windows] = {}
+    for split in _SPLITS:
+        with show_steps(f"preparing {split} windows") as on_progress:
+            windows[split] = build_windows(
+                (options["heldout"] if split == "heldout" else None) or options["data"],
+                tokenizer=loaded.tokenizer,
+                num_windows=options["windows"],
+                seq_len=options["seq_len"],
+                split=split,
+                seed=options["seed"],
+                model=loaded.model,
+                after=windows.get("proxy"),
+                on_progress=on_progress,
+            )
+    dtype = settle_dtype(loaded.model, dtype=options["dtype"], device=device, windows=windows["proxy"])
+    model = {"model": loaded.source.id, "source": loaded.source.to_dict(), **_identify(loaded)}
+    stored = {split: StoredWindows(built.input_ids, built.spec) for split, built in windows.items()}
+    store.begin({**options, **model, "dtype": dtype}, stored)
+    return windows
+
+
+def resume_study(store: StudyStore, recorded: Mapping[str, Any], loaded: LoadedModel) -> dict[Split, Windows]:
+    """Return the windows of a study, whose model must still be the same.
+
+    Raises:
+        ResumeError: if the model is not the one that the study was begun with.
+        StudyError: if the study has lost its windows.
+    """
+    from lpsearch.data import Windows
+
+    compare_settings(recorded, _identify(loaded))
+    stored = {split: store.load_windows(split) for split in _SPLITS}
+    windows = {split: Windows(kept.input_ids, kept.spec) for split, kept in stored.items() if kept is not None}
+    if len(windows) < len(_SPLITS):
+        raise StudyError(f"{store.where}: the study has lost its windows; restore a copy, or begin one with --fresh")
+    return windows
+
+
+def _identify(loaded: LoadedModel) -> dict[str, Any]:
+    """Return what of a model may not change while a study runs."""
+    return {"fingerprint": loaded.identity.fingerprint, "num_layers": loaded.identity.num_layers}
 
 
 def _choose_study(store: StudyStore, held: Sequence[str], directory: Path) -> str:
