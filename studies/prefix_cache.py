@@ -30,7 +30,7 @@ import optuna
 from lpsearch.evaluation.losses import WindowLosses
 from lpsearch.evaluation.prefix_tree import PrefixTree
 from lpsearch.plan import Plan
-from lpsearch.search import JoinSpace, StudyStore, run_study
+from lpsearch.search import PlanSpace, StudyStore, run_study
 
 Request = tuple[Plan, tuple[int, ...]]
 """A plan and the batch of windows that it was evaluated on."""
@@ -79,7 +79,7 @@ def record_requests(*, num_layers: int, trials: int, sampler: str, max_group: in
     with tempfile.TemporaryDirectory() as directory:
         url = f"sqlite:///{Path(directory) / 'study.db'}"
         with StudyStore(url, study_name="prefix-cache") as store:
-            space = JoinSpace(num_layers, max_group)
+            space = PlanSpace(num_layers, max_group)
             run_study(evaluator=landscape, space=space, budget=trials, store=store, sampler=sampler, seed=seed)
     return landscape.requests
 

@@ -20,7 +20,7 @@ from typing import Any
 from lpsearch.commands.studies import open_existing_study
 from lpsearch.errors import LpsearchError, UsageError
 from lpsearch.report import StudyReport, load_report
-from lpsearch.search import JoinSpace, TrialResult
+from lpsearch.search import PlanSpace, TrialResult
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 SHARED_SETTINGS = ("num_layers", "data", "heldout", "windows", "seq_len", "dtype", "metric", "max_group")
@@ -102,7 +102,7 @@ def find_best_blocks(studies: Sequence[StudyReport]) -> dict[int, TrialResult]:
         studies: on the same data; a block counts if any of them evaluated it.
     """
     settings, num_layers = studies[0].settings, studies[0].num_layers
-    space = JoinSpace(num_layers, int(settings["max_group"]), tuple(settings.get("freeze", ())))
+    space = PlanSpace(num_layers, int(settings["max_group"]), tuple(settings.get("freeze", ())))
     runs = [range(first, stop) for first in range(num_layers) for stop in range(first + 1, num_layers)]
     blocks = {space.repair(run) for run in runs} - {()}
     tried = [record for study in studies for record in study.results if record.plan.joins in blocks]

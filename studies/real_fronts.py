@@ -48,7 +48,7 @@ from lpsearch.evaluation import ModelEvaluator
 from lpsearch.evaluation.losses import compute_paired_delta
 from lpsearch.models import LoadedModel, load_model, resolve_source
 from lpsearch.plan import Plan
-from lpsearch.search import JoinSpace, StudyResult, StudyStore, TrialResult, run_study
+from lpsearch.search import PlanSpace, StudyResult, StudyStore, TrialResult, run_study
 from lpsearch.search.samplers.baselines import BlockProposer
 from studies.windows_file import get_windows
 
@@ -81,7 +81,7 @@ class DeltaEvaluator:
 
 def list_blocks(num_layers: int) -> list[Plan]:
     """Return every block, a contiguous run of pairs, in the order in which the ``window`` sampler proposes them."""
-    proposer = BlockProposer(space=JoinSpace(num_layers), seed=0)
+    proposer = BlockProposer(space=PlanSpace(num_layers), seed=0)
     plans: dict[Plan, None] = {}
     while (proposal := proposer.propose((), plans.keys())) is not None and proposal.origin == "window":
         plans[proposal.plan] = None
@@ -177,7 +177,7 @@ def search_front(
         with store:
             result = run_study(
                 evaluator=evaluator,
-                space=JoinSpace(loaded.identity.num_layers, max_group),
+                space=PlanSpace(loaded.identity.num_layers, max_group),
                 budget=budget,
                 store=store,
                 seed=seed,

@@ -37,7 +37,7 @@ from lpsearch.evaluation import ModelEvaluator
 from lpsearch.evaluation.losses import WindowLosses
 from lpsearch.models import get_decoder_layers, load_geometry
 from lpsearch.plan import Plan
-from lpsearch.search import JoinSpace, StudyStore, TrialUpdate, run_study
+from lpsearch.search import PlanSpace, StudyStore, TrialUpdate, run_study
 from lpsearch.search.results import Metric
 from studies.windows_file import load_windows
 
@@ -133,7 +133,7 @@ def measure_study(
         with store:
             result = run_study(
                 evaluator=timed,
-                space=JoinSpace(num_layers, max_group),
+                space=PlanSpace(num_layers, max_group),
                 budget=trials,
                 store=store,
                 seed=seed,

@@ -22,7 +22,7 @@ import optuna
 
 from lpsearch.evaluation.losses import WindowLosses
 from lpsearch.plan import Plan
-from lpsearch.search import SAMPLER_NAMES, JoinSpace, StudyStore, run_study
+from lpsearch.search import SAMPLER_NAMES, PlanSpace, StudyStore, run_study
 
 BASE_NLL = 3.0
 
@@ -75,7 +75,7 @@ def measure_overhead(
         with StudyStore(f"sqlite:///{Path(directory) / 'study.db'}", study_name="overhead") as store:
             result = run_study(
                 evaluator=evaluator,
-                space=JoinSpace(num_layers, max_group),
+                space=PlanSpace(num_layers, max_group),
                 budget=num_trials,
                 store=store,
                 sampler=sampler,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpsearch.errors import ConfigError, DataError
-from lpsearch.search import JoinSpace
+from lpsearch.search import PlanSpace
 
 __all__ = ["PlanLosses", "Table", "load_table", "save_table"]
 
@@ -59,7 +59,7 @@ class Table:
         worst_nll: the largest finite loss of the whole table; plans that the table lacks count as this.
     """
 
-    space: JoinSpace
+    space: PlanSpace
     masks: IntArray
     nll: FloatArray
     window_nll: FloatArray
@@ -157,7 +157,7 @@ def load_table(path: Path, *, frozen_layers: Sequence[int] = ()) -> Table:
     window_nll = nll[:, None] if arrays["window_nll"] is None else arrays["window_nll"]
     finite = np.isfinite(nll) & np.isfinite(window_nll).all(axis=1)
     worst_nll = float(nll[finite].max())
-    space = JoinSpace(int(num_layers), _find_max_group(masks), tuple(frozen_layers))
+    space = PlanSpace(int(num_layers), _find_max_group(masks), tuple(frozen_layers))
     free_bits = sum(1 << i for i in space.free_joins)
     kept = (masks & ~free_bits) == 0
     if kept.sum() < 2:

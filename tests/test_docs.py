@@ -92,7 +92,7 @@ def test_every_field_of_the_plan_file_is_described(hooks: ModuleType) -> None:
     [
         ("searching.md", "latency.md#the-model", "latency.md#the-model"),
         ("searching.md", "../studies/RESULTS.md#a", "results.md#a"),
-        ("api/index.md", "../../lpsearch/plan.py", "../source/lpsearch/plan.py.md"),
+        ("api/index.md", "../../lpsearch/errors.py", "../source/lpsearch/errors.py.md"),
         ("results.md", "LOG.md", "log.md"),
         ("contributing.md", "docs/searching.md", "searching.md"),
         ("index.md", "https://optuna.org", "https://optuna.org"),

@@ -13,7 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lpsearch.errors import PlanError
-from lpsearch.plan import ModelIdentity, Plan, PlanMetadata, build_plan_schema, load_plan, parse_plan, save_plan
+from lpsearch.plan import (
+    Group,
+    ModelIdentity,
+    Plan,
+    PlanMetadata,
+    build_plan_document,
+    build_plan_schema,
+    check_supported,
+    load_plan,
+    parse_plan,
+    save_plan,
+)
 
 METADATA = PlanMetadata(model=ModelIdentity(id="owner/tiny", num_layers=4, fingerprint="aa-bb"))
 
@@ -34,7 +45,8 @@ def test_joins_and_groups_round_trip(partition: tuple[int, frozenset[int]]) -> N
     for layer in range(num_layers - 1):
         together = any(layer in group and layer + 1 in group for group in plan.groups)
         assert together == (layer in joins)
-    assert Plan.from_groups(json.loads(plan.to_groups_json())) == plan
+    assert Plan.from_groups(json.loads(plan.key)) == Plan.from_key(plan.key) == plan
+    assert hash(Plan.from_key(plan.key)) == hash(plan)
     assert plan.num_joins == len(joins)
     assert plan.depth == num_layers - len(joins)
     assert plan.depth_reduction == pytest.approx(len(joins) / num_layers)
@@ -43,7 +55,7 @@ def test_joins_and_groups_round_trip(partition: tuple[int, frozenset[int]]) -> N
 def test_pairs_of_a_small_model() -> None:
     plan = Plan.from_groups([[0], [1, 2], [3]])
     assert plan.joins == (1,)
-    assert plan.to_groups_json() == "[[0],[1,2],[3]]"
+    assert plan.key == "[[0],[1,2],[3]]"
     assert (plan.num_layers, plan.depth, plan.depth_reduction, plan.max_group) == (4, 3, 0.25, 2)
     assert Plan.baseline(4).joins == ()
 
@@ -73,6 +85,46 @@ def test_joins_outside_the_model_are_refused(join: int) -> None:
         Plan.from_joins(4, [join])
 
 
+def test_a_plan_of_dropped_branches_counts_the_stages_that_are_left() -> None:
+    plan = Plan.from_groups([[0], [1, 2], [3], [4]], dropped={"attention": [2, 1, 3], "mlp": [2, 3]})
+    assert plan.groups[1] == Group((1, 2), attention_layers=(), mlp_layers=(1,))
+    assert [group.num_stages for group in plan.groups] == [2, 1, 0, 2]
+    assert (plan.depth, plan.depth_reduction) == (2.5, 0.5)
+    assert (plan.num_layers, plan.num_joins, plan.joins, plan.num_dropped) == (5, 1, (1,), 5)
+    assert plan.dropped == {"attention": [1, 2, 3], "mlp": [2, 3]}
+    assert plan.key == '{"groups":[[0],[1,2],[3],[4]],"dropped":{"attention":[1,2,3],"mlp":[2,3]}}'
+    assert Plan.from_key(plan.key) == plan == Plan.from_groups(plan.groups)
+    whole = Plan.from_groups(plan.to_lists())
+    assert plan != whole
+    assert plan.digest != whole.digest
+    assert whole.drop({"mlp": [2, 3]}).drop({"attention": [1, 2, 3]}) == plan
+    for dropped, message in [({"norm": [0]}, "names 'norm'"), ({"mlp": [5]}, "layers 0 to 4")]:
+        with pytest.raises(PlanError, match=message):
+            whole.drop(dropped)
+    with pytest.raises(PlanError, match="cannot be run by this version yet"):
+        check_supported(plan)
+
+
+def test_a_group_is_the_sequence_of_its_layers() -> None:
+    group = Group.whole([3, 4, 5])
+    assert (list(group), len(group), group[0], group[-1], group[:-1]) == ([3, 4, 5], 3, 3, 5, (3, 4))
+    assert 4 in group
+    assert group == Group((3, 4, 5), (3, 4, 5), (3, 4, 5))
+    assert group.drop([4, 9], []) == Group((3, 4, 5), (3, 5), (3, 4, 5))
+
+
+def test_plan_files_of_the_first_version_are_read(tmp_path: Path) -> None:
+    plan = Plan.from_groups([[0], [1, 2], [3]], metadata=METADATA)
+    document = build_plan_document(plan)
+    assert (document["schema_version"], document["dropped"]) == (2, {"attention": [], "mlp": []})
+    assert isinstance(document["depth"], int)
+    del document["dropped"]
+    for version in (1, 2):
+        (tmp_path / "plan.json").write_text(json.dumps(document | {"schema_version": version}), encoding="utf-8")
+        loaded = load_plan(tmp_path / "plan.json")
+        assert (loaded, loaded.metadata) == (plan, METADATA)
+
+
 def test_saved_plan_loads_equal_and_obeys_the_published_schema(tmp_path: Path) -> None:
     plan = Plan.from_groups([[0], [1, 2], [3]], metadata=METADATA)
     save_plan(plan, tmp_path / "plan.json")
@@ -100,7 +152,16 @@ def test_a_plan_without_a_model_is_not_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 2}, "schema_version is 2, this lpsearch reads 1"),
+        ({"schema_version": 3}, "schema_version is 3, this lpsearch reads 1 and 2"),
+        ({"schema_version": True}, "schema_version is True, this lpsearch reads 1 and 2"),
+        ({"schema_version": 1}, "unknown field dropped in a plan of version 1"),
+        ({"dropped": {"attention": [4]}}, "dropped attention of layer 4: the plan has layers 0 to 3"),
+        ({"dropped": {"heads": []}}, "unknown field dropped.heads"),
+        ({"dropped": {"attention": [3]}, "depth": 3}, "set depth to 2.5"),
+        (
+            {"dropped": {"attention": [3], "mlp": [0, 1]}, "depth": 2, "depth_reduction": 0.5},
+            "drops the attention of layers [3] and the MLP of layers [0, 1], which cannot be run by this version yet",
+        ),
         ({"colour": "red"}, "unknown field colour"),
         ({"groups": [[0], [1, 2], [2, 3]]}, "layer 2 is in groups [1, 2] and [2, 3]"),
         ({"groups": [[0], [1, 2]]}, "groups cover 3 layers but model.num_layers is 4"),
@@ -111,7 +172,7 @@ def test_a_plan_without_a_model_is_not_saved(tmp_path: Path) -> None:
     ],
 )
 def test_documents_that_contradict_themselves_are_refused(change: dict, message: str) -> None:
-    document = Plan.from_groups([[0], [1, 2], [3]], metadata=METADATA).to_file_dict() | change
+    document = build_plan_document(Plan.from_groups([[0], [1, 2], [3]], metadata=METADATA)) | change
     with pytest.raises(PlanError, match=re.escape(message)) as caught:
         parse_plan(document, where="some.json")
     assert str(caught.value).startswith("some.json: ")

@@ -23,3 +23,21 @@ attention. SmolLM2 with every layer in a group, where errors grow most, differs 
 
 FLOAT32_FUSED = 1e-5
 """Relative difference (2-norm) of float32 logits of a fused model from the unfused plan's: norms are folded in."""
+
+FLOAT64_MEAN = 1e-12
+"""Largest absolute difference, in nats per token, of float64 means of some losses that are added in another order."""
+
+FLOAT64_COSTS = 1e-9
+"""Largest absolute difference of float64 sums over the joins and products of a plan, added in another order."""
+
+POSTERIOR_MEAN = 1e-6
+"""Difference, mostly relative, of posterior means by Cholesky factors and by a dense inverse, or from what was observed."""
+
+POSTERIOR_DEVIATION = 1e-5
+"""The same of posterior standard deviations, which are roots of differences of near numbers."""
+
+POSTERIOR_ORDER = 1e-9
+"""Relative difference of posterior means whose observations come in another order."""
+
+PREFIX_SAVINGS = 1e-9
+"""Relative difference of the layers that prefixes are expected to save, added in another order."""

@@ -13,7 +13,7 @@ from lpsearch.commands.options import ModelOption, PlanArgument
 from lpsearch.errors import StudyError, UsageError
 from lpsearch.front_file import FRONT_NAME, load_front_file
 from lpsearch.picking import pick_plan
-from lpsearch.plan import build_plan_schema, load_plan
+from lpsearch.plan import build_plan_document, build_plan_schema, load_plan
 
 __all__ = ["diff", "pick", "schema", "show", "validate"]
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 def show(plan_path: PlanArgument) -> dict[str, Any]:
     """Print a plan: its groups, its model and what was measured."""
-    return load_plan(plan_path).to_file_dict()
+    return build_plan_document(load_plan(plan_path))
 
 
 def validate(plan_path: PlanArgument, model: ModelOption = None) -> dict[str, Any]:

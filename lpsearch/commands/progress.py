@@ -183,7 +183,7 @@ def _build_point(record: TrialResult) -> dict[str, Any]:
         "kl_nats_per_token": finite_or_none(record.loss.kl_nats_per_token),
         "latency_ms": record.latency_ms,
         "speedup": record.speedup,
-        "groups": [list(group) for group in record.plan.groups],
+        "groups": record.plan.to_lists(),
         "origin": record.origin,
         "trial": record.trial,
     }

@@ -202,7 +202,7 @@ def _build_point(result: TrialResult) -> FrontPoint:
         perplexity=loss.perplexity,
         latency_ms=result.latency_ms,
         speedup=result.speedup,
-        groups=result.plan.groups,
+        groups=tuple(map(tuple, result.plan.to_lists())),
         origin=result.origin,
         trial=result.trial,
     )

@@ -38,7 +38,7 @@ from lpsearch.models import resolve_source
 from lpsearch.models.aliases import find_alias
 from lpsearch.plan import Plan, load_plan
 from lpsearch.search import (
-    JoinSpace,
+    PlanSpace,
     StudyResult,
     StudyStore,
     TrialResult,
@@ -82,7 +82,7 @@ class _Run:
     loaded: LoadedModel
     device_name: str
     windows: Mapping[Split, Windows]
-    space: JoinSpace
+    space: PlanSpace
     enqueued: Sequence[Plan]
     latency_model: LatencyModel | None
 
@@ -137,7 +137,7 @@ def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
     device = resolve_device(values.device)
     enqueued = {path: load_plan(path) for path in values.enqueue}
 
-    def build_space(num_layers: int) -> JoinSpace:
+    def build_space(num_layers: int) -> PlanSpace:
         return _build_space(num_layers, max_group=values.max_group, freeze=values.freeze, enqueued=enqueued)
 
     def check_new_study() -> None:
@@ -204,14 +204,14 @@ def _check_texts(data: str, heldout: str | None) -> None:
 
 def _build_space(
     num_layers: int, *, max_group: int, freeze: tuple[int, ...], enqueued: Mapping[Path, Plan]
-) -> JoinSpace:
+) -> PlanSpace:
     """Return the plans to search, among which the enqueued ones must be.
 
     Raises:
         ConfigError: for layers or groups that the model does not have.
         PlanError: for an enqueued plan outside the space.
     """
-    space = JoinSpace(num_layers, max_group, freeze)
+    space = PlanSpace(num_layers, max_group, freeze)
     for path, plan in enqueued.items():
         space.check_plan(plan, where=f"--enqueue {path}")
     return space

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from lpsearch.data import Windows
 from lpsearch.errors import FamilyError, LpsearchError
-from lpsearch.evaluation.losses import WindowLosses
+from lpsearch.evaluation.losses import RAW, Variant, WindowLosses
 from lpsearch.evaluation.prefix_cache import CacheUsage, PrefixCache, choose_cache_bytes
 from lpsearch.evaluation.rungs import split_by_rung
 from lpsearch.models.families import get_decoder_layers
@@ -40,8 +40,8 @@ class ModelEvaluator:
 
     Hidden states at the group boundaries of earlier plans are kept, so a plan runs only the layers after the longest
     beginning that it shares with one of them, on the same batch of windows; its losses are bit for bit those without
-    the cache. Ask for the same windows in the same order to profit. The weights must stay as they are: after changing
-    them in place, build another evaluator.
+    the cache. Ask for the same windows in the same order to profit. Who changes the weights in place names the variant
+    that they are then.
 
     Args:
         model: the unmodified model, in eval mode; a plan is applied to it in place during an evaluation.
@@ -95,12 +95,13 @@ class ModelEvaluator:
         return self._cache.usage
 
     @torch.inference_mode()
-    def evaluate_windows(self, plan: Plan, window_indices: Sequence[int]) -> WindowLosses:
+    def evaluate_windows(self, plan: Plan, window_indices: Sequence[int], *, variant: Variant = RAW) -> WindowLosses:
         """Evaluate a plan on some of the windows.
 
         Args:
             plan: a plan for the evaluator's model.
             window_indices: which windows, each in ``[0, num_windows)``.
+            variant: what was done to the model's weights since the evaluator was built.
 
         Returns:
             One loss a window, in the order of ``window_indices``. A plan that overflows the dtype has losses that are
@@ -108,12 +109,13 @@ class ModelEvaluator:
 
         Raises:
             IndexError: for a window that does not exist.
+            ValueError: for the divergence of a variant on windows that the raw model was not evaluated on.
             LpsearchError: if the device runs out of memory.
         """
         for index in window_indices:
             if not 0 <= index < self.num_windows:
                 raise IndexError(f"window {index} is outside [0, {self.num_windows})")
-        losses = self._evaluate_in_memory(plan, window_indices)
+        losses = self._evaluate_in_memory(plan, window_indices, variant)
         divergences = tuple(kl for _, kl in losses if kl is not None)
         return WindowLosses(
             nll_nats_per_token=tuple(nll for nll, _ in losses),
@@ -121,11 +123,13 @@ class ModelEvaluator:
             tokens_per_window=self._windows.seq_len - 1,
         )
 
-    def _evaluate_in_memory(self, plan: Plan, window_indices: Sequence[int]) -> list[tuple[float, float | None]]:
+    def _evaluate_in_memory(
+        self, plan: Plan, window_indices: Sequence[int], variant: Variant
+    ) -> list[tuple[float, float | None]]:
         """Evaluate, and again with a smaller cache where the device runs out of memory."""
         while True:
             try:
-                return self._evaluate(plan, window_indices)
+                return self._evaluate(plan, window_indices, variant)
             except torch.OutOfMemoryError as error:
                 message = str(error).splitlines()[0]
             # Outside the handler, whose traceback holds on to the tensors of the failed forward.
@@ -135,13 +139,15 @@ class ModelEvaluator:
                     f"tokens ({message}); lower --seq-len, or use --dtype bfloat16 or a larger device"
                 )
 
-    def _evaluate(self, plan: Plan, window_indices: Sequence[int]) -> list[tuple[float, float | None]]:
+    def _evaluate(
+        self, plan: Plan, window_indices: Sequence[int], variant: Variant
+    ) -> list[tuple[float, float | None]]:
         if self._metric == "kl":
-            self._remember_base(window_indices)
+            self._remember_base(window_indices, variant)
         losses: dict[int, tuple[float, float | None]] = {}
         with applied_plan(self._model, plan):
             for batch in self._split(window_indices):
-                hidden_states = self._run_decoder(plan, batch)
+                hidden_states = self._run_decoder(plan, batch, variant)
                 for index, row in zip(batch, hidden_states, strict=True):
                     losses[index] = self._compute_losses(index, row)
         return [losses[index] for index in window_indices]
@@ -152,22 +158,25 @@ class ModelEvaluator:
             for start in range(0, len(rung), self._batch_size):
                 yield rung[start : start + self._batch_size]
 
-    def _remember_base(self, window_indices: Sequence[int]) -> None:
+    def _remember_base(self, window_indices: Sequence[int], variant: Variant) -> None:
         missing = [index for index in window_indices if index not in self._base_hidden_states]
+        if missing and variant != RAW:
+            raise ValueError(f"evaluate the raw model on windows {missing} first: divergences are from it")
         baseline = Plan.baseline(len(get_decoder_layers(self._model)))
         for batch in self._split(missing):
-            for index, row in zip(batch, self._run_decoder(baseline, batch), strict=True):
+            for index, row in zip(batch, self._run_decoder(baseline, batch, RAW), strict=True):
                 self._base_hidden_states[index] = row.clone()
 
-    def _run_decoder(self, plan: Plan, window_indices: Sequence[int]) -> torch.Tensor:
+    def _run_decoder(self, plan: Plan, window_indices: Sequence[int], variant: Variant) -> torch.Tensor:
         """Return the last hidden states at the predicting positions, ``(batch, seq - 1, hidden)``.
 
         Args:
             plan: the plan that the model is under.
             window_indices: the windows of one batch.
+            variant: what was done to its weights.
         """
         input_ids = self._input_ids(window_indices)
-        with self._cache.shortcut(plan, window_indices, seq_len=self._windows.seq_len):
+        with self._cache.shortcut(plan, window_indices, seq_len=self._windows.seq_len, variant=variant):
             return cast(torch.Tensor, _run_decoder(self._model, input_ids).last_hidden_state)[:, :-1]
 
     def _input_ids(self, window_indices: Sequence[int]) -> torch.Tensor:

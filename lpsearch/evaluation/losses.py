@@ -12,10 +12,25 @@ from numpy.typing import NDArray
 
 from lpsearch.plan import Plan
 
-__all__ = ["Metric", "PairedDelta", "PlanEvaluator", "PlanLosses", "WindowLosses", "compute_paired_delta"]
+__all__ = [
+    "RAW",
+    "Metric",
+    "PairedDelta",
+    "PlanEvaluator",
+    "PlanLosses",
+    "Variant",
+    "WindowLosses",
+    "compute_paired_delta",
+]
 
 Metric = Literal["nll", "kl"]
 """The loss that is searched: the negative log-likelihood, or the divergence from the unmodified model."""
+
+Variant = str
+"""What was done to the weights before a loss was measured; losses and hidden states of two variants never mix."""
+
+RAW: Variant = "raw"
+"""Nothing: the weights are the model's own."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from lpsearch.evaluation.losses import RAW, Variant
 from lpsearch.evaluation.prefix_tree import Boundary, PrefixTree
 from lpsearch.models.families import get_decoder_layers
 from lpsearch.plan import Plan
@@ -72,7 +73,8 @@ def choose_cache_bytes(device: torch.device, *, location: Literal["device", "hos
 class PrefixCache:
     """Hidden states of one model at the group boundaries of the plans that it ran.
 
-    The states are those of the weights that computed them; after a change of weights call :meth:`clear`. Nothing is
+    The states are those of the weights that computed them, by variant; after any other change of weights call
+    :meth:`clear`. Nothing is
     copied to keep a state on the device: it is the very tensor that a layer returned, which no layer of a family that
     passed :func:`~lpsearch.models.check_family` writes to.
 
@@ -126,7 +128,7 @@ class PrefixCache:
         return True
 
     @contextmanager
-    def shortcut(self, plan: Plan, batch: Sequence[int], *, seq_len: int) -> Iterator[None]:
+    def shortcut(self, plan: Plan, batch: Sequence[int], *, seq_len: int, variant: Variant = RAW) -> Iterator[None]:
         """Let one forward of the block run only the groups after the plan's longest kept beginning.
 
         Args:
@@ -134,10 +136,11 @@ class PrefixCache:
             batch: the windows that run together, which name the batch: the same windows in the same order are the
                 same batch, with the same bits.
             seq_len: tokens of each window.
+            variant: what was done to the weights; states of two variants never mix.
         """
         layers = list(get_decoder_layers(self._model))
         state_bytes = len(batch) * seq_len * self._hidden_size * self._model.dtype.itemsize
-        with self._tree.visit(tuple(batch), plan.groups, state_bytes=state_bytes) as visit, ExitStack() as stack:
+        with self._tree.visit((variant, *batch), plan.groups, state_bytes=state_bytes) as visit, ExitStack() as stack:
             num_skipped = 0
             if visit.resume is not None and visit.state is not None:
                 num_skipped = visit.resume.num_layers

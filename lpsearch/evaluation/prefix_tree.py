@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from lpsearch.plan import Group
+
 __all__ = ["Boundary", "PrefixTree", "Visit"]
 
 State = TypeVar("State")
@@ -83,7 +85,7 @@ class PrefixTree(Generic[State]):
         self._held_bytes = 0
         self._num_plans = 0
         self._longest_group = 2
-        self._last_groups: Sequence[tuple[int, ...]] | None = None
+        self._last_groups: Sequence[Group] | None = None
         # What was seen: the count and the plan number that it was last brought up to.
         self._counts: dict[Hashable, tuple[float, int]] = {}
 
@@ -118,7 +120,7 @@ class PrefixTree(Generic[State]):
             self._budget_bytes = budget_bytes
 
     @contextmanager
-    def visit(self, batch: Hashable, groups: Sequence[tuple[int, ...]], *, state_bytes: int) -> Iterator[Visit[State]]:
+    def visit(self, batch: Hashable, groups: Sequence[Group], *, state_bytes: int) -> Iterator[Visit[State]]:
         """Look up a plan that is about to run on a batch, and make room for those of its states worth keeping.
 
         Args:
@@ -203,7 +205,7 @@ class PrefixTree(Generic[State]):
 
     # ---- What the next plan may begin with ---------------------------------------------------------------------------
 
-    def _count(self, batch: Hashable, groups: Sequence[tuple[int, ...]]) -> None:
+    def _count(self, batch: Hashable, groups: Sequence[Group]) -> None:
         if groups != self._last_groups:  # the batches of one plan are one moment
             self._num_plans += 1
             self._last_groups = groups

@@ -69,7 +69,7 @@ def write_card(path: Path, *, plan: Plan, config: Any, licence: str | None, noti
         *_describe_metrics(plan),
         _LOAD.rstrip(),
         "## Licence\n\n" + _describe_licence(licence, notices),
-        f"The plan is `plan.json` in this directory:\n\n```json\n{json.dumps(plan.groups)}\n```",
+        f"The plan is `plan.json` in this directory:\n\n```json\n{json.dumps(plan.to_lists())}\n```",
     ]
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 

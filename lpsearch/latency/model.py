@@ -79,7 +79,7 @@ class LatencyModel:
                 f"{plan.num_layers}; measure this model"
             )
         costs = GroupCosts(self.workload.overhead_ms, self.workload.cost_ms)
-        return costs.estimate_latency_ms(Counter(geometry.describe_group(group) for group in plan.groups))
+        return costs.estimate_latency_ms(Counter(geometry.describe_group(group.layers) for group in plan.groups))
 
     def estimate_speedup(self, plan: Plan) -> float:
         """Estimate by what factor the plan's step is faster than the unmodified model's under the same runtime."""

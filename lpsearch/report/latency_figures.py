@@ -91,7 +91,7 @@ def compute_breakdown(workload: WorkloadProfile, geometry: ProfileGeometry, plan
     Raises:
         ConfigError: for a group of a kind that was not measured.
     """
-    counts = Counter(geometry.describe_group(group) for group in plan.groups)
+    counts = Counter(geometry.describe_group(group.layers) for group in plan.groups)
     GroupCosts(workload.overhead_ms, workload.cost_ms).estimate_latency_ms(counts)
     return {"overhead": workload.overhead_ms} | {
         kind: counts[kind] * cost_ms for kind, cost_ms in workload.cost_ms.items()

@@ -20,7 +20,7 @@ from lpsearch.latency.model import LatencyModel
 from lpsearch.latency.profile import parse_recorded_profile
 from lpsearch.plan import Plan
 from lpsearch.report.progress import ProgressStep, find_reference_cost, trace_progress
-from lpsearch.search import JoinSpace, StudyStore, TrialResult, build_front, read_results
+from lpsearch.search import PlanSpace, StudyStore, TrialResult, build_front, read_results
 from lpsearch.search.front import Objective
 from lpsearch.search.results import Metric
 from lpsearch.search.samplers.pairset import fit_surrogate
@@ -152,7 +152,7 @@ def load_report(store: StudyStore, directory: Path) -> StudyReport:
     results = [_name_plan_file(result, directory, file) for result in results]
     metric: Metric = settings["metric"]
     front = build_front(results, metric=metric, objective=settings["objective"])
-    space = JoinSpace(int(settings["num_layers"]), int(settings["max_group"]), tuple(settings.get("freeze", ())))
+    space = PlanSpace(int(settings["num_layers"]), int(settings["max_group"]), tuple(settings.get("freeze", ())))
     is_written = file is not None and all(result.plan_file is not None for result in front)
     return StudyReport(
         name=store.study_name,
@@ -221,11 +221,12 @@ def _load_front_file(directory: Path, study_name: str) -> FrontFile | None:
 
 def _name_plan_file(result: TrialResult, directory: Path, file: FrontFile | None) -> TrialResult:
     """Name the plan file of a result where it is there."""
-    names = () if file is None else (point.plan for point in file.front if point.groups == result.plan.groups)
+    groups = tuple(map(tuple, result.plan.to_lists()))
+    names = () if file is None else (point.plan for point in file.front if point.groups == groups)
     return dataclasses.replace(result, plan_file=next((name for name in names if (directory / name).is_file()), None))
 
 
-def _find_blocks(results: Sequence[TrialResult], space: JoinSpace, metric: Metric) -> tuple[TrialResult, ...]:
+def _find_blocks(results: Sequence[TrialResult], space: PlanSpace, metric: Metric) -> tuple[TrialResult, ...]:
     """Return the best block of each number of joins, if the study set out to try blocks.
 
     A search that meets a block by chance is no comparison with the published method.
@@ -239,12 +240,12 @@ def _find_blocks(results: Sequence[TrialResult], space: JoinSpace, metric: Metri
     return tuple(best[num_joins] for num_joins in sorted(best))
 
 
-def _is_block(plan: Plan, space: JoinSpace) -> bool:
+def _is_block(plan: Plan, space: PlanSpace) -> bool:
     joins = plan.joins
     return len(joins) > 0 and joins == space.repair(range(joins[0], joins[-1] + 1))
 
 
-def _estimate_effects(results: Sequence[TrialResult], space: JoinSpace, metric: Metric) -> JoinEffects | None:
+def _estimate_effects(results: Sequence[TrialResult], space: PlanSpace, metric: Metric) -> JoinEffects | None:
     num_joins = space.num_join_positions
     surrogate = fit_surrogate(results, num_joins=num_joins, metric=metric)
     if surrogate is None:

@@ -8,7 +8,7 @@ from lpsearch.search.racing import StoredEvaluation, evaluate_stored_plan
 from lpsearch.search.results import EvaluationUpdate, Loss, StudyResult, TrialResult, TrialUpdate, read_results
 from lpsearch.search.samplers import SAMPLER_NAMES, build_sampler
 from lpsearch.search.settings import FIXED_SETTINGS, compare_settings
-from lpsearch.search.space import JoinSpace
+from lpsearch.search.space import PlanSpace
 from lpsearch.search.store import Split, StoredWindows, StudyStore
 from lpsearch.search.study import run_study
 
@@ -16,8 +16,8 @@ __all__ = [
     "FIXED_SETTINGS",
     "SAMPLER_NAMES",
     "EvaluationUpdate",
-    "JoinSpace",
     "Loss",
+    "PlanSpace",
     "Pool",
     "Split",
     "StoredEvaluation",

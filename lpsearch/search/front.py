@@ -67,7 +67,7 @@ def build_front(
 def find_rival(
     front: Sequence[TrialResult],
     *,
-    depth: int,
+    depth: float,
     latency_ms: float | None,
     metric: Metric = "nll",
     objective: Objective = "depth",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -78,7 +77,7 @@ class LossStore:
                         study_id=study_id,
                         plan_hash=_hash_plan(plan, variant),
                         variant=variant,
-                        groups=plan.to_groups_json(),
+                        groups=plan.key,
                     )
                 )
                 plan_id = self._find_plan_id(connection, study_id, plan, variant)
@@ -172,7 +171,7 @@ class LossStore:
                 .having(func.count() == num_windows)
                 .order_by(plans.c.id)
             )
-            return [Plan.from_groups(json.loads(groups)) for groups in rows.scalars()]
+            return [Plan.from_key(groups) for groups in rows.scalars()]
 
     @staticmethod
     def _find_plan_id(connection: Connection, study_id: int, plan: Plan, variant: Variant) -> int | None:
@@ -184,8 +183,7 @@ class LossStore:
 
 def _hash_plan(plan: Plan, variant: Variant) -> str:
     """Return the key of a plan and variant; that of a raw plan is the one of studies that knew no variants."""
-    text = plan.to_groups_json() if variant == RAW else f"{variant}:{plan.to_groups_json()}"
-    return hashlib.sha256(text.encode()).hexdigest()
+    return plan.digest if variant == RAW else hashlib.sha256(f"{variant}:{plan.key}".encode()).hexdigest()
 
 
 def _read_losses(rows: Sequence[Row[Any]]) -> tuple[list[int], WindowLosses]:

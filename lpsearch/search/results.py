@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
 
 from lpsearch.errors import StudyError, StudyVersionError
-from lpsearch.evaluation.losses import Metric, PlanLosses, compute_paired_delta
+from lpsearch.evaluation.losses import RAW, Metric, PlanLosses, Variant, compute_paired_delta
 from lpsearch.plan import Plan
 
 if TYPE_CHECKING:
@@ -42,12 +42,6 @@ __all__ = [
 
 State = Literal["complete", "stopped", "broken"]
 """Of a plan: evaluated on all proxy windows; stopped by racing before; or with a loss that is not finite."""
-
-Variant = str
-"""What was done to the weights before a loss was measured."""
-
-RAW: Variant = "raw"
-"""Nothing: the weights are the model's own."""
 
 
 @dataclass(frozen=True)
@@ -332,8 +326,8 @@ class _ResultReader:
     def read(self, trial: FrozenTrial) -> TrialResult:
         """Read the result of a finished trial, with the time that was noted on it."""
         key = trial.user_attrs["groups"]
-        plan = Plan.from_groups(json.loads(key))
-        stored, base = self._plans[key], self._plans[Plan.baseline(plan.num_layers).to_groups_json()]
+        plan = Plan.from_key(key)
+        stored, base = self._plans[key], self._plans[Plan.baseline(plan.num_layers).key]
         loss = self._compute_loss(stored, base, "proxy")
         if stored.state is None or loss is None:
             raise ValueError(f"trial {trial.number} was told before its plan was evaluated")
@@ -365,7 +359,7 @@ def build_attributes(result: TrialResult) -> dict[str, Any]:
     """Return the user attributes of a result's trial, besides ``origin``; JSON has null for what is not finite."""
     loss = result.loss
     attributes: dict[str, Any] = {
-        "groups": result.plan.to_groups_json(),
+        "groups": result.plan.key,
         "num_joins": result.num_joins,
         "nll": finite_or_none(loss.nll),
         "delta_nll": finite_or_none(loss.delta_nll),

@@ -17,7 +17,7 @@ from lpsearch.errors import ResumeError
 from lpsearch.search.database import find_sqlite_path
 from lpsearch.search.front import Objective
 from lpsearch.search.results import Metric
-from lpsearch.search.space import JoinSpace
+from lpsearch.search.space import PlanSpace
 from lpsearch.search.store import StudyStore
 
 __all__ = [
@@ -76,7 +76,7 @@ def compare_settings(recorded: Mapping[str, Any], requested: Mapping[str, Any]) 
 
 
 def record_settings(
-    store: StudyStore, space: JoinSpace, metric: Metric, objective: Objective, sampler: str, seed: int
+    store: StudyStore, space: PlanSpace, metric: Metric, objective: Objective, sampler: str, seed: int
 ) -> None:
     """Begin the study, or check that this run may continue it; what the caller recorded stays."""
     requested = {

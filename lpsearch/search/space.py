@@ -1,7 +1,7 @@
-"""The space of plans: which joins are free, how long a group may be, and the parameters that stand for them.
+"""The space of plans: the choices that make one, which exclude each other, and the parameters that stand for them.
 
-Optuna sees one boolean category a join, the same for every sampler and every trial. Samplers that know nothing of
-groups may set overlong runs of joins; :meth:`JoinSpace.repair` cuts these, so every point names a valid plan.
+Optuna sees one boolean category a choice, the same for every sampler and every trial. Samplers that know nothing of
+groups may set overlong runs of joins; :meth:`PlanSpace.decode` cuts these, so every point names a valid plan.
 """
 
 from __future__ import annotations
@@ -10,18 +10,36 @@ import random
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from optuna.distributions import CategoricalDistribution
 
 from lpsearch.errors import ConfigError, PlanError
 from lpsearch.plan import Plan
 
-__all__ = ["JoinSpace"]
+__all__ = ["Choice", "PlanSpace"]
 
 
 @dataclass(frozen=True)
-class JoinSpace:
+class Choice:
+    """One bit of a plan.
+
+    Attributes:
+        kind: what it does to its layers: ``join`` puts them into one group.
+        layers: the layers.
+    """
+
+    kind: Literal["join"]
+    layers: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of its parameter, e.g. ``join_000`` for layers 0 and 1."""
+        return f"{self.kind}_{self.layers[0]:03d}"
+
+
+@dataclass(frozen=True)
+class PlanSpace:
     """Every plan of a model whose groups have at most ``max_group`` layers and leave frozen layers alone.
 
     Attributes:
@@ -70,29 +88,51 @@ class JoinSpace:
         return frozenset(self.free_joins)
 
     @cached_property
-    def parameter_names(self) -> tuple[str, ...]:
-        """Name of each join's parameter: ``join_000``, ``join_001`` ..."""
-        return tuple(f"join_{i:03d}" for i in range(self.num_join_positions))
+    def choices(self) -> tuple[Choice, ...]:
+        """Every choice, frozen ones included: the joins from the first layer on."""
+        return tuple(Choice("join", (i, i + 1)) for i in range(self.num_join_positions))
+
+    @cached_property
+    def constraints(self) -> tuple[tuple[int, ...], ...]:
+        """Sets of places in ``choices`` of which a plan may not make all: frozen joins, joins of too long a group."""
+        frozen = [(i,) for i in range(self.num_join_positions) if i not in self._free_join_set]
+        runs = [tuple(range(i, i + self.max_group)) for i in range(self.num_join_positions - self.max_group + 1)]
+        return (*frozen, *runs)
 
     @cached_property
     def distributions(self) -> dict[str, CategoricalDistribution]:
-        """One boolean category a join, frozen ones included: the same search space for every sampler."""
-        return {name: CategoricalDistribution((False, True)) for name in self.parameter_names}
+        """One boolean category a choice: the same search space for every sampler."""
+        return {choice.name: CategoricalDistribution((False, True)) for choice in self.choices}
+
+    def encode(self, plan: Plan) -> tuple[bool, ...]:
+        """Return which of the ``choices`` a plan makes."""
+        joined = set(plan.joins)
+        return tuple(choice.layers[0] in joined for choice in self.choices)
+
+    def decode(self, bits: Iterable[bool]) -> Plan:
+        """Return the plan of a point of the space, repaired where the point obeys no constraint.
+
+        Args:
+            bits: for each of the ``choices`` whether it is made.
+        """
+        made = [choice for choice, bit in zip(self.choices, bits, strict=True) if bit]
+        return Plan.from_joins(self.num_layers, self.repair(choice.layers[0] for choice in made))
 
     def build_params(self, plan: Plan) -> dict[str, bool]:
         """Return the parameters that stand for a plan."""
-        joined = set(plan.joins)
-        return {name: i in joined for i, name in enumerate(self.parameter_names)}
+        return dict(zip(self.distributions, self.encode(plan), strict=True))
 
     def build_plan(self, params: Mapping[str, Any]) -> Plan:
-        """Return the plan of a point of the space, repaired where the point obeys no group limit.
+        """Return the plan of parameters, repaired; see :meth:`decode`.
 
         Args:
-            params: the value of every join's parameter.
+            params: the value of every choice's parameter.
         """
-        return Plan.from_joins(
-            self.num_layers, self.repair(i for i, name in enumerate(self.parameter_names) if params[name])
-        )
+        return self.decode(params[name] for name in self.distributions)
+
+    def __contains__(self, plan: Plan) -> bool:
+        """Say whether a plan is one of this space."""
+        return plan.num_layers == self.num_layers and not plan.num_dropped and self.is_valid(plan.joins)
 
     def is_valid(self, joins: Collection[int]) -> bool:
         """Say whether a set of joins is a plan of this space."""
@@ -114,10 +154,10 @@ class JoinSpace:
             raise PlanError(
                 f"{where} has {plan.num_layers} layers, the model {self.num_layers}; name a plan of this model"
             )
-        if not self.is_valid(plan.joins):
+        if plan not in self:
             raise PlanError(
                 f"{where} is outside the space: groups have at most {self.max_group} layers and leave layers "
-                f"{list(self.frozen_layers)} alone, got {plan.to_groups_json()}; "
+                f"{list(self.frozen_layers)} alone, got {plan.key}; "
                 "raise --max-group, freeze fewer layers or name another plan"
             )
 
@@ -158,7 +198,7 @@ class JoinSpace:
     def enumerate_plans_with(self, num_joins: int) -> Iterator[Plan]:
         """Yield every plan with exactly ``num_joins`` joins once, lazily."""
         for groups in self._enumerate_groups(0, num_joins):
-            yield Plan(groups)
+            yield Plan.from_groups(groups)
 
     def draw_plan(self, num_joins: int, rng: random.Random) -> Plan:
         """Draw uniformly among the plans with exactly ``num_joins`` joins.
@@ -179,7 +219,7 @@ class JoinSpace:
             groups.append(tuple(range(layer_idx, layer_idx + size)))
             layer_idx += size
             joins_left -= size - 1
-        return Plan(tuple(groups))
+        return Plan.from_groups(groups)
 
     def _group_sizes(self, first_layer: int) -> Iterator[int]:
         """Yield the sizes that a group beginning at a layer may have."""

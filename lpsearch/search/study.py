@@ -15,7 +15,7 @@ from lpsearch.search.front import Objective
 from lpsearch.search.pool import Pool, ThreadPool
 from lpsearch.search.racing import Racing
 from lpsearch.search.results import EvaluationUpdate, StudyResult, TrialUpdate
-from lpsearch.search.space import JoinSpace
+from lpsearch.search.space import PlanSpace
 from lpsearch.search.store import StudyStore
 from lpsearch.search.trials import Trials
 
@@ -26,7 +26,7 @@ def run_study(
     *,
     evaluator: PlanEvaluator | None = None,
     pool: Pool | None = None,
-    space: JoinSpace,
+    space: PlanSpace,
     budget: int,
     store: StudyStore,
     sampler: str = "pairset",

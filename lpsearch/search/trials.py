@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from lpsearch.search.front import Objective, build_front, find_rival
 from lpsearch.search.results import RAW, Loss, State, TrialResult, build_attributes, read_results, set_latency
 from lpsearch.search.samplers import build_sampler
 from lpsearch.search.settings import open_study, record_settings
-from lpsearch.search.space import JoinSpace
+from lpsearch.search.space import PlanSpace
 from lpsearch.search.store import StudyStore
 
 __all__ = ["Job", "Trials", "ask_trial"]
@@ -42,7 +41,7 @@ class Job:
 
 
 def ask_trial(
-    study: optuna.Study, space: JoinSpace, store: StudyStore, *, is_waiting: bool
+    study: optuna.Study, space: PlanSpace, store: StudyStore, *, is_waiting: bool
 ) -> tuple[optuna.Trial, Plan]:
     """Ask for the next trial, and note its parameters.
 
@@ -84,7 +83,7 @@ class Trials:
         self,
         *,
         store: StudyStore,
-        space: JoinSpace,
+        space: PlanSpace,
         budget: int,
         sampler: str,
         seed: int,
@@ -128,7 +127,7 @@ class Trials:
 
     def list_valid(self) -> list[TrialResult]:
         """Return the finished plans of the space; a former run's may have been larger, before a layer was frozen."""
-        return [result for result in self.list_finished() if self.space.is_valid(result.plan.joins)]
+        return [result for result in self.list_finished() if result.plan in self.space]
 
     def build_front(self, *, include_partial: bool = False) -> list[TrialResult]:
         """Return the front by now; see :func:`lpsearch.search.build_front`."""
@@ -176,14 +175,14 @@ class Trials:
                 groups = trial.user_attrs.get("groups")
                 if groups is not None:
                     origins[groups] = trial.user_attrs.get("origin", "enqueued")
-                    orphans[Plan.from_groups(json.loads(groups))] = None
+                    orphans[Plan.from_key(groups)] = None
                 if trial.state == TrialState.RUNNING:
                     logger.info("trial %d was left running by a process that ended; its plan is next", trial.number)
                     self._study.tell(trial.number, state=TrialState.FAIL)
         evaluated = self.store.losses.list_evaluated(num_windows=num_windows, split="proxy")
         for plan in dict.fromkeys([*evaluated, *orphans]):
-            if self.space.is_valid(plan.joins):  # layers may have been frozen since
-                yield plan, origins.get(plan.to_groups_json(), "enqueued")
+            if plan in self.space:  # layers may have been frozen since
+                yield plan, origins.get(plan.key, "enqueued")
 
     # ---- Asking and telling ------------------------------------------------------------------------------------------
 
@@ -210,7 +209,7 @@ class Trials:
                 if plan not in taken:
                     # Noted before the work, so that a later process knows what this one was doing.
                     trial.set_user_attr("origin", origin)
-                    trial.set_user_attr("groups", plan.to_groups_json())
+                    trial.set_user_attr("groups", plan.key)
                     return job
             self.drop(job)  # only a waiting trial can repeat a plan
         return None

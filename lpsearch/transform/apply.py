@@ -33,7 +33,7 @@ from lpsearch.models.families import (
     run_group,
 )
 from lpsearch.models.fingerprint import fingerprint_model, fingerprints_match
-from lpsearch.plan import Plan
+from lpsearch.plan import Plan, check_supported
 
 __all__ = ["applied_plan", "apply_plan", "check_plan_model", "check_plan_numbers", "check_unplanned", "undo_plan"]
 
@@ -140,8 +140,9 @@ def check_plan_numbers(plan: Plan, *, num_layers: int, fingerprint: str, name: s
         name: what to call the model in a message.
 
     Raises:
-        PlanError: saying which model the plan is for.
+        PlanError: saying which model the plan is for, or that this version cannot run it.
     """
+    check_supported(plan)
     meant_for = plan.metadata.model if plan.metadata is not None else None
     subject = f"the plan is for {meant_for.id}, but" if meant_for is not None else "the plan does not fit:"
     if plan.num_layers != num_layers:

@@ -256,7 +256,7 @@ def test_an_enqueued_plan_comes_first_and_must_be_of_this_model(
     enqueue = ["--enqueue", tmp_path / "study" / deepest, "--out", tmp_path / "other"]
     assert run_lpsearch(*arguments, "--budget", 2, *enqueue).exit_code == 0
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path}/other/study.db")
-    assert study.trials[1].user_attrs["groups"] == load_plan(tmp_path / "study" / deepest).to_groups_json()
+    assert study.trials[1].user_attrs["groups"] == load_plan(tmp_path / "study" / deepest).key
     plan = load_plan(plans / "joins-00.json")
     identity = plan.metadata.model.model_copy(update={"fingerprint": "1" * 16 + "-" + "1" * 16})
     save_plan(Plan(plan.groups, plan.metadata.model_copy(update={"model": identity})), tmp_path / "foreign.json")

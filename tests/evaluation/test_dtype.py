@@ -10,6 +10,7 @@ from lpsearch.data import Windows
 from lpsearch.evaluation import ModelEvaluator, apply_dtype, choose_dtype
 from lpsearch.plan import Plan
 from tests.tiny_models import VOCAB_SIZE, build_tiny_model
+from tests.tolerances import FLOAT64_MEAN
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def test_an_accurate_cast_is_kept_and_its_difference_reported(windows):
     before = _evaluate(model, windows)
     check = apply_dtype(model, dtype=torch.bfloat16, windows=windows, tolerance=0.1)
     assert check.dtype == model.dtype == torch.bfloat16
-    assert check.nll_difference == pytest.approx(_evaluate(model, windows) - before, abs=1e-12)
+    assert check.nll_difference == pytest.approx(_evaluate(model, windows) - before, abs=FLOAT64_MEAN)
     assert check.nll_difference != 0
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}

@@ -12,6 +12,7 @@ from lpsearch.data import Windows
 from lpsearch.errors import FamilyError, PlanError
 from lpsearch.evaluation import ModelEvaluator
 from lpsearch.evaluation import evaluator as evaluator_module
+from lpsearch.models.families import get_decoder_layers
 from lpsearch.plan import Plan
 from lpsearch.transform import applied_plan
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, build_tiny_model
@@ -68,6 +69,36 @@ def test_chunks_of_positions_change_nothing(windows, monkeypatch):
     chunked = ModelEvaluator(model=model, windows=windows, metric="kl").evaluate_windows(PLAN, [0, 1])
     assert chunked.nll_nats_per_token == pytest.approx(whole.nll_nats_per_token, abs=FLOAT32_LOSS)
     assert chunked.kl_nats_per_token == pytest.approx(whole.kl_nats_per_token, abs=FLOAT32_LOSS)
+
+
+@pytest.mark.parametrize("metric", ["nll", "kl"])
+def test_a_variant_of_the_weights_shares_nothing_with_the_raw_model(windows, metric):
+    model = build_tiny_model("llama")
+    plans = [Plan.from_joins(6, joins) for joins in [(), (3,), (1, 4), (4,)]]
+    options = {"model": model, "windows": windows, "metric": metric, "batch_size": 2}
+    cached = ModelEvaluator(**options, cache_bytes=1 << 30)
+    repaired_layer = get_decoder_layers(model)[2].mlp.down_proj.weight
+
+    def evaluate(evaluator, variant="raw"):
+        return [evaluator.evaluate_windows(plan, range(4), variant=variant) for plan in plans]
+
+    if metric == "kl":
+        with pytest.raises(ValueError, match="raw model on windows"):
+            cached.evaluate_windows(plans[0], range(4), variant="refit")
+    raw = evaluate(cached)
+    kept = repaired_layer.detach().clone()
+    with torch.no_grad():
+        repaired_layer *= 1.5
+    repaired = evaluate(cached, "refit")
+    assert all(some.nll_nats_per_token != other.nll_nats_per_token for some, other in zip(repaired, raw, strict=True))
+    uncached = ModelEvaluator(model=model, windows=windows, batch_size=2, cache_bytes=0)
+    for some, other in zip(repaired, evaluate(uncached), strict=True):
+        assert some.nll_nats_per_token == other.nll_nats_per_token
+    with torch.no_grad():
+        repaired_layer.copy_(kept)
+    asked = cached.cache_usage.layers_run
+    assert evaluate(cached) == raw
+    assert cached.cache_usage.layers_run - asked < 4 * 4 * 6, "the raw states are still there"
 
 
 def test_the_baseline_has_no_divergence_and_the_model_is_left_as_it_was(windows):

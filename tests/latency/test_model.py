@@ -133,7 +133,7 @@ def test_layers_of_different_kinds_cost_differently():
     geometry = ProfileGeometry.from_config(config)
     assert geometry.layer_kinds == ("sliding", "sliding", "full") * 2
     plan = Plan.from_groups([[0, 1], [2, 3], [4], [5]])
-    assert [geometry.describe_group(group) for group in plan.groups] == [
+    assert [geometry.describe_group(group.layers) for group in plan.groups] == [
         "2 sliding",
         "1 full + 1 sliding",
         "1 sliding",

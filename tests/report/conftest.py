@@ -14,7 +14,7 @@ from lpsearch.latency.profile import LatencyProfile
 from lpsearch.plan import ModelIdentity, Plan, PlanMetadata, save_plan, write_json
 from lpsearch.report import StudyReport, load_report
 from lpsearch.search import (
-    JoinSpace,
+    PlanSpace,
     StudyResult,
     StudyStore,
     TrialResult,
@@ -106,7 +106,7 @@ def search_formula(
 
         result = run_study(
             evaluator=evaluator,
-            space=JoinSpace(NUM_LAYERS),
+            space=PlanSpace(NUM_LAYERS),
             budget=budget,
             store=store,
             sampler=sampler,

@@ -13,10 +13,10 @@ from optuna.trial import TrialState
 
 from lpsearch.errors import ConfigError
 from lpsearch.plan import Plan
-from lpsearch.search import JoinSpace, StudyStore, ThreadPool, run_study
+from lpsearch.search import PlanSpace, StudyStore, ThreadPool, run_study
 from tests.search.evaluators import SyntheticEvaluator
 
-SPACE = JoinSpace(10)
+SPACE = PlanSpace(10)
 BASE = Plan.baseline(10)
 PATIENCE_S = 60.0
 

@@ -51,7 +51,7 @@ def run_stages(racing, delta, *, rival=RIVAL):
 
 def get_states(racing, store):
     """The state of the plan in memory and in the store."""
-    return [racing.get_state(PLAN), store.losses.load_plans()[PLAN.to_groups_json()].state]
+    return [racing.get_state(PLAN), store.losses.load_plans()[PLAN.key].state]
 
 
 def test_a_plan_that_may_be_on_the_front_gets_rung_after_rung(store):

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lpsearch.errors import ConfigError
+from lpsearch.errors import ConfigError, PlanError
 from lpsearch.plan import Plan
-from lpsearch.search.space import JoinSpace
+from lpsearch.search.space import PlanSpace
 
 spaces = st.builds(
-    JoinSpace,
+    PlanSpace,
     num_layers=st.just(9),
     max_group=st.integers(2, 9),
     frozen_layers=st.lists(st.integers(0, 8), max_size=3).map(tuple),
@@ -23,14 +23,30 @@ spaces = st.builds(
 join_sets = st.frozensets(st.integers(0, 7))
 
 
-def is_obviously_valid(space: JoinSpace, plan: Plan) -> bool:
-    alone = all((layer_idx,) in plan.groups for layer_idx in space.frozen_layers)
+def is_obviously_valid(space: PlanSpace, plan: Plan) -> bool:
+    alone = all([layer_idx] in plan.to_lists() for layer_idx in space.frozen_layers)
     return alone and plan.max_group <= space.max_group
 
 
 @given(spaces, join_sets)
 def test_validity_is_what_the_groups_say(space, joins):
-    assert space.is_valid(joins) == is_obviously_valid(space, Plan.from_joins(space.num_layers, joins))
+    plan = Plan.from_joins(space.num_layers, joins)
+    expected = is_obviously_valid(space, plan)
+    assert space.is_valid(joins) == (plan in space) == expected
+    bits = space.encode(plan)
+    assert any(all(bits[place] for place in places) for places in space.constraints) != expected
+    if not expected:
+        with pytest.raises(PlanError, match="--enqueue plan is outside the space"):
+            space.check_plan(plan, where="--enqueue plan")
+
+
+def test_a_plan_that_drops_a_branch_or_is_of_another_model_is_outside():
+    space = PlanSpace(4)
+    assert Plan.from_joins(4, (1,)) in space
+    assert Plan.from_joins(4, (1,)).drop({"mlp": [2]}) not in space
+    assert Plan.from_joins(5, (1,)) not in space
+    with pytest.raises(PlanError, match="has 5 layers, the model 4"):
+        space.check_plan(Plan.baseline(5), where="a plan")
 
 
 @given(spaces, join_sets)
@@ -44,14 +60,18 @@ def test_repair_gives_a_plan_of_the_space_from_the_joins_it_was_given(space, joi
 
 
 def test_repair_cuts_from_the_left():
-    assert JoinSpace(8, 2).repair([0, 1, 2, 3, 6]) == (0, 2, 6)
-    assert JoinSpace(8, 3).repair(range(7)) == (0, 1, 3, 4, 6)
-    assert JoinSpace(8, 3, frozen_layers=(2,)).repair(range(7)) == (0, 3, 4, 6)
+    assert PlanSpace(8, 2).repair([0, 1, 2, 3, 6]) == (0, 2, 6)
+    assert PlanSpace(8, 3).repair(range(7)) == (0, 1, 3, 4, 6)
+    assert PlanSpace(8, 3, frozen_layers=(2,)).repair(range(7)) == (0, 3, 4, 6)
 
 
 @given(spaces, join_sets)
 def test_parameters_and_plans_round_trip(space, joins):
     plan = Plan.from_joins(space.num_layers, space.repair(joins))
+    assert [(choice.kind, choice.layers) for choice in space.choices] == [("join", (i, i + 1)) for i in range(8)]
+    assert space.encode(plan) == tuple(i in plan.joins for i in range(8))
+    assert space.decode(space.encode(plan)) == plan
+    assert space.decode(i in joins for i in range(8)) == plan, "what breaks a constraint is repaired"
     params = space.build_params(plan)
     assert list(params) == [f"join_{i:03d}" for i in range(8)] == list(space.distributions)
     assert space.build_plan(params) == plan
@@ -73,14 +93,14 @@ def test_counts_and_enumeration_match_every_set_of_joins(space):
 
 
 def test_counts_of_real_models():
-    assert JoinSpace(18).count_plans() == 4181
-    assert JoinSpace(27).count_plans() == 317_811
-    assert JoinSpace(80, 4).count_plans() > 10**20
-    assert next(JoinSpace(80, 4).enumerate_plans()) == Plan.baseline(80)
+    assert PlanSpace(18).count_plans() == 4181
+    assert PlanSpace(27).count_plans() == 317_811
+    assert PlanSpace(80, 4).count_plans() > 10**20
+    assert next(PlanSpace(80, 4).enumerate_plans()) == Plan.baseline(80)
 
 
 def test_draws_are_uniform_over_plans_with_as_many_joins():
-    space, rng = JoinSpace(7, 3), random.Random(0)
+    space, rng = PlanSpace(7, 3), random.Random(0)
     plans = list(space.enumerate_plans_with(3))
     draws = Counter(space.draw_plan(3, rng) for _ in range(200 * len(plans)))
     assert set(draws) == set(plans)
@@ -99,4 +119,4 @@ def test_draws_are_uniform_over_plans_with_as_many_joins():
 )
 def test_impossible_spaces_are_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
-        JoinSpace(**arguments)
+        PlanSpace(**arguments)

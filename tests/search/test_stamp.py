@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lpsearch.evaluation.losses import WindowLosses
 from lpsearch.plan import Plan
-from lpsearch.search import JoinSpace, StudyStore, run_study
+from lpsearch.search import PlanSpace, StudyStore, run_study
 from tests.search.evaluators import SyntheticEvaluator
 
 
@@ -16,7 +16,7 @@ def test_every_change_shows_in_the_stamp(tmp_path: Path) -> None:
 
         def search(budget: int) -> None:
             evaluator = SyntheticEvaluator(6, num_windows=4)
-            run_study(evaluator=evaluator, space=JoinSpace(6), budget=budget, store=store)
+            run_study(evaluator=evaluator, space=PlanSpace(6), budget=budget, store=store)
 
         losses = WindowLosses(nll_nats_per_token=(1.0,), kl_nats_per_token=None, tokens_per_window=3)
         steps = [

@@ -22,7 +22,7 @@ from lpsearch.errors import ConfigError, ResumeError, StudyError
 from lpsearch.evaluation.losses import WindowLosses
 from lpsearch.plan import Plan
 from lpsearch.search import (
-    JoinSpace,
+    PlanSpace,
     StudyStore,
     compare_settings,
     evaluate_stored_plan,
@@ -106,14 +106,14 @@ def test_losses_of_two_variants_never_mix(store):
     assert store.losses.load(PLAN, num_windows=2, split="proxy", variant="refit").nll_nats_per_token == (2.5, 2.6)
     assert store.losses.list_evaluated(num_windows=2, split="proxy") == []
     assert store.losses.list_evaluated(num_windows=2, split="proxy", variant="refit") == [PLAN]
-    states = [store.losses.load_plans(variant=variant)[PLAN.to_groups_json()].state for variant in ("raw", "refit")]
+    states = [store.losses.load_plans(variant=variant)[PLAN.key].state for variant in ("raw", "refit")]
     assert states == [None, "complete"]
 
 
 def test_a_study_that_knew_no_variants_and_states_resumes(tmp_path):
     """The dump is of 12 trials of another version; this one's first 12 trials are the same."""
     evaluator = {"num_layers": 8, "num_windows": 8, "easy_windows": 4, "broken_join": 3}
-    space = JoinSpace(8)
+    space = PlanSpace(8)
     urls = [f"sqlite:///{tmp_path / name}.db" for name in ("former", "fresh")]
     with closing(sqlite3.connect(tmp_path / "former.db")) as connection:
         connection.executescript(FORMER_STUDY.read_text(encoding="utf-8"))
@@ -176,7 +176,7 @@ def make_foreign(path):
 
 def make_study(path):
     with StudyStore(f"sqlite:///{path}", study_name="demo") as store:
-        run_study(evaluator=SyntheticEvaluator(6), space=JoinSpace(6), budget=2, store=store)
+        run_study(evaluator=SyntheticEvaluator(6), space=PlanSpace(6), budget=2, store=store)
 
 
 @pytest.mark.parametrize(
@@ -225,14 +225,14 @@ def test_read_only_directory(tmp_path):
 FULL_DISK_RUN = """
 import resource, signal, sys
 from lpsearch.errors import StudyError
-from lpsearch.search import JoinSpace, StudyStore, run_study
+from lpsearch.search import PlanSpace, StudyStore, run_study
 from tests.search.evaluators import SyntheticEvaluator
 
 with StudyStore(sys.argv[1], study_name="demo") as store:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
     try:
-        run_study(evaluator=SyntheticEvaluator(20), space=JoinSpace(20), budget=40, store=store)
+        run_study(evaluator=SyntheticEvaluator(20), space=PlanSpace(20), budget=40, store=store)
     except StudyError as error:
         sys.exit(f"StudyError: {error}")
 """
@@ -243,7 +243,7 @@ def test_no_space_left_is_said_and_loses_nothing(tmp_path):
     url = f"sqlite:///{path}"
     with StudyStore(url, study_name="demo") as store:
         num_before = len(
-            run_study(evaluator=SyntheticEvaluator(20), space=JoinSpace(20), budget=3, store=store).results
+            run_study(evaluator=SyntheticEvaluator(20), space=PlanSpace(20), budget=3, store=store).results
         )
     limit = path.stat().st_size + 300_000
     done = subprocess.run(
@@ -253,7 +253,7 @@ def test_no_space_left_is_said_and_loses_nothing(tmp_path):
     assert "StudyError" in done.stderr
     assert str(path) in done.stderr
     with StudyStore(url, study_name="demo") as store:
-        result = run_study(evaluator=SyntheticEvaluator(20), space=JoinSpace(20), budget=40, store=store)
+        result = run_study(evaluator=SyntheticEvaluator(20), space=PlanSpace(20), budget=40, store=store)
     assert result.num_resumed >= num_before
     assert len(result.results) == 40
 

@@ -12,7 +12,7 @@ import pytest
 
 from lpsearch.errors import UsageError
 from lpsearch.plan import Plan
-from lpsearch.search import JoinSpace, StudyStore, evaluate_stored_plan, run_study
+from lpsearch.search import PlanSpace, StudyStore, evaluate_stored_plan, run_study
 from studies import readme_figures
 from tests.search.evaluators import SyntheticEvaluator
 
@@ -26,7 +26,7 @@ def run_tiny_study(directory: Path, *, sampler: str, budget: int, data: str = "a
         store.save_settings({"model": "m", "data": data, "windows": 8, "seq_len": 64})
         result = run_study(
             evaluator=SyntheticEvaluator(NUM_LAYERS, num_windows=8),
-            space=JoinSpace(NUM_LAYERS),
+            space=PlanSpace(NUM_LAYERS),
             budget=budget,
             store=store,
             sampler=sampler,

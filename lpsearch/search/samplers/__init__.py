@@ -22,7 +22,7 @@ from lpsearch.search.samplers.sampler import (
     ResultSource,
     read_told_results,
 )
-from lpsearch.search.space import JoinSpace
+from lpsearch.search.space import PlanSpace
 
 __all__ = ["SAMPLER_NAMES", "build_sampler"]
 
@@ -31,7 +31,7 @@ __all__ = ["SAMPLER_NAMES", "build_sampler"]
 class _Settings:
     """What a sampler may depend on; see :func:`build_sampler`."""
 
-    space: JoinSpace
+    space: PlanSpace
     budget: int | None
     seed: int
     metric: Metric
@@ -84,7 +84,7 @@ SAMPLER_NAMES = tuple(sorted(_FACTORIES))
 def build_sampler(
     name: str,
     *,
-    space: JoinSpace,
+    space: PlanSpace,
     budget: int | None,
     seed: int,
     metric: Metric = "nll",

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Sequence, Set
 from lpsearch.plan import Plan
 from lpsearch.search.results import Metric, TrialResult
 from lpsearch.search.samplers.sampler import Proposal
-from lpsearch.search.space import JoinSpace
+from lpsearch.search.space import PlanSpace
 
 __all__ = ["BlockProposer", "EvolutionProposer", "RandomProposer"]
 
@@ -35,7 +35,7 @@ class RandomProposer:
         seed: decides the draws.
     """
 
-    def __init__(self, *, space: JoinSpace, seed: int) -> None:
+    def __init__(self, *, space: PlanSpace, seed: int) -> None:
         self._space = space
         self._seed = seed
 
@@ -64,7 +64,7 @@ class EvolutionProposer:
         metric: which loss.
     """
 
-    def __init__(self, *, space: JoinSpace, seed: int, metric: Metric = "nll") -> None:
+    def __init__(self, *, space: PlanSpace, seed: int, metric: Metric = "nll") -> None:
         self._space = space
         self._seed = seed
         self._metric: Metric = metric
@@ -89,7 +89,7 @@ class EvolutionProposer:
         return Proposal(_draw_untaken(self._space, num_joins, taken, rng), "random")
 
     def _is_member(self, plan: Plan, num_joins: int) -> bool:
-        return plan.num_joins == num_joins and self._space.is_valid(plan.joins)
+        return plan.num_joins == num_joins and plan in self._space
 
     def _mutate(self, plan: Plan, rng: random.Random) -> Plan:
         """Exchange one to ``MAX_SWITCHES`` joins, mostly one, as EvoPress draws it."""
@@ -121,7 +121,7 @@ class BlockProposer:
         seed: decides the random plans.
     """
 
-    def __init__(self, *, space: JoinSpace, seed: int) -> None:
+    def __init__(self, *, space: PlanSpace, seed: int) -> None:
         self._space = space
         self._random = RandomProposer(space=space, seed=seed)
 
@@ -145,20 +145,20 @@ class BlockProposer:
                     yield Plan.from_joins(space.num_layers, space.repair(joins))
 
 
-def _find_open_counts(space: JoinSpace, taken: Set[Plan]) -> list[int]:
+def _find_open_counts(space: PlanSpace, taken: Set[Plan]) -> list[int]:
     """Return the numbers of joins with the fewest taken plans among those that have untaken ones, ascending."""
     num_taken = [0] * (space.max_joins + 1)
     for plan in taken:
-        if space.is_valid(plan.joins):
+        if plan in space:
             num_taken[plan.num_joins] += 1
     untaken = [k for k, count in enumerate(space.plan_counts) if num_taken[k] < count]
     fewest = min((num_taken[k] for k in untaken), default=0)
     return [k for k in untaken if num_taken[k] == fewest]
 
 
-def _draw_untaken(space: JoinSpace, num_joins: int, taken: Set[Plan], rng: random.Random) -> Plan:
+def _draw_untaken(space: PlanSpace, num_joins: int, taken: Set[Plan], rng: random.Random) -> Plan:
     """Draw uniformly among the plans with ``num_joins`` joins that are not taken; there is one."""
-    num_taken = sum(plan.num_joins == num_joins and space.is_valid(plan.joins) for plan in taken)
+    num_taken = sum(plan.num_joins == num_joins and plan in space for plan in taken)
     if 2 * num_taken >= space.plan_counts[num_joins]:
         return rng.choice([plan for plan in space.enumerate_plans_with(num_joins) if plan not in taken])
     while True:  # at least half of them are untaken, so two draws are expected at most

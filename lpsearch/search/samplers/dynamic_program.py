@@ -16,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from lpsearch.search.space import JoinSpace
+from lpsearch.search.space import PlanSpace
 
 __all__ = [
     "CheapestPlans",
@@ -162,23 +162,15 @@ def solve_dynamic_program(
     return _trace_back(best[:, :-1], choices, states, step_units)
 
 
-def find_valid(joined: BoolArray, space: JoinSpace) -> BoolArray:
+def find_valid(joined: BoolArray, space: PlanSpace) -> BoolArray:
     """Return (...,): which of the (..., num_joins) sets of joins are plans of the space."""
-    num_joins, max_group = joined.shape[-1], space.max_group
-    allowed = np.zeros(num_joins, dtype=bool)
-    allowed[list(space.free_joins)] = True
-    valid = ~(joined & ~allowed).any(axis=-1)
-    if max_group > num_joins:
-        return np.asarray(valid)
-    # max_group joins in a row tie max_group + 1 layers
-    overlong = np.ones((*joined.shape[:-1], num_joins - max_group + 1), dtype=bool)
-    for offset in range(max_group):
-        overlong &= joined[..., offset : num_joins - max_group + 1 + offset]
-    return np.asarray(valid & ~overlong.any(axis=-1))
+    members = _build_constraints(space)
+    num_made = joined.astype(np.float32) @ members.T  # (..., constraints)
+    return np.asarray((num_made < members.sum(axis=1)).all(axis=-1))
 
 
 def list_exchanges(
-    costs: PlanCosts, joined: BoolArray, *, space: JoinSpace, width: int
+    costs: PlanCosts, joined: BoolArray, *, space: PlanSpace, width: int
 ) -> tuple[BoolArray, FloatArray]:
     """List the exchanges of one join for another that lower each plan's cost most.
 
@@ -215,7 +207,7 @@ def list_exchanges(
     return moved, np.where(find_valid(moved, space), change, np.inf)
 
 
-def exchange_joins(costs: PlanCosts, joined: BoolArray, *, space: JoinSpace, width: int, max_steps: int) -> BoolArray:
+def exchange_joins(costs: PlanCosts, joined: BoolArray, *, space: PlanSpace, width: int, max_steps: int) -> BoolArray:
     """Exchange one join for another, the best exchange first, while that lowers the cost.
 
     Args:
@@ -293,6 +285,15 @@ def _trace_back(best: FloatArray, choices: NDArray[np.int16], states: _States, s
         state = np.where(alive, source, 0)
         saving = saving - np.where(is_set, step_units[state, join], 0)
     return CheapestPlans(joined=joined, cost=cost)
+
+
+@lru_cache(maxsize=32)
+def _build_constraints(space: PlanSpace) -> NDArray[np.float32]:
+    """Return (constraints, num_joins) flags: the choices of each set that a plan may not make as a whole."""
+    members = np.zeros((len(space.constraints), len(space.choices)), dtype=np.float32)
+    for row, places in enumerate(space.constraints):
+        members[row, list(places)] = 1
+    return members
 
 
 @lru_cache(maxsize=32)

@@ -36,7 +36,7 @@ from lpsearch.search.samplers.dynamic_program import (
 from lpsearch.search.samplers.sampler import Proposal
 from lpsearch.search.samplers.savings import build_levels
 from lpsearch.search.samplers.surrogate import Surrogate
-from lpsearch.search.space import JoinSpace
+from lpsearch.search.space import PlanSpace
 
 __all__ = ["PairsetProposer", "fit_surrogate"]
 
@@ -94,7 +94,7 @@ class PairsetProposer:
     def __init__(
         self,
         *,
-        space: JoinSpace,
+        space: PlanSpace,
         budget: int | None,
         seed: int,
         metric: Metric = "nll",
@@ -125,8 +125,8 @@ class PairsetProposer:
             A plan that is neither evaluated nor pending; None when the space has no other.
         """
         # a study may hold plans of another space, enqueued by the user
-        results = [result for result in results if self._space.is_valid(result.plan.joins)]
-        pending = [plan for plan in pending if self._space.is_valid(plan.joins)]
+        results = [result for result in results if result.plan in self._space]
+        pending = [plan for plan in pending if plan in self._space]
         taken = {result.plan.joins for result in results}.union(plan.joins for plan in pending)
         if () not in taken:
             return self._build_proposal((), "baseline")

@@ -6,7 +6,6 @@ ever asks for a plan that is finished or running.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lpsearch.plan import Plan
 from lpsearch.search.results import RAW, Loss, Metric, State, TrialResult
-from lpsearch.search.space import JoinSpace
+from lpsearch.search.space import PlanSpace
 
 __all__ = [
     "PlanSampler",
@@ -74,7 +73,7 @@ class PlanSampler(BaseSampler):
         origins: by the number of the trial, what proposed its plan.
     """
 
-    def __init__(self, *, space: JoinSpace, read_results: ResultSource) -> None:
+    def __init__(self, *, space: PlanSpace, read_results: ResultSource) -> None:
         self._space = space
         self._read_results = read_results
         self.origins: dict[int, str] = {}
@@ -97,7 +96,7 @@ class PlanSampler(BaseSampler):
 
     def _find_plan(self, trial: FrozenTrial) -> Plan | None:
         if "groups" in trial.user_attrs:
-            return Plan.from_groups(json.loads(trial.user_attrs["groups"]))
+            return Plan.from_key(trial.user_attrs["groups"])
         if trial.params.keys() == self._space.distributions.keys():
             return self._space.build_plan(trial.params)
         return None
@@ -112,7 +111,7 @@ class ProposerSampler(PlanSampler):
         read_results: returns the finished plans in the order of the trials.
     """
 
-    def __init__(self, proposer: Proposer, *, space: JoinSpace, read_results: ResultSource) -> None:
+    def __init__(self, proposer: Proposer, *, space: PlanSpace, read_results: ResultSource) -> None:
         super().__init__(space=space, read_results=read_results)
         self._proposer = proposer
 
@@ -151,7 +150,7 @@ class RepairingSampler(ProposerSampler):
         *,
         origin: str,
         fallback: Proposer,
-        space: JoinSpace,
+        space: PlanSpace,
         read_results: ResultSource,
     ) -> None:
         super().__init__(fallback, space=space, read_results=read_results)
@@ -191,7 +190,7 @@ class RepairingSampler(ProposerSampler):
         self._sampler.after_trial(study, trial, state, values)
 
 
-def read_told_results(study: optuna.Study, space: JoinSpace, metric: Metric) -> list[TrialResult]:
+def read_told_results(study: optuna.Study, space: PlanSpace, metric: Metric) -> list[TrialResult]:
     """Return the finished plans of a study by the values that its trials were told, as losses on all windows.
 
     Args:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lpsearch.plan import Plan
 from lpsearch.search.samplers.dynamic_program import solve_dynamic_program
-from lpsearch.search.space import JoinSpace
+from lpsearch.search.space import PlanSpace
 
 __all__ = ["SavingLevels", "build_levels"]
 
@@ -71,7 +71,7 @@ class SavingLevels:
         return bool((self.group_savings == sizes[:, None]).all())
 
 
-def build_levels(space: JoinSpace, estimate_latency_ms: Callable[[Plan], float] | None = None) -> SavingLevels:
+def build_levels(space: PlanSpace, estimate_latency_ms: Callable[[Plan], float] | None = None) -> SavingLevels:
     """Lay levels over a space: as many as a plan can have joins, the uppermost for the most that any plan saves.
 
     Where every join saves the same, a plan's level is its number of joins.
@@ -95,7 +95,7 @@ def build_levels(space: JoinSpace, estimate_latency_ms: Callable[[Plan], float] 
     return SavingLevels(savings, np.rint(savings * units).astype(np.int64), units, space.max_joins)
 
 
-def _estimate_group_savings_ms(space: JoinSpace, estimate_latency_ms: Callable[[Plan], float]) -> FloatArray:
+def _estimate_group_savings_ms(space: PlanSpace, estimate_latency_ms: Callable[[Plan], float]) -> FloatArray:
     """Return (max_group - 1, num_joins) times that each group alone saves; zero for groups outside the space."""
     savings = np.zeros((space.max_group - 1, space.num_layers - 1))
     base_ms = estimate_latency_ms(Plan.baseline(space.num_layers))
@@ -107,7 +107,7 @@ def _estimate_group_savings_ms(space: JoinSpace, estimate_latency_ms: Callable[[
     return savings
 
 
-def _find_largest_saving(space: JoinSpace, savings: FloatArray) -> float:
+def _find_largest_saving(space: PlanSpace, savings: FloatArray) -> float:
     result = solve_dynamic_program(-savings[None], free_joins=space.free_joins, max_saving=space.max_joins)
     return -float(result.cost.min())
 

@@ -17,7 +17,7 @@ from lpsearch.search.samplers.baselines import (
     EvolutionProposer,
     RandomProposer,
 )
-from lpsearch.search.space import JoinSpace
+from lpsearch.search.space import PlanSpace
 from tests.results import build_result
 from tests.search.evaluators import SyntheticEvaluator
 
@@ -51,7 +51,7 @@ def search(proposer, measure, *, budget, workers=1):
     seed=st.integers(0, 5),
 )
 def test_never_repeats_and_exhausts_the_space(build, num_layers, max_group, frozen, workers, seed):
-    space = JoinSpace(
+    space = PlanSpace(
         num_layers, min(max_group, max(2, num_layers)), tuple(layer for layer in frozen if layer < num_layers)
     )
     proposer = build(space=space, seed=seed)
@@ -63,7 +63,7 @@ def test_never_repeats_and_exhausts_the_space(build, num_layers, max_group, froz
 
 @pytest.mark.parametrize("max_group", [2, 3])
 def test_evolution_mutates_the_best_plan_of_each_number_of_joins(max_group):
-    space = JoinSpace(20, max_group)
+    space = PlanSpace(20, max_group)
     measure = SyntheticEvaluator(20).compute_delta
     results, origins = search(EvolutionProposer(space=space, seed=1), measure, budget=150)
     assert origins.count("mutation") > 75
@@ -81,7 +81,7 @@ def test_evolution_mutates_the_best_plan_of_each_number_of_joins(max_group):
 
 
 def test_evolution_improves_on_random():
-    space = JoinSpace(24)
+    space = PlanSpace(24)
     measure = SyntheticEvaluator(24).compute_delta
     best = {}
     for build in (EvolutionProposer, RandomProposer):
@@ -94,7 +94,7 @@ def test_evolution_improves_on_random():
 
 
 def test_a_proposal_is_decided_by_what_is_known():
-    space = JoinSpace(12)
+    space = PlanSpace(12)
     measure = SyntheticEvaluator(12).compute_delta
     for build in PROPOSERS:
         results, _ = search(build(space=space, seed=2), measure, budget=30)

@@ -17,14 +17,15 @@ from lpsearch.search.samplers.dynamic_program import (
     find_valid,
     solve_dynamic_program,
 )
-from lpsearch.search.space import JoinSpace
+from lpsearch.search.space import PlanSpace
+from tests.tolerances import FLOAT64_COSTS
 
 
 @st.composite
-def _spaces(draw: st.DrawFn) -> JoinSpace:
+def _spaces(draw: st.DrawFn) -> PlanSpace:
     num_layers = draw(st.integers(1, 9))
     frozen = draw(st.lists(st.integers(0, num_layers - 1), max_size=2))
-    return JoinSpace(num_layers, draw(st.integers(2, max(2, num_layers))), tuple(frozen))
+    return PlanSpace(num_layers, draw(st.integers(2, max(2, num_layers))), tuple(frozen))
 
 
 def _sum_costs(plan: Plan, group_costs: np.ndarray, product_costs: np.ndarray | None) -> float:
@@ -38,7 +39,7 @@ def _sum_costs(plan: Plan, group_costs: np.ndarray, product_costs: np.ndarray | 
 
 @settings(max_examples=60, deadline=None)
 @given(space=_spaces(), reach=st.integers(0, 5), seed=st.integers(0, 2**32 - 1))
-def test_program_equals_brute_force(space: JoinSpace, reach: int, seed: int) -> None:
+def test_program_equals_brute_force(space: PlanSpace, reach: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     num_joins = space.num_layers - 1
     group_costs = rng.normal(size=(2, space.max_group - 1, num_joins))
@@ -54,13 +55,13 @@ def test_program_equals_brute_force(space: JoinSpace, reach: int, seed: int) -> 
         for count in range(space.max_joins + 1):
             best = min((plan for plan in costs if plan.num_joins == count), key=costs.__getitem__)
             assert tuple(np.flatnonzero(result.joined[row, count])) == best.joins
-            assert result.cost[row, count] == pytest.approx(costs[best], abs=1e-9)
+            assert result.cost[row, count] == pytest.approx(costs[best], abs=FLOAT64_COSTS)
         assert result.cost[row, space.max_joins + 1] == np.inf
 
 
 @settings(max_examples=60, deadline=None)
 @given(space=_spaces(), reach=st.integers(0, 2), seed=st.integers(0, 2**32 - 1))
-def test_program_over_units_equals_brute_force(space: JoinSpace, reach: int, seed: int) -> None:
+def test_program_over_units_equals_brute_force(space: PlanSpace, reach: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     num_joins = space.num_layers - 1
     group_costs = rng.normal(size=(2, space.max_group - 1, num_joins))
@@ -80,12 +81,12 @@ def test_program_over_units_equals_brute_force(space: JoinSpace, reach: int, see
         for row in range(2):
             products = None if product_costs is None else product_costs[row]
             best[row, saving] = min(best[row, saving], _sum_costs(plan, group_costs[row], products))
-    np.testing.assert_allclose(result.cost, best, atol=1e-9)
+    np.testing.assert_allclose(result.cost, best, atol=FLOAT64_COSTS)
     for row, saving in np.argwhere(np.isfinite(best)):
         plan = Plan.from_joins(space.num_layers, np.flatnonzero(result.joined[row, saving]).tolist())
         assert space.is_valid(plan.joins)
         products = None if product_costs is None else product_costs[row]
-        assert _sum_costs(plan, group_costs[row], products) == pytest.approx(best[row, saving], abs=1e-9)
+        assert _sum_costs(plan, group_costs[row], products) == pytest.approx(best[row, saving], abs=FLOAT64_COSTS)
 
 
 @pytest.mark.parametrize("max_group", [2, 3, 9])
@@ -98,7 +99,7 @@ def test_group_costs_are_sums_of_join_costs(max_group: int) -> None:
             assert group_costs[0, size - 2, start] == join_costs[0, start : start + size - 1].sum()
 
 
-def _build_costs(space: JoinSpace, seed: int) -> PlanCosts:
+def _build_costs(space: PlanSpace, seed: int) -> PlanCosts:
     rng = np.random.default_rng(seed)
     num_joins = space.num_layers - 1
     products = np.triu(rng.normal(size=(2, num_joins, num_joins)), 1)
@@ -107,7 +108,7 @@ def _build_costs(space: JoinSpace, seed: int) -> PlanCosts:
 
 @settings(max_examples=40, deadline=None)
 @given(space=_spaces(), seed=st.integers(0, 2**32 - 1))
-def test_exchanges_end_where_no_exchange_helps(space: JoinSpace, seed: int) -> None:
+def test_exchanges_end_where_no_exchange_helps(space: PlanSpace, seed: int) -> None:
     if not space.max_joins:
         return
     costs = _build_costs(space, seed)
@@ -132,12 +133,12 @@ def test_exchanges_end_where_no_exchange_helps(space: JoinSpace, seed: int) -> N
                 flags[index, joins] = 1.0
             valid = [space.is_valid(joins) for joins in neighbours]
             reached = single.evaluate(end[None].astype(float))[0, 0]
-            assert (single.evaluate(flags)[0][valid] >= reached - 1e-9).all()
+            assert (single.evaluate(flags)[0][valid] >= reached - FLOAT64_COSTS).all()
 
 
 @settings(max_examples=40, deadline=None)
 @given(space=_spaces())
-def test_find_valid_agrees_with_the_space(space: JoinSpace) -> None:
+def test_find_valid_agrees_with_the_space(space: PlanSpace) -> None:
     num_joins = space.num_layers - 1
     every = np.array(list(product([False, True], repeat=num_joins)), dtype=bool).reshape(2**num_joins, num_joins)
     expected = [space.is_valid(np.flatnonzero(row).tolist()) for row in every]

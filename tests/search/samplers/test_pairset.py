@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from lpsearch.plan import Plan
 from lpsearch.search import TrialResult
 from lpsearch.search.samplers.pairset import PairsetProposer
-from lpsearch.search.space import JoinSpace
+from lpsearch.search.space import PlanSpace
 from tests.results import build_result
+from tests.tolerances import FLOAT64_COSTS
 
 Landscape = Callable[[Plan], float]
 
@@ -40,7 +41,7 @@ def _build_landscape(num_layers: int, seed: int) -> Landscape:
 
 
 def _run(
-    space: JoinSpace, landscape: Landscape, *, budget: int, seed: int = 0, workers: int = 1
+    space: PlanSpace, landscape: Landscape, *, budget: int, seed: int = 0, workers: int = 1
 ) -> tuple[list[TrialResult], list[str]]:
     """Run a search; with several workers the oldest running plan finishes first."""
     proposer = PairsetProposer(space=space, budget=budget, seed=seed)
@@ -76,7 +77,7 @@ def _run(
 def test_never_repeats_and_exhausts_the_space(
     num_layers: int, max_group: int, frozen: list[int], workers: int, budget: int, seed: int
 ) -> None:
-    space = JoinSpace(
+    space = PlanSpace(
         num_layers, min(max_group, max(2, num_layers)), tuple(layer for layer in frozen if layer < num_layers)
     )
     results, _ = _run(space, _build_landscape(num_layers, seed), budget=budget, seed=seed, workers=workers)
@@ -86,7 +87,7 @@ def test_never_repeats_and_exhausts_the_space(
 @settings(max_examples=15, deadline=None)
 @given(shuffled=st.randoms(use_true_random=False), max_group=st.integers(2, 4), seed=st.integers(0, 5))
 def test_proposal_does_not_depend_on_the_order_of_results(shuffled: random.Random, max_group: int, seed: int) -> None:
-    space = JoinSpace(12, max_group)
+    space = PlanSpace(12, max_group)
     results, _ = _run(space, _build_landscape(12, seed), budget=24, seed=seed)
     proposer = PairsetProposer(space=space, budget=60, seed=seed)
     expected = proposer.propose(results, ())
@@ -96,7 +97,7 @@ def test_proposal_does_not_depend_on_the_order_of_results(shuffled: random.Rando
 
 
 def test_origins_follow_the_design() -> None:
-    _, origins = _run(JoinSpace(14), _build_landscape(14, 0), budget=30)
+    _, origins = _run(PlanSpace(14), _build_landscape(14, 0), budget=30)
     assert origins[:14] == ["baseline"] + ["scan"] * 13
     assert origins[14:17] == ["programme"] * 3
     assert origins[-1] == "surrogate"
@@ -106,10 +107,10 @@ def test_origins_follow_the_design() -> None:
 def test_broken_plans_do_not_spoil_the_search(broken: float) -> None:
     """A join that ruins the model takes part in no later proposal, and the others are still ranked."""
     landscape = _build_landscape(12, 1)
-    results, _ = _run(JoinSpace(12), lambda plan: broken if 5 in plan.joins else landscape(plan), budget=40)
+    results, _ = _run(PlanSpace(12), lambda plan: broken if 5 in plan.joins else landscape(plan), budget=40)
     assert sum(5 in result.plan.joins for result in results[12:]) <= 3
     best = {}
-    for plan in JoinSpace(12).enumerate_plans():
+    for plan in PlanSpace(12).enumerate_plans():
         if 5 not in plan.joins:
             best[plan.num_joins] = min(landscape(plan), best.get(plan.num_joins, math.inf))
     for count in range(1, 5):
@@ -118,22 +119,22 @@ def test_broken_plans_do_not_spoil_the_search(broken: float) -> None:
             for item in results
             if item.plan.num_joins == count and math.isfinite(item.loss.delta_nll) and 5 not in item.plan.joins
         )
-        assert found <= best[count] + 1e-9
+        assert found <= best[count] + FLOAT64_COSTS
 
 
 @pytest.mark.parametrize("max_group", [2, 3])
 def test_finds_the_front_of_a_small_space(max_group: int) -> None:
-    space = JoinSpace(14, max_group)
+    space = PlanSpace(14, max_group)
     landscape = _build_landscape(14, 3)
     results, _ = _run(space, landscape, budget=80)
     for count in range(1, 5):
         best = min(landscape(plan) for plan in space.enumerate_plans_with(count))
         found = min(item.loss.delta_nll for item in results if item.plan.num_joins == count)
-        assert found == pytest.approx(best, abs=1e-9)
+        assert found == pytest.approx(best, abs=FLOAT64_COSTS)
 
 
 def test_small_budget_scans_evenly_and_still_reaches_the_programme() -> None:
-    results, origins = _run(JoinSpace(40), _build_landscape(40, 0), budget=30)
+    results, origins = _run(PlanSpace(40), _build_landscape(40, 0), budget=30)
     assert "programme" in origins
     scanned = sorted(item.plan.joins[0] for item in results if item.plan.num_joins == 1)
     assert max(np.diff([-1, *scanned, 39])) <= 5
@@ -141,7 +142,7 @@ def test_small_budget_scans_evenly_and_still_reaches_the_programme() -> None:
 
 def test_several_asks_before_a_tell_differ() -> None:
     """A batch asked with the earlier plans pending holds no plan twice and spreads over the front."""
-    space = JoinSpace(20)
+    space = PlanSpace(20)
     results, _ = _run(space, _build_landscape(20, 2), budget=40)
     proposer = PairsetProposer(space=space, budget=80, seed=0)
     batch: list[Plan] = []
@@ -154,13 +155,13 @@ def test_several_asks_before_a_tell_differ() -> None:
 
 
 def test_scans_larger_groups_where_they_are_allowed() -> None:
-    _, origins = _run(JoinSpace(14, 3), _build_landscape(14, 0), budget=40)
+    _, origins = _run(PlanSpace(14, 3), _build_landscape(14, 0), budget=40)
     assert origins[:20] == ["baseline"] + ["scan"] * 19
     assert origins[20] == "programme"
 
 
 def test_plans_of_another_space_are_passed_over() -> None:
-    space = JoinSpace(8, 2, (0,))
+    space = PlanSpace(8, 2, (0,))
     outsider = Plan.from_joins(8, [0, 1, 2, 3, 4])
     results, _ = _run(space, _build_landscape(8, 0), budget=12)
     proposer = PairsetProposer(space=space, budget=20, seed=0)

@@ -8,12 +8,12 @@ import optuna
 import pytest
 
 from lpsearch.plan import Plan
-from lpsearch.search import SAMPLER_NAMES, JoinSpace, build_sampler
+from lpsearch.search import SAMPLER_NAMES, PlanSpace, build_sampler
 from lpsearch.search.samplers.pairset import PairsetProposer
 from tests.results import build_result
 from tests.search.evaluators import BASE_NLL, SyntheticEvaluator
 
-SPACE = JoinSpace(10)
+SPACE = PlanSpace(10)
 
 
 def search(sampler, budget, *, metric="nll", broken_join=None):
@@ -49,7 +49,7 @@ def test_what_a_plain_study_was_told_decides_the_next_plan(metric):
         results.append(build_result(plan, measure(plan), trial=len(results), **field))
     proposer = PairsetProposer(space=SPACE, budget=25, seed=0, metric=metric)
     pending = Plan.from_joins(SPACE.num_layers, (0, 3))
-    study.ask(dict(SPACE.distributions)).set_user_attr("groups", pending.to_groups_json())
+    study.ask(dict(SPACE.distributions)).set_user_attr("groups", pending.key)
     asked = SPACE.build_plan(study.ask(dict(SPACE.distributions)).params)
     assert asked == proposer.propose(results, [pending]).plan
     assert asked != proposer.propose(results[:-3], [pending]).plan

@@ -13,12 +13,13 @@ from lpsearch.plan import Plan
 from lpsearch.search import StudyStore, TrialResult, run_study
 from lpsearch.search.samplers.pairset import PairsetProposer
 from lpsearch.search.samplers.savings import build_levels
-from lpsearch.search.space import JoinSpace
+from lpsearch.search.space import PlanSpace
 from tests.results import build_result
 from tests.search.evaluators import SyntheticEvaluator
+from tests.tolerances import FLOAT64_COSTS
 
 spaces = st.builds(
-    lambda num_layers, max_group: JoinSpace(num_layers, min(max_group, max(2, num_layers))),
+    lambda num_layers, max_group: PlanSpace(num_layers, min(max_group, max(2, num_layers))),
     st.integers(1, 9),
     st.integers(2, 5),
 )
@@ -65,7 +66,7 @@ def test_levels_follow_the_time_saved(space):
 
 
 def test_a_model_that_no_plan_speeds_up_is_searched_by_depth(caplog):
-    space = JoinSpace(6)
+    space = PlanSpace(6)
     plans = list(space.enumerate_plans())
     levels = build_levels(space, lambda plan: 5.0 + plan.num_joins)
     assert "no plan is estimated to be faster" in caplog.text
@@ -73,12 +74,14 @@ def test_a_model_that_no_plan_speeds_up_is_searched_by_depth(caplog):
 
 
 def find_best(values, latencies, targets):
-    return [min(v for v, ms in zip(values, latencies, strict=True) if ms <= target + 1e-9) for target in targets]
+    return [
+        min(v for v, ms in zip(values, latencies, strict=True) if ms <= target + FLOAT64_COSTS) for target in targets
+    ]
 
 
 @pytest.mark.parametrize("max_group", [2, 3])
 def test_search_finds_the_front_of_time_where_layers_differ(max_group):
-    space = JoinSpace(16, max_group)
+    space = PlanSpace(16, max_group)
     estimate = build_latency(16)
     measure = SyntheticEvaluator(16).compute_delta
     plans = list(space.enumerate_plans())
@@ -107,7 +110,7 @@ def test_study_trades_loss_against_time(tmp_path):
     with StudyStore(f"sqlite:///{tmp_path / 'study.db'}", study_name="demo") as store:
         result = run_study(
             evaluator=evaluator,
-            space=JoinSpace(10),
+            space=PlanSpace(10),
             budget=40,
             store=store,
             objective="latency",

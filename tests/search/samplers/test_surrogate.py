@@ -9,6 +9,7 @@ import pytest
 
 from lpsearch.search.samplers import surrogate as module
 from lpsearch.search.samplers.surrogate import Surrogate
+from tests.tolerances import POSTERIOR_DEVIATION, POSTERIOR_MEAN, POSTERIOR_ORDER
 
 
 def _build(
@@ -83,10 +84,10 @@ def test_posterior_equals_the_textbook_formula(sampling_error: float) -> None:
     gain = np.linalg.solve(prior[:seen, :seen] + np.diag(noise**2), prior[:seen, seen:]).T
     mean = unseen @ cost + gain @ (loss - joined @ cost)
     variance = np.diag(prior[seen:, seen:] - gain @ prior[:seen, seen:])
-    np.testing.assert_allclose(fitted.estimate_mean(unseen), mean, rtol=1e-6)
+    np.testing.assert_allclose(fitted.estimate_mean(unseen), mean, rtol=POSTERIOR_MEAN)
     misfit = chosen.misfit * mean
     np.testing.assert_allclose(
-        fitted.estimate_standard_deviation(unseen, mean), np.sqrt(variance + misfit**2), rtol=1e-5
+        fitted.estimate_standard_deviation(unseen, mean), np.sqrt(variance + misfit**2), rtol=POSTERIOR_DEVIATION
     )
 
 
@@ -118,7 +119,7 @@ def test_does_not_depend_on_the_order_of_observations() -> None:
         join_means=cost,
         measured=np.ones(len(cost), dtype=bool),
     )
-    np.testing.assert_allclose(shuffled.estimate_mean(joined), fitted.estimate_mean(joined), rtol=1e-9)
+    np.testing.assert_allclose(shuffled.estimate_mean(joined), fitted.estimate_mean(joined), rtol=POSTERIOR_ORDER)
 
 
 def test_draws_have_the_posterior_mean() -> None:
@@ -141,7 +142,7 @@ def test_tiny_models(num_joins: int) -> None:
         join_means=cost,
         measured=np.ones(num_joins, dtype=bool),
     )
-    np.testing.assert_allclose(fitted.estimate_mean(joined), cost, rtol=1e-6)
+    np.testing.assert_allclose(fitted.estimate_mean(joined), cost, rtol=POSTERIOR_MEAN)
 
 
 def test_negative_and_zero_costs_are_fitted() -> None:
@@ -153,5 +154,5 @@ def test_negative_and_zero_costs_are_fitted() -> None:
             joined=joined, delta_nll=cost, sampling_error=np.zeros(5), join_means=cost, measured=measured
         )
         mean = fitted.estimate_mean(joined)
-        np.testing.assert_allclose(mean, cost, atol=1e-6)
+        np.testing.assert_allclose(mean, cost, atol=POSTERIOR_MEAN)
         assert np.isfinite(fitted.estimate_standard_deviation(joined, mean)).all()

@@ -1,44 +1,43 @@
-"""Plans: which consecutive layers of a model run in parallel, and the plan file that carries one.
+"""The plan file: the JSON document of a plan, of the model it was made for and of what was measured.
 
-A plan partitions the layers of a decoder into *groups* of consecutive layers, every layer once and in order. *Join i*
-means that layers i and i + 1 are in the same group, so a plan is equally a set of joins. The plan file is the JSON
-document of the plan, of the model it was made for and of what was measured; its published JSON Schema is the package
-file ``plan.schema.json``.
-
-This module imports neither torch nor optuna.
+Its published JSON Schema is the package file ``plan.schema.json``.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError
 
 from lpsearch.errors import PlanError
+from lpsearch.plan.groups import Plan, check_supported
 
 __all__ = [
     "PLAN_SCHEMA_VERSION",
+    "RECOVERED_PLAN_NAME",
+    "DroppedBranches",
     "LatencyMetrics",
     "ModelIdentity",
-    "Plan",
     "PlanMetadata",
     "PlanMetrics",
     "Provenance",
     "ProxyMetrics",
+    "build_plan_document",
     "build_plan_schema",
     "load_plan",
     "parse_plan",
     "save_plan",
+    "write_json",
 ]
 
-PLAN_SCHEMA_VERSION = 1
-"""Version of the plan file's form; raised when a reader of the old form could misread the new one."""
+PLAN_SCHEMA_VERSION = 2
+"""Version of the plan file's form that is written; raised when a reader of the old form could misread the new one.
+
+Version 1 has no ``dropped``, and is read for ever.
+"""
 
 RECOVERED_PLAN_NAME = "plan.json"
 """Name of the plan file inside a directory that ``recover`` or ``export`` wrote."""
@@ -158,130 +157,16 @@ class PlanMetadata(_FileModel):
     provenance: Provenance = Provenance()
 
 
-@dataclass(frozen=True)
-class Plan:
-    """An ordered partition of a model's layers into groups that run in parallel.
-
-    Two plans are equal when their groups are; metadata does not count. Build one with :meth:`from_groups` or
-    :meth:`from_joins`, which validate; the bare constructor validates too.
+class DroppedBranches(_FileModel):
+    """Branches that a plan leaves out.
 
     Attributes:
-        groups: every layer once, in order, e.g. ``((0,), (1, 2), (3,))``.
-        metadata: the model it is for and what was measured; None for a plan made by hand.
+        attention: layers without their attention.
+        mlp: layers without their MLP.
     """
 
-    groups: tuple[tuple[int, ...], ...]
-    metadata: PlanMetadata | None = field(default=None, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        """Refuse anything but an ordered partition of ``range(num_layers)``.
-
-        Raises:
-            PlanError: naming the first layer that is out of place.
-        """
-        _check_groups(self.groups)
-
-    @classmethod
-    def from_groups(cls, groups: Iterable[Iterable[int]], *, metadata: PlanMetadata | None = None) -> Plan:
-        """Build a plan from its groups.
-
-        Args:
-            groups: every layer once, in order, e.g. ``[[0], [1, 2], [3]]``.
-            metadata: the model it is for and what was measured.
-
-        Raises:
-            PlanError: on overlaps, gaps, wrong order, empty groups or anything that is not a layer number.
-        """
-        try:
-            frozen = tuple(tuple(group) for group in groups)
-        except TypeError as error:
-            raise PlanError(
-                f"groups must be a list of lists of layer numbers, e.g. [[0], [1, 2], [3]]: {error}"
-            ) from None
-        return cls(frozen, metadata)
-
-    @classmethod
-    def from_joins(cls, num_layers: int, joins: Iterable[int]) -> Plan:
-        """Build a plan from its joins.
-
-        Args:
-            num_layers: number of decoder layers.
-            joins: layer numbers i such that layers i and i + 1 share a group, in any order.
-
-        Raises:
-            PlanError: for fewer than one layer or a join outside ``[0, num_layers - 1)``.
-        """
-        if num_layers < 1:
-            raise PlanError(f"a plan needs at least one layer, got num_layers = {num_layers}")
-        joined = set(joins)
-        for join in sorted(joined):
-            if not 0 <= join < num_layers - 1:
-                raise PlanError(f"join {join} is outside [0, {num_layers - 1}): a join i ties layers i and i + 1")
-        groups: list[list[int]] = [[0]]
-        for layer_idx in range(1, num_layers):
-            if layer_idx - 1 in joined:
-                groups[-1].append(layer_idx)
-            else:
-                groups.append([layer_idx])
-        return cls(tuple(tuple(group) for group in groups))
-
-    @classmethod
-    def baseline(cls, num_layers: int) -> Plan:
-        """Build the plan that changes nothing: every layer alone."""
-        return cls.from_joins(num_layers, ())
-
-    @property
-    def num_layers(self) -> int:
-        """Number of decoder layers."""
-        return self.groups[-1][-1] + 1
-
-    @property
-    def depth(self) -> int:
-        """Number of groups: the sequential steps that remain."""
-        return len(self.groups)
-
-    @property
-    def depth_reduction(self) -> float:
-        """Share of the depth that the plan removes: ``1 - depth / num_layers``."""
-        return 1 - self.depth / self.num_layers
-
-    @cached_property
-    def joins(self) -> tuple[int, ...]:
-        """Every i whose layers i and i + 1 share a group, ascending."""
-        return tuple(layer_idx for group in self.groups for layer_idx in group[:-1])
-
-    @property
-    def num_joins(self) -> int:
-        """Number of joins: ``num_layers - depth``."""
-        return self.num_layers - self.depth
-
-    @property
-    def max_group(self) -> int:
-        """Layers in the largest group."""
-        return max(len(group) for group in self.groups)
-
-    def to_groups_json(self) -> str:
-        """Return the groups as one compact JSON string, e.g. ``[[0],[1,2],[3]]``: the key of a plan in a study."""
-        return json.dumps(self.groups, separators=(",", ":"))
-
-    def to_file_dict(self) -> dict[str, Any]:
-        """Return the content of the plan file.
-
-        Raises:
-            PlanError: for a plan without metadata, since a plan file names its model.
-        """
-        if self.metadata is None:
-            raise PlanError("a plan without metadata cannot be saved: a plan file names the model that it is for")
-        document = {
-            "schema_version": PLAN_SCHEMA_VERSION,
-            "model": self.metadata.model,
-            "groups": self.groups,
-            "depth": self.depth,
-            "depth_reduction": self.depth_reduction,
-            "metrics": self.metadata.metrics,
-            "provenance": self.metadata.provenance,
-        }
-        return _PlanFile.model_validate(document).model_dump(mode="json")
+    attention: tuple[StrictInt, ...] = ()
+    mlp: tuple[StrictInt, ...] = ()
 
 
 class _PlanFile(_FileModel):
@@ -295,10 +180,11 @@ class _PlanFile(_FileModel):
         json_schema_extra={"$schema": "https://json-schema.org/draft/2020-12/schema"},
     )
 
-    schema_version: Literal[1]
+    schema_version: Literal[1, 2]
     model: ModelIdentity
     groups: tuple[tuple[StrictInt, ...], ...] = Field(min_length=1)
-    depth: StrictInt = Field(gt=0)
+    dropped: DroppedBranches = DroppedBranches()
+    depth: StrictFloat = Field(gt=0)
     depth_reduction: float = Field(ge=0, lt=1)
     metrics: PlanMetrics = PlanMetrics()
     provenance: Provenance = Provenance()
@@ -318,23 +204,25 @@ def parse_plan(document: Any, *, where: str = "plan") -> Plan:
 
     Raises:
         PlanError: for unknown or missing fields, another schema version, groups that are not an ordered partition, or
-            a depth, depth reduction or layer count that contradicts the groups.
+            a depth, depth reduction or layer count that contradicts the groups, or a plan that drops a branch.
     """
     if not isinstance(document, dict):
         raise PlanError(f"{where}: a plan file is one JSON object, got {type(document).__name__}")
     version = document.get("schema_version")
-    if version != PLAN_SCHEMA_VERSION:
+    if version not in (1, 2) or isinstance(version, bool):
         raise PlanError(
-            f"{where}: schema_version is {version!r}, this lpsearch reads {PLAN_SCHEMA_VERSION}; "
+            f"{where}: schema_version is {version!r}, this lpsearch reads 1 and 2; "
             "write the plan again with this version, or install the version that wrote it"
         )
+    if version == 1 and "dropped" in document:
+        raise PlanError(f"{where}: unknown field dropped in a plan of version 1; remove it, or set schema_version to 2")
     try:
         file = _PlanFile.model_validate(document)
     except ValidationError as error:
         raise PlanError(f"{where}: {_describe(error)}") from None
     metadata = PlanMetadata(model=file.model, metrics=file.metrics, provenance=file.provenance)
     try:
-        plan = Plan(file.groups, metadata)
+        plan = Plan.from_groups(file.groups, dropped=file.dropped.model_dump(), metadata=metadata)
     except PlanError as error:
         raise PlanError(f"{where}: {error}") from None
     if plan.num_layers != file.model.num_layers:
@@ -343,12 +231,16 @@ def parse_plan(document: Any, *, where: str = "plan") -> Plan:
             "every layer of the model stands in exactly one group"
         )
     if plan.depth != file.depth:
-        raise PlanError(f"{where}: depth is {file.depth} but there are {plan.depth} groups; set depth to {plan.depth}")
+        raise PlanError(
+            f"{where}: depth is {file.depth} but {len(plan.groups)} groups have a depth of {plan.depth}; "
+            f"set depth to {plan.depth}"
+        )
     if abs(plan.depth_reduction - file.depth_reduction) > 1e-6:
         raise PlanError(
             f"{where}: depth_reduction is {file.depth_reduction} but 1 - depth / num_layers is "
             f"{plan.depth_reduction:.6f}; set it to that"
         )
+    check_supported(plan, where=where)
     return plan
 
 
@@ -375,6 +267,28 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     return parse_plan(document, where=str(file))
 
 
+def build_plan_document(plan: Plan) -> dict[str, Any]:
+    """Return the content of the plan file.
+
+    Raises:
+        PlanError: for a plan without metadata, since a plan file names its model.
+    """
+    if plan.metadata is None:
+        raise PlanError("a plan without metadata cannot be saved: a plan file names the model that it is for")
+    document = {
+        "schema_version": PLAN_SCHEMA_VERSION,
+        "model": plan.metadata.model,
+        "groups": plan.to_lists(),
+        "dropped": plan.dropped,
+        "depth": plan.depth,
+        "depth_reduction": plan.depth_reduction,
+        "metrics": plan.metadata.metrics,
+        "provenance": plan.metadata.provenance,
+    }
+    # pydantic writes every number of layers as a float
+    return _PlanFile.model_validate(document).model_dump(mode="json") | {"depth": plan.depth}
+
+
 def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
     """Write a plan file whole or not at all: a temporary file beside it is renamed over it.
 
@@ -386,7 +300,7 @@ def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
         PlanError: for a plan without metadata.
         OSError: if the file cannot be written.
     """
-    write_json(plan.to_file_dict(), path)
+    write_json(build_plan_document(plan), path)
 
 
 def write_json(document: Any, path: str | os.PathLike[str]) -> None:
@@ -406,32 +320,6 @@ def write_json(document: Any, path: str | os.PathLike[str]) -> None:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _check_groups(groups: Sequence[Sequence[int]]) -> None:
-    """Refuse groups that are not an ordered partition of the layers, naming the first one out of place."""
-    if not groups:
-        raise PlanError("groups is empty; list every layer once, e.g. [[0], [1, 2], [3]]")
-    expected = 0
-    group_of: dict[int, Sequence[int]] = {}
-    for group in groups:
-        if not group:
-            raise PlanError(f"an empty group stands before layer {expected}; remove it")
-        for layer_idx in group:
-            if isinstance(layer_idx, bool) or not isinstance(layer_idx, int):
-                raise PlanError(f"group {list(group)} holds {layer_idx!r}; layers are whole numbers from 0")
-            if layer_idx in group_of:
-                raise PlanError(
-                    f"layer {layer_idx} is in groups {list(group_of[layer_idx])} and {list(group)}; "
-                    "each layer appears once"
-                )
-            if layer_idx != expected:
-                raise PlanError(
-                    f"layer {layer_idx} in group {list(group)} stands where layer {expected} belongs; "
-                    "list every layer from 0 once, in order, without gaps"
-                )
-            group_of[layer_idx] = group
-            expected += 1
 
 
 def _describe(error: ValidationError) -> str:

@@ -1,0 +1,47 @@
+"""Plans: which consecutive layers of a model run in parallel, and the plan file that carries one.
+
+A plan partitions the layers of a decoder into *groups* of consecutive layers, every layer once and in order. Imports
+neither torch nor optuna.
+"""
+
+from __future__ import annotations
+
+from lpsearch.plan.file import (
+    PLAN_SCHEMA_VERSION,
+    RECOVERED_PLAN_NAME,
+    DroppedBranches,
+    LatencyMetrics,
+    ModelIdentity,
+    PlanMetadata,
+    PlanMetrics,
+    Provenance,
+    ProxyMetrics,
+    build_plan_document,
+    build_plan_schema,
+    load_plan,
+    parse_plan,
+    save_plan,
+    write_json,
+)
+from lpsearch.plan.groups import Group, Plan, check_supported
+
+__all__ = [
+    "PLAN_SCHEMA_VERSION",
+    "RECOVERED_PLAN_NAME",
+    "DroppedBranches",
+    "Group",
+    "LatencyMetrics",
+    "ModelIdentity",
+    "Plan",
+    "PlanMetadata",
+    "PlanMetrics",
+    "Provenance",
+    "ProxyMetrics",
+    "build_plan_document",
+    "build_plan_schema",
+    "check_supported",
+    "load_plan",
+    "parse_plan",
+    "save_plan",
+    "write_json",
+]
