@@ -9,9 +9,9 @@ from typing import TypeVar
 from rich import box
 from rich.table import Table
 
+from lpsearch.config import Metric
 from lpsearch.plan import Plan
 from lpsearch.search import TrialResult
-from lpsearch.search.results import Metric
 from lpsearch.wording import describe_layers, list_front_columns
 
 __all__ = ["build_front_table", "get_metric", "spread_rows"]

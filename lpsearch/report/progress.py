@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from lpsearch.config import Metric, Objective
 from lpsearch.search import TrialResult, build_front
-from lpsearch.search.front import Objective
-from lpsearch.search.results import Metric
 
 __all__ = ["ProgressStep", "compute_hypervolume", "find_reference_cost", "trace_progress"]
 

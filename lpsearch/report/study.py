@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import optuna
 
+from lpsearch.config import Metric, Objective
 from lpsearch.errors import ConfigError, StudyError, StudyVersionError, UsageError
 from lpsearch.front_file import FRONT_NAME, FrontFile, load_front_file
 from lpsearch.latency.model import LatencyModel
@@ -21,8 +22,6 @@ from lpsearch.latency.profile import parse_recorded_profile
 from lpsearch.plan import Plan
 from lpsearch.report.progress import ProgressStep, find_reference_cost, trace_progress
 from lpsearch.search import PlanSpace, StudyStore, TrialResult, build_front, read_results
-from lpsearch.search.front import Objective
-from lpsearch.search.results import Metric
 from lpsearch.search.samplers.pairset import fit_surrogate
 
 __all__ = ["JoinEffects", "StudyReport", "load_report", "name_row"]
