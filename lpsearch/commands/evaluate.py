@@ -10,10 +10,10 @@ from lpsearch.commands.loading import describe_device, load_model_of_plan, resol
 from lpsearch.commands.options import DeviceOption, DtypeOption, ModelOption, PlanArgument, TrustOption
 from lpsearch.commands.steps import show_steps
 from lpsearch.config import Metric, Split
-from lpsearch.data import Windows, build_windows, check_text_source
 from lpsearch.plan import Plan, ProxyMetrics, load_plan
 
 if TYPE_CHECKING:
+    from lpsearch.data import Windows
     from lpsearch.models import LoadedModel
 
 __all__ = ["evaluate"]
@@ -43,6 +43,7 @@ def evaluate(
     What is not given is taken from the plan file, so that a plan alone repeats the values in it.
     """
     from lpsearch.commands.results import build_proxy_metrics
+    from lpsearch.data import check_text_source
     from lpsearch.evaluation import ModelEvaluator
     from lpsearch.evaluation.losses import PlanLosses
     from lpsearch.search.results import compute_loss
@@ -108,6 +109,7 @@ def _build_windows(
     searched: ProxyMetrics | None,
 ) -> Windows:
     """Build the windows. Held-out ones of the text that the plan was searched on come after the search's own."""
+    from lpsearch.data import build_windows
 
     def build(split: Split, num_windows: int, seq_len: int, after: Windows | None = None) -> Windows:
         with show_steps("preparing windows") as on_progress:
