@@ -12,15 +12,13 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection, Row, insert, select, update
 
+from lpsearch.config import Split
 from lpsearch.evaluation.losses import RAW, Variant, WindowLosses
 from lpsearch.plan import Plan
 from lpsearch.search import schema
 from lpsearch.search.locks import StudyLock
 
-__all__ = ["LossStore", "Split", "State", "StoredPlan", "finite_or_none"]
-
-Split = Literal["proxy", "heldout"]
-"""What windows are for: the search, or the check of its front."""
+__all__ = ["LossStore", "State", "StoredPlan", "finite_or_none"]
 
 State = Literal["complete", "stopped", "broken"]
 """Of a plan: evaluated on all proxy windows; stopped by racing before; or with a loss that is not finite."""

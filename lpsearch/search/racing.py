@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from lpsearch.config import Split
 from lpsearch.evaluation.losses import Metric, PlanEvaluator, PlanLosses, WindowLosses
 from lpsearch.evaluation.rungs import split_by_rung
 from lpsearch.plan import Plan
-from lpsearch.search.losses import Split
 from lpsearch.search.results import Loss, State, compute_loss
 from lpsearch.search.store import StudyStore
 

@@ -14,10 +14,11 @@ import optuna
 from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
 
+from lpsearch.config import Split
 from lpsearch.errors import StudyError, StudyVersionError
 from lpsearch.evaluation.losses import RAW, Metric, PlanLosses, Variant, compute_paired_delta
 from lpsearch.plan import Plan
-from lpsearch.search.losses import Split, State, StoredPlan, finite_or_none
+from lpsearch.search.losses import State, StoredPlan, finite_or_none
 from lpsearch.search.store import StudyStore
 
 __all__ = [
@@ -133,6 +134,14 @@ class TrialResult:
     def get_cost_se(self, metric: Metric) -> float | None:
         """Return :meth:`Loss.get_cost_se` on the proxy windows."""
         return self.loss.get_cost_se(metric)
+
+    def get_heldout(self, metric: Metric) -> Loss | None:
+        """Return the held-out loss; None where it is not known, or not finite."""
+        return self.heldout if self.heldout is not None and math.isfinite(self.heldout.get_cost(metric)) else None
+
+    def get_reported_cost(self, metric: Metric) -> float:
+        """Return the cost that a user is told: held out where that is known."""
+        return (self.get_heldout(metric) or self.loss).get_cost(metric)
 
 
 @dataclass(frozen=True)
