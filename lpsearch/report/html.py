@@ -16,12 +16,13 @@ from plotly.offline import get_plotlyjs
 from lpsearch.report.advice import Pick, list_commands, pick_plans
 from lpsearch.report.charts import Chart, build_charts
 from lpsearch.report.figures import describe_groups
+from lpsearch.report.front_columns import format_loss
 from lpsearch.report.latency_figures import describe_workload
 from lpsearch.report.study import StudyReport
 from lpsearch.report.tables import Table
 from lpsearch.report.theme import map_colours
 from lpsearch.search import TrialResult
-from lpsearch.wording import format_loss, name_count
+from lpsearch.wording import name_count
 
 __all__ = ["PAGE_TOP", "PageParts", "build_html", "build_parts", "read_asset", "write_html"]
 
