@@ -166,6 +166,9 @@ def evaluate_stored_plan(
         losses = evaluator.evaluate_windows(plan, missing)
         store.losses.record(plan, missing, losses, split=split)
         num_new_tokens = losses.tokens_per_window * len(missing)
+        if split == "proxy":
+            is_finite = all(map(math.isfinite, (*losses.nll_nats_per_token, *(losses.kl_nats_per_token or ()))))
+            store.losses.record_state(plan, "complete" if is_finite else "broken")
     stored = store.losses.load(plan, num_windows=num_windows, split=split)
     assert stored is not None
     return StoredEvaluation(stored, num_new_tokens)
