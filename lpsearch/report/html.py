@@ -232,7 +232,7 @@ def _render_front(report: StudyReport, charts: dict[str, Chart]) -> str:
     if any(result.get_heldout(report.metric) is not None for result in report.front):
         notes += "Held-out values are on windows that the search never saw. "
     elif len(report.front) > 1:
-        notes += "The search adds held-out values when it ends. "
+        notes += "Held-out values come when the search ends. "
     if not report.blocks:
         notes += "The study tried no blocks. "
     notes += "Click a point, or use the arrow keys on the figure, to see its plan."
