@@ -17,7 +17,7 @@ from lpsearch.transform.apply import check_plan_model, check_unplanned
 from lpsearch.transform.fused_config import build_fused_config
 from lpsearch.transform.fused_weights import InterleavedWeights, name_tensors
 
-__all__ = ["check_fusible", "fuse_plan"]
+__all__ = ["check_fusible", "fuse_plan", "has_tied_head"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ def fuse_plan(model: _Model, plan: Plan) -> _Model:
     check_plan_model(plan, model)
     base_config: Any = model.config
     fused_config: Any = build_fused_config(base_config, plan)
+    fused_config.tie_word_embeddings = has_tied_head(model)
     decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
     base_layers, decoder.layers = list(decoder.layers), nn.ModuleList()
     is_training = base_layers[0].training
@@ -84,6 +85,13 @@ def fuse_plan(model: _Model, plan: Plan) -> _Model:
     model.__class__ = getattr(modeling, fused_config.architectures[0])
     logger.debug("%s: %d layers became %d wide ones", type(model).__name__, plan.num_layers, plan.depth)
     return model
+
+
+def has_tied_head(model: PreTrainedModel) -> bool:
+    """Say whether a model's head and embedding are one tensor, whatever its configuration says."""
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return head.weight is embedding.weight
 
 
 def check_fusible(model: PreTrainedModel) -> None:

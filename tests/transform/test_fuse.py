@@ -161,6 +161,16 @@ def test_gradients_flow_with_and_without_checkpointing(name: str) -> None:
         torch.testing.assert_close(gradient, expected[parameter], msg=parameter)
 
 
+def test_a_head_of_its_own_stays_one_whatever_the_configuration_says(tmp_path: Path) -> None:
+    model = build_tiny_model("llama", tie_word_embeddings=False)
+    model.config.tie_word_embeddings = True
+    expected = compute_planned_logits(model, PAIRS)
+    fuse_plan(model, PAIRS).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert not loaded.config.tie_word_embeddings
+    assert relative_difference(compute_logits(loaded), expected) < FLOAT32_FUSED
+
+
 def test_modes_are_kept() -> None:
     trainable = fuse_plan(build_tiny_model("llama").requires_grad_(True).train(), PAIRS)
     assert all(parameter.requires_grad for parameter in trainable.parameters())
