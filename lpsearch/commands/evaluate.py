@@ -8,7 +8,7 @@ from typing import Any, Literal
 from lpsearch.commands.loading import describe_device, load_model_of_plan, resolve_device, resolve_dtype
 from lpsearch.commands.progress import show_steps
 from lpsearch.commands.results import build_proxy_metrics
-from lpsearch.data import Windows, build_windows, check_text_source
+from lpsearch.data import Windows, build_windows, check_text_source, is_same_text
 from lpsearch.evaluation import ModelEvaluator
 from lpsearch.models import LoadedModel
 from lpsearch.plan import Plan, ProxyMetrics, load_plan
@@ -132,6 +132,6 @@ def _build_windows(
             )
 
     after = None
-    if split == "heldout" and searched is not None and searched.data == data != "self":
+    if split == "heldout" and searched is not None and is_same_text(searched.data, data, split=split):
         after = build("proxy", searched.windows, searched.seq_len)
     return build(split, num_windows, seq_len, after)

@@ -137,11 +137,14 @@ def _begin_or_resume(
         ResumeError: if the model is not the one that the study was begun with.
         StudyError: if the study has lost its windows.
     """
-    from lpsearch.data import Windows
+    from lpsearch.data import Windows, name_text
+    from lpsearch.models import check_parts, fingerprint_parts
 
+    parts = fingerprint_parts(loaded.model, loaded.tokenizer)
     identity = {"fingerprint": loaded.identity.fingerprint, "num_layers": loaded.identity.num_layers}
     PlanSpace(loaded.identity.num_layers, values.max_group, values.freeze)
     if recorded is not None:
+        check_parts(recorded.get("parts", {}), parts, name=loaded.source.id)
         compare_settings(recorded, identity)
         stored = {split: store.load_windows(split) for split in _SPLITS}
         windows = {split: Windows(kept.input_ids, kept.spec) for split, kept in stored.items() if kept is not None}
@@ -153,9 +156,10 @@ def _begin_or_resume(
     windows = _build_windows(values, loaded)
     dtype = settle_dtype(loaded.model, dtype=values.dtype, device=device, windows=windows["proxy"])
     options = values.model_dump(mode="json", include={*RECORDED_OPTIONS})
+    options |= {name: name_text(options[name]) for name in ("data", "heldout") if options[name]}
     source = {"model": loaded.source.id, "source": loaded.source.to_dict()}
     store.begin(
-        {**options, **identity, **source, "dtype": dtype},
+        {**options, **identity, **source, "parts": parts, "dtype": dtype},
         {split: StoredWindows(built.input_ids, built.spec) for split, built in windows.items()},
     )
     return windows

@@ -17,6 +17,7 @@ from lpsearch.config import OptimizeConfig, ResolvedConfig, slug_of_model
 from lpsearch.errors import ResumeError, StudyError
 from lpsearch.models import ModelSource
 from lpsearch.models.aliases import find_alias
+from lpsearch.models.sources import normalise_id
 from lpsearch.search import FIXED_SETTINGS, PlanSpace, StudyStore, compare_settings
 from lpsearch.search.locks import HeldElsewhereError, hold_file_lock
 
@@ -98,13 +99,20 @@ def follow_record(
     Raises:
         ResumeError: for a setting that was named and differs.
     """
+    from lpsearch.data import name_text
+
     values = config.values
     requested = {name: getattr(values, name) for name in FIXED_SETTINGS if name in config.explicit}
     if requested.get("dtype") == "auto":
         del requested["dtype"]
     if "sampler" in config.explicit:
         requested["sampler"] = values.sampler
-    compare_settings(recorded, {**requested, "model": source.id})
+    begun_with = {**recorded, "model": normalise_id(recorded["model"])}
+    for name in ("data", "heldout"):
+        for settings in (begun_with, requested):
+            if settings.get(name):
+                settings[name] = name_text(settings[name])
+    compare_settings(begun_with, {**requested, "model": source.id})
     if "seed" in config.explicit and values.seed != recorded["seed"]:
         logger.warning("the study keeps the seed that it was begun with, %d", recorded["seed"])
     kept = {*RECORDED_OPTIONS} - config.explicit | {"dtype", "seed"}  # these were settled when the study was begun
