@@ -184,6 +184,11 @@ def build_blocks(model: nn.Module) -> tuple[DecoderBlock, ...]:
                 f"{_name(model)}: its decoder layer {layer_idx} ({type(layer).__name__}) is not built of one attention "
                 f"and one MLP in a known form; it has {', '.join(sorted(submodules))}. {_MEND}"
             )
+        if any(block.layer is layer for block in blocks):
+            raise FamilyError(
+                f"{_name(model)}: its decoder layer {layer_idx} is the same module as an earlier one, while each has a "
+                "slot in the cache; give every place a layer of its own (copy.deepcopy, then set `layer_idx`)"
+            )
         blocks.append(DecoderBlock(layer, form))
     if len({block.parallel for block in blocks}) > 1:
         raise FamilyError(f"{_name(model)}: only some of its decoder layers run attention and MLP in parallel. {_MEND}")

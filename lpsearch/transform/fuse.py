@@ -16,6 +16,7 @@ from lpsearch.transform import modeling_lpsearch as modeling
 from lpsearch.transform.apply import check_plan_model, check_unplanned
 from lpsearch.transform.fused_config import build_fused_config
 from lpsearch.transform.fused_weights import InterleavedWeights, name_tensors
+from lpsearch.transform.stock import check_stock
 
 __all__ = ["check_fusible", "fuse_plan", "has_tied_head"]
 
@@ -44,7 +45,8 @@ def fuse_plan(model: _Model, plan: Plan) -> _Model:
     Raises:
         PlanError: if the plan is for another model.
         FamilyError: if the family cannot be fused.
-        ModelError: if the model is quantised, has a plan applied, or something else has replaced a layer's ``forward``.
+        ModelError: if the model is quantised, has a plan applied, or anything in it is not as transformers builds it;
+            the model is left as it was.
 
     Example:
         >>> import lpsearch
@@ -95,11 +97,11 @@ def has_tied_head(model: PreTrainedModel) -> bool:
 
 
 def check_fusible(model: PreTrainedModel) -> None:
-    """Check that a model is the stock language model of a family that can be fused, as it was loaded.
+    """Check that a model is the stock language model of a family that can be fused, as it was loaded, to the bottom.
 
     Raises:
         FamilyError: if the family cannot be fused.
-        ModelError: if it is quantised, has a plan applied, or is not the family's own language model.
+        ModelError: if it is quantised, has a plan applied, or anything in it is not as transformers builds it.
     """
     if str(model.config.model_type).startswith(modeling.MODEL_TYPE_PREFIX):
         raise ModelError(f"{type(model).__name__} is fused already; give the unmodified model that its plan is for")
@@ -118,6 +120,7 @@ def check_fusible(model: PreTrainedModel) -> None:
             "dequantises a .gguf file when it loads it), fuse it, and quantise the result"
         )
     check_unplanned(model)
+    check_stock(model)
 
 
 def _fill_layer(layer: nn.Module, prefix: str, weights: InterleavedWeights, *, like: nn.Parameter) -> None:
