@@ -175,7 +175,7 @@ def build_blocks(model: nn.Module) -> tuple[DecoderBlock, ...]:
         FamilyError: for a layer whose submodules are those of no known form, or for layers of which only some run
             attention and MLP in parallel.
     """
-    blocks = []
+    blocks: list[DecoderBlock] = []
     for layer_idx, layer in enumerate(get_decoder_layers(model)):
         submodules = frozenset(name for name, _ in layer.named_children())
         form = _FORM_OF_SUBMODULES.get(submodules)
