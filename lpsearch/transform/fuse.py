@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lpsearch.errors import ModelError
+from lpsearch.models.image_text import holds_language_model
 from lpsearch.models.traits import read_traits
 from lpsearch.plan import Plan
 from lpsearch.transform import modeling_lpsearch as modeling
@@ -105,6 +106,11 @@ def check_fusible(model: PreTrainedModel) -> None:
     """
     if str(model.config.model_type).startswith(modeling.MODEL_TYPE_PREFIX):
         raise ModelError(f"{type(model).__name__} is fused already; give the unmodified model that its plan is for")
+    if holds_language_model(model.config):
+        raise ModelError(
+            f"{type(model).__name__} is an image-text model; `export_checkpoint` writes the language model inside it, "
+            "which `lpsearch.models.load_model` loads by itself"
+        )
     traits = read_traits(model.config)
     traits.check_fusing()
     expected = traits.family.language_model
