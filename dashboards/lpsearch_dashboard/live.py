@@ -15,7 +15,7 @@ from lpsearch.errors import UsageError
 from lpsearch.report import StudyReport, load_report
 from lpsearch.report.html import PAGE_TOP, build_parts, read_asset
 from lpsearch.search import StudyStore
-from lpsearch.search.database import find_sqlite_path
+from lpsearch.search.storage_url import find_sqlite_path
 from lpsearch.wording import name_count
 
 __all__ = ["LiveStudy", "Snapshot"]
@@ -70,7 +70,7 @@ class LiveStudy:
         self._directory = directory
         self._lock = threading.Lock()
         self._database_lock = threading.Lock()  # of its own: reading the study takes long
-        self._database_path = find_sqlite_path(store.optuna_storage.engine.url)
+        self._database_path = find_sqlite_path(store.url)
         self._inode = self._read_inode()
         self._revision = ""
         self._snapshot: Snapshot | None = None
