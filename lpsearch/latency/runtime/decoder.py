@@ -258,7 +258,7 @@ class Decoder:
 
     def _run_layer(self, layer: WideLayer, caches: list[Tensor], hidden: Tensor, batch: int) -> Tensor:
         """Run a group: one attention and one MLP, each with one sum over ranks; (rows, hidden) to the same."""
-        pre_norm = self._traits.norm_form != "post"
+        pre_norm = self._traits.has_pre_norms
         qkv = self._ops.project(hidden, layer.qkv, layer.qkv_bias, norm=pre_norm)
         position = self._position if self.fused_attention and len(qkv) == batch else None
         attended = self._attention.attend(layer, caches, qkv, length=self._length, position=position)

@@ -102,11 +102,9 @@ class FamilyTraits:
         return self.family.norm_offset
 
     @property
-    def norm_form(self) -> Literal["pre", "post", "sandwich"]:
-        """Which norms a branch has: before it (Llama), after it (OLMo 2) or both (Gemma 2 and 3, GLM-4)."""
-        if self.family.block.attention_norm is None:
-            return "post"
-        return "pre" if self.family.block.attention_post_norm is None else "sandwich"
+    def has_pre_norms(self) -> bool:
+        """Whether each branch norms what it reads; those of OLMo 2 and 3 read the residual stream itself."""
+        return self.family.block.attention_norm is not None
 
     @property
     def has_post_norms(self) -> bool:
