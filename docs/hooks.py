@@ -16,9 +16,9 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path, PurePosixPath
-from typing import Any, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -168,10 +168,14 @@ class _Parameter:
         return type(self.info).__name__ == "ArgumentInfo"
 
     @property
-    def kinds(self) -> list[Any]:
-        """The types that the value may have, other than None."""
-        kinds = [kind for kind in get_args(self.hint) or (self.hint,) if kind is not type(None)]
-        return [inner for kind in kinds for inner in get_args(kind) or (kind,)]
+    def kind(self) -> Any:
+        """The type of a value that is given: of one, where several may be."""
+        [kind] = (
+            [kind for kind in get_args(self.hint) if kind is not NoneType]
+            if get_origin(self.hint) in (Union, UnionType)
+            else [self.hint]
+        )
+        return get_args(kind)[0] if get_origin(kind) is list else kind
 
     @property
     def metavar(self) -> str:
@@ -185,20 +189,21 @@ class _Parameter:
         given = [text for text in (self.info.default, *(self.info.param_decls or ())) if isinstance(text, str)]
         declared = given or [f"--{self.parameter.name.replace('_', '-')}"]
         names = " ".join(f"`{name}`" for text in declared for name in text.split("/"))
-        [kind] = self.kinds
-        if kind is bool:
+        if self.kind is bool:
             return names
-        if issubclass(kind, Enum):
-            return f"{names} " + ", ".join(f"`{choice.value}`" for choice in kind)
+        if get_origin(self.kind) is Literal:
+            return f"{names} " + ", ".join(f"`{choice}`" for choice in get_args(self.kind))
         words = {int: "N", float: "X", Path: "FILE"}
-        return f"{names} `{self.info.metavar or words.get(kind, 'TEXT')}`"
+        return f"{names} `{self.info.metavar or words.get(self.kind, 'TEXT')}`"
 
     @property
     def default(self) -> str:
         default = self.parameter.default
         if default is inspect.Parameter.empty:
             return "" if self.is_argument else "required"
-        return "" if default in (None, False) else f"`{getattr(default, 'value', default)}`"
+        if isinstance(self.info.show_default, str):  # of an option that a file or a preset may set instead
+            default = self.info.show_default
+        return "" if default in (None, False) else f"`{default}`"
 
 
 def _cell(text: str | None) -> str:

@@ -17,64 +17,111 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lpsearch.errors import ConfigError
 
-__all__ = ["OptimizeConfig", "ResolvedConfig", "Split", "parse_layer_list", "resolve_config", "slug_of_model"]
+__all__ = [
+    "Dtype",
+    "Metric",
+    "Objective",
+    "OptimizeConfig",
+    "ResolvedConfig",
+    "Split",
+    "parse_layer_list",
+    "resolve_config",
+    "slug_of_model",
+]
+
+Metric = Literal["nll", "kl"]
+"""The loss that is searched: the negative log-likelihood, or the divergence from the unmodified model."""
+
+Objective = Literal["depth", "latency"]
+"""What is traded against the loss."""
 
 Split = Literal["proxy", "heldout"]
 """What windows are for: to search on, or to check the front on windows that the search never saw."""
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
 
 class OptimizeConfig(BaseModel):
-    """Everything that ``optimize`` can be told; the field names are the option names with underscores.
+    """Everything that ``optimize`` can be told, declared once: each field is an option of the command line.
 
-    Attributes:
-        model: alias, hub id, directory or ``.gguf`` file.
-        budget: distinct finished plans of the study in total, the baseline included.
-        data: windows to search on: ``wikitext2``, a hub dataset, a local file or ``self``.
-        heldout: windows to report on; None takes what goes with ``data``.
-        windows: number of evaluation windows.
-        seq_len: tokens in a window.
-        max_group: most layers in a group.
-        metric: loss whose increase is searched: ``nll`` on the data or ``kl`` to the unmodified model.
-        objective: what is traded against the loss: ``depth`` or ``latency``.
-        sampler: name of the search method.
-        seed: seed of the search and of sampled data.
-        device: torch device, or ``auto``.
-        dtype: dtype of the weights, or ``auto``: bfloat16 where the device is fast at it.
-        freeze: layers that stay alone, e.g. ``0,1,28-29``.
-        enqueue: plan files to evaluate first.
-        latency: ``auto`` measures on the device, ``off`` does not, anything else is a profile file.
-        study: name of the Optuna study; None takes the model's.
-        out: directory of everything written; None takes ``studies/<model>``.
-        storage: SQLAlchemy URL; None takes ``study.db`` inside ``out``.
-        timeout: seconds after which no further trial starts.
-        staged: evaluate a plan on few windows first, and on all of them only while it may be on the front.
-        trust_remote_code: run the model's own Python code from the hub.
+    The option's name is the field's with hyphens; its help is the field's ``description``, its range and its choices
+    are those of the type. ``json_schema_extra`` holds what only a command line needs: ``metavar`` names the value,
+    ``flags`` the words of a boolean.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = Field(min_length=1)
-    budget: int = Field(default=200, ge=1)
-    data: str = Field(default="wikitext2", min_length=1)
-    heldout: str | None = None
-    windows: int = Field(default=16, ge=1)
-    seq_len: int = Field(default=2048, ge=2)
-    max_group: int = Field(default=2, ge=2)
-    metric: Literal["nll", "kl"] = "nll"
-    objective: Literal["depth", "latency"] = "depth"
-    sampler: Literal["pairset", "evolution", "nsga2", "tpe", "random", "window"] = "pairset"
-    seed: int = Field(default=0, ge=0)
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    freeze: tuple[int, ...] = ()
-    enqueue: tuple[Path, ...] = ()
-    latency: str = "auto"
-    study: str | None = None
-    out: Path | None = None
-    storage: str | None = Field(default=None, min_length=1)
-    timeout: float | None = Field(default=None, gt=0)
-    staged: bool = True
-    trust_remote_code: bool = False
+    model: str = Field(
+        min_length=1,
+        description="alias (see `lpsearch models`), hub id, directory or .gguf file",
+        json_schema_extra={"metavar": "MODEL"},
+    )
+    budget: int = Field(default=200, ge=1, description="distinct finished plans in total, baseline included")
+    data: str = Field(
+        default="wikitext2",
+        min_length=1,
+        description="windows to search on: wikitext2, a hub dataset, a text/jsonl/parquet file, or self",
+        json_schema_extra={"metavar": "SPEC"},
+    )
+    heldout: str | None = Field(
+        default=None,
+        description="windows to check the front on; default: what goes with --data",
+        json_schema_extra={"metavar": "SPEC"},
+    )
+    windows: int = Field(default=16, ge=1, description="evaluation windows")
+    seq_len: int = Field(default=2048, ge=2, description="tokens in a window")
+    max_group: int = Field(default=2, ge=2, description="most layers in a group")
+    metric: Metric = Field(
+        default="nll", description="loss that is searched: nll on the data, or kl to the unmodified model"
+    )
+    objective: Objective = Field(default="depth", description="what is traded against the loss")
+    sampler: Literal["pairset", "evolution", "nsga2", "tpe", "random", "window"] = Field(
+        default="pairset", description="search method; window tries blocks, the published method"
+    )
+    seed: int = Field(default=0, ge=0, description="seed of the search and of sampled data")
+    device: str = Field(default="auto", description="torch device, or auto")
+    dtype: Dtype = Field(
+        default="auto", description="dtype of the weights; auto: bfloat16 where the device is fast at it"
+    )
+    freeze: tuple[int, ...] = Field(
+        default=(), description="layers that stay alone, e.g. 0,1,28-29", json_schema_extra={"metavar": "LAYERS"}
+    )
+    enqueue: tuple[Path, ...] = Field(
+        default=(), description="plan to evaluate first; may be repeated", json_schema_extra={"metavar": "PLAN"}
+    )
+    latency: str = Field(
+        default="auto",
+        description="auto measures on the device, off does not; or a file that `lpsearch profile` wrote",
+        json_schema_extra={"metavar": "auto|off|PROFILE.json"},
+    )
+    study: str | None = Field(default=None, description="name of the Optuna study; default: that of the model")
+    out: Path | None = Field(
+        default=None,
+        description="directory of everything written; default: studies/MODEL",
+        json_schema_extra={"metavar": "DIR"},
+    )
+    storage: str | None = Field(
+        default=None,
+        min_length=1,
+        description="database URL; default: study.db in --out",
+        json_schema_extra={"metavar": "URL"},
+    )
+    timeout: float | None = Field(
+        default=None,
+        gt=0,
+        description="seconds after which no further trial starts",
+        json_schema_extra={"metavar": "SECONDS"},
+    )
+    staged: bool = Field(
+        default=True,
+        description="evaluate a plan on few windows first, and on all only while it may be on the front",
+        json_schema_extra={"flags": "--staged/--unstaged"},
+    )
+    trust_remote_code: bool = Field(
+        default=False,
+        description="run the model's own Python code from the hub",
+        json_schema_extra={"flags": "--trust-remote-code"},
+    )
 
     @field_validator("freeze", mode="before")
     @classmethod
@@ -116,9 +163,18 @@ def resolve_config(*, command_line: Mapping[str, Any], config_file: Path | None 
         values = OptimizeConfig.model_validate({**preset, **named})
     except ValidationError as error:
         raise ConfigError(_describe(error)) from None
+    check_latency(values)
+    return ResolvedConfig(values, frozenset(named))
+
+
+def check_latency(values: OptimizeConfig) -> None:
+    """Refuse to optimise a latency that is not to be known.
+
+    Raises:
+        ConfigError: for the objective ``latency`` with latency off.
+    """
     if values.objective == "latency" and values.latency == "off":
         raise ConfigError("--objective latency needs a latency to optimise; drop --latency off")
-    return ResolvedConfig(values, frozenset(named))
 
 
 def load_preset(model: str) -> dict[str, Any]:

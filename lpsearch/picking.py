@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Protocol
 
-__all__ = ["Candidate", "pick_candidate"]
+from lpsearch.config import Metric, Objective
 
-
-@dataclass(frozen=True)
-class Candidate:
-    """What counts of a plan of a front.
-
-    Attributes:
-        num_joins: its joins; 0 is the unmodified model.
-        loss: by the metric of the search, in nats per token: held out where that is known.
-        speedup: estimated time of the unmodified model over that of the plan; None with latency off.
-    """
-
-    num_joins: int
-    loss: float
-    speedup: float | None
+__all__ = ["Pickable", "pick_plan"]
 
 
-def pick_candidate(
-    candidates: Sequence[Candidate],
+class Pickable(Protocol):
+    """A plan of a front: a result of a study, or a point of a ``front.json``."""
+
+    @property
+    def num_joins(self) -> int:
+        """Its joins; 0 is the unmodified model."""
+
+    @property
+    def speedup(self) -> float | None:
+        """Estimated time of the unmodified model over that of the plan; None with latency off."""
+
+    def get_reported_cost(self, metric: Metric) -> float:
+        """Return its loss in nats per token: held out where that is known."""
+
+
+def pick_plan(
+    front: Sequence[Pickable],
     *,
-    objective: Literal["depth", "latency"],
+    metric: Metric,
+    objective: Objective,
     max_loss: float | None = None,
     min_speedup: float | None = None,
 ) -> int | None:
@@ -36,25 +38,26 @@ def pick_candidate(
     The unmodified model saves nothing, so it is picked only where no plan with a join meets the limits.
 
     Args:
-        candidates: the plans of a front.
+        front: the plans.
+        metric: which loss counts.
         objective: what is saved: joins, or estimated time.
         max_loss: largest loss, in nats per token.
         min_speedup: smallest speed-up.
 
     Returns:
-        The place of the plan among the candidates; None where none meets the limits.
+        The place of the plan on the front; None where none meets the limits.
     """
     meeting = [
         index
-        for index, candidate in enumerate(candidates)
-        if (max_loss is None or candidate.loss <= max_loss)
-        and (min_speedup is None or (candidate.speedup is not None and candidate.speedup >= min_speedup))
+        for index, plan in enumerate(front)
+        if (max_loss is None or plan.get_reported_cost(metric) <= max_loss)
+        and (min_speedup is None or (plan.speedup is not None and plan.speedup >= min_speedup))
     ]
-    meeting = [index for index in meeting if candidates[index].num_joins > 0] or meeting
+    meeting = [index for index in meeting if front[index].num_joins > 0] or meeting
 
     def rank(index: int) -> tuple[float, float]:
-        candidate = candidates[index]
-        saving = candidate.num_joins if objective == "depth" else candidate.speedup or 0.0
-        return (0.0 if max_loss is None else saving, -candidate.loss)
+        plan = front[index]
+        saving = plan.num_joins if objective == "depth" else plan.speedup or 0.0
+        return (0.0 if max_loss is None else saving, -plan.get_reported_cost(metric))
 
     return max(meeting, key=rank, default=None)

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lpsearch.commands.report import open_existing_study
+from lpsearch.commands.studies import open_existing_study
 from lpsearch.errors import LpsearchError, UsageError
 from lpsearch.report import StudyReport, load_report
 from lpsearch.search import PlanSpace, TrialResult
@@ -105,12 +105,11 @@ def find_best_blocks(studies: Sequence[StudyReport]) -> dict[int, TrialResult]:
     space = PlanSpace(num_layers, int(settings["max_group"]), tuple(settings.get("freeze", ())))
     runs = [range(first, stop) for first in range(num_layers) for stop in range(first + 1, num_layers)]
     blocks = {space.repair(run) for run in runs} - {()}
-    tried = [record for study in studies for record in study.records if record.plan.joins in blocks]
+    tried = [record for study in studies for record in study.results if record.plan.joins in blocks]
     missing = {len(joins) for joins in blocks - {record.plan.joins for record in tried}}
     best: dict[int, TrialResult] = {}
     for record in sorted(tried, key=lambda record: record.get_cost(studies[0].metric)):
-        # A plan that lacks windows of text was stopped because it lost to another.
-        if record.proxy_tokens == studies[0].baseline.proxy_tokens and record.num_joins not in missing:
+        if record.state == "complete" and record.num_joins not in missing:
             best.setdefault(record.num_joins, record)
     return best
 
@@ -124,10 +123,9 @@ def collect_front(studies: Sequence[StudyReport], *, max_joins: int) -> list[dic
     """
     metric = studies[0].metric
     best_blocks = find_best_blocks(studies)
-    heldout = {point.record.plan: point.heldout for study in studies for point in study.front if point.heldout}
+    heldout = {record.plan: record.get_heldout(metric) for study in studies for record in study.front}
     rows = []
-    for point in studies[0].front:
-        record = point.record
+    for record in studies[0].front:
         if record.num_joins > max_joins:
             continue
         row: dict[str, Any] = {"num_joins": record.num_joins, "depth_reduction": record.depth_reduction}
@@ -136,8 +134,8 @@ def collect_front(studies: Sequence[StudyReport], *, max_joins: int) -> list[dic
             row |= {
                 f"{prefix}delta_nll": plan_record.get_cost(metric) if plan_record else None,
                 f"{prefix}delta_nll_se": (plan_record.get_cost_se(metric) or 0.0) if plan_record else None,
-                f"{prefix}heldout_delta_nll": checked.delta if checked else None,
-                f"{prefix}heldout_delta_nll_se": (checked.standard_error or 0.0) if checked else None,
+                f"{prefix}heldout_delta_nll": checked.get_cost(metric) if checked else None,
+                f"{prefix}heldout_delta_nll_se": (checked.get_cost_se(metric) or 0.0) if checked else None,
             }
         rows.append(row)
     return rows
@@ -206,7 +204,7 @@ def describe(study: StudyReport) -> str:
     settings = study.settings
     text = "text that the model wrote" if settings["data"] == "self" else settings["data"]
     tokens = f"{settings['windows']} x {settings['seq_len']} tokens of {text}"
-    return f"{study.name}: {len(study.records)} plans, {tokens}\nbars: ± a standard error over windows"
+    return f"{study.name}: {len(study.results)} plans, {tokens}\nbars: ± a standard error over windows"
 
 
 def draw_group() -> str:

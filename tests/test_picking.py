@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 import random
 
 import pytest
 
-from lpsearch.picking import Candidate, pick_candidate
+from lpsearch.picking import pick_plan
+from lpsearch.plan import Plan
+from lpsearch.search import TrialResult
+from tests.results import build_result
+
+NUM_LAYERS = 12
+
+
+def build_plan(num_joins: int, loss: float, speedup: float | None) -> TrialResult:
+    plan = Plan.from_joins(NUM_LAYERS, range(0, 2 * num_joins, 2))
+    return build_result(plan, loss, trial=num_joins, speedup=speedup)
 
 
 @pytest.mark.parametrize("objective", ["depth", "latency"])
@@ -19,14 +31,14 @@ def test_the_picked_one_beats_every_other(objective: str, max_loss: float | None
     chance = random.Random(0)
     num_picked = 0
     for _, num_plans in itertools.product(range(20), range(6)):
-        front = [Candidate(0, 0.0, 1.0)] + [
-            Candidate(joins + 1, chance.uniform(-0.1, 0.5), chance.choice([None, 0.95, 1.1, 1.3]))
+        front = [build_plan(0, 0.0, 1.0)] + [
+            build_plan(joins + 1, chance.uniform(-0.1, 0.5), chance.choice([None, 0.95, 1.1, 1.3]))
             for joins in range(num_plans)
         ]
-        index = pick_candidate(front, objective=objective, max_loss=max_loss, min_speedup=min_speedup)
+        index = pick_plan(front, metric="nll", objective=objective, max_loss=max_loss, min_speedup=min_speedup)
         meeting = []
         for place, plan in enumerate(front):
-            if max_loss is not None and plan.loss > max_loss:
+            if max_loss is not None and plan.loss.delta_nll > max_loss:
                 continue
             if min_speedup is not None and (plan.speedup is None or plan.speedup < min_speedup):
                 continue
@@ -45,9 +57,19 @@ def test_the_picked_one_beats_every_other(objective: str, max_loss: float | None
             if other.num_joins == 0:
                 continue
             if max_loss is None:
-                assert picked.loss <= other.loss
+                assert picked.loss.delta_nll <= other.loss.delta_nll
             elif objective == "depth":
                 assert picked.num_joins >= other.num_joins
             else:
-                assert (picked.speedup or 0.0, -picked.loss) >= (other.speedup or 0.0, -other.loss)
+                assert (picked.speedup or 0.0, -picked.loss.delta_nll) >= (other.speedup or 0.0, -other.loss.delta_nll)
     assert num_picked > 0
+
+
+def test_the_held_out_loss_decides_where_it_is_known_and_finite() -> None:
+    base, seen, unseen = (build_plan(num_joins, 0.1 * num_joins, None) for num_joins in range(3))
+    heldout = dataclasses.replace(unseen.loss, delta_nll=0.05)
+    front = [base, seen, dataclasses.replace(unseen, heldout=heldout)]
+    assert pick_plan(front, metric="nll", objective="depth", max_loss=0.07) == 2
+    front[2] = dataclasses.replace(unseen, heldout=dataclasses.replace(heldout, delta_nll=math.nan))
+    assert pick_plan(front, metric="nll", objective="depth", max_loss=0.07) == 0
+    assert pick_plan(front, metric="nll", objective="depth", max_loss=0.2) == 2

@@ -36,7 +36,7 @@ _POLICY = (
 
 _NOTE_PATH = re.compile(r"/api/studies/\d+(/\d+)?/note")
 
-_READ_ONLY = "because only notes can be written here; the rest of the study is lpsearch's"
+_READ_ONLY = "because only notes can be written here; lpsearch writes the rest of the study"
 
 _BACK_LINK = (
     # A plan's groups are one long word.
@@ -65,7 +65,7 @@ def build_app(study: LiveStudy, directory: Path) -> WSGIApplication:
 
     @lru_cache(maxsize=1)
     def build_optuna_app(inode: int | None) -> WSGIApplication:
-        """Build optuna-dashboard, for each database file anew: it remembers trials by numbers that both files have."""
+        """Build optuna-dashboard again for each database file: it caches trials by numbers that both files have."""
         artifacts = FileSystemArtifactStore(directory / ARTIFACTS_NAME)
         app: WSGIApplication = optuna_dashboard.wsgi(study.store.optuna_storage, artifact_store=artifacts)
         return app
@@ -129,7 +129,7 @@ def _answer_plotly(environ: WSGIEnvironment) -> _Answer:
 
 
 def _follow_database(study: LiveStudy, path: str) -> _Answer | None:
-    """See to it that optuna-dashboard uses the study's present file; return what to answer where there is none."""
+    """Have optuna-dashboard use the study's present file; return what to answer where there is none."""
     if path.startswith("/static/"):  # read from no database
         return None
     try:

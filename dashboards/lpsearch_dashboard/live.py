@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from lpsearch.errors import UsageError
+from lpsearch.front_file import FRONT_NAME
 from lpsearch.report import StudyReport, load_report
 from lpsearch.report.html import PAGE_TOP, build_parts, read_asset
 from lpsearch.search import StudyStore
@@ -65,7 +66,6 @@ class LiveStudy:
     """
 
     def __init__(self, store: StudyStore, directory: Path) -> None:
-        """Begin with nothing read."""
         self._store = store
         self._directory = directory
         self._lock = threading.Lock()
@@ -134,7 +134,7 @@ class LiveStudy:
         return _render(snapshot, etag="", optuna_path="/dashboard")  # no tag, so that the first answer is whole
 
     def follow_database(self) -> None:
-        """Let go of a database file that was moved aside, as ``optimize --fresh`` does, and take the one in its place.
+        """Release a database file that was moved aside, as by ``optimize --fresh``, and open the one in its place.
 
         Raises:
             StudyError: if there is none; SQLite would make one.
@@ -154,7 +154,7 @@ class LiveStudy:
     def _read_revision(self) -> str:
         """Return a text that changes with the study or the files of its front."""
         try:
-            status = (self._directory / "front.json").stat()
+            status = (self._directory / FRONT_NAME).stat()
         except FileNotFoundError:
             return self._store.read_stamp()
         return f"{self._store.read_stamp()} {status.st_ino} {status.st_mtime_ns} {status.st_size}"
@@ -164,7 +164,7 @@ class LiveStudy:
             report = load_report(self._store, self._directory)
         except UsageError as error:  # no plan is finished yet
             return self._build_waiting(
-                "waiting", "waiting for the first plan", f"{error}; the figures come by themselves."
+                "waiting", "waiting for the first plan", f"{error}; the figures appear by themselves."
             )
         parts = build_parts(report)
         state = "done" if report.is_current else "searching"
@@ -187,7 +187,7 @@ class LiveStudy:
 
 
 def _describe(report: StudyReport) -> str:
-    plans = name_count(len(report.records), "plan")
+    plans = name_count(len(report.results), "plan")
     if report.is_current:
         return f"{plans}; the search is done, and its plan files are written"
     return f"{plans} so far; this page follows the search"
@@ -218,7 +218,7 @@ def _read_own_asset(name: str) -> str:
 
 _WAITING = "<header><div class='bar'><h1>{name}</h1></div></header>\n<main id='main'><p class='note'>{note}</p></main>"
 
-_LOST = "The study cannot be read now. This page asks again, and shows the study once it can be read."
+_LOST = "The study cannot be read now. This page tries again, and shows the study once it can be read."
 
 _PAGE = (
     PAGE_TOP

@@ -23,7 +23,7 @@ HOST = "127.0.0.1"
 
 
 class _Handler(WSGIRequestHandler):
-    """Answers one request, and logs it where it does not disturb."""
+    """Answers one request, and logs it at level DEBUG."""
 
     timeout = 60  # of a connection that a browser opened and does not use
 
@@ -50,7 +50,7 @@ class DashboardServer(socketserver.ThreadingMixIn, WSGIServer):
         self.setup_environ()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log what a browser that left has caused."""
+        """Log the error of a connection that the browser closed."""
         logger.debug("while answering %s", client_address, exc_info=sys.exc_info())
 
 

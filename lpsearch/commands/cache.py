@@ -7,11 +7,11 @@ from typing import Any
 
 from lpsearch.models.cache import CACHE_PARTS, cache_directory
 
-__all__ = ["clear_cache", "show_cache"]
+__all__ = ["clear", "show"]
 
 
-def show_cache() -> dict[str, Any]:
-    """Return where the cache is and how many bytes each part of it takes."""
+def show() -> dict[str, Any]:
+    """Print where the cache is and how many bytes it holds."""
     directory = cache_directory()
     parts = [directory / name for name in CACHE_PARTS if (directory / name).is_dir()]
     return {
@@ -20,9 +20,9 @@ def show_cache() -> dict[str, Any]:
     }
 
 
-def clear_cache() -> dict[str, Any]:
-    """Delete the cache; what is needed again is made again."""
-    cleared = show_cache()
+def clear() -> dict[str, Any]:
+    """Delete the cache; everything in it can be made again."""
+    cleared = show()
     for name in CACHE_PARTS:
         if (cache_directory() / name).exists():
             shutil.rmtree(cache_directory() / name)

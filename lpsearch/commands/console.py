@@ -1,4 +1,4 @@
-"""What every command shares: how it speaks on stderr, and how it ends: exit code, last line of stdout, summary.
+"""How every command speaks on stderr, and how it ends: exit code, last line of stdout, summary.
 
 On a terminal a live display stands below the log lines. Elsewhere, in a file or a pipe, there are plain lines and no
 control characters. With ``--json`` every line on stderr is a JSON object, for a program to read.
@@ -47,7 +47,7 @@ class Output:
     """How a command speaks on stderr.
 
     Attributes:
-        console: for tables and displays; silent where no person wants to see any.
+        console: for tables and displays; silent with ``--quiet`` and ``--json``.
         is_live: a display may be drawn over and over.
         is_json: log lines are JSON objects, which carry progress as data.
     """
@@ -59,7 +59,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command has found.
+    """What a command returns.
 
     Attributes:
         document: the JSON object of the last line of stdout.
@@ -79,7 +79,7 @@ def get_output() -> Output:
 
 
 def adopt_optuna_log() -> None:
-    """Have Optuna's warnings go where this package's do; it reports every trial otherwise, on a handler of its own."""
+    """Send Optuna's warnings where this package's go; its own handler would report every trial."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -105,7 +105,7 @@ def run_command(command: Callable[[], Any], *, quiet: bool = False, as_json: boo
 
 
 def _open_missing_streams() -> None:
-    """Let what is written to streams that the process was started without (``2>&-``) go nowhere."""
+    """Discard what is written to streams that the process was started without, as after ``2>&-``."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
@@ -115,7 +115,7 @@ def _open_missing_streams() -> None:
 def _speak(*, quiet: bool, as_json: bool) -> Iterator[None]:
     """Send this package's log, and with ``as_json`` whatever else comes, to stderr in the form that was asked for."""
     is_terminal = sys.stderr.isatty() and not as_json
-    # Bound to the stream of now, since loading a model holds back what libraries write to sys.stderr.
+    # Bound to the present stream: while a model is loaded, sys.stderr is another one, which holds libraries back.
     console = StderrConsole(
         file=sys.stderr,
         highlight=False,
@@ -156,7 +156,7 @@ def _run(command: Callable[[], Any]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _fail(
             "Interrupted",
-            "interrupted; given the same command a search goes on where it stopped, all else begins anew",
+            "interrupted; run the same command again: a search resumes, any other command starts over",
             EXIT_INTERRUPTED,
         )
     except OSError as error:
@@ -186,7 +186,7 @@ def _run(command: Callable[[], Any]) -> int:
 
 
 def _show_answer(answer: Answer) -> int:
-    """Print both forms of an answer, the one that its reader wants last.
+    """Print both forms of an answer; the one that the reader wants comes last.
 
     The JSON line of a search is long; on the screen it would push the summary out of sight.
     """
@@ -199,10 +199,7 @@ def _show_answer(answer: Answer) -> int:
 
 
 def _print_summary(summary: RenderableType) -> None:
-    """Print what a person reads; the work is done by now, and whatever fails here must not take its result away.
-
-    That holds for an interrupt too: it ends the summary, and the command has done all that was asked of it.
-    """
+    """Print the summary. The work is done by now, so whatever fails here, an interrupt included, keeps its result."""
     try:
         get_output().console.print(summary, soft_wrap=True)
     except KeyboardInterrupt:
@@ -223,7 +220,7 @@ def _print_json(document: Mapping[str, Any]) -> int:
     try:
         sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader left, which is its right
+    except BrokenPipeError:  # the reader has left
         give_up_stream(sys.stdout)
     except OSError as error:
         give_up_stream(sys.stdout)
@@ -236,9 +233,9 @@ def _is_out_of_memory(error: Exception) -> bool:
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's word for it on a CPU
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's message on a CPU
 
 
 def _interrupt(signum: int, frame: object) -> NoReturn:
-    """Treat a polite end by the system as Ctrl-C, so that locks and files are left in order."""
+    """Treat SIGTERM as Ctrl-C, so that locks are released and files are whole."""
     raise KeyboardInterrupt

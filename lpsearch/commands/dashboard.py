@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import entry_points
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from lpsearch.commands.console import adopt_optuna_log
-from lpsearch.commands.report import open_existing_study
+from lpsearch.commands.options import DirectoryArgument, StorageOption, StudyOption
 from lpsearch.errors import UsageError
 
 __all__ = ["dashboard"]
@@ -19,27 +20,18 @@ __all__ = ["dashboard"]
 logger = logging.getLogger(__name__)
 
 ENTRY_POINT_GROUP = "lpsearch.dashboard"
-"""Where what serves a study is found: nothing in this package imports it."""
+"""Where the package that serves a study is found: nothing in this package imports it."""
 
 
-def dashboard(directory: Path, *, port: int, storage: str | None, study: str | None) -> dict[str, Any]:
-    """Serve a study, finished or not, until the process is interrupted.
+def dashboard(
+    directory: DirectoryArgument,
+    port: Annotated[int, typer.Option(help="port of 127.0.0.1; 0: any free one", min=0, max=65535)] = 8080,
+    storage: StorageOption = None,
+    study: StudyOption = None,
+) -> dict[str, Any]:
+    """Serve a study, finished or not: its live figures and optuna-dashboard, until Ctrl-C."""
+    from lpsearch.commands.studies import open_existing_study
 
-    Args:
-        directory: what ``optimize`` wrote.
-        port: port of 127.0.0.1; 0 takes any free one.
-        storage: database URL; None takes ``study.db`` in the directory.
-        study: name of the study; None takes the one that the directory's ``front.json`` names, or the only one.
-
-    Returns:
-        ``url``, ``study`` and ``seconds``.
-
-    Raises:
-        UsageError: for a directory or database without a study, or with several and none chosen, a port that is in
-            use, or a missing extra.
-        StudyVersionError: for a study of another version.
-        StudyError: if the database fails.
-    """
     adopt_optuna_log()
     with open_existing_study(directory, storage=storage, study=study) as store:
         build_server = _load_server()

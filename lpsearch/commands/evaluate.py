@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from lpsearch.commands.loading import describe_device, load_model_of_plan, resolve_device, resolve_dtype
-from lpsearch.commands.progress import show_steps
-from lpsearch.commands.results import build_proxy_metrics
-from lpsearch.data import Windows, build_windows, check_text_source
-from lpsearch.evaluation import ModelEvaluator
-from lpsearch.models import LoadedModel
+from lpsearch.commands.options import DeviceOption, DtypeOption, ModelOption, PlanArgument, TrustOption
+from lpsearch.commands.steps import show_steps
+from lpsearch.config import Metric, Split
 from lpsearch.plan import Plan, ProxyMetrics, load_plan
-from lpsearch.search import Split
+
+if TYPE_CHECKING:
+    from lpsearch.data import Windows
+    from lpsearch.models import LoadedModel
 
 __all__ = ["evaluate"]
 
@@ -22,59 +24,45 @@ _DEFAULT_SEQ_LEN = 2048
 
 
 def evaluate(
-    plan_path: Path,
-    *,
-    model: str | None,
-    data: str | None,
-    num_windows: int | None,
-    seq_len: int | None,
-    metric: Literal["nll", "kl"],
-    split: Split,
-    seed: int | None,
-    device: str,
-    dtype: str,
-    trust_remote_code: bool,
+    plan_path: PlanArgument,
+    model: ModelOption = None,
+    data: Annotated[
+        str | None, typer.Option(help="as for optimize; default: as in the plan file", metavar="SPEC")
+    ] = None,
+    windows: Annotated[int | None, typer.Option(help="evaluation windows; default: as in the plan file", min=1)] = None,
+    seq_len: Annotated[int | None, typer.Option(help="tokens in a window; default: as in the plan file", min=2)] = None,
+    metric: Annotated[Metric, typer.Option(help="kl also measures the divergence from the unmodified model")] = "nll",
+    split: Annotated[Split, typer.Option(help="windows that a search uses, or those held out from it")] = "heldout",
+    seed: Annotated[int | None, typer.Option(help="seed of sampled data; default: as in the plan file", min=0)] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    trust_remote_code: TrustOption = False,
 ) -> dict[str, Any]:
-    """Measure a plan's loss against the unmodified model on the same windows.
+    """Measure a plan's loss against the unmodified model on any data.
 
-    What is not named is taken from the plan file, so that a plan alone repeats the values that stand in it.
-
-    Args:
-        plan_path: plan file or a directory that holds one.
-        model: what to load instead of the model that the plan names.
-        data: data specification, as ``--data`` takes it.
-        num_windows: number of windows.
-        seq_len: tokens in a window.
-        metric: ``kl`` also measures KL(base || plan).
-        split: which windows of the data: those that a search uses, or those held out from it.
-        seed: seed of sampled data.
-        device: torch device, or ``auto``.
-        dtype: dtype of the weights, or ``auto``.
-        trust_remote_code: run the model's own Python code from the hub.
-
-    Returns:
-        The metrics of the plan file's form, with the plan and the baseline's NLL beside them.
-
-    Raises:
-        UsageError: for a plan, data or options that cannot be used.
-        SourceError: if model or data cannot be fetched.
-        LpsearchError: if a loss is not finite.
+    What is not given is taken from the plan file, so that a plan alone repeats the values in it.
     """
+    from lpsearch.commands.results import build_proxy_metrics
+    from lpsearch.data import check_text_source
+    from lpsearch.evaluation import ModelEvaluator
+    from lpsearch.evaluation.losses import PlanLosses
+    from lpsearch.search.results import compute_loss
+
     plan = load_plan(plan_path)
     metadata = plan.metadata
     assert metadata is not None  # a plan file has it
     measured = getattr(metadata.metrics, split) or metadata.metrics.proxy
     data = data or (_DEFAULT_DATA if measured is None else measured.data)
-    num_windows = num_windows or (_DEFAULT_WINDOWS if measured is None else measured.windows)
+    num_windows = windows or (_DEFAULT_WINDOWS if measured is None else measured.windows)
     seq_len = seq_len or (_DEFAULT_SEQ_LEN if measured is None else measured.seq_len)
     seed = (metadata.provenance.seed or 0) if seed is None else seed
-    dtype = measured.dtype if dtype == "auto" and measured is not None else dtype
     target = resolve_device(device)
+    chosen_dtype = resolve_dtype(measured.dtype if dtype == "auto" and measured is not None else dtype, target)
     check_text_source(data, split=split)
     loaded = load_model_of_plan(
-        plan, model=model, device=target, dtype=resolve_dtype(dtype, target), trust_remote_code=trust_remote_code
+        plan, model=model, device=target, dtype=chosen_dtype, trust_remote_code=trust_remote_code
     )
-    windows = _build_windows(
+    built = _build_windows(
         data,
         loaded,
         num_windows=num_windows,
@@ -83,15 +71,20 @@ def evaluate(
         seed=seed,
         searched=metadata.metrics.proxy,
     )
-    evaluator = ModelEvaluator(model=loaded.model, windows=windows, metric=metric)
+    evaluator = ModelEvaluator(model=loaded.model, windows=built, metric=metric)
+    window_indices = range(num_windows)
     with show_steps("evaluating the unmodified model and the plan") as on_step:
-        base_losses = evaluator.evaluate_windows(Plan.baseline(plan.num_layers), range(num_windows))
+        base_losses = evaluator.evaluate_windows(Plan.baseline(plan.num_layers), window_indices)
         on_step(1, 2)
-        losses = evaluator.evaluate_windows(plan, range(num_windows))
+        losses = evaluator.evaluate_windows(plan, window_indices)
+    loss = compute_loss(
+        PlanLosses.build(num_windows, window_indices, losses),
+        PlanLosses.build(num_windows, window_indices, base_losses),
+        metric=metric,
+    )
     metrics = build_proxy_metrics(
-        losses=losses,
-        base_losses=base_losses,
-        windows=windows,
+        loss,
+        windows=built,
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         device_name=describe_device(target),
     )
@@ -115,7 +108,8 @@ def _build_windows(
     seed: int,
     searched: ProxyMetrics | None,
 ) -> Windows:
-    """Build the windows; those held out of the text that the plan was searched on come after the search's own."""
+    """Build the windows. Held-out ones of the text that the plan was searched on come after the search's own."""
+    from lpsearch.data import build_windows
 
     def build(split: Split, num_windows: int, seq_len: int, after: Windows | None = None) -> Windows:
         with show_steps("preparing windows") as on_progress:

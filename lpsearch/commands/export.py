@@ -4,42 +4,33 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from lpsearch.commands.progress import show_steps
-from lpsearch.errors import PlanError
+import typer
+
+from lpsearch.commands.loading import resolve_source_of_plan
+from lpsearch.commands.options import ModelOption, PlanArgument
+from lpsearch.commands.steps import show_steps
+from lpsearch.config import Dtype
 from lpsearch.plan import load_plan
 
 __all__ = ["export"]
 
 
-def export(plan_path: Path, directory: Path, *, model: str | None, dtype: str) -> dict[str, Any]:
-    """Write a plan's fused checkpoint.
-
-    Args:
-        plan_path: plan file or a directory that holds one.
-        directory: new or empty directory to write.
-        model: what to read instead of the model that the plan names, e.g. a local copy of it.
-        dtype: dtype to write, or ``auto`` for the one that the weights are stored in.
-
-    Returns:
-        ``directory``, ``model``, ``depth``, ``depth_reduction``, ``dtype``, ``num_bytes`` and ``seconds``.
-
-    Raises:
-        UsageError: for a plan, model or directory that cannot be used.
-        SourceError: if the model cannot be fetched.
-        LpsearchError: if the disk has too little room.
-    """
+def export(
+    plan_path: PlanArgument,
+    directory: Annotated[Path, typer.Argument(help="new or empty directory to write", metavar="DIR")],
+    model: ModelOption = None,
+    dtype: Annotated[Dtype, typer.Option(help="dtype to write; auto: the one that the weights are stored in")] = "auto",
+) -> dict[str, Any]:
+    """Write a checkpoint with fused layers, which transformers and vLLM load without lpsearch."""
     import torch
 
     from lpsearch.export import export_source, read_dtype
-    from lpsearch.models import resolve_source
 
     plan = load_plan(plan_path)
-    if plan.metadata is None:
-        raise PlanError("the plan names no model; give --model")
-    identity = plan.metadata.model
-    source = resolve_source(model) if model else resolve_source(identity.id, revision=identity.revision)
+    assert plan.metadata is not None  # a plan file has it
+    source = resolve_source_of_plan(plan, model)
     started = time.perf_counter()
     with show_steps("writing") as on_progress:
         export_source(
@@ -51,7 +42,7 @@ def export(plan_path: Path, directory: Path, *, model: str | None, dtype: str) -
         )
     return {
         "directory": str(directory),
-        "model": identity.id,
+        "model": plan.metadata.model.id,
         "depth": plan.depth,
         "depth_reduction": plan.depth_reduction,
         "dtype": read_dtype(directory),

@@ -1,15 +1,18 @@
-"""``lpsearch generate``: a plan, or what was exported of it, at work on a prompt."""
+"""``lpsearch generate``: generate text with a plan, or with a checkpoint that was exported of one."""
 
 from __future__ import annotations
 
 import logging
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
 
 from lpsearch.commands.console import get_output
 from lpsearch.commands.loading import describe_device, load_model_of_plan, resolve_device, resolve_dtype
-from lpsearch.commands.progress import show_steps
+from lpsearch.commands.options import DeviceOption, DtypeOption, ModelOption, TrustOption
+from lpsearch.commands.steps import show_steps
 from lpsearch.errors import UsageError
 from lpsearch.plan import load_plan
 
@@ -24,32 +27,18 @@ logger = logging.getLogger(__name__)
 
 
 def generate(
-    plan_path: Path,
-    *,
-    prompt: str,
-    model: str | None,
-    max_new_tokens: int,
-    compare: bool,
-    device: str,
-    dtype: str,
-    trust_remote_code: bool,
+    plan_path: Annotated[
+        Path, typer.Argument(help="plan file, or a directory that export or recover wrote", metavar="DIR|PLAN")
+    ],
+    prompt: Annotated[str, typer.Option(help="text to continue; it is put in no chat template")],
+    model: ModelOption = None,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens to generate", min=1)] = 64,
+    compare: Annotated[bool, typer.Option("--compare", help="also generate with the unmodified model")] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    trust_remote_code: TrustOption = False,
 ) -> dict[str, Any]:
-    """Continue a prompt greedily with a plan applied or an exported directory, streaming the text to stderr.
-
-    Args:
-        plan_path: plan file, a directory that holds one, or a directory that ``export`` wrote. The last runs as it is,
-            with this package's own modelling code.
-        prompt: text to continue; a chat prompt is not wrapped in a template.
-        model: what to load instead of the model that the plan names.
-        max_new_tokens: most tokens to generate.
-        compare: also continue with the unmodified model.
-        device: torch device, or ``auto``.
-        dtype: dtype of the weights, or ``auto``.
-        trust_remote_code: run the model's own Python code from the hub.
-
-    Returns:
-        ``text``, ``new_tokens`` and ``tokens_per_s`` of the plan, and with ``compare`` the same under ``base``.
-    """
+    """Continue a prompt with a plan or an exported directory, greedily, and show the text as it comes."""
     if not prompt:
         raise UsageError("--prompt is empty; give some text to continue")
     plan = load_plan(plan_path)
@@ -90,7 +79,7 @@ def generate(
 def _continue_prompt(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, prompt: str, max_new_tokens: int
 ) -> dict[str, Any]:
-    """Generate greedily, streaming to stderr; the time counts the prompt's own forward too, but not the first run's."""
+    """Generate greedily and stream the text to stderr; the time includes the forward of the prompt, but no warm-up."""
     import torch
     from transformers import TextStreamer
 

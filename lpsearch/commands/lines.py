@@ -20,15 +20,14 @@ __all__ = ["ConsoleHandler", "JsonFormatter", "LineHandler", "StderrConsole", "g
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints log lines through the console of the live display, which they then stand above."""
+    """Prints log lines above the live display, through its console."""
 
     def __init__(self, console: Console) -> None:
-        """Take the console."""
         super().__init__()
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a line; its level is told by its colour, and from a warning on by a word."""
+        """Print a line; colour shows its level, and from WARNING on a word as well."""
         try:
             line = Text(self.format(record))
             if record.levelno >= logging.WARNING:
@@ -40,10 +39,10 @@ class ConsoleHandler(logging.Handler):
 
 
 class LineHandler(logging.StreamHandler[TextIO]):
-    """Writes log lines to a stream, and goes on without a word where that cannot be written any more."""
+    """Writes log lines to a stream, and ignores that it cannot be written any more."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name is that of logging
-        """Give the stream up if its reader left; a full disk is no reason for a traceback a line."""
+        """Give the stream up if its reader has left; print no traceback for each line that a full disk refuses."""
         error = sys.exception()
         if isinstance(error, BrokenPipeError):
             give_up_stream(self.stream)
@@ -52,16 +51,16 @@ class LineHandler(logging.StreamHandler[TextIO]):
 
 
 class StderrConsole(Console):
-    """A console whose reader may leave: what is printed goes nowhere from then on, and the command goes on."""
+    """A console whose reader may leave: from then on it prints nothing, and the command continues."""
 
     def on_broken_pipe(self) -> None:
-        """Stay silent; the stock console would take stdout away and end the process."""
+        """Print nothing more; rich's own console would close stdout and end the process."""
         self.quiet = True
         give_up_stream(self.file)
 
 
 def give_up_stream(stream: IO[str]) -> None:
-    """Let what is still written to a standard stream go nowhere, so that neither libraries nor the exit fail by it."""
+    """Discard what is still written to a standard stream, so that neither libraries nor the exit fail."""
     with suppress(OSError, ValueError):  # no file, or closed
         target = stream.fileno()
         devnull = os.open(os.devnull, os.O_WRONLY)
@@ -103,11 +102,11 @@ def log_stray_lines(logger: logging.Logger) -> Iterator[None]:
 
 
 class _LineStream(io.TextIOBase):
-    """A text stream that logs each line as it ends; every thread writes lines of its own."""
+    """A text stream that logs each line when it ends; it keeps the lines of different threads apart."""
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
-        # By its own object, since the system gives the number of a thread that ended to a new one.
+        # Keyed by the object, since the system gives the number of a thread that ended to a new one.
         self._rests: dict[threading.Thread, str] = {}
         # Not held while logging: a thread that logs by itself holds its handler's lock when that writes here.
         # Re-entrant, since a finalizer may write at any moment.

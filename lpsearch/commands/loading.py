@@ -1,12 +1,12 @@
-"""What the commands that run a model share: the device, the model a plan is for, and its data windows."""
+"""What commands that run a model share: the device, the dtype, and the model that a plan is for."""
 
 from __future__ import annotations
 
 import logging
 from typing import TYPE_CHECKING, Any
 
-from lpsearch.commands.progress import show_steps
-from lpsearch.errors import ConfigError, PlanError
+from lpsearch.commands.steps import show_steps
+from lpsearch.errors import ConfigError
 from lpsearch.plan import Plan
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ __all__ = [
     "load_model_of_plan",
     "resolve_device",
     "resolve_dtype",
+    "resolve_source_of_plan",
     "settle_dtype",
 ]
 
@@ -71,6 +72,23 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def resolve_source_of_plan(plan: Plan, model: str | None) -> ModelSource:
+    """Return where to find the model that a plan is for, or the one to take in its place.
+
+    Args:
+        plan: a plan read from a file.
+        model: what to load instead of the model that the plan names, e.g. a local copy of it.
+
+    Raises:
+        ModelError: if there is no such model.
+    """
+    from lpsearch.models import resolve_source
+
+    assert plan.metadata is not None  # a plan file has it
+    identity = plan.metadata.model
+    return resolve_source(model) if model else resolve_source(identity.id, revision=identity.revision)
+
+
 def load_model_of_plan(
     plan: Plan, *, model: str | None, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
 ) -> LoadedModel:
@@ -84,17 +102,14 @@ def load_model_of_plan(
         trust_remote_code: run the model's own Python code from the hub.
 
     Raises:
-        PlanError: if the plan names no model, or is for another one.
+        PlanError: if the plan is for another model.
         ModelError: if there is no such model.
         SourceError: if it cannot be fetched.
     """
-    from lpsearch.models import load_model, resolve_source
+    from lpsearch.models import load_model
     from lpsearch.transform import check_plan_model
 
-    if plan.metadata is None:
-        raise PlanError("the plan names no model; give --model")
-    identity = plan.metadata.model
-    source = resolve_source(model) if model else resolve_source(identity.id, revision=identity.revision)
+    source = resolve_source_of_plan(plan, model)
     with show_steps(f"loading {source.id} on {describe_device(device)}"):
         loaded = load_model(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     check_plan_model(plan, loaded.model)
@@ -102,7 +117,7 @@ def load_model_of_plan(
 
 
 def load_for_search(source: ModelSource, *, device: torch.device, dtype: str, trust_remote_code: bool) -> LoadedModel:
-    """Load a model in the dtype of a search, or in float32 where an automatic dtype is yet to be checked against it.
+    """Load a model in the dtype of a search, or in float32 where an automatic dtype must first be checked against it.
 
     Args:
         source: the model.
@@ -119,7 +134,7 @@ def load_for_search(source: ModelSource, *, device: torch.device, dtype: str, tr
     from lpsearch.models import load_model
 
     loaded_dtype = resolve_dtype(dtype, device)
-    # A repository with code of its own has no geometry that could be told before it is loaded.
+    # The geometry of a repository with its own code is not known before it is loaded.
     if dtype == "auto" and loaded_dtype != torch.float32 and not trust_remote_code and _fits_in_float32(source, device):
         loaded_dtype = torch.float32
     with show_steps(f"loading {source.id} on {describe_device(device)}"):
@@ -148,7 +163,7 @@ def settle_dtype(model: PreTrainedModel, *, dtype: str, device: torch.device, wi
         if check.dtype == target:
             logger.info("%s moves the baseline by %+.4f nats per token from float32", target, check.nll_difference)
     elif dtype == "auto" and target != torch.float32:
-        logger.info("%s is not checked against float32, for which there is no room on %s", target, device)
+        logger.info("%s is not checked against float32, which does not fit on %s", target, device)
     return str(model.dtype).removeprefix("torch.")
 
 

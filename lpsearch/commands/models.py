@@ -9,11 +9,11 @@ from rich.table import Table
 from lpsearch.commands.console import Answer
 from lpsearch.models import list_aliases
 
-__all__ = ["list_models"]
+__all__ = ["models"]
 
 
-def list_models() -> Answer:
-    """Return the aliases, with a table of them."""
+def models() -> Answer:
+    """List the aliases that --model takes."""
     table = Table()
     table.add_column("alias")
     table.add_column("layers", justify="right")

@@ -1,76 +1,107 @@
-"""Options and arguments that several commands take, and the names that their values may have."""
+"""Options that several commands take, and those that the fields of the configuration declare."""
 
 from __future__ import annotations
 
-from enum import StrEnum
+import functools
+import inspect
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
 
+from lpsearch.config import Dtype, OptimizeConfig
+
 __all__ = [
     "DeviceOption",
-    "DtypeName",
+    "DirectoryArgument",
     "DtypeOption",
     "JsonOption",
-    "MetricName",
     "ModelOption",
-    "ObjectiveName",
     "PlanArgument",
     "QuietOption",
-    "SamplerName",
-    "SplitName",
+    "StorageOption",
+    "StudyOption",
     "TrustOption",
+    "set_parameters",
+    "with_config_options",
 ]
 
-
-class SamplerName(StrEnum):
-    """Search methods that ``--sampler`` takes."""
-
-    PAIRSET = "pairset"
-    EVOLUTION = "evolution"
-    NSGA2 = "nsga2"
-    TPE = "tpe"
-    RANDOM = "random"
-    WINDOW = "window"
+_Result = TypeVar("_Result")
 
 
-class DtypeName(StrEnum):
-    """Dtypes of the weights that ``--dtype`` takes."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
-class MetricName(StrEnum):
-    """Losses that ``--metric`` takes."""
-
-    NLL = "nll"
-    KL = "kl"
-
-
-class ObjectiveName(StrEnum):
-    """What ``--objective`` trades against the loss."""
-
-    DEPTH = "depth"
-    LATENCY = "latency"
-
-
-class SplitName(StrEnum):
-    """Windows of the data that ``--split`` takes."""
-
-    PROXY = "proxy"
-    HELDOUT = "heldout"
+def _describe(name: str, **details: Any) -> Any:
+    """Build what typer needs to know of an option from the field of the configuration that declares it."""
+    field = OptimizeConfig.model_fields[name]
+    declared: Any = field.json_schema_extra or {}
+    flags = [declared["flags"]] if "flags" in declared else []
+    least = next((item.ge for item in field.metadata if hasattr(item, "ge")), None)
+    return typer.Option(*flags, help=field.description, metavar=declared.get("metavar"), min=least, **details)
 
 
 PlanArgument = Annotated[Path, typer.Argument(help="plan file, or a directory that holds plan.json", metavar="PLAN")]
-ModelOption = Annotated[
-    str | None, typer.Option(help="alias (see `lpsearch models`), hub id, directory or .gguf file", metavar="MODEL")
-]
-DeviceOption = Annotated[str, typer.Option(help="torch device, or auto")]
-DtypeOption = Annotated[DtypeName, typer.Option(help="dtype of the weights; auto: bfloat16 where it is fast")]
-TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="run the model's own Python code from the hub")]
+DirectoryArgument = Annotated[Path, typer.Argument(help="directory that optimize wrote", metavar="DIR")]
+ModelOption = Annotated[str | None, _describe("model")]
+DeviceOption = Annotated[str, _describe("device")]
+DtypeOption = Annotated[Dtype, _describe("dtype")]
+TrustOption = Annotated[bool, _describe("trust_remote_code")]
+StorageOption = Annotated[str | None, typer.Option(help="database URL; default: study.db in DIR", metavar="URL")]
+StudyOption = Annotated[str | None, typer.Option(help="name of the study; default: that of DIR")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="warnings and the result only")]
 JsonOption = Annotated[bool, typer.Option("--json", help="for programs: every line on stderr is a JSON object too")]
+
+
+def with_config_options(command: Callable[..., _Result]) -> Callable[..., _Result]:
+    """Give a command an option for every field of :class:`OptimizeConfig`, before its own.
+
+    Args:
+        command: takes, as ``given``, those of these options that were typed: values by the name of the field.
+    """
+
+    @functools.wraps(command)
+    def call(**arguments: Any) -> _Result:
+        values = {name: arguments.pop(name) for name in OptimizeConfig.model_fields}
+        given = {name: value for name, value in values.items() if value is not None and value != []}
+        return command(given=given, **arguments)
+
+    own = dict(inspect.signature(command, eval_str=True).parameters)
+    del own["given"]
+    set_parameters(call, [*map(_build_parameter, OptimizeConfig.model_fields), *own.values()])
+    return call
+
+
+def set_parameters(function: Callable[..., Any], parameters: Iterable[inspect.Parameter]) -> None:
+    """Have a function that takes any keyword say which it takes, where typer looks for it."""
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+
+
+def _build_parameter(name: str) -> inspect.Parameter:
+    """Build the parameter of a field: None where it is not typed, since a file or a preset may say it then."""
+    field = OptimizeConfig.model_fields[name]
+    default = None if field.is_required() else field.default
+    if isinstance(default, bool):
+        shown = name if default else None
+    else:
+        shown = str(default) if default not in (None, ()) else None
+    typed = _name_typed(field.annotation) | None
+    option = _describe(name, show_default=shown or False)
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[typed, option],
+    )
+
+
+def _name_typed(annotation: Any) -> Any:
+    """Return what a value is typed as: several paths one by one, several layers as one word that the field parses."""
+    if get_origin(annotation) is tuple:
+        item, _ = get_args(annotation)
+        return list[Path] if item is Path else str
+    if get_origin(annotation) is Literal:
+        return annotation
+    kinds = [kind for kind in get_args(annotation) if kind is not NoneType]
+    return kinds[0] if kinds else annotation

@@ -5,37 +5,29 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+
+from lpsearch.commands.options import ModelOption, PlanArgument
 from lpsearch.errors import StudyError, UsageError
-from lpsearch.picking import Candidate, pick_candidate
-from lpsearch.plan import build_plan_document, load_plan
+from lpsearch.front_file import FRONT_NAME, load_front_file
+from lpsearch.picking import pick_plan
+from lpsearch.plan import build_plan_document, build_plan_schema, load_plan
 
-__all__ = ["diff_plans", "pick_plan", "show_plan", "validate_plan"]
+__all__ = ["diff", "pick", "schema", "show", "validate"]
 
 logger = logging.getLogger(__name__)
 
 
-def show_plan(path: Path) -> dict[str, Any]:
-    """Return the content of a plan file.
-
-    Raises:
-        PlanError: if it is not a valid plan.
-    """
-    return build_plan_document(load_plan(path))
+def show(plan_path: PlanArgument) -> dict[str, Any]:
+    """Print a plan: its groups, its model and what was measured."""
+    return build_plan_document(load_plan(plan_path))
 
 
-def validate_plan(path: Path, *, model: str | None) -> dict[str, Any]:
-    """Check a plan file, and that it is for a model if one is named.
-
-    Args:
-        path: the plan file.
-        model: alias, hub id, directory or ``.gguf`` file; None checks the file alone.
-
-    Raises:
-        PlanError: if it is not a valid plan, or one for another model.
-    """
-    plan = load_plan(path)
+def validate(plan_path: PlanArgument, model: ModelOption = None) -> dict[str, Any]:
+    """Check a plan file, and with --model that it is for that model."""
+    plan = load_plan(plan_path)
     if model is not None:
         import torch
 
@@ -44,16 +36,11 @@ def validate_plan(path: Path, *, model: str | None) -> dict[str, Any]:
 
         loaded = load_model(resolve_source(model), device="cpu", dtype=torch.float32)
         check_plan_model(plan, loaded.model)
-    return {"plan": str(path), "valid": True, "num_layers": plan.num_layers, "depth": plan.depth, "model": model}
+    return {"plan": str(plan_path), "valid": True, "num_layers": plan.num_layers, "depth": plan.depth, "model": model}
 
 
-def diff_plans(first: Path, second: Path) -> dict[str, Any]:
-    """Return the joins that only one of two plans has.
-
-    Raises:
-        PlanError: if either is not a valid plan.
-        UsageError: if they are for models of different depth.
-    """
+def diff(first: PlanArgument, second: PlanArgument) -> dict[str, Any]:
+    """Print the joins in which two plans differ."""
     plans = load_plan(first), load_plan(second)
     if plans[0].num_layers != plans[1].num_layers:
         raise UsageError(
@@ -70,72 +57,46 @@ def diff_plans(first: Path, second: Path) -> dict[str, Any]:
     }
 
 
-def pick_plan(study_dir: Path, *, max_delta: float | None, min_speedup: float | None) -> dict[str, Any]:
-    """Return the point of a study's front that a user with these limits wants.
+def pick(
+    study_dir: Annotated[Path, typer.Argument(help="directory that optimize wrote", metavar="STUDY_DIR")],
+    max_delta: Annotated[
+        float | None, typer.Option(help="largest loss, by the search's metric, in nats per token")
+    ] = None,
+    min_speedup: Annotated[float | None, typer.Option(help="smallest speed-up")] = None,
+) -> dict[str, Any]:
+    """Pick the plan of a study's front that saves most within a loss, or loses least beyond a speed-up.
 
-    Within a loss it is the point of least depth, or of least latency where that was optimised; among points beyond a
-    speed-up, the one of least loss. The loss is the one that was searched, held out where that is known. Where no plan
-    with a join meets the limits but the unmodified model does, it is the answer.
-
-    Args:
-        study_dir: directory that ``optimize`` wrote.
-        max_delta: largest loss against the unmodified model, or divergence from it, in nats per token.
-        min_speedup: smallest speed-up.
-
-    Raises:
-        UsageError: if neither limit is given, or no point meets them.
-        StudyError: if there is no front.
+    What is saved is what the search traded: depth, or latency. The loss is held out where that is known. The unmodified
+    model is picked only where no plan with a join meets the limits.
     """
     if max_delta is None and min_speedup is None:
         raise UsageError("say what you need: --max-delta NATS, --min-speedup X, or both")
-    document = load_front(study_dir)
-    front = document["front"]
-    metric = document.get("metric", "nll")
-    if "metric" not in document and any(point.get("kl_nats_per_token") is not None for point in front):
+    if not study_dir.is_dir():
+        raise UsageError(f"{study_dir}: no such directory; give one that `lpsearch optimize` wrote")
+    file = load_front_file(study_dir)
+    if file is None:
+        raise StudyError(f"{study_dir / FRONT_NAME}: not there; run `lpsearch optimize` with --out {study_dir} first")
+    if file.metric is None and any(point.kl_nats_per_token is not None for point in file.front):
         logger.warning(
             "%s: written by an older lpsearch, without held-out divergences, so the added nll decides; run the same "
             "`lpsearch optimize` again to rewrite it",
-            study_dir / "front.json",
+            study_dir / FRONT_NAME,
         )
-    index = pick_candidate(
-        [Candidate(point["num_joins"], _get_loss(point, metric), point["speedup"]) for point in front],
-        objective=document.get("objective", "depth"),
+    front = [point.model_dump(mode="json", exclude_unset=True) for point in file.front]
+    index = pick_plan(
+        file.front,
+        metric=file.metric or "nll",
+        objective=file.objective,
         max_loss=max_delta,
         min_speedup=min_speedup,
     )
     if index is None:
         raise UsageError(f"no plan of {study_dir} meets that; its front: {json.dumps(front)}")
-    chosen = front[index]
-    if chosen["num_joins"] == 0:
+    if file.front[index].num_joins == 0:
         logger.warning("no plan of %s with a join meets that; this is the unmodified model", study_dir)
-    return {**chosen, "plan": str(study_dir / chosen["plan"])}
+    return {**front[index], "plan": str(study_dir / file.front[index].plan)}
 
 
-def load_front(study_dir: Path) -> dict[str, Any]:
-    """Read ``front.json`` of a study.
-
-    Raises:
-        UsageError: if there is no such directory.
-        StudyError: if it is not there or not readable.
-    """
-    path = study_dir / "front.json"
-    if not study_dir.is_dir():
-        raise UsageError(f"{study_dir}: no such directory; give one that `lpsearch optimize` wrote")
-    try:
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(document, dict) or not isinstance(document.get("front"), list):
-            raise ValueError("not the front of a study")
-    except FileNotFoundError:
-        raise StudyError(f"{path}: no front here; run `lpsearch optimize` with --out {study_dir} first") from None
-    except (OSError, ValueError) as error:
-        raise StudyError(
-            f"{path}: cannot be read: {error}; run the same `lpsearch optimize` again to rewrite it"
-        ) from None
-    return document
-
-
-def _get_loss(point: dict[str, Any], metric: str) -> float:
-    """Return the loss of a point by the metric of the search: held out where that is known."""
-    name = "kl_nats_per_token" if metric == "kl" else "delta_nll"
-    heldout = point[f"heldout_{name}"]
-    return float(point[name] if heldout is None else heldout)
+def schema() -> dict[str, Any]:
+    """Print the JSON Schema of the plan file."""
+    return build_plan_schema()

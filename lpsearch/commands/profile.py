@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from lpsearch.commands.console import Answer
 from lpsearch.commands.loading import resolve_device, resolve_dtype
-from lpsearch.commands.progress import show_steps
+from lpsearch.commands.options import DeviceOption, DtypeOption, ModelOption
+from lpsearch.commands.steps import show_steps
 from lpsearch.errors import ConfigError
 from lpsearch.plan import Plan
 
@@ -16,43 +19,29 @@ if TYPE_CHECKING:
 
     from lpsearch.latency import LatencyProfile
 
-__all__ = ["parse_counts", "profile"]
+__all__ = ["profile"]
 
 
 def profile(
-    model: str | None,
-    *,
-    out: Path,
-    batch_sizes: tuple[int, ...],
-    context_lens: tuple[int, ...],
-    prefill_lens: tuple[int, ...],
-    max_group: int,
-    device: str,
-    dtype: str,
-    tp: int = 1,
-    emulate_tp: int | None = None,
-    all_reduce_us: float | None = None,
-    seconds: float = 15.0,
+    model: ModelOption = None,
+    out: Annotated[Path, typer.Option(help="profile file to write")] = Path("profile.json"),
+    batch: Annotated[str, typer.Option(help="sequences decoded together, e.g. 1,16,64")] = "1",
+    context: Annotated[str, typer.Option(help="cached tokens of each sequence, e.g. 1024,4096")] = "1024",
+    prefill: Annotated[str | None, typer.Option(help="tokens of prompts to time as well, e.g. 2048")] = None,
+    max_group: Annotated[int, typer.Option(help="most layers in a group", min=2)] = 2,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    tp: Annotated[int, typer.Option(help="GPUs that share the model (tensor parallelism)", min=1)] = 1,
+    emulate_tp: Annotated[int | None, typer.Option(help="estimate for so many GPUs from one of them", min=2)] = None,
+    all_reduce_us: Annotated[
+        float | None, typer.Option(help="with --emulate-tp: time of one sum over those GPUs", min=0)
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="about how long each workload is timed", min=0)] = 15.0,
 ) -> Answer | dict[str, Any]:
-    """Measure workloads at a few depths and write the fitted profile.
-
-    Args:
-        model: alias, hub id, directory or ``.gguf`` file; of an alias only the bundled geometry is needed.
-        out: profile file to write.
-        batch_sizes: sequences decoded together; each with every context length.
-        context_lens: cached tokens of each sequence.
-        prefill_lens: prompts to time as well, one sequence each.
-        max_group: most layers in a group.
-        device: torch device, or ``auto``.
-        dtype: dtype of the weights, or ``auto``.
-        tp: GPUs that share the model.
-        emulate_tp: GPUs that are not there: one stands for them.
-        all_reduce_us: with ``emulate_tp``, time of a sum over them.
-        seconds: about how long each workload is timed.
-
-    Returns:
-        Where the profile is, the first workload's baseline and that of the deepest plan.
-    """
+    """Measure the latency of a model's shape at a few depths; needs no weights for a known alias."""
+    batch_sizes = _parse_counts(batch, option="--batch", least=1)
+    context_lens = _parse_counts(context, option="--context", least=0)
+    prefill_lens = _parse_counts(prefill, option="--prefill", least=1) if prefill else ()
     if model is None:
         raise ConfigError("no model was named; give --model ALIAS (`lpsearch models` lists them), a hub id or a path")
     if not out.parent.is_dir():
@@ -112,7 +101,7 @@ def profile(
     return Answer(document, _build_table(measured, max_group))
 
 
-def parse_counts(text: str, *, option: str, least: int) -> tuple[int, ...]:
+def _parse_counts(text: str, *, option: str, least: int) -> tuple[int, ...]:
     """Parse a list of numbers such as ``1,16,64``.
 
     Args:

@@ -1,81 +1,33 @@
-"""What is seen of a command while it works: a live display on a terminal, now and then a line anywhere else."""
+"""Shows a search while it runs: a live display on a terminal, a line now and then anywhere else."""
 
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console, ConsoleOptions, RenderResult
 
 from lpsearch.commands.console import get_output
+from lpsearch.commands.steps import LINE_INTERVAL_S, NARROW, build_bar, choose_width, clip, draw, format_seconds
 from lpsearch.commands.tables import build_front_table, get_metric, spread_rows
 from lpsearch.plan import Plan
 from lpsearch.search import EvaluationUpdate, TrialResult, TrialUpdate
 from lpsearch.search.results import finite_or_none
 from lpsearch.wording import describe_layers, name_count
 
-__all__ = ["SearchProgress", "format_seconds", "show_search", "show_steps"]
+__all__ = ["SearchProgress", "show_search"]
 
 logger = logging.getLogger(__name__)
-
-_LINE_INTERVAL_S = 10.0
-"""Seconds between two lines of one piece of work, where there is no live display."""
-
-_MAX_WIDTH = 117
-"""Columns of the live display on wider terminals."""
-
-_MARGIN = 3
-"""Columns left free at its right: a ``^C`` that wrapped would leave half of the display behind."""
-
-_NARROW = 60
-"""Columns below which there is no room for a bar beside its numbers."""
 
 _LOG_LINES = 4
 """Lines of a terminal that the live display leaves to the log."""
 
 _NUM_RECENT = 20
-"""Trials whose duration tells the time left."""
-
-
-@contextmanager
-def show_steps(description: str) -> Iterator[Callable[[int, int], None]]:
-    """Show one piece of work, such as sampling, while the block runs.
-
-    Args:
-        description: what is being done.
-
-    Yields:
-        What to call with steps done and steps in all; work that never calls it is shown without a share.
-    """
-    output = get_output()
-    steps = _Steps(description)
-    if output.is_live:
-        with _draw(steps, output.console):
-            yield steps.update
-    else:
-        steps.log(description)
-        interval_s = 1.0 if output.is_json else _LINE_INTERVAL_S
-        logged_at = time.monotonic()
-
-        def update(done: int, total: int) -> None:
-            nonlocal logged_at
-            steps.update(done, total)
-            if time.monotonic() - logged_at >= interval_s:
-                logged_at = time.monotonic()
-                steps.log(f"{description}: {done / total:.0%}, {format_seconds(steps.estimate_seconds_left())} left")
-
-        yield update
-    if output.is_json or steps.elapsed_s >= 1:
-        steps.log(f"{description} took {format_seconds(steps.elapsed_s)}")
+"""Trials from whose duration the time left is estimated."""
 
 
 @contextmanager
@@ -83,19 +35,19 @@ def show_search() -> Iterator[SearchProgress]:
     """Show a search while the block runs.
 
     Yields:
-        What to tell of every evaluation and every trial.
+        What ``run_study`` tells of every evaluation and every trial.
     """
     output = get_output()
     if output.is_live:
         display = _SearchDisplay()
-        with _draw(display, output.console):
+        with draw(display, output.console):
             yield display
     else:
         yield _SearchLines(is_throttled=not output.is_json)
 
 
 class SearchProgress(Protocol):
-    """What is told of a search while it runs; the methods are those that ``run_study`` calls."""
+    """Follows a search; ``run_study`` calls its methods."""
 
     def on_evaluation(self, update: EvaluationUpdate) -> None:
         """Take note of an evaluation that begins."""
@@ -105,7 +57,7 @@ class SearchProgress(Protocol):
 
 
 class _SearchLines:
-    """Logs a search: each trial, or those that reach the next tenth of the budget and one now and then."""
+    """Logs a search: every trial, or only those that reach the next tenth of the budget, and one now and then."""
 
     def __init__(self, *, is_throttled: bool) -> None:
         self._clock = _Clock()
@@ -119,7 +71,7 @@ class _SearchLines:
     def on_trial(self, update: TrialUpdate) -> None:
         self._clock.mark()
         num_tenths = 10 * update.num_finished // update.budget
-        is_due = num_tenths > self._num_tenths or time.monotonic() - self._logged_at >= _LINE_INTERVAL_S
+        is_due = num_tenths > self._num_tenths or time.monotonic() - self._logged_at >= LINE_INTERVAL_S
         if self._is_throttled and not is_due:
             return
         self._logged_at, self._num_tenths = time.monotonic(), num_tenths
@@ -156,7 +108,7 @@ class _SearchLines:
 
 
 class _SearchDisplay:
-    """Draws a search to the size that the terminal has at the moment: its progress, and the front below."""
+    """Draws a search at the present size of the terminal: its progress, and the front below."""
 
     def __init__(self) -> None:
         self._clock = _Clock()
@@ -178,9 +130,9 @@ class _SearchDisplay:
         self._newest = update.result.plan
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        width = _choose_width(options)
+        width = choose_width(options)
         budget = self._budget
-        yield _build_bar(
+        yield build_bar(
             "searching",
             count="" if budget is None else f"{self._num_finished}/{budget}",
             share=None if budget is None else self._num_finished / budget,
@@ -188,17 +140,17 @@ class _SearchDisplay:
             left_s=None if budget is None else self._clock.estimate_seconds_left(budget - self._num_finished),
             width=width,
         )
-        yield _clip(self._note, "dim", width)
-        num_rows = options.size.height - _LOG_LINES - (6 if width < _NARROW else 5)  # what is no row of the table
+        yield clip(self._note, "dim", width)
+        num_rows = options.size.height - _LOG_LINES - (6 if width < NARROW else 5)  # what is no row of the table
         if len(self._front) > 1 and num_rows >= 3:
             shown = spread_rows(self._front, num_rows)
             yield build_front_table(shown, width=width, is_brief=True, newest=self._newest)
             if len(shown) < len(self._front):
-                yield _clip(f"{len(self._front) - len(shown)} more on the front", "dim", width)
+                yield clip(f"{len(self._front) - len(shown)} more on the front", "dim", width)
 
 
 class _Clock:
-    """Tells the time left by the latest trials, since those of a search become slower or quicker as it goes on."""
+    """Estimates the time left from the latest trials, since trials become slower or quicker during a search."""
 
     def __init__(self) -> None:
         self._began_at = time.monotonic()
@@ -221,86 +173,8 @@ class _Clock:
         return max(0.0, trial_s * num_left - (time.monotonic() - self._marks[-1]))
 
 
-class _Steps:
-    """One piece of work, drawn as a bar."""
-
-    def __init__(self, description: str) -> None:
-        self._description = description
-        self._began_at = time.monotonic()
-        self._done = 0
-        self._total: int | None = None
-
-    def update(self, done: int, total: int) -> None:
-        self._done, self._total = done, total
-
-    @property
-    def elapsed_s(self) -> float:
-        return time.monotonic() - self._began_at
-
-    def estimate_seconds_left(self) -> float | None:
-        if not self._total or not self._done:
-            return None
-        return self.elapsed_s / self._done * (self._total - self._done)
-
-    def log(self, line: str) -> None:
-        progress = {
-            "step": self._description,
-            "done": self._done,
-            "total": self._total,
-            "elapsed_s": round(self.elapsed_s, 3),
-        }
-        logger.info("%s", line, extra={"progress": progress})
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        share = self._done / self._total if self._total else None
-        yield _build_bar(
-            self._description,
-            count="" if share is None else f"{share:.0%}",
-            share=share,
-            elapsed_s=self.elapsed_s,
-            left_s=self.estimate_seconds_left(),
-            width=_choose_width(options),
-        )
-
-
-@contextmanager
-def _draw(display: RenderableType, console: Console) -> Iterator[None]:
-    """Draw a display four times a second while the block runs, then take it away; the cursor comes back in any case."""
-    # What a library prints on stdout must not tear the display; where stdout is no terminal, it does not.
-    with Live(display, console=console, refresh_per_second=4, transient=True, redirect_stdout=sys.stdout.isatty()):
-        yield
-
-
-def _build_bar(
-    label: str, *, count: str, share: float | None, elapsed_s: float, left_s: float | None, width: int
-) -> RenderableType:
-    """Lay out what is done and how far it is: in one line with a bar, or in two without where that is too wide."""
-    times = format_seconds(elapsed_s) + ("" if left_s is None else f", {format_seconds(left_s)} left")
-    if width < _NARROW:
-        return Group(_clip(label, "bold", width), _clip(f"{count} {times}".lstrip(), "", width))
-    grid = Table.grid(expand=False, padding=(0, 1))
-    grid.width = width
-    grid.add_column(no_wrap=True)
-    grid.add_column(ratio=1)
-    grid.add_column(no_wrap=True, justify="right")
-    grid.add_column(no_wrap=True)
-    bar = ProgressBar(total=None if share is None else 1.0, completed=share or 0.0, pulse=share is None)
-    grid.add_row(Text(label, "bold"), bar, count, times)
-    return grid
-
-
-def _clip(line: str, style: str, width: int) -> Text:
-    text = Text(line, style, no_wrap=True)
-    text.truncate(width, overflow="ellipsis")
-    return text
-
-
-def _choose_width(options: ConsoleOptions) -> int:
-    return min(options.max_width - _MARGIN, _MAX_WIDTH)
-
-
 def _build_point(record: TrialResult) -> dict[str, Any]:
-    """Build what a program is told of a plan; losses in nats per token, null where they are not finite."""
+    """Build a plan's entry in the lines for programs; losses in nats per token, null where they are not finite."""
     return {
         "num_joins": record.num_joins,
         "depth_reduction": record.depth_reduction,
@@ -309,16 +183,7 @@ def _build_point(record: TrialResult) -> dict[str, Any]:
         "kl_nats_per_token": finite_or_none(record.loss.kl_nats_per_token),
         "latency_ms": record.latency_ms,
         "speedup": record.speedup,
-        "groups": [list(group) for group in record.plan.groups],
+        "groups": record.plan.to_lists(),
         "origin": record.origin,
         "trial": record.trial,
     }
-
-
-def format_seconds(seconds: float | None) -> str:
-    """Return a duration as hours, minutes and seconds; dashes where it is not known."""
-    if seconds is None:
-        return "-:--:--"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -1,4 +1,4 @@
-"""Opening the study in a directory: its files, its lock, and what its record says against what was asked for."""
+"""The study of a directory: opening it to run it or to look at it, beginning it, and following its record."""
 
 from __future__ import annotations
 
@@ -6,28 +6,46 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from sqlalchemy.engine import URL
 
-from lpsearch.config import OptimizeConfig, ResolvedConfig, slug_of_model
-from lpsearch.errors import ResumeError, StudyError
+from lpsearch.commands.loading import settle_dtype
+from lpsearch.commands.steps import show_steps
+from lpsearch.config import OptimizeConfig, ResolvedConfig, Split, check_latency
+from lpsearch.errors import ResumeError, StudyError, UsageError
+from lpsearch.front_file import FRONT_NAME, load_front_file
 from lpsearch.models import ModelSource
-from lpsearch.models.aliases import find_alias
-from lpsearch.search import FIXED_SETTINGS, PlanSpace, StudyStore, compare_settings
+from lpsearch.search import FIXED_SETTINGS, StoredWindows, StudyStore, compare_settings
 from lpsearch.search.locks import HeldElsewhereError, hold_file_lock
 
-__all__ = ["RECORDED_OPTIONS", "check_new_study", "follow_record", "open_study_store"]
+if TYPE_CHECKING:
+    import torch
+
+    from lpsearch.data import Windows
+    from lpsearch.models import LoadedModel
+
+__all__ = [
+    "RECORDED_OPTIONS",
+    "begin_study",
+    "follow_record",
+    "open_existing_study",
+    "open_study_store",
+    "refuse_orphaned_results",
+    "resume_study",
+]
 
 logger = logging.getLogger(__name__)
+
+_SPLITS: tuple[Split, ...] = get_args(Split)
 
 _NEEDED_BYTES = 64 << 20
 """Room for a study of some hundred trials with its windows and plan files."""
 
-_STUDY_FILES = ("study.db-wal", "study.db-shm", "study.db", "front.json", "plans", "artifacts", "report.html")
+_STUDY_FILES = ("study.db-wal", "study.db-shm", "study.db", FRONT_NAME, "plans", "artifacts", "report.html")
 
 RECORDED_OPTIONS = (
     "data",
@@ -43,16 +61,20 @@ RECORDED_OPTIONS = (
     "freeze",
     "staged",
 )
-"""Options that a study records; where the user names none of these, a resumed study keeps its own."""
+"""Options that a study records; a resumed study keeps those that the user does not name."""
 
 
 @contextmanager
-def open_study_store(values: OptimizeConfig, out: Path, *, fresh: bool) -> Iterator[StudyStore]:
-    """Open the study of a directory, or of ``--storage``, and be the only process that runs it.
+def open_study_store(
+    out: Path, *, storage: str | None, study: str | None, slug: str, fresh: bool
+) -> Iterator[StudyStore]:
+    """Open the study of a directory, or of a database elsewhere, and be the only process that runs it.
 
     Args:
-        values: the configuration.
         out: directory of the study; made if it is not there.
+        storage: database URL; None takes ``study.db`` in the directory.
+        study: its name; None takes the one that the directory's own database holds, or the slug.
+        slug: name of the model among directories.
         fresh: move an existing study aside first.
 
     Raises:
@@ -61,33 +83,59 @@ def open_study_store(values: OptimizeConfig, out: Path, *, fresh: bool) -> Itera
     """
     _prepare_directory(out)
     if fresh:
-        _check_data(values)  # before anything is moved
         _move_aside(out)
-    # Built, not formatted: a directory's name may hold what means something else in a URL.
-    own_url = URL.create("sqlite", database=str((out / "study.db").absolute())).render_as_string()
-    name = values.study or slug_of_model(values.model)
-    with StudyStore(values.storage or own_url, study_name=name) as store, store.hold_lock():
+    with StudyStore(storage or _build_url(out), study_name=study or slug) as store, store.hold_lock():
         if fresh:
             store.move_aside()
-        if values.storage is None:
-            _adopt_study(store, is_named=values.study is not None)
+        if storage is None:
+            _adopt_study(store, is_named=study is not None)
         yield store
 
 
-def check_new_study(values: OptimizeConfig, store: StudyStore, out: Path) -> None:
-    """Refuse what can be refused before a model is loaded.
+@contextmanager
+def open_existing_study(directory: Path, *, storage: str | None, study: str | None) -> Iterator[StudyStore]:
+    """Open the study of a directory to look at it, without making one or taking its lock.
+
+    Args:
+        directory: what ``optimize`` wrote.
+        storage: database URL; None takes ``study.db`` in the directory.
+        study: name of the study; None takes the one that the directory's ``front.json`` names, or the only one.
+
+    Yields:
+        The open store.
+
+    Raises:
+        UsageError: for a directory or database without a study, or with several and none chosen.
+        StudyVersionError: for a database of another version.
+        StudyError: if the database fails.
+    """
+    if not directory.is_dir():
+        raise UsageError(f"{directory}: no such directory; give one that `lpsearch optimize` wrote")
+    if storage is None and not (directory / "study.db").is_file():  # opening it would make one
+        raise UsageError(
+            f"{directory}: holds no study.db; give a directory that `lpsearch optimize` wrote, or --storage URL"
+        )
+    with StudyStore(storage or _build_url(directory), study_name=study or "") as store:
+        held = store.list_studies()
+        if not held or (study is not None and study not in held):
+            named = f"no study {study!r}" if study is not None and held else "no study yet"
+            known = f"it holds {', '.join(map(repr, held))}" if held else "begin one with `lpsearch optimize`"
+            raise UsageError(f"{store.where}: holds {named}; {known}")
+        store.study_name = study if study is not None else _choose_study(store, held, directory)
+        yield store
+
+
+def refuse_orphaned_results(store: StudyStore, out: Path) -> None:
+    """Refuse to begin a study where the results of another one would be overwritten.
 
     Raises:
         StudyError: if the directory holds the results of a study that the database does not hold.
-        UsageError: for data that are not there, or layers that the geometry of an alias does not have.
-        SourceError: for a dataset out of reach.
     """
-    if (out / "front.json").exists():
+    if (out / FRONT_NAME).exists():
         raise StudyError(
             f"{out}: holds the results of a study that {store.where} does not hold; put its study.db back, add "
             "--fresh to move the results aside, or name another directory with --out"
         )
-    _check_data(values)
 
 
 def follow_record(
@@ -97,6 +145,7 @@ def follow_record(
 
     Raises:
         ResumeError: for a setting that was named and differs.
+        ConfigError: for settings that do not go together.
     """
     values = config.values
     requested = {name: getattr(values, name) for name in FIXED_SETTINGS if name in config.explicit}
@@ -110,11 +159,90 @@ def follow_record(
     kept = {*RECORDED_OPTIONS} - config.explicit | {"dtype", "seed"}  # these were settled when the study was begun
     updates = {name: recorded[name] for name in kept if name in recorded}
     updates["freeze"] = tuple(updates.get("freeze", values.freeze))
-    return values.model_copy(update=updates), ModelSource.from_dict(recorded["source"])
+    followed = values.model_copy(update=updates)
+    check_latency(followed)
+    return followed, ModelSource.from_dict(recorded["source"])
+
+
+def begin_study(
+    store: StudyStore, options: Mapping[str, Any], loaded: LoadedModel, *, device: torch.device
+) -> dict[Split, Windows]:
+    """Build a study's windows, settle its dtype, and record these with its options: all or nothing.
+
+    Args:
+        store: its database.
+        options: what it is begun with, :data:`RECORDED_OPTIONS` as JSON values.
+        loaded: the model, which is cast to the dtype.
+        device: where the model is.
+    """
+    from lpsearch.data import build_windows
+
+    windows: dict[Split, Windows] = {}
+    for split in _SPLITS:
+        with show_steps(f"preparing {split} windows") as on_progress:
+            windows[split] = build_windows(
+                (options["heldout"] if split == "heldout" else None) or options["data"],
+                tokenizer=loaded.tokenizer,
+                num_windows=options["windows"],
+                seq_len=options["seq_len"],
+                split=split,
+                seed=options["seed"],
+                model=loaded.model,
+                after=windows.get("proxy"),
+                on_progress=on_progress,
+            )
+    dtype = settle_dtype(loaded.model, dtype=options["dtype"], device=device, windows=windows["proxy"])
+    model = {"model": loaded.source.id, "source": loaded.source.to_dict(), **_identify(loaded)}
+    stored = {split: StoredWindows(built.input_ids, built.spec) for split, built in windows.items()}
+    store.begin({**options, **model, "dtype": dtype}, stored)
+    return windows
+
+
+def resume_study(store: StudyStore, recorded: Mapping[str, Any], loaded: LoadedModel) -> dict[Split, Windows]:
+    """Return the windows of a study, whose model must still be the same.
+
+    Raises:
+        ResumeError: if the model is not the one that the study was begun with.
+        StudyError: if the study has lost its windows.
+    """
+    from lpsearch.data import Windows
+
+    compare_settings(recorded, _identify(loaded))
+    stored = {split: store.load_windows(split) for split in _SPLITS}
+    windows = {split: Windows(kept.input_ids, kept.spec) for split, kept in stored.items() if kept is not None}
+    if len(windows) < len(_SPLITS):
+        raise StudyError(f"{store.where}: the study has lost its windows; restore a copy, or begin one with --fresh")
+    return windows
+
+
+def _identify(loaded: LoadedModel) -> dict[str, Any]:
+    """Return what of a model may not change while a study runs."""
+    return {"fingerprint": loaded.identity.fingerprint, "num_layers": loaded.identity.num_layers}
+
+
+def _choose_study(store: StudyStore, held: Sequence[str], directory: Path) -> str:
+    """Choose a study where none was named: the one whose front the directory has, or the only one.
+
+    Raises:
+        UsageError: if there are several.
+    """
+    named = None
+    with suppress(StudyError):  # said when the report is read
+        file = load_front_file(directory)
+        named = None if file is None else file.study
+    if named is not None and named in held:
+        return named
+    if len(held) == 1:
+        return held[0]
+    found = f"names {named!r}, which is none of them" if named is not None else "does not say which is meant"
+    raise UsageError(
+        f"{store.where}: holds {len(held)} studies, and {directory / FRONT_NAME} {found}; "
+        f"choose one with --study: {', '.join(map(repr, held))}"
+    )
 
 
 def _prepare_directory(out: Path) -> None:
-    """Make the directory of a study, and see that it can be written and has room.
+    """Make the directory of a study, and check that it can be written and has room.
 
     Raises:
         StudyError: if not.
@@ -165,17 +293,6 @@ def _adopt_study(store: StudyStore, *, is_named: bool) -> None:
     store.study_name = held[-1]
 
 
-def _check_data(values: OptimizeConfig) -> None:
-    """Refuse what can be refused before a model is loaded.
-
-    Raises:
-        UsageError: for data that are not there, or layers that the geometry of an alias does not have.
-        SourceError: for a dataset out of reach.
-    """
-    from lpsearch.data import check_text_source
-
-    check_text_source(values.data, split="proxy")
-    check_text_source(values.heldout or values.data, split="heldout")
-    alias = find_alias(values.model)
-    if alias is not None:
-        PlanSpace(alias.num_layers, values.max_group, values.freeze)
+def _build_url(directory: Path) -> str:
+    """Return the URL of a directory's own database; built, since its name may hold what means something in a URL."""
+    return URL.create("sqlite", database=str((directory / "study.db").absolute())).render_as_string()

@@ -1,7 +1,8 @@
-"""What a person reads when a search has ended: the front, what it cost, where it is, and what to do next."""
+"""The summary of a search: the front, what it cost, where it is, and what to do next."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,10 +10,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from lpsearch.commands.progress import format_seconds
 from lpsearch.commands.report import REPORT_NAME
-from lpsearch.commands.results import MeasuredFront
+from lpsearch.commands.steps import format_seconds
 from lpsearch.commands.tables import build_front_table
+from lpsearch.config import Metric
+from lpsearch.plan import LatencyMetrics
+from lpsearch.search import StudyResult, TrialResult
 from lpsearch.wording import name_count
 
 if TYPE_CHECKING:
@@ -27,14 +30,22 @@ class SearchSummary:
     """The summary of a search, laid out when it is printed.
 
     Attributes:
-        front: what was found.
+        study_name: name of the study.
+        metric: the loss that was searched.
+        front: the unmodified model, then the plans that no other beats.
+        result: what the study has evaluated.
+        latency: of the unmodified model; None with latency off.
         out: directory of the study.
         storage: its database as messages name it, without a password; None where that is ``study.db`` in ``out``.
         report: what its report shows; None where it was not written.
         elapsed_s: seconds that the command took.
     """
 
-    front: MeasuredFront
+    study_name: str
+    metric: Metric
+    front: Sequence[TrialResult]
+    result: StudyResult
+    latency: LatencyMetrics | None
     out: Path
     storage: str | None
     report: StudyReport | None
@@ -45,7 +56,7 @@ class SearchSummary:
         yield ""
         yield _wrap(self._describe_search(), "bold")
         yield ""
-        yield build_front_table(self.front.records, width=options.max_width, heldout=self.front.heldout_costs)
+        yield build_front_table(self.front, width=options.max_width)
         yield ""
         yield _wrap(self._explain_columns(), "dim")
         yield ""
@@ -54,20 +65,20 @@ class SearchSummary:
             yield from self._advise(self.report)
 
     def _describe_search(self) -> str:
-        result = self.front.result
-        line = f"{self.front.study_name}: the front of {name_count(len(result.results), 'plan')}"
+        result = self.result
+        line = f"{self.study_name}: the front of {name_count(len(result.results), 'plan')}"
         line += ", which are all there are" if result.exact else ""
         line += f" ({result.proxy_tokens:,} tokens, {result.share_evaluated:.0%} of all windows)"
         if result.num_resumed:
             line += f"; this run added {name_count(result.num_new, 'plan')} and {result.num_new_tokens:,} tokens"
         line += f" in {format_seconds(self.elapsed_s)}"
-        return line + ("; it ended by --timeout" if result.timed_out else "")
+        return line + ("; --timeout ended it" if result.timed_out else "")
 
     def _explain_columns(self) -> str:
-        """Say what the columns mean that do not say so themselves."""
+        """Explain the columns whose names do not."""
         delta = "delta nll: nats per token lost against the unmodified model on the search's windows, ± standard error."
         unseen = "the same on windows that the search never saw. Trust this one: the best of many is optimistic."
-        if self.front.metric == "kl":
+        if self.metric == "kl":
             lines = [
                 "kl: divergence from the unmodified model in nats per token on the search's windows, ± standard error.",
                 f"held-out kl: {unseen}",
@@ -75,11 +86,10 @@ class SearchSummary:
             ]
         else:
             lines = [delta, f"held out: {unseen}"]
-        if self.front.latency_model is not None:
-            metrics = self.front.latency_model.build_metrics(self.front.result.baseline.plan)
+        if self.latency is not None:
             lines.append(
-                f"speed-up: estimated for decoding, batch {metrics.batch_size}, {metrics.context_len:,} cached tokens, "
-                f"{metrics.dtype} on {metrics.device}; each group fused into one wide layer."
+                f"speed-up: estimated for decoding, batch {self.latency.batch_size}, {self.latency.context_len:,} "
+                f"cached tokens, {self.latency.dtype} on {self.latency.device}; each group fused into one wide layer."
             )
         return "\n".join(lines)
 
@@ -113,11 +123,11 @@ def _describe_pick(report: StudyReport, pick: Pick) -> str:
     limit = f"≤ {pick.max_loss}"
     if pick.index is None:
         return f"{limit}: no plan with a join has so little"
-    point = report.front[pick.index]
-    words = [name_count(point.record.num_joins, "join"), f"{point.record.depth_reduction:.1%} less depth"]
-    words += [] if point.speedup is None else [f"{point.speedup:.3f}x"]
-    words += [f"{'loses' if report.metric == 'nll' else 'kl'} {point.get_loss(report.metric):.3f}"]
-    return f"{limit}: {', '.join(words)}  {point.plan_file or ''}".rstrip()
+    result = report.front[pick.index]
+    words = [name_count(result.num_joins, "join"), f"{result.depth_reduction:.1%} less depth"]
+    words += [] if result.speedup is None else [f"{result.speedup:.3f}x"]
+    words += [f"{'loses' if report.metric == 'nll' else 'kl'} {result.get_reported_cost(report.metric):.3f}"]
+    return f"{limit}: {', '.join(words)}  {result.plan_file or ''}".rstrip()
 
 
 def _wrap(line: str, style: str) -> Text:

@@ -1,20 +1,18 @@
-"""The front as a table of a terminal, as wide as there is room for."""
+"""The front as a table for a terminal, as wide as there is room."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from rich import box
 from rich.table import Table
 
-from lpsearch.evaluation.losses import PairedDelta
+from lpsearch.config import Metric
 from lpsearch.plan import Plan
 from lpsearch.search import TrialResult
-from lpsearch.search.results import Metric
-from lpsearch.wording import describe_layers
+from lpsearch.wording import describe_layers, list_front_columns
 
 __all__ = ["build_front_table", "get_metric", "spread_rows"]
 
@@ -28,6 +26,18 @@ _FOLD_WIDTH = 40
 
 _LAYERS_WIDTH = {1: 0, 2: 16, 3: _FOLD_WIDTH, 4: _FOLD_WIDTH}
 """Room for the layers without which a column of a rank gives way."""
+
+_RANKS = {
+    "joins": 0,
+    "less depth": 1,
+    "loss": 0,
+    "held out": 0,
+    "delta nll": 3,
+    "perplexity": 4,
+    "ms": 3,
+    "speed-up": 2,
+}
+"""Which columns give way: those of the highest rank first; those of rank 0 stay."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,6 @@ def build_front_table(
     front: Sequence[TrialResult],
     *,
     width: int,
-    heldout: Mapping[Plan, PairedDelta] | None = None,
     is_brief: bool = False,
     newest: Plan | None = None,
 ) -> Table:
@@ -63,13 +72,10 @@ def build_front_table(
     Args:
         front: the baseline and the points of the front.
         width: columns of the terminal. Perplexity, time, speed-up, layers and depth give way, in this order.
-        heldout: held-out loss of each plan by the metric of the search, where it is known.
-        is_brief: one line a plan, without perplexity and time.
+        is_brief: one line a plan, without held-out loss, perplexity and time.
         newest: the plan to point out.
     """
-    columns = _build_columns(front, heldout)
-    if is_brief:
-        columns = [column for column in columns if column.rank < 3]
+    columns = _build_columns(front, is_brief=is_brief)
     for column in sorted(columns, key=lambda column: -column.rank):
         if column.rank and _measure(columns) + _GAP + _LAYERS_WIDTH[column.rank] > width:
             columns.remove(column)
@@ -102,35 +108,18 @@ def spread_rows(rows: Sequence[_Row], count: int) -> list[_Row]:
     return [rows[round(index * (len(rows) - 1) / (count - 1))] for index in range(count)]
 
 
-def _build_columns(front: Sequence[TrialResult], heldout: Mapping[Plan, PairedDelta] | None) -> list[_Column]:
-    columns = [
-        _Column("joins", [str(record.num_joins) for record in front]),
-        _Column("less depth", [f"{record.depth_reduction:.1%}" for record in front], rank=1),
-    ]
-    delta = _Column("delta nll", [_format_loss(record.loss.delta_nll, record.loss.delta_nll_se) for record in front])
-    is_kl = get_metric(front) == "kl"
-    if is_kl:
-        columns.append(_Column("kl", [_format_loss(record.get_cost("kl"), record.loss.kl_se) for record in front]))
-    else:
-        columns.append(delta)
-    if heldout is not None:
-        known = [heldout.get(record.plan) for record in front]
-        cells = ["" if paired is None else _format_loss(paired.delta, paired.standard_error) for paired in known]
-        columns.append(_Column("held-out kl" if is_kl else "held out", cells))
-    if is_kl:
-        columns.append(dataclasses.replace(delta, rank=3))  # not what is searched
-    columns.append(_Column("perplexity", [f"{record.perplexity:.2f}" for record in front], rank=4))
-    base_ms = front[0].latency_ms
-    if base_ms is not None:
-        times = [record.latency_ms for record in front]
-        columns.append(_Column("ms/token", ["" if ms is None else f"{ms:.2f}" for ms in times], rank=3))
-        columns.append(_Column("speed-up", ["" if ms is None else f"{base_ms / ms:.3f}x" for ms in times], rank=2))
-    return columns
+def _build_columns(front: Sequence[TrialResult], *, is_brief: bool) -> list[_Column]:
+    metric = get_metric(front)
+    names = {
+        "ms": "ms/token",
+        **({"loss": "delta nll"} if metric == "nll" else {"loss": "kl", "held out": "held-out kl"}),
+    }
+    cells = list_front_columns(front, metric=metric, digits=3, sign=" ±")
+    if is_brief or not any(cells["held out"]):
+        del cells["held out"]
+    columns = [_Column(names.get(name, name), column, _RANKS[name]) for name, column in cells.items()]
+    return [column for column in columns if not is_brief or column.rank < 3]
 
 
 def _measure(columns: Sequence[_Column]) -> int:
     return sum(column.width for column in columns) + _GAP * (len(columns) - 1)
-
-
-def _format_loss(loss: float, standard_error: float | None) -> str:
-    return f"{loss:.3f}" if not standard_error else f"{loss:.3f} ±{standard_error:.3f}"

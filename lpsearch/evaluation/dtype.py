@@ -26,7 +26,7 @@ _FAST_CPU_BF16 = frozenset({"amx_bf16", "avx512_bf16", "bf16", "sve_bf16"})
 
 @dataclass(frozen=True)
 class DtypeCheck:
-    """Outcome of :func:`apply_dtype`.
+    """Result of :func:`apply_dtype`.
 
     Attributes:
         dtype: what the model's weights are in now.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lpsearch.config import Metric
 from lpsearch.plan import Plan
 
 __all__ = [
@@ -22,9 +23,6 @@ __all__ = [
     "WindowLosses",
     "compute_paired_delta",
 ]
-
-Metric = Literal["nll", "kl"]
-"""The loss that is searched: the negative log-likelihood, or the divergence from the unmodified model."""
 
 Variant = str
 """What was done to the weights before a loss was measured; losses and hidden states of two variants never mix."""

@@ -1,4 +1,4 @@
-"""What to do next: three plans that a user would pick from a front, and the commands to check, export and serve one."""
+"""What to do next: three plans to pick from a front, and the commands that check, export and serve one."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import shlex
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from lpsearch.picking import Candidate, pick_candidate
-from lpsearch.report.study import FrontPoint, StudyReport
+from lpsearch.picking import pick_plan
+from lpsearch.report.study import StudyReport
+from lpsearch.search import TrialResult
 
 __all__ = ["LOSS_LIMITS", "Command", "Pick", "list_commands", "pick_plans"]
 
@@ -56,17 +57,17 @@ def pick_plans(report: StudyReport) -> tuple[Pick, ...]:
     return tuple(Pick(name, limit, _find_best(report, limit)) for name, limit in LOSS_LIMITS.items())
 
 
-def list_commands(report: StudyReport, point: FrontPoint) -> tuple[Command, ...]:
+def list_commands(report: StudyReport, result: TrialResult) -> tuple[Command, ...]:
     """Return the commands that evaluate, try, export and serve a plan; none where its plan file is not written.
 
     Args:
         report: the study.
-        point: the plan.
+        result: the plan.
     """
-    if point.plan_file is None:
+    if result.plan_file is None:
         return ()
-    plan = str(PurePath(report.directory) / point.plan_file)
-    exported = str(PurePath(report.directory) / f"exported-{PurePath(point.plan_file).stem}")
+    plan = str(PurePath(report.directory) / result.plan_file)
+    exported = str(PurePath(report.directory) / f"exported-{PurePath(result.plan_file).stem}")
     settings = report.settings
     data = settings.get("heldout") or settings.get("data")
     evaluate = ["lpsearch", "evaluate", plan]
@@ -83,8 +84,5 @@ def list_commands(report: StudyReport, point: FrontPoint) -> tuple[Command, ...]
 
 
 def _find_best(report: StudyReport, limit: float) -> int | None:
-    candidates = [
-        Candidate(point.record.num_joins, point.get_loss(report.metric), point.speedup) for point in report.front
-    ]
-    index = pick_candidate(candidates, objective=report.objective, max_loss=limit)
-    return index if index is not None and candidates[index].num_joins > 0 else None
+    index = pick_plan(report.front, metric=report.metric, objective=report.objective, max_loss=limit)
+    return index if index is not None and report.front[index].num_joins > 0 else None

@@ -1,7 +1,7 @@
 """What optuna-dashboard shows of a study besides its trials: the front as a figure, notes, and the plan files.
 
-All of it lies in the study's system attributes and in ``artifacts/`` beside its plan files, so that it is there however
-optuna-dashboard is started. Metric names are set where the study is opened (:mod:`lpsearch.search.settings`).
+All of it is in the study's system attributes and in ``artifacts/`` beside its plan files, so optuna-dashboard finds it
+however it is started. Metric names are set where the study is opened (:mod:`lpsearch.search.settings`).
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from optuna.storages import BaseStorage
 
 from lpsearch.report.advice import list_commands
 from lpsearch.report.figures import build_front_figure, describe_groups
-from lpsearch.report.study import FrontPoint, StudyReport, count_joins
-from lpsearch.report.tables import Table, build_front_table, format_loss
-from lpsearch.search import StudyStore
+from lpsearch.report.study import StudyReport
+from lpsearch.report.tables import Table, build_front_table
+from lpsearch.search import StudyStore, TrialResult
 from lpsearch.search.settings import list_study_options
+from lpsearch.wording import format_loss, name_count
 
 __all__ = ["ARTIFACTS_NAME", "FRONT_FIGURE_ID", "annotate_study"]
 
@@ -60,7 +61,10 @@ class Dashboard(Protocol):
 
 @dataclass(frozen=True)
 class _FinishedTrial:
-    """What the notes' functions read of a trial; Optuna makes its own ``Trial`` for running ones only."""
+    """What optuna-dashboard's functions for notes read of a trial: its names are theirs.
+
+    Optuna makes its own ``Trial`` for running trials only.
+    """
 
     storage: BaseStorage
     study: optuna.Study
@@ -92,12 +96,12 @@ def annotate_study(store: StudyStore, report: StudyReport, directory: Path) -> N
 
 
 def _save_figure(dashboard: Dashboard, study: optuna.Study, report: StudyReport) -> None:
-    on_front = {point.record.trial for point in report.front}
-    others = [record for record in report.records if record.trial not in on_front]
-    others.sort(key=lambda record: record.get_cost(report.metric))
-    shown = {record.trial for record in others[:MAX_FIGURE_TRIALS]} | on_front
-    records = tuple(record for record in report.records if record.trial in shown)
-    figure = build_front_figure(dataclasses.replace(report, records=records))
+    on_front = {result.trial for result in report.front}
+    others = [result for result in report.results if result.trial not in on_front]
+    others.sort(key=lambda result: result.get_cost(report.metric))
+    shown = {result.trial for result in others[:MAX_FIGURE_TRIALS]} | on_front
+    results = tuple(result for result in report.results if result.trial in shown)
+    figure = build_front_figure(dataclasses.replace(report, results=results))
     figure.update_layout(title={"text": "Front of plans", "font": {"size": 16}, "x": 0.02}, margin_t=48)
     dashboard.save_plotly_graph_object(study, figure, graph_object_id=FRONT_FIGURE_ID)
 
@@ -108,19 +112,20 @@ def _save_figure(dashboard: Dashboard, study: optuna.Study, report: StudyReport)
 def _save_notes(dashboard: Dashboard, store: StudyStore, study: optuna.Study, report: StudyReport) -> None:
     _save_note(dashboard, study, _describe_study(store, report))
     storage = store.optuna_storage
-    trial_ids = {trial.number: trial._trial_id for trial in study.get_trials(deepcopy=False)}
-    points = {point.record.trial: point for point in report.front}
-    noted = storage.get_study_system_attrs(study._study_id).get(_NOTED_TRIALS, [])
+    study_id = storage.get_study_id_from_name(store.study_name)
+    front = {result.trial: result for result in report.front}
+    noted = storage.get_study_system_attrs(study_id).get(_NOTED_TRIALS, [])
     # Written first: a run that ends in between leaves a trial in the list without a note, and not the reverse.
-    storage.set_study_system_attr(study._study_id, _NOTED_TRIALS, sorted({*noted, *points}))
-    for number in sorted({*noted, *points}):
-        text = _describe_point(report, points[number]) if number in points else ""
-        _save_note(dashboard, _FinishedTrial(storage, study, trial_ids[number]), text)
-    storage.set_study_system_attr(study._study_id, _NOTED_TRIALS, sorted(points))
+    storage.set_study_system_attr(study_id, _NOTED_TRIALS, sorted({*noted, *front}))
+    for number in sorted({*noted, *front}):
+        text = _describe_result(report, front[number]) if number in front else ""
+        trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
+        _save_note(dashboard, _FinishedTrial(storage, study, trial_id), text)
+    storage.set_study_system_attr(study_id, _NOTED_TRIALS, sorted(front))
 
 
 def _save_note(dashboard: Dashboard, subject: optuna.Study | _FinishedTrial, text: str) -> None:
-    """Put a text in the place of lpsearch's former one, and keep what people wrote.
+    """Replace lpsearch's former text in a note, and keep what people wrote.
 
     Args:
         dashboard: reads and writes notes.
@@ -145,7 +150,7 @@ def _describe_study(store: StudyStore, report: StudyReport) -> str:
             f"## {_escape(report.name)}: layer parallelism",
             "",
             f"{_escape(str(settings.get('model', 'the model')))} has {report.num_layers} layers. Evaluated: "
-            f"{len(report.records)} plans, {report.proxy_tokens:,} tokens. "
+            f"{len(report.results)} plans, {report.proxy_tokens:,} tokens. "
             f"Unmodified: {report.baseline.loss.nll:.4f} nats per token, "
             f"perplexity {report.baseline.perplexity:.2f}.{state}",
             "",
@@ -156,20 +161,20 @@ def _describe_study(store: StudyStore, report: StudyReport) -> str:
     )
 
 
-def _describe_point(report: StudyReport, point: FrontPoint) -> str:
-    record = point.record
+def _describe_result(report: StudyReport, result: TrialResult) -> str:
+    metric, heldout = report.metric, result.get_heldout(report.metric)
     lines = [
-        f"### On the front: {count_joins(record)}, {record.depth_reduction:.1%} less depth",
+        f"### On the front: {name_count(result.num_joins, 'join')}, {result.depth_reduction:.1%} less depth",
         "",
-        f"- layers together: {describe_groups(record.plan)}",
-        f"- loss: {format_loss(record.get_cost(report.metric), record.get_cost_se(report.metric))} nats per token",
+        f"- layers together: {describe_groups(result.plan)}",
+        f"- loss: {format_loss(result.loss, metric)} nats per token",
     ]
-    if point.heldout is not None:
-        lines.append(f"- held out: {format_loss(point.heldout.delta, point.heldout.standard_error)} nats per token")
-    lines.append(f"- perplexity: {record.perplexity:.3f}")
-    if point.speedup is not None:
-        lines.append(f"- time of a step: {record.latency_ms:.3f} ms, {point.speedup:.3f}x (estimated)")
-    commands = list_commands(report, point)
+    if heldout is not None:
+        lines.append(f"- held out: {format_loss(heldout, metric)} nats per token")
+    lines.append(f"- perplexity: {result.perplexity:.3f}")
+    if result.speedup is not None:
+        lines.append(f"- time of a step: {result.latency_ms:.3f} ms, {result.speedup:.3f}x (estimated)")
+    commands = list_commands(report, result)
     if commands:
         rows = [line for command in commands for line in (f"# {command.purpose}", command.line)]
         lines += ["", "```sh", *rows, "```"]
@@ -192,8 +197,9 @@ def _save_plan_files(store: StudyStore, study: optuna.Study, report: StudyReport
     """Keep one artifact a plan file of the front, under the same id for as long as the front has a plan of its name."""
     artifacts = FileSystemArtifactStore(directory / ARTIFACTS_NAME)
     (directory / ARTIFACTS_NAME).mkdir(exist_ok=True)
-    paths = {Path(point.plan_file).name: directory / point.plan_file for point in report.front if point.plan_file}
-    ids = _list_plan_artifacts(store.optuna_storage.get_study_system_attrs(study._study_id))
+    paths = {Path(name).name: directory / name for result in report.front if (name := result.plan_file)}
+    storage = store.optuna_storage
+    ids = _list_plan_artifacts(storage.get_study_system_attrs(storage.get_study_id_from_name(store.study_name)))
     for name, path in sorted(paths.items()):
         if name in ids:
             with path.open("rb") as content:

@@ -9,11 +9,11 @@ from typing import Any, Literal
 import plotly.graph_objects as go
 
 from lpsearch.plan import Plan
-from lpsearch.report.study import FrontPoint, StudyReport, count_joins, name_row
+from lpsearch.report.study import StudyReport, name_row
 from lpsearch.report.theme import LIGHT, Theme, style_figure
 from lpsearch.search import TrialResult
 from lpsearch.search.results import compute_perplexity
-from lpsearch.wording import describe_layers
+from lpsearch.wording import describe_layers, name_count
 
 __all__ = [
     "build_front_figure",
@@ -44,15 +44,15 @@ def name_loss(report: StudyReport, loss: Loss = "delta") -> str:
     return "loss added (nats per token)" if report.metric == "nll" else "KL to the unmodified model (nats per token)"
 
 
-def get_saving_value(record: TrialResult, saving: Saving) -> float | None:
+def get_saving_value(result: TrialResult, saving: Saving) -> float | None:
     """Return where a plan stands on the axis of savings: percent of the depth, or milliseconds."""
-    return 100 * record.depth_reduction if saving == "depth" else record.latency_ms
+    return 100 * result.depth_reduction if saving == "depth" else result.latency_ms
 
 
 def build_front_figure(
     report: StudyReport, *, saving: Saving = "depth", loss: Loss = "delta", theme: Theme = LIGHT
 ) -> go.Figure:
-    """Draw the front over every trial, with held-out values and, where there are any, the best contiguous windows.
+    """Draw the front over every trial, with held-out values and, where there are any, the best blocks.
 
     Every point carries its plan's place on the front as ``customdata``, or -1; the last trace is an empty ring for the
     plan that is looked at. The axis of losses ends where plans stop being useful.
@@ -65,26 +65,25 @@ def build_front_figure(
     """
     figure = go.Figure()
     faint = _list_faint(report)
-    _add_records(figure, report, faint, saving=saving, loss=loss, name="every other trial", colour=theme.trial)
-    if report.windows_front:
-        _add_records(
+    _add_results(figure, report, faint, saving=saving, loss=loss, name="every other trial", colour=theme.trial)
+    if report.blocks:
+        _add_results(
             figure,
             report,
-            report.windows_front,
+            report.blocks,
             saving=saving,
             loss=loss,
-            name="best contiguous window",
-            colour=theme.window,
+            name="best block",
+            colour=theme.block,
             mode="lines+markers",
             symbol="square",
             rim=1,
         )
     _add_heldout(figure, report, saving=saving, loss=loss, theme=theme)
-    records = [point.record for point in report.front]
-    _add_records(
+    _add_results(
         figure,
         report,
-        records,
+        report.front,
         saving=saving,
         loss=loss,
         name="front",
@@ -95,7 +94,7 @@ def build_front_figure(
     ring = {"size": 18, "color": "rgba(0,0,0,0)", "line": {"width": 3, "color": theme.chosen}}
     figure.add_scatter(x=[], y=[], mode="markers", marker=ring, name="chosen plan", hoverinfo="skip", showlegend=False)
     if saving == "depth":
-        widest = max(100 * record.depth_reduction for record in report.records)
+        widest = max(100 * result.depth_reduction for result in report.results)
         figure.update_xaxes(title="depth removed (%)", range=[-0.03 * widest, 1.03 * widest or 1.0])
     else:
         figure.update_xaxes(title="estimated time of a step (ms)")
@@ -111,10 +110,10 @@ def build_layers_figure(report: StudyReport, *, theme: Theme = LIGHT) -> go.Figu
         theme: colours.
     """
     values, texts = [], []
-    for point in report.front:
+    for result in report.front:
         row: list[int] = []
         text: list[str] = []
-        for group in point.record.plan.groups:
+        for group in result.plan.groups:
             # A group keeps its colour from row to row, but for one that would look like the group beside it.
             colour = 0 if len(group) == 1 else 1 + group[0] // 2 % 2
             if colour and row and row[-1] == colour:
@@ -124,7 +123,7 @@ def build_layers_figure(report: StudyReport, *, theme: Theme = LIGHT) -> go.Figu
             text += [f"layer {layer_idx}: {words}" for layer_idx in group]
         values.append(row)
         texts.append(text)
-    labels = [name_row(report, point.record) for point in report.front]
+    labels = [name_row(report, result) for result in report.front]
     colours = (theme.single, theme.group_even, theme.group_odd)
     scale = [[edge, colour] for i, colour in enumerate(colours) for edge in (i / 3, (i + 1) / 3)]
     figure = go.Figure(
@@ -153,26 +152,26 @@ def build_layers_figure(report: StudyReport, *, theme: Theme = LIGHT) -> go.Figu
 def _list_faint(report: StudyReport) -> list[TrialResult]:
     """Return the plans behind the front; its own would lie under it and answer in its place."""
     on_front = _find_places(report)
-    records = [
-        record
-        for record in report.records
-        if math.isfinite(record.get_cost(report.metric)) and record.plan not in on_front
+    results = [
+        result
+        for result in report.results
+        if math.isfinite(result.get_cost(report.metric)) and result.plan not in on_front
     ]
-    return sorted(records, key=lambda record: record.get_cost(report.metric))[:MAX_FAINT_TRIALS]
+    return sorted(results, key=lambda result: result.get_cost(report.metric))[:MAX_FAINT_TRIALS]
 
 
 def _find_places(report: StudyReport) -> dict[Plan, int]:
-    return {point.record.plan: index for index, point in enumerate(report.front)}
+    return {result.plan: index for index, result in enumerate(report.front)}
 
 
-def _get_value(report: StudyReport, record: TrialResult, loss: Loss) -> float:
-    return record.get_cost(report.metric) if loss == "delta" else record.perplexity
+def _get_value(report: StudyReport, result: TrialResult, loss: Loss) -> float:
+    return result.get_cost(report.metric) if loss == "delta" else result.perplexity
 
 
-def _add_records(
+def _add_results(
     figure: go.Figure,
     report: StudyReport,
-    records: Iterable[TrialResult],
+    results: Iterable[TrialResult],
     *,
     saving: Saving,
     loss: Loss,
@@ -187,21 +186,21 @@ def _add_records(
     Where points overlap, plotly answers with the smallest, and of equal ones with the last: so all have one size, and
     those that matter are drawn later and with a rim.
     """
-    shown = [(x, record) for record in records if (x := get_saving_value(record, saving)) is not None]
+    shown = [(x, result) for result in results if (x := get_saving_value(result, saving)) is not None]
     is_faint = mode == "markers"
     if not is_faint:
         shown.sort(key=lambda item: item[0])
     places = _find_places(report)
     errors: dict[str, Any] | None = None
     if not is_faint:
-        bounds = [_build_bounds(report, record, loss) for _, record in shown]
+        bounds = [_build_bounds(report, result, loss) for _, result in shown]
         errors = _build_error_bars([high for _, high in bounds], [low for low, _ in bounds])
     figure.add_scatter(
         x=[x for x, _ in shown],
-        y=[_get_value(report, record, loss) for _, record in shown],
+        y=[_get_value(report, result, loss) for _, result in shown],
         error_y=errors,
-        text=[_describe(report, record) for _, record in shown],
-        customdata=[places.get(record.plan, -1) for _, record in shown],
+        text=[_describe(report, result) for _, result in shown],
+        customdata=[places.get(result.plan, -1) for _, result in shown],
         mode=mode,
         opacity=0.55 if is_faint else 1.0,
         marker={"color": colour, "size": MARKER_SIZE, "symbol": symbol, "line": {"color": colour, "width": rim}},
@@ -211,12 +210,12 @@ def _add_records(
     )
 
 
-def _build_bounds(report: StudyReport, record: TrialResult, loss: Loss) -> tuple[float, float]:
+def _build_bounds(report: StudyReport, result: TrialResult, loss: Loss) -> tuple[float, float]:
     """Return how far one standard error reaches below and above a plan's value."""
-    error = (record.get_cost_se(report.metric) if loss == "delta" else record.loss.delta_nll_se) or 0.0
+    error = (result.get_cost_se(report.metric) if loss == "delta" else result.loss.delta_nll_se) or 0.0
     if loss == "delta":
         return error, error
-    value = record.perplexity
+    value = result.perplexity
     return value - value * math.exp(-error), value * math.exp(error) - value
 
 
@@ -234,17 +233,18 @@ def _build_error_bars(above: Sequence[float], below: Sequence[float]) -> dict[st
 def _add_heldout(figure: go.Figure, report: StudyReport, *, saving: Saving, loss: Loss, theme: Theme) -> None:
     """Add the held-out losses; as a perplexity, of the baseline's on the proxy windows, so that both compare."""
     shown = [
-        (x, point, point.heldout)
-        for point in report.front
-        if point.heldout is not None and (x := get_saving_value(point.record, saving)) is not None
+        (x, result, heldout)
+        for result in report.front
+        if (heldout := result.get_heldout(report.metric)) is not None
+        and (x := get_saving_value(result, saving)) is not None
     ]
     if not shown or (loss == "perplexity" and report.metric == "kl"):
         return
     places = _find_places(report)
     values, above, below = [], [], []
     for _, _, heldout in shown:
-        error = heldout.standard_error or 0.0
-        deltas: tuple[float, ...] = (heldout.delta, heldout.delta + error, heldout.delta - error)
+        cost, error = heldout.get_cost(report.metric), heldout.get_cost_se(report.metric) or 0.0
+        deltas: tuple[float, ...] = (cost, cost + error, cost - error)
         if loss == "perplexity":
             deltas = tuple(compute_perplexity(report.baseline.loss.nll + delta) for delta in deltas)
         values.append(deltas[0])
@@ -254,9 +254,10 @@ def _add_heldout(figure: go.Figure, report: StudyReport, *, saving: Saving, loss
         x=[x for x, _, _ in shown],
         y=values,
         error_y=_build_error_bars(above, below),
-        customdata=[places[point.record.plan] for _, point, _ in shown],
+        customdata=[places[result.plan] for _, result, _ in shown],
         text=[
-            f"held out: {heldout.delta:.4f} nats<br>{_describe(report, point.record)}" for _, point, heldout in shown
+            f"held out: {heldout.get_cost(report.metric):.4f} nats<br>{_describe(report, result)}"
+            for _, result, heldout in shown
         ],
         mode="markers",
         marker={"color": theme.heldout, "size": MARKER_SIZE, "symbol": "diamond-open", "line": {"width": 2}},
@@ -268,26 +269,25 @@ def _add_heldout(figure: go.Figure, report: StudyReport, *, saving: Saving, loss
 def _choose_range(report: StudyReport, loss: Loss) -> list[float]:
     """Return the part of the axis of losses where plans are useful."""
     top = report.reference_cost * 1.1
-    values: Iterable[FrontPoint] = report.front
-    bottom = min([0.0, *(point.record.get_cost(report.metric) for point in values)]) - 0.04 * top
+    bottom = min([0.0, *(result.get_cost(report.metric) for result in report.front)]) - 0.04 * top
     if loss == "delta":
         return [bottom, top]
     base = report.baseline.loss.nll
     if report.metric == "kl":
-        useful = [point.record for point in report.front if point.record.get_cost("kl") <= report.reference_cost]
-        top = max(record.loss.nll for record in useful) - base + 0.1
+        useful = [result for result in report.front if result.get_cost("kl") <= report.reference_cost]
+        top = max(result.loss.nll for result in useful) - base + 0.1
     low, high = compute_perplexity(base + min(bottom, 0.0)), compute_perplexity(base + top)
     return [low - 0.02 * (high - low), high]
 
 
-def _describe(report: StudyReport, record: TrialResult) -> str:
+def _describe(report: StudyReport, result: TrialResult) -> str:
     words = [
-        f"{count_joins(record)}, {record.depth_reduction:.1%} less depth",
-        f"{record.get_cost(report.metric):.4f} nats, perplexity {record.perplexity:.2f}",
+        f"{name_count(result.num_joins, 'join')}, {result.depth_reduction:.1%} less depth",
+        f"{result.get_cost(report.metric):.4f} nats, perplexity {result.perplexity:.2f}",
     ]
-    if record.latency_ms is not None:
-        words.append(f"{record.latency_ms:.3f} ms")
-    return "<br>".join([*words, *_wrap(f"layers {describe_groups(record.plan)}"), f"trial {record.trial}"])
+    if result.latency_ms is not None:
+        words.append(f"{result.latency_ms:.3f} ms")
+    return "<br>".join([*words, *_wrap(f"layers {describe_groups(result.plan)}"), f"trial {result.trial}"])
 
 
 def _wrap(text: str, width: int = 44) -> list[str]:

@@ -17,9 +17,11 @@ from lpsearch.report.advice import Pick, list_commands, pick_plans
 from lpsearch.report.charts import Chart, build_charts
 from lpsearch.report.figures import describe_groups
 from lpsearch.report.latency_figures import describe_workload
-from lpsearch.report.study import FrontPoint, StudyReport, count_joins
-from lpsearch.report.tables import Table, format_loss
+from lpsearch.report.study import StudyReport
+from lpsearch.report.tables import Table
 from lpsearch.report.theme import map_colours
+from lpsearch.search import TrialResult
+from lpsearch.wording import format_loss, name_count
 
 __all__ = ["PAGE_TOP", "PageParts", "build_html", "build_parts", "read_asset", "write_html"]
 
@@ -33,8 +35,8 @@ _DIGITS = 7
 """Significant digits of the figures' numbers."""
 
 _SERVE_NOTE = (
-    "Type these where you ran optimize. Serving needs vLLM, which runs the exported checkpoint through its "
-    "transformers backend; whoever serves it needs no lpsearch."
+    "Run these commands where you ran optimize. Serving needs vLLM, which runs the exported checkpoint through its "
+    "transformers backend and needs no lpsearch."
 )
 
 
@@ -75,7 +77,7 @@ def build_parts(report: StudyReport) -> PageParts:
             _render_advice(report),
             _render_section("layers", "Which layers pair", _EXPLAIN["layers"], [charts["layers"]]),
             _render_joins(charts),
-            _render_section("search", "How the search came along", _explain_progress(report), [charts["progress"]]),
+            _render_section("search", "How the search progressed", _explain_progress(report), [charts["progress"]]),
             _render_latency(report, charts),
             "</main>",
         ]
@@ -190,7 +192,7 @@ def _share_lists(value: Any, shared: dict[str, int]) -> Any:
 def _render_head(report: StudyReport) -> str:
     settings = report.settings
     facts = {
-        "plans": f"{len(report.records)}" + (", all there are" if report.is_exact else ""),
+        "plans": f"{len(report.results)}" + (", all there are" if report.is_exact else ""),
         "layers": str(report.num_layers),
         "unmodified": f"{report.baseline.loss.nll:.4f} nats/token, perplexity {report.baseline.perplexity:.2f}",
         "data": f"{settings.get('data', 'not recorded')}, {settings.get('windows', '?')} windows of "
@@ -210,7 +212,7 @@ def _render_head(report: StudyReport) -> str:
         ""
         if report.is_current
         else "<p class='note'>This study is under way or was interrupted: the report shows what is there. "
-        "Run the same <code>lpsearch optimize</code> again to go on; it writes the plan files of this front.</p>"
+        "Run the same <code>lpsearch optimize</code> again to resume it and to write the plan files of this front.</p>"
     )
     links = [("front", "Front"), ("next", "What next"), ("layers", "Layers"), ("joins", "Joins"), ("search", "Search")]
     links += [("latency", "Latency")] if report.latency_model is not None else []
@@ -224,14 +226,14 @@ def _render_head(report: StudyReport) -> str:
 
 
 def _render_front(report: StudyReport, charts: dict[str, Chart]) -> str:
-    plans = "".join(_render_plan(report, index, point) for index, point in enumerate(report.front))
+    plans = "".join(_render_plan(report, index, result) for index, result in enumerate(report.front))
     notes = "The axis of losses ends where plans stop being useful. Bars are one standard error over windows. "
-    if any(point.heldout is not None for point in report.front):
+    if any(result.get_heldout(report.metric) is not None for result in report.front):
         notes += "Held-out values are on windows that the search never saw. "
     elif len(report.front) > 1:
-        notes += "Held-out values come when the search ends. "
-    if not report.windows_front:
-        notes += "The study tried no contiguous windows. "
+        notes += "The search adds held-out values when it ends. "
+    if not report.blocks:
+        notes += "The study tried no blocks. "
     notes += "Click a point, or use the arrow keys on the figure, to see its plan."
     toggle = "<label class='check'><input type='checkbox' id='all-losses'> show every loss</label>"
     return (
@@ -241,32 +243,32 @@ def _render_front(report: StudyReport, charts: dict[str, Chart]) -> str:
     )
 
 
-def _render_plan(report: StudyReport, index: int, point: FrontPoint) -> str:
-    record = point.record
+def _render_plan(report: StudyReport, index: int, result: TrialResult) -> str:
+    metric = report.metric
     rows = {
-        "joins": f"{record.num_joins} of {report.num_layers - 1}",
-        "depth": f"{record.plan.depth} of {report.num_layers} ({record.depth_reduction:.1%} less)",
-        "loss": format_loss(record.get_cost(report.metric), record.get_cost_se(report.metric)),
-        "held out": "" if point.heldout is None else format_loss(point.heldout.delta, point.heldout.standard_error),
-        "perplexity": f"{record.perplexity:.3f}",
-        "time of a step": "" if record.latency_ms is None else f"{record.latency_ms:.3f} ms (estimated)",
-        "speed-up": "" if point.speedup is None else f"{point.speedup:.3f}x (estimated)",
-        "found by": f"{record.origin}, trial {record.trial}",
-        "layers together": describe_groups(record.plan),
+        "joins": f"{result.num_joins} of {report.num_layers - 1}",
+        "depth": f"{result.plan.depth} of {report.num_layers} ({result.depth_reduction:.1%} less)",
+        "loss": format_loss(result.loss, metric),
+        "held out": format_loss(result.get_heldout(metric), metric),
+        "perplexity": f"{result.perplexity:.3f}",
+        "time of a step": "" if result.latency_ms is None else f"{result.latency_ms:.3f} ms (estimated)",
+        "speed-up": "" if result.speedup is None else f"{result.speedup:.3f}x (estimated)",
+        "found by": f"{result.origin}, trial {result.trial}",
+        "layers together": describe_groups(result.plan),
     }
     items = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in rows.items() if value)
     return (
-        f"<article id='plan-{index}' data-plan='{index}' data-trial='{record.trial}'><dl>{items}</dl>"
-        f"{_render_commands(report, point)}</article>"
+        f"<article id='plan-{index}' data-plan='{index}' data-trial='{result.trial}'><dl>{items}</dl>"
+        f"{_render_commands(report, result)}</article>"
     )
 
 
-def _render_commands(report: StudyReport, point: FrontPoint) -> str:
-    commands = list_commands(report, point)
+def _render_commands(report: StudyReport, result: TrialResult) -> str:
+    commands = list_commands(report, result)
     if not commands:
         return (
-            "<p class='note'>Its plan file is not written yet: that comes at the end of the search, or when the same "
-            "<code>lpsearch optimize</code> is run again.</p>"
+            "<p class='note'>Its plan file is not written yet. The search writes it when it ends; run the same "
+            "<code>lpsearch optimize</code> again if it was interrupted.</p>"
         )
     return (
         "<ul class='commands'>"
@@ -302,22 +304,22 @@ def _render_advice(report: StudyReport) -> str:
 def _render_pick(report: StudyReport, pick: Pick) -> str:
     rule = f"at most {pick.max_loss} nats per token"
     if pick.index is None:
-        losses = [point.get_loss(report.metric) for point in report.front if point.record.num_joins > 0]
+        losses = [result.get_reported_cost(report.metric) for result in report.front if result.num_joins > 0]
         least = f" The least is {min(losses):.4f}." if losses else ""
         return (
             f"<article class='card' data-pick='{pick.name}'><h3>{pick.name}</h3><p class='small'>{rule}</p>"
             f"<p>No plan with a join loses so little.{least}</p></article>"
         )
-    point = report.front[pick.index]
-    record = point.record
-    speed = "" if point.speedup is None else f", {point.speedup:.3f}x estimated"
+    result = report.front[pick.index]
+    speed = "" if result.speedup is None else f", {result.speedup:.3f}x estimated"
     lost = "lost" if report.metric == "nll" else "of KL divergence"
     return (
         f"<article class='card' data-pick='{pick.name}'><h3>{pick.name}</h3><p class='small'>{rule}</p>"
-        f"<p><strong>{count_joins(record)}, {record.depth_reduction:.1%} less depth{speed}</strong><br>"
-        f"{point.get_loss(report.metric):.4f} nats per token {lost}; layers {escape(describe_groups(record.plan))}</p>"
+        f"<p><strong>{name_count(result.num_joins, 'join')}, {result.depth_reduction:.1%} less depth{speed}"
+        f"</strong><br>{result.get_reported_cost(report.metric):.4f} nats per token {lost}; "
+        f"layers {escape(describe_groups(result.plan))}</p>"
         f"<button type='button' class='show' data-show='{pick.index}' hidden>Show in the front</button>"
-        f"{_render_commands(report, point)}</article>"
+        f"{_render_commands(report, result)}</article>"
     )
 
 

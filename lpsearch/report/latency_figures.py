@@ -157,12 +157,12 @@ def build_breakdown_figure(report: StudyReport, *, workload_index: int = 0, them
     profile = report.latency_model.profile
     workload = profile.workloads[workload_index]
     labels, parts = [], []
-    for point in report.front:
+    for result in report.front:
         try:
-            parts.append(compute_breakdown(workload, profile.geometry, point.record.plan))
+            parts.append(compute_breakdown(workload, profile.geometry, result.plan))
         except ConfigError:
             continue  # a larger group than those measured, of an enqueued plan
-        labels.append(name_row(report, point.record))
+        labels.append(name_row(report, result))
     figure = go.Figure()
     colours = [theme.trial, *theme.more]
     causes = [cause for cause in (parts[0] if parts else {}) if any(part[cause] for part in parts)]

@@ -1,4 +1,4 @@
-"""How a search came along: what was known after every trial, from the values that the study has now."""
+"""How a search progressed: what was known after every trial, by the values that the study has now."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from lpsearch.config import Metric, Objective
 from lpsearch.search import TrialResult, build_front
-from lpsearch.search.front import Objective
-from lpsearch.search.results import Metric
 
 __all__ = ["ProgressStep", "compute_hypervolume", "find_reference_cost", "trace_progress"]
 
@@ -39,7 +38,7 @@ def find_reference_cost(front: Sequence[TrialResult], metric: Metric) -> float:
 
     It is 1 nat per token, or the largest loss of the front where that is smaller or all are larger.
     """
-    costs = [record.get_cost(metric) for record in front if record.num_joins > 0]
+    costs = [result.get_cost(metric) for result in front if result.num_joins > 0]
     if not costs:
         return LARGEST_USEFUL_COST
     largest = max(costs)
@@ -47,12 +46,12 @@ def find_reference_cost(front: Sequence[TrialResult], metric: Metric) -> float:
 
 
 def trace_progress(
-    records: Sequence[TrialResult], *, metric: Metric, objective: Objective, reference_cost: float
+    results: Sequence[TrialResult], *, metric: Metric, objective: Objective, reference_cost: float
 ) -> tuple[ProgressStep, ...]:
     """Return what was known after every trial.
 
     Args:
-        records: finished plans in the order of the trials.
+        results: finished plans in the order of the trials.
         metric: which loss.
         objective: what it is traded against.
         reference_cost: loss up to which the hypervolume counts.
@@ -61,29 +60,29 @@ def trace_progress(
     front: list[TrialResult] = []
     best: dict[int, float] = {}
     tokens = 0
-    baseline = next(record for record in records if record.num_joins == 0)
-    for record in records:
-        tokens += record.proxy_tokens
+    baseline = next(result for result in results if result.num_joins == 0)
+    for result in results:
+        tokens += result.proxy_tokens
         # The front of all plans so far is that of the former front and the new plan.
-        known = [*front, record]
+        known = [*front, result]
         front = build_front(known, metric=metric, objective=objective) or known
-        cost = record.get_cost(metric)
-        if record.proxy_tokens >= baseline.proxy_tokens and math.isfinite(cost):
-            best[record.num_joins] = min(cost, best.get(record.num_joins, math.inf))
+        cost = result.get_cost(metric)
+        if result.state == "complete":
+            best[result.num_joins] = min(cost, best.get(result.num_joins, math.inf))
         hypervolume = compute_hypervolume(
             [(get_saving(point, baseline, objective), point.get_cost(metric)) for point in front], reference_cost
         )
-        steps.append(ProgressStep(record.trial, tokens, hypervolume, dict(best)))
+        steps.append(ProgressStep(result.trial, tokens, hypervolume, dict(best)))
     return tuple(steps)
 
 
-def get_saving(record: TrialResult, baseline: TrialResult, objective: Objective) -> float:
+def get_saving(result: TrialResult, baseline: TrialResult, objective: Objective) -> float:
     """Return the share of the depth, or of the time, that a plan saves."""
     if objective == "depth":
-        return record.depth_reduction
-    if record.latency_ms is None or baseline.latency_ms is None:
+        return result.depth_reduction
+    if result.latency_ms is None or baseline.latency_ms is None:
         return 0.0
-    return 1 - record.latency_ms / baseline.latency_ms
+    return 1 - result.latency_ms / baseline.latency_ms
 
 
 def compute_hypervolume(points: Sequence[tuple[float, float]], reference_cost: float) -> float:

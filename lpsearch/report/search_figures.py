@@ -1,4 +1,4 @@
-"""Plotly figures of a search: what it learned about joins, and how it came along."""
+"""Plotly figures of a search: what it learned about joins, and how it progressed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from plotly.subplots import make_subplots
 from lpsearch.report.figures import name_loss
 from lpsearch.report.study import StudyReport
 from lpsearch.report.theme import LIGHT, Theme, style_figure
+from lpsearch.wording import name_count
 
 __all__ = ["build_effects_figure", "build_interactions_figure", "build_progress_figure", "choose_best_lines"]
 
@@ -133,7 +134,7 @@ def build_progress_figure(report: StudyReport, *, unit: Unit = "trials", theme: 
             y=[y for _, y in line],
             mode="lines+markers" if len(line) == 1 else "lines",
             line={"shape": "hv", "color": colour, "width": 2},
-            name=f"{num_joins} join" + "s" * (num_joins > 1),
+            name=name_count(num_joins, "join"),
             hovertemplate="%{x}: %{y:.4f} nats<extra>%{fullData.name}</extra>",
             row=2,
             col=1,
@@ -148,9 +149,9 @@ def build_progress_figure(report: StudyReport, *, unit: Unit = "trials", theme: 
 def choose_best_lines(report: StudyReport) -> tuple[int, ...]:
     """Choose the numbers of joins whose progress is drawn: spread evenly over the useful part of the front."""
     useful = [
-        point.record.num_joins
-        for point in report.front
-        if point.record.num_joins > 0 and point.record.get_cost(report.metric) <= report.reference_cost
+        result.num_joins
+        for result in report.front
+        if result.num_joins > 0 and result.get_cost(report.metric) <= report.reference_cost
     ]
     useful = sorted(set(useful)) or sorted({k for step in report.progress for k in step.best if k > 0})
     places = np.unique(np.linspace(0, len(useful) - 1, min(NUM_BEST_LINES, len(useful))).round().astype(int))

@@ -15,6 +15,7 @@ from lpsearch.report.latency_figures import (
 )
 from lpsearch.report.search_figures import choose_best_lines
 from lpsearch.report.study import StudyReport, name_row
+from lpsearch.wording import format_value, list_front_columns
 
 __all__ = [
     "Table",
@@ -25,7 +26,6 @@ __all__ = [
     "build_interactions_table",
     "build_layers_table",
     "build_progress_table",
-    "format_loss",
 ]
 
 MAX_INTERACTIONS = 40
@@ -49,45 +49,23 @@ class Table:
     selects: bool = False
 
 
-def format_loss(value: float, standard_error: float | None) -> str:
-    """Write a loss in nats per token with its standard error."""
-    return f"{value:.4f}" if not standard_error else f"{value:.4f} ± {standard_error:.4f}"
-
-
 def build_front_table(report: StudyReport) -> Table:
     """List the front."""
-    columns = ["joins", "less depth", "loss", "held out", "perplexity"]
-    columns += ["ms", "speed-up"] if report.has_latency else []
-    columns += ["best window"] if report.windows_front else []
-    windows = {record.num_joins: record for record in report.windows_front}
-    rows = []
-    for point in report.front:
-        record = point.record
-        heldout = point.heldout
-        row = [
-            name_row(report, record),
-            f"{record.depth_reduction:.1%}",
-            format_loss(record.get_cost(report.metric), record.get_cost_se(report.metric)),
-            "" if heldout is None else format_loss(heldout.delta, heldout.standard_error),
-            f"{record.perplexity:.3f}",
-        ]
-        if report.has_latency:
-            row += ["" if record.latency_ms is None else f"{record.latency_ms:.3f}"]
-            row += ["" if point.speedup is None else f"{point.speedup:.3f}x"]
-        if report.windows_front:
-            window = windows.get(record.num_joins)
-            row += ["" if window is None else f"{window.get_cost(report.metric):.4f}"]
-        rows.append([*row, describe_groups(record.plan)])
-    losses = "losses" if report.metric == "nll" else "KL divergences as losses,"
-    return Table(f"The front; {losses} in nats per token", [*columns, "layers together"], rows, selects=True)
+    columns = list_front_columns(report.front, metric=report.metric)
+    columns.pop("delta nll", None)  # not what was searched
+    columns["joins"] = [name_row(report, result) for result in report.front]
+    if report.blocks:
+        losses = {block.num_joins: f"{block.get_cost(report.metric):.4f}" for block in report.blocks}
+        columns["best block"] = [losses.get(result.num_joins, "") for result in report.front]
+    columns["layers together"] = [describe_groups(result.plan) for result in report.front]
+    losses_named = "losses" if report.metric == "nll" else "KL divergences as losses,"
+    rows = list(zip(*columns.values(), strict=True))
+    return Table(f"The front; {losses_named} in nats per token", list(columns), rows, selects=True)
 
 
 def build_layers_table(report: StudyReport) -> Table:
     """List the groups of every plan of the front."""
-    rows = [
-        [name_row(report, point.record), str(point.record.plan.depth), describe_groups(point.record.plan)]
-        for point in report.front
-    ]
+    rows = [[name_row(report, result), str(result.plan.depth), describe_groups(result.plan)] for result in report.front]
     return Table("Layers that run in parallel", ["joins", "depth", "layers together"], rows, selects=True)
 
 
@@ -96,7 +74,7 @@ def build_effects_table(report: StudyReport) -> Table:
     effects = report.effects
     assert effects is not None
     rows = [
-        [f"{join} and {join + 1}", "" if value is None else format_loss(value, error), f"{expected:.4f}"]
+        [f"{join} and {join + 1}", "" if value is None else format_value(value, error), f"{expected:.4f}"]
         for join, (value, error, expected) in enumerate(
             zip(effects.measured, effects.measured_se, effects.expected, strict=True)
         )
@@ -158,11 +136,11 @@ def build_breakdown_table(report: StudyReport) -> Table:
     assert report.latency_model is not None
     profile, workload = report.latency_model.profile, report.latency_model.workload
     rows = []
-    for point in report.front:
+    for result in report.front:
         try:
-            parts = compute_breakdown(workload, profile.geometry, point.record.plan)
+            parts = compute_breakdown(workload, profile.geometry, result.plan)
         except ConfigError:
             continue
-        rows.append([name_row(report, point.record), *(f"{ms:.3f}" for ms in (*parts.values(), sum(parts.values())))])
+        rows.append([name_row(report, result), *(f"{ms:.3f}" for ms in (*parts.values(), sum(parts.values())))])
     columns = ["joins", "overhead ms", *(f"{describe_kind(kind)} ms" for kind in workload.cost_ms), "sum ms"]
     return Table(f"Estimated time of a step: {describe_workload(workload)}", columns, rows)

@@ -20,7 +20,7 @@ class Theme:
         trial: every other trial, behind the front.
         front: plans of the front.
         heldout: held-out losses.
-        window: contiguous windows.
+        block: blocks, the published method.
         chosen: the plan that is looked at.
         single: layers that are alone in their group.
         group_even: layers of every other group of several.
@@ -37,7 +37,7 @@ class Theme:
     trial: str
     front: str
     heldout: str
-    window: str
+    block: str
     chosen: str
     single: str
     group_even: str
@@ -55,7 +55,7 @@ LIGHT = Theme(
     trial="#8a929b",
     front="#0b5fc0",
     heldout="#c2500c",
-    window="#1b7a3a",
+    block="#1b7a3a",
     chosen="#8a2be2",
     single="#e9ecef",
     group_even="#1f6fd0",
@@ -73,7 +73,7 @@ DARK = Theme(
     trial="#7c8794",
     front="#6cb0ff",
     heldout="#ff9e57",
-    window="#56d07d",
+    block="#56d07d",
     chosen="#d3a4ff",
     single="#262d36",
     group_even="#5a9ff0",

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
-from lpsearch.search.results import Metric, TrialResult
+from lpsearch.config import Metric, Objective
+from lpsearch.search.results import TrialResult
 
 __all__ = ["Objective", "build_front", "find_rival"]
-
-Objective = Literal["depth", "latency"]
 
 
 def build_front(

@@ -7,10 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Row, func, insert, select, update
 
+from lpsearch.config import Split
 from lpsearch.evaluation.losses import WindowLosses
 from lpsearch.plan import Plan
 from lpsearch.search import schema
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from lpsearch.search.store import StudyStore
 
 __all__ = ["LossStore", "Split", "StoredPlan"]
-
-Split = Literal["proxy", "heldout"]
-"""What windows are for: the search, or the check of its front."""
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,14 @@ class TrialResult:
         """Return :meth:`Loss.get_cost_se` on the proxy windows."""
         return self.loss.get_cost_se(metric)
 
+    def get_heldout(self, metric: Metric) -> Loss | None:
+        """Return the held-out loss; None where it is not known, or not finite."""
+        return self.heldout if self.heldout is not None and math.isfinite(self.heldout.get_cost(metric)) else None
+
+    def get_reported_cost(self, metric: Metric) -> float:
+        """Return the cost that a user is told: held out where that is known."""
+        return (self.get_heldout(metric) or self.loss).get_cost(metric)
+
 
 @dataclass(frozen=True)
 class EvaluationUpdate:

@@ -16,7 +16,8 @@ from pathlib import Path
 import optuna
 import pytest
 
-from lpsearch.plan import Plan, load_plan, save_plan
+from lpsearch.plan import ModelIdentity, Plan, PlanMetadata, load_plan, save_plan
+from lpsearch.search import StudyStore
 from tests.commands.conftest import Run
 from tests.tolerances import FLOAT32_LOSS
 
@@ -262,6 +263,54 @@ def test_an_enqueued_plan_comes_first_and_must_be_of_this_model(
     outcome = run_lpsearch(*arguments, "--budget", 3, "--enqueue", tmp_path / "foreign.json", "--out", tmp_path / "new")
     assert outcome.exit_code == 2
     assert "--enqueue" in outcome.document["error"]["message"]
+
+
+def _save_plan_of_three(directory: Path, num_layers: int = 6) -> Path:
+    """Write a plan that joins layers 0 to 2, for a model with so many layers."""
+    identity = ModelIdentity(id="m", num_layers=num_layers, fingerprint="1" * 16 + "-" + "1" * 16)
+    groups = [[0, 1, 2], *([i] for i in range(3, num_layers))]
+    path = directory / f"three-of-{num_layers}.json"
+    save_plan(Plan.from_groups(groups, metadata=PlanMetadata(model=identity)), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "options", "message"),
+    [
+        (6, [], "groups have at most 2 layers"),
+        (6, ["--max-group", 3, "--freeze", 1], "leave layers [1] alone"),
+        (7, ["--max-group", 3], "has 7 layers, the model 6"),
+        (6, ["--max-group", 3], "fingerprint"),
+    ],
+)
+def test_an_enqueued_plan_outside_the_space_is_refused_before_windows_are_sampled(
+    run_lpsearch: Run, arguments: list, tmp_path: Path, num_layers: int, options: list, message: str
+) -> None:
+    path = _save_plan_of_three(tmp_path, num_layers)
+    command = [*arguments, "--data", "self", "--latency", "auto", "--enqueue", path, *options]
+    outcome = run_lpsearch(*command)
+    assert outcome.exit_code == 2
+    assert outcome.document["error"]["message"].startswith(f"--enqueue {path}")
+    assert message in outcome.document["error"]["message"]
+    assert [line.split()[1] for line in outcome.stderr.splitlines()] == ["loading", "--enqueue"], "nothing else is done"
+    assert not list((tmp_path / "cache").rglob("*")), "no windows were sampled"
+    with StudyStore(f"sqlite:///{tmp_path}/study/study.db", study_name="tiny-llama0") as store:
+        assert store.list_studies() == []
+
+
+def test_an_enqueued_plan_is_refused_before_the_model_is_loaded_where_its_layers_are_known(
+    run_lpsearch: Run, arguments: list, text_file: Path, tmp_path: Path
+) -> None:
+    path = _save_plan_of_three(tmp_path)
+    of_alias = ["optimize", "--model", "llama2-7b", "--data", text_file, "--enqueue", path, "--out", tmp_path / "alias"]
+    for fresh in ([], ["--fresh"]):
+        outcome = run_lpsearch(*of_alias, *fresh)
+        assert (outcome.exit_code, outcome.document["error"]["type"]) == (2, "PlanError")
+        assert "has 6 layers, the model 32" in outcome.document["error"]["message"]
+    assert run_lpsearch(*arguments, "--budget", 2).exit_code == 0
+    outcome = run_lpsearch(*arguments, "--budget", 3, "--enqueue", path)
+    assert "groups have at most 2 layers" in outcome.document["error"]["message"]
+    assert outcome.stderr.count("\n") == 1, "a study records how many layers its model has"
 
 
 def test_fresh_moves_the_old_study_aside(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:

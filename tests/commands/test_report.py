@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,7 +58,7 @@ def test_picks_agree_with_plan_pick(
     document = run_lpsearch(*arguments, "--budget", 13, "--metric", metric).document
     with StudyStore(f"sqlite:///{tmp_path}/study/study.db", study_name=document["study"]) as store:
         report = load_report(store, tmp_path / "study")
-    losses = [point.get_loss(metric) for point in report.front]
+    losses = [result.get_reported_cost(metric) for result in report.front]
     assert len(losses) > 2
     monkeypatch.setattr(advice, "LOSS_LIMITS", {"none": min(losses[1:]) / 2, **{str(loss): loss for loss in losses}})
     assert any(pick.index is not None for pick in pick_plans(report))
@@ -67,7 +68,7 @@ def test_picks_agree_with_plan_pick(
             assert pick.index is None
             assert pick.max_loss < 0, "less than the unmodified model loses"
             continue
-        expected = 0 if pick.index is None else report.front[pick.index].record.num_joins
+        expected = 0 if pick.index is None else report.front[pick.index].num_joins
         assert outcome.document["num_joins"] == expected
         assert ("this is the unmodified model" in outcome.stderr) == (expected == 0)
 
@@ -190,12 +191,26 @@ def test_studies_that_cannot_be_read_are_named(run_lpsearch: Run, arguments: lis
     assert (outcome.exit_code, outcome.document["error"]["type"]) == (1, "StudyError")
 
 
+def write_front(directory: Path, points: list[dict[str, Any]], **fields: Any) -> None:
+    """Write a ``front.json`` whose points say what they are given, and else what every point says."""
+    point = {
+        **{"depth_reduction": 0.0, "delta_nll": 0.0, "delta_nll_se": 0.0, "heldout_delta_nll": None, "speedup": None},
+        **{"heldout_delta_nll_se": None, "kl_nats_per_token": None, "perplexity": 20.0, "latency_ms": None},
+        **{"groups": [[0], [1]], "origin": "scan", "trial": 0},
+    }
+    model = {"id": "m", "revision": None, "num_layers": 2, "fingerprint": "a-b"}
+    counts = {"trials": 4, "exact": False, "baseline_nll": 3.0, "proxy_tokens": 1, "heldout_tokens": 1}
+    document = {"schema_version": 1, "study": "s", "model": model, **counts, **fields}
+    document["front"] = [{**point, **given} for given in points]
+    (directory / "front.json").write_text(json.dumps(document), encoding="utf-8")
+
+
 @pytest.mark.parametrize(("objective", "best"), [("depth", "b.json"), ("latency", "a.json")])
 def test_plan_pick_takes_what_saves_most_by_the_objective(
     run_lpsearch: Run, tmp_path: Path, objective: str, best: str
 ) -> None:
     points = [
-        {"plan": name, "num_joins": num_joins, "delta_nll": loss, "heldout_delta_nll": None, "speedup": speedup}
+        {"plan": name, "num_joins": num_joins, "delta_nll": loss, "speedup": speedup}
         for name, num_joins, loss, speedup in (
             ("base.json", 0, 0.0, 1.0),
             ("a.json", 1, 0.06, 1.2),
@@ -203,7 +218,7 @@ def test_plan_pick_takes_what_saves_most_by_the_objective(
             ("lossy.json", 3, 0.5, 1.3),
         )
     ]
-    (tmp_path / "front.json").write_text(json.dumps({"objective": objective, "front": points}), encoding="utf-8")
+    write_front(tmp_path, points, objective=objective, metric="nll")
     picked = run_lpsearch("plan", "pick", tmp_path, "--max-delta", 0.1)
     assert picked.document["plan"] == str(tmp_path / best)
 
@@ -214,7 +229,7 @@ def test_plan_pick_compares_the_loss_that_was_searched(
 ) -> None:
     points = [
         {
-            **{"plan": name, "num_joins": num_joins, "speedup": None, "delta_nll": nll, "heldout_delta_nll": nll},
+            **{"plan": name, "num_joins": num_joins, "delta_nll": nll, "heldout_delta_nll": nll},
             "kl_nats_per_token": kl,
             **({} if metric is None else {"heldout_kl_nats_per_token": heldout}),
         }
@@ -226,7 +241,35 @@ def test_plan_pick_compares_the_loss_that_was_searched(
         )
     ]
     named = {} if metric is None else {"metric": metric}
-    (tmp_path / "front.json").write_text(json.dumps({**named, "front": points}), encoding="utf-8")
+    write_front(tmp_path, points, **named)
     outcome = run_lpsearch("plan", "pick", tmp_path, "--max-delta", 0.1)
     assert outcome.document["plan"] == str(tmp_path / best)
     assert ("written by an older lpsearch" in outcome.stderr) == (metric is None)
+
+
+def test_plan_pick_prints_the_point_as_the_file_has_it(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
+    run_lpsearch(*arguments, "--budget", 13)
+    points = json.loads((tmp_path / "study" / "front.json").read_text(encoding="utf-8"))["front"]
+    for limit in (0.0, 0.1, 9.0):
+        document = run_lpsearch("plan", "pick", tmp_path / "study", "--max-delta", limit).document
+        assert {**document, "plan": str(Path(document["plan"]).relative_to(tmp_path / "study"))} in points
+
+
+@pytest.mark.parametrize(
+    ("content", "exit_code", "message"),
+    [
+        (None, 1, "not there; run `lpsearch optimize`"),
+        ("nothing", 1, "cannot be read"),
+        ('{"schema_version": 99}', 2, "schema_version is 99, this lpsearch reads 1"),
+        ('{"schema_version": 1, "front": []}', 1, "not the front of a study: study: Field required"),
+    ],
+)
+def test_fronts_that_cannot_be_read_are_named(
+    run_lpsearch: Run, tmp_path: Path, content: str | None, exit_code: int, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / "front.json").write_text(content, encoding="utf-8")
+    outcome = run_lpsearch("plan", "pick", tmp_path, "--max-delta", 0.1)
+    assert outcome.exit_code == exit_code
+    assert message in outcome.document["error"]["message"]
+    assert str(tmp_path / "front.json") in outcome.document["error"]["message"]

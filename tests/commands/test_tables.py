@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 
@@ -9,7 +10,6 @@ import pytest
 from rich.console import Console
 
 from lpsearch.commands.tables import build_front_table, spread_rows
-from lpsearch.evaluation.losses import PairedDelta
 from lpsearch.plan import Plan
 from lpsearch.search import TrialResult
 from lpsearch.wording import describe_layers
@@ -23,8 +23,14 @@ def build_front(num_layers: int = 30, **fields: float) -> list[TrialResult]:
         first = num_layers - 2 * num_joins
         groups = [[i] for i in range(first)] + [[i, i + 1] for i in range(first, num_layers, 2)]
         values = {"delta_nll_se": 0.01 if num_joins else 0.0, "latency_ms": 100.0 - num_joins, **fields}
+        values["speedup"] = 100.0 / values["latency_ms"]
         front.append(build_result(Plan.from_groups(groups), 0.1 * num_joins, trial=num_joins, **values))
     return front
+
+
+def check(front: list[TrialResult], **fields: float) -> list[TrialResult]:
+    """Give every plan a held-out loss: that on the proxy windows, but for some fields."""
+    return [dataclasses.replace(result, heldout=dataclasses.replace(result.loss, **fields)) for result in front]
 
 
 def render(front: list[TrialResult], width: int, **options: object) -> list[str]:
@@ -57,8 +63,7 @@ def test_no_line_is_wider_than_the_terminal(width: int, is_brief: bool) -> None:
 )
 def test_columns_give_way_in_order(width: int, shown: list[str], hidden: list[str]) -> None:
     front = build_front()
-    heldout = {record.plan: PairedDelta(record.loss.delta_nll, 0.02) for record in front}
-    header = render(front, width, heldout=heldout)[0]
+    header = render(check(front, delta_nll_se=0.02), width)[0]
     assert all(name in header for name in shown), header
     assert not any(name in header for name in hidden), header
 
@@ -81,8 +86,8 @@ def test_columns_are_named_by_the_loss_that_was_searched() -> None:
         (build_front(), ["delta nll", "held out"], "0.100 ±0.010"),
         (build_front(kl_nats_per_token=0.5, kl_se=0.1), ["kl", "held-out kl", "delta nll"], "0.500 ±0.100"),
     ):
-        heldout = {record.plan: PairedDelta(0.75, 0.02) for record in front}
-        header, _, _, row, *_ = render(front, 200, heldout=heldout)
+        checked = check(front, delta_nll=0.75, delta_nll_se=0.02, kl_nats_per_token=0.75, kl_se=0.02)
+        header, _, _, row, *_ = render(checked, 200)
         places = [header.index(f" {name}") for name in names]
         assert places == sorted(places)
         assert row.split()[0] == "1"

@@ -5,9 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ import pytest
 
 pytest.importorskip("optuna_dashboard", reason="optuna-dashboard is not installed")
 
-from lpsearch.commands.report import open_existing_study
+from lpsearch.commands.studies import open_existing_study
 from lpsearch.report import StudyReport
 from lpsearch.report.annotations import annotate_study
 from lpsearch.search import StudyStore
-from lpsearch_dashboard import build_server, live
+from lpsearch_dashboard import live
 from lpsearch_dashboard.app import build_app
 from tests.commands.conftest import run_lpsearch, start_lpsearch
 from tests.report.conftest import make_study, search_formula
@@ -99,19 +98,3 @@ def ask(tmp_path: Path) -> Iterator[Ask]:
             return Answer(int(status.split()[0]), dict(headers), content)
 
         yield call
-
-
-@contextmanager
-def serve(directory: Path, *, storage: str | None = None) -> Iterator[str]:
-    """Serve a study in a thread of this process, and give the address."""
-    with (
-        open_existing_study(directory, storage=storage, study=None) as store,
-        build_server(store, directory, port=0) as server,
-    ):
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
-            yield server.url
-        finally:
-            server.shutdown()
-            thread.join()

@@ -18,7 +18,7 @@ from lpsearch.search import StudyStore
 from lpsearch_dashboard import live
 from tests.dashboards.conftest import NUM_TRIALS, Ask
 from tests.report.conftest import MakeStudy
-from tests.report.test_html import parse
+from tests.report.pages import parse
 
 
 def test_the_page_shows_the_study_and_asks_only_for_what_is_served(finished_study: StudyReport, ask: Ask) -> None:
@@ -27,7 +27,7 @@ def test_the_page_shows_the_study_and_asks_only_for_what_is_served(finished_stud
     page = parse(answer.body.decode())
     for index, point in enumerate(finished_study.front):
         assert f"plan-{index}" in page.ids
-        assert f"{point.record.loss.delta_nll:.4f}" in page.text
+        assert f"{point.loss.delta_nll:.4f}" in page.text
     assert f"{NUM_TRIALS} plans; the search is done" in page.text
     scripts = [reference for reference in page.references if reference.endswith(".js")]
     assert scripts == ["/lpsearch/plotly.js", "/lpsearch/page.js", "/lpsearch/live.js"]

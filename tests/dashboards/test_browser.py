@@ -10,7 +10,7 @@ import pytest
 
 from lpsearch.search import StudyStore
 from tests.browsing import CHARTS, Opened, count_drawn, get_shown_plans, join_groups, open_in_browser, point_at
-from tests.dashboards.conftest import serve
+from tests.dashboards.serving import serve
 from tests.report.conftest import MakeStudy
 
 pytestmark = pytest.mark.browser
@@ -151,14 +151,14 @@ def test_the_chosen_plan_stays_as_the_front_grows_below_it(
     with serve(tmp_path) as url:
         page = open_page(url, out=tmp_path, front=[{} for _ in report.front]).page
         index = len(report.front) - 1
-        trial = report.front[index].record.trial
+        trial = report.front[index].trial
         page.click("#front summary")
         page.click(f"#front table [data-show='{index}']")
         assert get_shown_plans(page) == [index]
         before = page.inner_text(f"#plan-{index} code >> nth=0")
 
         grown = make_study(budget=24)
-        place = [point.record.trial for point in grown.front].index(trial)
+        place = [point.trial for point in grown.front].index(trial)
         assert place > index, "a plan entered the front below the chosen one"
         page.wait_for_selector("#live-message:has-text('24 plans')")
         page.wait_for_function("document.querySelectorAll('[data-plan]:not([hidden])').length === 1")
@@ -212,7 +212,7 @@ def test_a_page_that_waits_shows_the_first_plans(open_page: Any, make_study: Mak
 
 def test_a_page_whose_dashboard_ended_says_so_and_goes_on(browser: Any, make_study: MakeStudy, tmp_path: Path) -> None:
     """Not by ``open_page``: a browser complains of a server that does not answer."""
-    from lpsearch.commands.report import open_existing_study
+    from lpsearch.commands.studies import open_existing_study
     from lpsearch_dashboard import build_server
 
     make_study(budget=12)

@@ -10,35 +10,21 @@ import sqlite3
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable
 from contextlib import closing
 from http.server import HTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from lpsearch.commands.report import open_existing_study
+from lpsearch.commands.studies import open_existing_study
 from lpsearch.errors import UsageError
 from lpsearch.report import StudyReport
 from lpsearch.search import StudyStore
 from lpsearch_dashboard import build_server
 from tests.commands.conftest import Run
-from tests.dashboards.conftest import NUM_TRIALS, serve
-
-
-def fetch(url: str) -> Any:
-    with urllib.request.urlopen(url, timeout=30) as answer:
-        return json.loads(answer.read())
-
-
-def wait_for_address(process: subprocess.Popen[str]) -> str:
-    for line in process.stderr:
-        found = re.search(r"http://127\.0\.0\.1:\d+/", line)
-        if found:
-            return found.group()
-    raise AssertionError("the dashboard ended before it said where it serves")
+from tests.dashboards.conftest import NUM_TRIALS
+from tests.dashboards.serving import fetch, serve, wait_for_address
 
 
 def test_it_serves_until_ctrl_c(

@@ -18,7 +18,7 @@ from urllib.request import urlopen
 import pytest
 
 from tests.commands.conftest import Run
-from tests.dashboards.test_command import fetch, wait_for_address
+from tests.dashboards.serving import fetch, wait_for_address
 
 
 def find_binary(name: str) -> str | None:

@@ -9,10 +9,20 @@ from typing import Any
 
 import pytest
 
+from lpsearch.commands.results import build_front_file, name_plan_files
 from lpsearch.latency.profile import LatencyProfile
 from lpsearch.plan import ModelIdentity, Plan, PlanMetadata, save_plan, write_json
 from lpsearch.report import StudyReport, load_report
-from lpsearch.search import PlanSpace, StudyStore, build_front, evaluate_stored_plan, read_results, run_study
+from lpsearch.search import (
+    PlanSpace,
+    StudyResult,
+    StudyStore,
+    TrialResult,
+    build_front,
+    evaluate_stored_plan,
+    read_results,
+    run_study,
+)
 from tests.search.evaluators import SyntheticEvaluator
 
 NUM_LAYERS = 10
@@ -59,16 +69,15 @@ def build_profile() -> LatencyProfile:
     )
 
 
-def write_front_files(directory: Path, plans: list[Plan], **fields: Any) -> None:
-    """Write plan files and a ``front.json`` that names them."""
+def write_front_files(directory: Path, front: list[TrialResult], result: StudyResult, **fields: Any) -> None:
+    """Write plan files and the ``front.json`` that names them."""
     (directory / "plans").mkdir(exist_ok=True)
-    points = []
     identity = ModelIdentity(id="m", num_layers=NUM_LAYERS, fingerprint="a-b")
-    for plan in plans:
-        name = f"plans/joins-{plan.num_joins:02d}.json"
-        save_plan(Plan(plan.groups, PlanMetadata(model=identity)), directory / name)
-        points.append({"plan": name, "groups": [list(group) for group in plan.groups]})
-    write_json({"schema_version": 1, "front": points, **fields}, directory / "front.json")
+    named = name_plan_files(front)
+    for found in named:
+        save_plan(Plan(found.plan.groups, PlanMetadata(model=identity)), directory / found.plan_file)
+    file = build_front_file(named, study="demo", model=identity, result=result, **fields)
+    write_json(file.model_dump(mode="json"), directory / "front.json")
 
 
 def search_formula(
@@ -112,7 +121,7 @@ def search_formula(
             for record in front:
                 evaluate_stored_plan(store, unseen, record.plan, split="heldout")
         if files:
-            write_front_files(directory, [record.plan for record in front], trials=len(result.results), exact=False)
+            write_front_files(directory, front, result, metric=metric, objective=objective)
         return load_report(store, directory)
 
 

@@ -50,8 +50,8 @@ def test_the_figure_is_the_present_front_and_there_is_one(make_study: MakeStudy,
         shown = annotate(report, tmp_path)["plotly_graph_objects"]
         assert [one["id"] for one in shown] == ["lpsearch-front"]
         traces = {trace["name"]: trace for trace in json.loads(shown[0]["graph_object"])["data"]}
-        assert traces["front"]["y"] == [point.record.loss.delta_nll for point in report.front]
-        assert len(traces["front"]["y"]) + len(traces["every other trial"]["y"]) == len(report.records)
+        assert traces["front"]["y"] == [point.loss.delta_nll for point in report.front]
+        assert len(traces["front"]["y"]) + len(traces["every other trial"]["y"]) == len(report.results)
 
 
 def test_a_large_study_keeps_a_small_figure(
@@ -61,7 +61,7 @@ def test_a_large_study_keeps_a_small_figure(
     report = make_study(budget=14)
     shown = json.loads(annotate(report, tmp_path)["plotly_graph_objects"][0]["graph_object"])["data"]
     traces = {trace["name"]: trace for trace in shown}
-    others = sorted(r.loss.delta_nll for r in report.records if r.plan not in {p.record.plan for p in report.front})
+    others = sorted(r.loss.delta_nll for r in report.results if r.plan not in {p.plan for p in report.front})
     assert traces["every other trial"]["y"] == others[:5]
     assert len(traces["front"]["y"]) == len(report.front)
 
@@ -70,41 +70,44 @@ def test_notes_are_of_the_present_front_and_keep_what_people_wrote(make_study: M
     former = make_study(budget=12)
     annotate(former, tmp_path)
     study = load_study(tmp_path)
-    trial_ids = {trial.number: trial._trial_id for trial in study.trials}
+    storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path / 'study.db'}")
+    trial_ids = {
+        trial.number: storage.get_trial_id_from_study_id_trial_number(1, trial.number) for trial in study.trials
+    }
     optuna_dashboard.save_note(study, optuna_dashboard.get_note(study) + "\nlook at trial 3")
-    system = study._storage.get_study_system_attrs(study._study_id)
+    system = storage.get_study_system_attrs(1)
     noted = sorted(number for number, key in trial_ids.items() if f"dashboard:{key}:note_ver" in system)
-    assert noted == sorted(point.record.trial for point in former.front)
+    assert noted == sorted(point.trial for point in former.front)
 
     report = make_study(budget=22)
-    left = {point.record.trial for point in former.front} - {point.record.trial for point in report.front}
+    left = {point.trial for point in former.front} - {point.trial for point in report.front}
     assert left, "the front moved on"
     kept = min(left)
 
-    trial = SimpleNamespace(storage=study._storage, study=study, _trial_id=trial_ids[kept])
+    trial = SimpleNamespace(storage=storage, study=study, _trial_id=trial_ids[kept])
     optuna_dashboard.save_note(trial, optuna_dashboard.get_note(trial) + "\nmy own words")
     for _ in range(2):
         shown = annotate(report, tmp_path)
         assert shown["note"]["body"].count("look at trial 3") == 1
         assert shown["note"]["body"].count("| joins |") == 1
         for point in report.front:
-            joined = [f"{group[0]}-{group[-1]}" for group in point.record.plan.groups if len(group) > 1]
+            joined = [f"{group[0]}-{group[-1]}" for group in point.plan.groups if len(group) > 1]
             groups = " ".join(joined) or "every layer alone"
             row = next(line for line in shown["note"]["body"].splitlines() if line.endswith(f"| {groups} |"))
-            assert f"| {point.record.loss.delta_nll:.4f}" in row
+            assert f"| {point.loss.delta_nll:.4f}" in row
         notes = {trial["number"]: trial["note"]["body"] for trial in shown["trials"]}
-        points = {point.record.trial: point for point in report.front}
+        points = {point.trial: point for point in report.front}
         assert {number for number, body in notes.items() if body} == {*points, kept}
         assert notes[kept] == "my own words"
         for number, point in points.items():
             assert f"lpsearch evaluate {tmp_path}/{point.plan_file} " in notes[number]
-            assert f"held out: {point.heldout.delta:.4f}" in notes[number]
+            assert f"held out: {point.heldout.delta_nll:.4f}" in notes[number]
 
 
 @pytest.mark.parametrize("place", ["study.db", "elsewhere/all studies.db"])
 def test_the_command_of_the_note_finds_the_study(make_study: MakeStudy, tmp_path: Path, place: str) -> None:
     """What the note says is what a shell would be given, so it is taken apart as by one, and followed."""
-    from lpsearch.commands.report import open_existing_study
+    from lpsearch.commands.studies import open_existing_study
     from lpsearch.report import load_report
     from lpsearch.report.annotations import annotate_study
 
@@ -159,9 +162,10 @@ def test_other_artifacts_stay(make_study: MakeStudy, tmp_path: Path) -> None:
     study = load_study(tmp_path)
     optuna.artifacts.upload_artifact(artifact_store=store, file_path=str(tmp_path / "mine.txt"), study_or_trial=study)
     # optuna-dashboard deletes an artifact by leaving a null in its place
-    kept = study._storage.get_study_system_attrs(1).items()
+    storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path / 'study.db'}")
+    kept = storage.get_study_system_attrs(1).items()
     gone = next(key for key, value in kept if key.startswith("artifacts:") and "joins-" in value)
-    study._storage.set_study_system_attr(1, gone, "null")
+    storage.set_study_system_attr(1, gone, "null")
     shown = annotate(report, tmp_path)
     assert len(shown["artifacts"]) == len(report.front) + 1
     assert "mine.txt" in {artifact["filename"] for artifact in shown["artifacts"]}

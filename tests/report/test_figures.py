@@ -11,7 +11,6 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 
-from lpsearch.evaluation.losses import PairedDelta
 from lpsearch.latency.model import LatencyModel
 from lpsearch.plan import Plan
 from lpsearch.report.advice import LOSS_LIMITS, list_commands, pick_plans
@@ -24,6 +23,7 @@ from lpsearch.report.search_figures import (
     build_progress_figure,
 )
 from lpsearch.report.theme import DARK, map_colours
+from lpsearch.search import Loss, TrialResult
 from tests.report.conftest import MakeStudy, build_profile
 
 
@@ -44,9 +44,8 @@ def test_front_figure(make_study: MakeStudy, saving: str, loss: str) -> None:
             record.loss.delta_nll if loss == "delta" else math.exp(record.loss.nll),
         )
 
-    on_front = [point.record for point in report.front]
-    drawn = {"front": on_front, "best contiguous window": report.windows_front}
-    drawn["every other trial"] = [record for record in report.records if record not in on_front]
+    drawn = {"front": report.front, "best block": report.blocks}
+    drawn["every other trial"] = [record for record in report.results if record not in report.front]
     for name, records in drawn.items():
         trace = get_trace(figure, name)
         expected = sorted(place(record) for record in records)
@@ -56,14 +55,14 @@ def test_front_figure(make_study: MakeStudy, saving: str, loss: str) -> None:
     for x, y, text, index, above in zip(
         front.x, front.y, front.text, front.customdata, front.error_y.array, strict=True
     ):
-        record = report.front[index].record
+        record = report.front[index]
         assert (x, y) == pytest.approx(place(record)), "a click on a point must find its own plan"
         assert f"layers {describe_groups(record.plan)}" in text.replace("<br>", " ")
         error = record.loss.delta_nll_se or 0.0
         nll = record.loss.nll
         assert above == pytest.approx(error if loss == "delta" else math.exp(nll + error) - math.exp(nll))
     heldout = get_trace(figure, "front, held out")
-    losses = [point.heldout.delta for point in report.front]
+    losses = [point.heldout.delta_nll for point in report.front]
     base = report.baseline.loss.nll
     assert list(heldout.y) == pytest.approx(losses if loss == "delta" else [math.exp(base + x) for x in losses])
     assert figure.data[-1].name == "chosen plan"
@@ -74,11 +73,11 @@ def test_layers_of_a_group_share_a_colour_and_neighbouring_groups_do_not(make_st
     [trace] = build_layers_figure(report).data
     assert len(trace.z) == len(report.front)
     for row, text, point in zip(trace.z, trace.text, report.front, strict=True):
-        for group in point.record.plan.groups:
+        for group in point.plan.groups:
             assert {row[i] for i in group} == {row[group[0]]}
             assert (row[group[0]] == 0) == (len(group) == 1)
             assert text[group[0]].endswith("alone" if len(group) == 1 else f"{group[0]}-{group[-1]}")
-        for left, right in pairwise(point.record.plan.groups):
+        for left, right in pairwise(point.plan.groups):
             if len(left) > 1 and len(right) > 1:
                 assert row[left[0]] != row[right[0]]
 
@@ -128,7 +127,7 @@ def test_latency_figures(make_study: MakeStudy) -> None:
         bars = build_breakdown_figure(report, workload_index=index).data
         model = LatencyModel(build_profile(), index)
         for row, point in enumerate(report.front):
-            assert sum(bar.x[row] for bar in bars) == pytest.approx(model.estimate_latency_ms(point.record.plan))
+            assert sum(bar.x[row] for bar in bars) == pytest.approx(model.estimate_latency_ms(point.plan))
     parts = compute_breakdown(build_profile().workloads[0], build_profile().geometry, Plan.from_joins(10, (0, 7)))
     assert parts == pytest.approx(
         {
@@ -174,10 +173,10 @@ def test_tables_hold_the_data_of_their_figures(make_study: MakeStudy) -> None:
         assert chart.table.rows
         assert {len(row) for row in chart.table.rows} == {len(chart.table.columns)}
     for row, point in zip(charts["front"].table.rows, report.front, strict=True):
-        assert row[0] == str(point.record.num_joins)
-        assert row[2].startswith(f"{point.record.loss.delta_nll:.4f}")
-        assert row[3].startswith(f"{point.heldout.delta:.4f}")
-        assert row[-1] == describe_groups(point.record.plan)
+        assert row[0] == str(point.num_joins)
+        assert row[2].startswith(f"{point.loss.delta_nll:.4f}")
+        assert row[3].startswith(f"{point.heldout.delta_nll:.4f}")
+        assert row[-1] == describe_groups(point.plan)
     strongest = charts["interactions"].table.rows[0][1]
     values = [value for row in report.effects.interactions for value in row if value is not None]
     assert abs(float(strongest)) == pytest.approx(max(map(abs, values)), abs=1e-4)
@@ -188,14 +187,12 @@ def test_picks_are_the_deepest_plans_within_their_loss(make_study: MakeStudy) ->
     for pick in pick_plans(report):
         assert pick.max_loss == LOSS_LIMITS[pick.name]
         within = [
-            point.record.num_joins
-            for point in report.front
-            if point.heldout.delta <= pick.max_loss and point.record.num_joins
+            point.num_joins for point in report.front if point.heldout.delta_nll <= pick.max_loss and point.num_joins
         ]
         if not within:
             assert pick.index is None
         else:
-            assert report.front[pick.index].record.num_joins == max(within)
+            assert report.front[pick.index].num_joins == max(within)
     assert any(pick.index is not None for pick in pick_plans(report))
 
 
@@ -203,17 +200,21 @@ def test_picks_of_a_search_for_latency_are_the_fastest_within_their_loss(make_st
     found = make_study()
     num_points = len(found.front)
     assert num_points > 3
+
+    def set_delta(point: TrialResult, delta: float) -> Loss:
+        return dataclasses.replace(point.loss, delta_nll=delta)
+
     # Layers unlike each other: the plan of most joins is not the fastest.
     speedups = [1.0, 1.5, 1.1, *(1.2 + 0.001 * index for index in range(num_points - 3))]
     front = tuple(
-        dataclasses.replace(point, speedup=speedup, heldout=PairedDelta(0.001 * index, 0.0))
+        dataclasses.replace(point, speedup=speedup, heldout=set_delta(point, 0.001 * index))
         for index, (point, speedup) in enumerate(zip(found.front, speedups, strict=True))
     )
     by_depth = dataclasses.replace(found, front=front)
     by_latency = dataclasses.replace(by_depth, settings={**found.settings, "objective": "latency"})
     assert [pick.index for pick in pick_plans(by_depth)] == [num_points - 1] * 3
     assert [pick.index for pick in pick_plans(by_latency)] == [1] * 3
-    slow = tuple(dataclasses.replace(point, heldout=PairedDelta(9.0, 0.0)) for point in front[:2])
+    slow = tuple(dataclasses.replace(point, heldout=set_delta(point, 9.0)) for point in front[:2])
     by_latency = dataclasses.replace(by_latency, front=(*slow, *front[2:]))
     assert [pick.index for pick in pick_plans(by_latency)] == [num_points - 1] * 3
 

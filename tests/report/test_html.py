@@ -7,62 +7,16 @@ import json
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from lpsearch.report import build_html, write_html
 from tests.report.conftest import MakeStudy
-from tests.results import build_result
+from tests.report.pages import parse
 from tests.search.evaluators import SyntheticEvaluator
 
 MAX_BYTES = 6_000_000
-VOID = {"meta", "link", "input", "br"}
-LOADING = {"src", "href", "srcset", "poster", "action", "data", "background", "xlink:href", "formaction"}
-
-
-class Page(HTMLParser):
-    """Collects what a browser would load, and checks that elements nest."""
-
-    def __init__(self, content: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.ids: list[str] = []
-        self.references: list[str] = []
-        self.styles: list[str] = []
-        self.data = ""
-        self.text = ""
-        self.feed(content)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        attributes = dict(attrs)
-        self.ids += [attributes["id"]] if "id" in attributes else []
-        self.references += [str(value) for name, value in attrs if name in LOADING]
-        self.styles += [attributes["style"]] if "style" in attributes else []
-        if tag not in VOID:
-            self.open.append("data" if attributes.get("id") == "data" else tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        opened = self.open.pop()
-        assert tag == ("script" if opened == "data" else opened), f"</{tag}> closes <{opened}>"
-
-    def handle_data(self, data: str) -> None:
-        inside = self.open[-1] if self.open else ""
-        if inside == "data":
-            self.data += data
-        elif inside == "style":
-            self.styles.append(data)
-        elif inside != "script":
-            self.text += data
-
-
-def parse(content: str) -> Page:
-    page = Page(content)
-    assert page.open == []
-    assert len(page.ids) == len(set(page.ids))
-    return page
 
 
 def test_page_parses_loads_nothing_and_is_small(make_study: MakeStudy, tmp_path: Path) -> None:
@@ -90,7 +44,7 @@ def test_every_front_plan_has_its_numbers_and_commands(make_study: MakeStudy) ->
     for index, point in enumerate(report.front):
         assert f"plan-{index}" in page.ids
         assert f"lpsearch evaluate {report.directory}/{point.plan_file}" in page.text
-        assert f"{point.record.loss.delta_nll:.4f}" in page.text
+        assert f"{point.loss.delta_nll:.4f}" in page.text
     assert "under way or was interrupted" not in page.text
 
 
@@ -137,20 +91,21 @@ def test_a_large_study_stays_small(make_study: MakeStudy) -> None:
         joins = 2 * np.flatnonzero(rng.random(39) < rng.uniform(0.05, 0.9))
         plan = Plan.from_joins(80, joins.tolist() or [0])
         delta = 0.02 * plan.num_joins**1.5 * float(rng.uniform(0.8, 2))
-        records.append(build_result(plan, delta, trial=trial))
+        loss = dataclasses.replace(base.loss, delta_nll=delta, nll=base.loss.nll + delta)
+        records.append(dataclasses.replace(base, plan=plan, trial=trial, loss=loss))
     best = {
         k: min((r for r in records if r.num_joins == k), key=lambda r: r.loss.delta_nll)
         for k in range(40)
         if any(r.num_joins == k for r in records)
     }
-    front = [dataclasses.replace(report.front[0], record=best[k], heldout=None) for k in sorted(best)]
+    front = [dataclasses.replace(best[k], heldout=None) for k in sorted(best)]
     effects = JoinEffects(
         measured=(0.1,) * 79,
         measured_se=(0.01,) * 79,
         expected=(0.1,) * 79,
         interactions=tuple(tuple(float(x) for x in row) for row in rng.normal(size=(79, 79))),
     )
-    large = dataclasses.replace(report, records=tuple(records), front=tuple(front), effects=effects, latency_model=None)
+    large = dataclasses.replace(report, results=tuple(records), front=tuple(front), effects=effects, latency_model=None)
     assert len(build_html(large).encode()) < MAX_BYTES
 
 

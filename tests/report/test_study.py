@@ -39,18 +39,18 @@ def test_front_and_held_out_values(make_study: MakeStudy) -> None:
         variance = sum((value - mean) ** 2 for value in differences) / (len(differences) - 1)
         return mean, math.sqrt(variance / len(differences))
 
-    complete = [record for record in report.records if record.proxy_tokens == 8 * 63]
-    assert report.front[0].record.num_joins == 0
+    complete = [record for record in report.results if record.proxy_tokens == 8 * 63]
+    assert report.front[0].num_joins == 0
     for point in report.front:
-        delta, error = compare(seen, point.record.plan)
-        assert (point.record.loss.delta_nll, point.record.loss.delta_nll_se) == pytest.approx((delta, error))
-        assert (point.heldout.delta, point.heldout.standard_error) == pytest.approx(compare(unseen, point.record.plan))
+        delta, error = compare(seen, point.plan)
+        assert (point.loss.delta_nll, point.loss.delta_nll_se) == pytest.approx((delta, error))
+        assert (point.heldout.delta_nll, point.heldout.delta_nll_se) == pytest.approx(compare(unseen, point.plan))
     expected = {
         a.plan
         for a in complete
         if not any(b.num_joins >= a.num_joins and b.loss.delta_nll < a.loss.delta_nll for b in complete if b.num_joins)
     }
-    assert {point.record.plan for point in report.front} == expected | {Plan.baseline(NUM_LAYERS)}
+    assert {point.plan for point in report.front} == expected | {Plan.baseline(NUM_LAYERS)}
     assert report.is_current
     assert not report.is_exact
 
@@ -61,20 +61,20 @@ def test_latencies_are_those_of_the_profile(make_study: MakeStudy) -> None:
     base_ms = 1.5 + 8 * 0.9 + 2 * 0.7
     for point in report.front:
         expected = 1.5
-        for group in point.record.plan.groups:
+        for group in point.plan.groups:
             names = sorted(kinds[layer_idx] for layer_idx in group)
             if len(names) == 1 or names[0] == names[1]:
                 expected += costs[f"{len(names)} {names[0]}"]
             else:
                 expected += costs["1 full + 1 sliding"]
-        assert point.record.latency_ms == pytest.approx(expected)
+        assert point.latency_ms == pytest.approx(expected)
         assert point.speedup == pytest.approx(base_ms / expected)
 
 
 def test_effects_are_those_of_the_surrogate(make_study: MakeStudy) -> None:
     report = make_study()
     num_joins = NUM_LAYERS - 1
-    plans = sorted((record for record in report.records if record.num_joins), key=lambda record: record.plan.joins)
+    plans = sorted((record for record in report.results if record.num_joins), key=lambda record: record.plan.joins)
     single = {record.plan.joins[0]: record for record in plans if record.num_joins == 1}
     assert len(single) == num_joins
     surrogate = Surrogate(
@@ -105,35 +105,35 @@ def test_a_broken_join_has_no_measured_cost(make_study: MakeStudy) -> None:
     report = make_study(evaluator=SyntheticEvaluator(NUM_LAYERS, num_windows=8, broken_join=4))
     assert report.effects.measured[4] is None
     assert math.isfinite(report.effects.expected[4])
-    assert all(4 not in point.record.plan.joins for point in report.front)
+    assert all(4 not in point.plan.joins for point in report.front)
 
 
-def test_windows_are_compared_where_the_study_tried_them(make_study: MakeStudy) -> None:
+def test_blocks_are_compared_where_the_study_tried_them(make_study: MakeStudy) -> None:
     report = make_study(sampler="window", budget=40)
     evaluator = SyntheticEvaluator(NUM_LAYERS, num_windows=8)
-    for record in report.windows_front:
+    for record in report.blocks:
         k = record.num_joins
         windows = [
             tuple(range(first, first + 2 * k, 2)) for first in range(NUM_LAYERS - 1) if first + 2 * k <= NUM_LAYERS
         ]
-        evaluated = {other.plan.joins for other in report.records if other.proxy_tokens == 8 * 63}
+        evaluated = {other.plan.joins for other in report.results if other.proxy_tokens == 8 * 63}
         losses = [
             float(np.mean(evaluator.evaluate_windows(Plan.from_joins(NUM_LAYERS, joins), range(8)).nll_nats_per_token))
             for joins in windows
             if joins in evaluated
         ]
         assert record.loss.nll == pytest.approx(min(losses))
-    assert {record.num_joins for record in report.windows_front} >= {1, 2, 3}
+    assert {record.num_joins for record in report.blocks} >= {1, 2, 3}
 
 
-def test_windows_met_by_chance_are_no_comparison(make_study: MakeStudy) -> None:
-    assert make_study(sampler="pairset").windows_front == ()
+def test_blocks_met_by_chance_are_no_comparison(make_study: MakeStudy) -> None:
+    assert make_study(sampler="pairset").blocks == ()
 
 
 def test_kl_studies_compare_kl(make_study: MakeStudy) -> None:
     report = make_study(metric="kl", objective="latency")
-    assert [point.heldout.delta for point in report.front] == pytest.approx(
-        [SyntheticEvaluator(NUM_LAYERS).compute_delta(point.record.plan) for point in report.front]
+    assert [point.heldout.kl_nats_per_token for point in report.front] == pytest.approx(
+        [SyntheticEvaluator(NUM_LAYERS).compute_delta(point.plan) for point in report.front]
     )
 
 
@@ -141,7 +141,7 @@ def test_an_unfinished_study_shows_what_is_there(make_study: MakeStudy, tmp_path
     with pytest.raises(KeyboardInterrupt):
         make_study(evaluator=SyntheticEvaluator(NUM_LAYERS, num_windows=8, fail_at=6))
     report = read(tmp_path)
-    assert 1 <= len(report.records) <= 6
+    assert 1 <= len(report.results) <= 6
     assert not report.is_current
     assert all(point.plan_file is None and point.heldout is None for point in report.front)
 
@@ -203,6 +203,6 @@ def test_a_profile_of_another_version_is_left_out(make_study: MakeStudy, tmp_pat
         store.save_latency_profile({"schema_version": 1})
         again = load_report(store, tmp_path)
     assert again.latency_model is None
-    assert [dataclasses.replace(record, latency_ms=None, speedup=None) for record in again.records] == [
-        dataclasses.replace(record, latency_ms=None, speedup=None) for record in report.records
+    assert [dataclasses.replace(record, latency_ms=None, speedup=None) for record in again.results] == [
+        dataclasses.replace(record, latency_ms=None, speedup=None) for record in report.results
     ]

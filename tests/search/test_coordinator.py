@@ -147,7 +147,7 @@ def test_staged_search_looks_at_few_windows_first(tmp_path, sampler):
     whole, partial = list_whole(evaluators[True])
     assert partial
     assert results[True].num_new_tokens < results[False].num_new_tokens
-    assert {len(windows) for _, windows in evaluators[True].calls} <= {4, 8}  # shards
+    assert {len(windows) for _, windows in evaluators[True].calls} <= {4, 8}  # rungs
     assert whole >= {record.plan for record in results[True].front}
 
     trials = load_trials(url)
@@ -173,7 +173,7 @@ def test_staged_search_looks_at_few_windows_first(tmp_path, sampler):
 
 
 def test_what_looks_good_on_few_windows_is_evaluated_whole_for_the_final_front(url):
-    """On the first shard every plan loses next to nothing, so a plan that stops there looks better than all others."""
+    """On the first rung every plan loses next to nothing, so a plan that stops there looks better than all others."""
     evaluator = SyntheticEvaluator(NUM_LAYERS, num_windows=16, easy_windows=4)
     result = run(url, evaluator, budget=20)
     whole, partial = list_whole(evaluator)

@@ -74,15 +74,15 @@ def test_the_front_is_that_of_the_study_beside_the_best_blocks(tmp_path: Path) -
     assert [row["num_joins"] for row in rows] == [0, 1, 2, 3]
     for row, point in zip(rows, study.front, strict=False):
         assert row["depth_reduction"] == row["num_joins"] / NUM_LAYERS
-        assert row["delta_nll"] == point.record.loss.delta_nll
+        assert row["delta_nll"] == point.loss.delta_nll
         assert point.heldout is not None
-        assert row["heldout_delta_nll"] == point.heldout.delta
+        assert row["heldout_delta_nll"] == point.heldout.delta_nll
         if row["num_joins"] in (1, 2):  # 7 and 5 blocks; 13 plans do not hold all blocks of 3 joins
             assert row["block_heldout_delta_nll"] is not None
             assert row["block_delta_nll"] == pytest.approx(find_best_block(row["num_joins"]), abs=1e-9)
     assert rows[0]["block_delta_nll"] is None
     assert rows[3]["block_delta_nll"] is None
-    assert max(record.num_joins for record in block_study.windows_front) == 3
+    assert max(record.num_joins for record in block_study.blocks) == 3
     # The search evaluates every single join itself, and the only plan of four joins.
     assert sorted(readme_figures.find_best_blocks([study])) == [1, 4]
 

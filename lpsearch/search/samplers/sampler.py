@@ -88,10 +88,10 @@ class PlanSampler(BaseSampler):
         """Refuse a parameter that is no choice of the space."""
         raise ValueError(f"parameter {param_name!r} is no join of this study; ask with space.distributions")
 
-    def list_pending(self, study: optuna.Study, *, asking: FrozenTrial) -> list[Plan]:
-        """Return the plans that are being evaluated, the trial that is being asked for left out."""
+    def list_pending(self, study: optuna.Study, *, current: FrozenTrial) -> list[Plan]:
+        """Return the plans that are being evaluated, the one that is asked for now left out."""
         trials = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        plans = [self._find_plan(trial) for trial in trials if trial.number != asking.number]
+        plans = [self._find_plan(trial) for trial in trials if trial.number != current.number]
         return [plan for plan in plans if plan is not None]
 
     def _find_plan(self, trial: FrozenTrial) -> Plan | None:
@@ -123,7 +123,7 @@ class ProposerSampler(PlanSampler):
         Raises:
             RuntimeError: if every plan of the space is finished or running.
         """
-        proposal = self._proposer.propose(self._read_results(study), self.list_pending(study, asking=trial))
+        proposal = self._proposer.propose(self._read_results(study), self.list_pending(study, current=trial))
         if proposal is None:
             raise RuntimeError("every plan of the space is finished or running; nothing is left to propose")
         self.origins[trial.number] = proposal.origin
@@ -166,7 +166,7 @@ class RepairingSampler(ProposerSampler):
     ) -> dict[str, Any]:
         """Return the parameters of a plan that is neither finished nor running."""
         taken = {result.plan for result in self._read_results(study)}
-        taken.update(self.list_pending(study, asking=trial))
+        taken.update(self.list_pending(study, current=trial))
         inner_space = self._sampler.infer_relative_search_space(study, trial)
         for _ in range(MAX_REDRAWS):
             params = self._sampler.sample_relative(study, trial, inner_space)

@@ -1,4 +1,4 @@
-"""The dynamic programme against brute force over every plan."""
+"""The dynamic program against brute force over every plan."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def test_finds_the_front_of_a_small_space(max_group: int) -> None:
         assert found == pytest.approx(best, abs=FLOAT64_COSTS)
 
 
-def test_small_budget_scans_evenly_and_still_reaches_the_programme() -> None:
+def test_small_budget_scans_evenly_and_still_reaches_the_dynamic_program() -> None:
     results, origins = _run(PlanSpace(40), _build_landscape(40, 0), budget=30)
     assert "programme" in origins
     scanned = sorted(item.plan.joins[0] for item in results if item.plan.num_joins == 1)

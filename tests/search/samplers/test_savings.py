@@ -74,9 +74,8 @@ def test_a_model_that_no_plan_speeds_up_is_searched_by_depth(caplog):
 
 
 def find_best(values, latencies, targets):
-    return [
-        min(v for v, ms in zip(values, latencies, strict=True) if ms <= target + FLOAT64_COSTS) for target in targets
-    ]
+    limits = [target + FLOAT64_COSTS for target in targets]
+    return [min(v for v, ms in zip(values, latencies, strict=True) if ms <= limit) for limit in limits]
 
 
 @pytest.mark.parametrize("max_group", [2, 3])

@@ -1,0 +1,331 @@
+"""One search, from its configuration to its front.
+
+Cheap checks come first. Where the user named no value, the study's record decides. Everything that is measured is in
+the database before it is used, so a search may be interrupted at any step.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lpsearch.commands.console import Answer, adopt_optuna_log
+from lpsearch.commands.latency import get_latency_model
+from lpsearch.commands.loading import describe_device, load_for_search, resolve_device
+from lpsearch.commands.progress import show_search
+from lpsearch.commands.report import try_write_report
+from lpsearch.commands.results import build_front_file, build_summary, name_plan_files, write_front
+from lpsearch.commands.steps import show_steps
+from lpsearch.commands.studies import (
+    RECORDED_OPTIONS,
+    begin_study,
+    follow_record,
+    open_study_store,
+    refuse_orphaned_results,
+    resume_study,
+)
+from lpsearch.commands.summary import SearchSummary
+from lpsearch.config import OptimizeConfig, ResolvedConfig, Split, slug_of_model
+from lpsearch.errors import PlanError
+from lpsearch.front_file import FrontFile
+from lpsearch.latency.profile import load_profile
+from lpsearch.models import resolve_source
+from lpsearch.models.aliases import find_alias
+from lpsearch.plan import Plan, load_plan
+from lpsearch.search import (
+    PlanSpace,
+    StudyResult,
+    StudyStore,
+    TrialResult,
+    evaluate_stored_plan,
+    read_results,
+    run_study,
+)
+from lpsearch.search.results import set_latency
+from lpsearch.search.settings import has_own_database
+
+if TYPE_CHECKING:
+    from lpsearch.data import Windows
+    from lpsearch.evaluation import ModelEvaluator
+    from lpsearch.latency import LatencyModel
+    from lpsearch.models import LoadedModel
+
+__all__ = ["search"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A study that is open, locked and ready to be searched.
+
+    Attributes:
+        values: the configuration; the study's record has settled what the user did not name.
+        out: directory of the study.
+        store: its database.
+        loaded: the model.
+        device_name: what evaluates it.
+        windows: what is evaluated on, by split.
+        space: the plans to search.
+        enqueued: plans to evaluate first; all are in the space.
+        latency_model: estimates of time; None with latency off.
+    """
+
+    values: OptimizeConfig
+    out: Path
+    store: StudyStore
+    loaded: LoadedModel
+    device_name: str
+    windows: Mapping[Split, Windows]
+    space: PlanSpace
+    enqueued: Sequence[Plan]
+    latency_model: LatencyModel | None
+
+
+def search(config: ResolvedConfig, *, fresh: bool) -> Answer:
+    """Search a model's plans until the budget, then write the front, its plans and the report.
+
+    Args:
+        config: what was asked for, and which of it by name.
+        fresh: move an existing study aside first.
+
+    Returns:
+        The front, with the summary that a person reads.
+
+    Raises:
+        UsageError: for input that cannot be used.
+        ResumeError: if the study was begun with other settings.
+        StudyError: if the study cannot be read or written.
+        SourceError: if model or data cannot be fetched.
+    """
+    began_at = time.monotonic()
+    adopt_optuna_log()
+    with _prepare(config, fresh=fresh) as run:
+        try:
+            result = _evaluate_plans(run)
+            _evaluate_heldout(run, result.front)
+            front, file = _write_front(run, result)
+        except KeyboardInterrupt:
+            try_write_report(run.store, run.out)
+            raise
+        with show_steps("writing the report"):
+            report = try_write_report(run.store, run.out)
+        latency_model = run.latency_model
+        summary = SearchSummary(
+            study_name=file.study,
+            metric=run.values.metric,
+            front=front,
+            result=result,
+            latency=None if latency_model is None else latency_model.build_metrics(front[0].plan),
+            out=run.out,
+            storage=None if has_own_database(run.store, run.out) else run.store.where,
+            report=report,
+            elapsed_s=time.monotonic() - began_at,
+        )
+        return Answer(build_summary(file, run.out), summary)
+
+
+@contextmanager
+def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
+    """Check what was asked for, open the study and load what it needs; see :func:`search` for what raises."""
+    values = config.values
+    device = resolve_device(values.device)
+    enqueued = {path: load_plan(path) for path in values.enqueue}
+
+    def build_space(num_layers: int) -> PlanSpace:
+        return _build_space(num_layers, max_group=values.max_group, freeze=values.freeze, enqueued=enqueued)
+
+    def check_new_study() -> None:
+        _check_texts(values.data, values.heldout)
+        alias = find_alias(values.model)
+        if alias is not None:  # the layers of any other model are counted when it is loaded
+            build_space(alias.num_layers)
+
+    profile = None if values.latency in ("auto", "off") else load_profile(values.latency)
+    source = resolve_source(values.model)
+    if fresh:  # before anything is moved
+        check_new_study()
+    slug = slug_of_model(values.model)
+    out = values.out or Path("studies") / slug
+    with open_study_store(out, storage=values.storage, study=values.study, slug=slug, fresh=fresh) as store:
+        recorded = store.load_settings()
+        if recorded is not None:
+            values, source = follow_record(recorded, config, source)
+            build_space(recorded["num_layers"])
+        elif not fresh:
+            refuse_orphaned_results(store, out)
+            check_new_study()
+        loaded = load_for_search(source, device=device, dtype=values.dtype, trust_remote_code=values.trust_remote_code)
+        space = build_space(loaded.identity.num_layers)
+        _check_fingerprints(enqueued, loaded)
+        if recorded is None:
+            options = values.model_dump(mode="json", include={*RECORDED_OPTIONS})
+            windows = begin_study(store, options, loaded, device=device)
+        else:
+            windows = resume_study(store, recorded, loaded)
+        latency_model = None
+        if values.latency != "off":
+            latency_model = get_latency_model(
+                store, loaded.model, profile=profile, objective=values.objective, max_group=values.max_group
+            )
+        yield _Run(
+            values=values,
+            out=out,
+            store=store,
+            loaded=loaded,
+            device_name=describe_device(device),
+            windows=windows,
+            space=space,
+            enqueued=tuple(enqueued.values()),
+            latency_model=latency_model,
+        )
+
+
+# ---- Preparing -------------------------------------------------------------------------------------------------------
+
+
+def _check_texts(data: str, heldout: str | None) -> None:
+    """Refuse data that are not there, before a model is loaded.
+
+    Raises:
+        DataError: for a file or dataset that does not exist.
+        SourceError: for a dataset out of reach.
+    """
+    from lpsearch.data import check_text_source
+
+    check_text_source(data, split="proxy")
+    check_text_source(heldout or data, split="heldout")
+
+
+def _build_space(
+    num_layers: int, *, max_group: int, freeze: tuple[int, ...], enqueued: Mapping[Path, Plan]
+) -> PlanSpace:
+    """Return the plans to search, among which the enqueued ones must be.
+
+    Raises:
+        ConfigError: for layers or groups that the model does not have.
+        PlanError: for an enqueued plan outside the space.
+    """
+    space = PlanSpace(num_layers, max_group, freeze)
+    for path, plan in enqueued.items():
+        space.check_plan(plan, where=f"--enqueue {path}")
+    return space
+
+
+def _check_fingerprints(enqueued: Mapping[Path, Plan], loaded: LoadedModel) -> None:
+    """Refuse enqueued plans of another model with as many layers.
+
+    Raises:
+        PlanError: naming the file.
+    """
+    from lpsearch.transform.apply import check_plan_numbers
+
+    identity = loaded.identity
+    for path, plan in enqueued.items():
+        try:
+            check_plan_numbers(
+                plan,
+                num_layers=identity.num_layers,
+                fingerprint=identity.fingerprint,
+                name=type(loaded.model).__name__,
+            )
+        except PlanError as error:
+            raise PlanError(f"--enqueue {path}: {error}") from None
+
+
+# ---- Evaluating ------------------------------------------------------------------------------------------------------
+
+
+def _evaluate_plans(run: _Run) -> StudyResult:
+    """Evaluate plans until the budget."""
+    from lpsearch.evaluation import ModelEvaluator
+
+    values = run.values
+    evaluator = ModelEvaluator(model=run.loaded.model, windows=run.windows["proxy"], metric=values.metric)
+    _warn_of_odd_baseline(run.store, evaluator, run.loaded)
+    with show_search() as progress:
+        return run_study(
+            evaluator=evaluator,
+            space=run.space,
+            budget=values.budget,
+            store=run.store,
+            sampler=values.sampler,
+            seed=values.seed,
+            metric=values.metric,
+            objective=values.objective,
+            estimate_latency_ms=None if run.latency_model is None else run.latency_model.estimate_latency_ms,
+            enqueue=run.enqueued,
+            timeout_s=values.timeout,
+            staged=values.staged,
+            on_trial=progress.on_trial,
+            on_evaluation=progress.on_evaluation,
+        )
+
+
+def _warn_of_odd_baseline(store: StudyStore, evaluator: ModelEvaluator, loaded: LoadedModel) -> None:
+    """Warn where the unmodified model predicts its text worse than any healthy model would."""
+    from lpsearch.models import check_baseline_nll
+
+    with show_steps("evaluating the unmodified model"):
+        losses = evaluate_stored_plan(store, evaluator, Plan.baseline(loaded.identity.num_layers)).losses
+    windows = evaluator.windows
+    if windows.spec == "self":  # sampled at temperature 1, which is harder to predict than people's text
+        return
+    texts = loaded.tokenizer.batch_decode(windows.input_ids, skip_special_tokens=True)
+    warning = check_baseline_nll(
+        sum(losses.nll_nats_per_token) / windows.num_windows,
+        num_tokens=windows.num_windows * losses.tokens_per_window,
+        num_bytes=sum(len(text.encode()) for text in texts),
+    )
+    if warning is not None:
+        logger.warning("%s", warning)
+
+
+def _evaluate_heldout(run: _Run, front: Sequence[TrialResult]) -> None:
+    """Evaluate the front on windows that the search never saw: the best of many noisy values is optimistic."""
+    from lpsearch.evaluation import ModelEvaluator
+
+    evaluator = ModelEvaluator(model=run.loaded.model, windows=run.windows["heldout"], metric=run.values.metric)
+    with show_steps("checking the front on held-out windows") as on_step:
+        for index, result in enumerate(front):
+            evaluate_stored_plan(run.store, evaluator, result.plan, split="heldout")
+            on_step(index + 1, len(front))
+
+
+def _write_front(run: _Run, result: StudyResult) -> tuple[list[TrialResult], FrontFile]:
+    """Write the front and its plans, with the held-out losses and by the latest latency model.
+
+    Returns:
+        The front, and the content of ``front.json``.
+    """
+    known = {found.plan: found for found in read_results(run.store)}
+    front = name_plan_files([known[found.plan] for found in result.front])
+    # Trials were noted with the times of the profile of their day, if any.
+    model = run.latency_model
+    times = [None if model is None else model.estimate_latency_ms(found.plan) for found in front]
+    front = [set_latency(found, latency_ms, times[0]) for found, latency_ms in zip(front, times, strict=True)]
+    file = build_front_file(
+        front,
+        study=run.store.study_name,
+        model=run.loaded.identity,
+        objective=run.values.objective,
+        metric=run.values.metric,
+        result=result,
+    )
+    write_front(
+        run.out,
+        front,
+        file,
+        windows=run.windows,
+        dtype=str(run.loaded.model.dtype).removeprefix("torch."),
+        device_name=run.device_name,
+        seed=run.values.seed,
+        latency_model=model,
+    )
+    run.store.save_front(file.model_dump(mode="json"))
+    return front, file

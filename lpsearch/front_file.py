@@ -1,0 +1,140 @@
+"""``front.json``: the front of a study as a file, and its one reader. Imports neither torch nor Optuna."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lpsearch.config import Metric, Objective
+from lpsearch.errors import StudyError, StudyVersionError
+from lpsearch.plan import ModelIdentity
+
+__all__ = ["FRONT_NAME", "FRONT_SCHEMA_VERSION", "FrontFile", "FrontPoint", "load_front_file"]
+
+FRONT_NAME = "front.json"
+"""Name of the file in a study's directory."""
+
+FRONT_SCHEMA_VERSION: Literal[1] = 1
+"""Version of its form. Fields that have a default are those that the first files of this version lack."""
+
+
+class FrontPoint(BaseModel):
+    """A plan of the front. Losses are in nats per token; None where they were not measured or not finite.
+
+    Attributes:
+        plan: its plan file, relative to the study's directory.
+        num_joins: its joins; 0 is the unmodified model.
+        depth_reduction: share of the depth that it removes.
+        delta_nll: negative log-likelihood on the proxy windows, minus the unmodified model's.
+        delta_nll_se: standard error of it over windows.
+        heldout_delta_nll: the same on the held-out windows.
+        heldout_delta_nll_se: standard error of it over windows.
+        kl_nats_per_token: divergence from the unmodified model on the proxy windows.
+        kl_se: standard error of it over windows.
+        heldout_kl_nats_per_token: the same on the held-out windows.
+        heldout_kl_se: standard error of it over windows.
+        perplexity: exp of the negative log-likelihood on the proxy windows.
+        latency_ms: estimated time per output token; None with latency off.
+        speedup: estimated time of the unmodified model over that of the plan; None with latency off.
+        groups: its groups of layers.
+        origin: what proposed it.
+        trial: number of its trial.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    plan: str
+    num_joins: int
+    depth_reduction: float
+    delta_nll: float
+    delta_nll_se: float | None
+    heldout_delta_nll: float | None
+    heldout_delta_nll_se: float | None
+    kl_nats_per_token: float | None
+    kl_se: float | None = None
+    heldout_kl_nats_per_token: float | None = None
+    heldout_kl_se: float | None = None
+    perplexity: float
+    latency_ms: float | None
+    speedup: float | None
+    groups: tuple[tuple[int, ...], ...]
+    origin: str
+    trial: int
+
+    def get_reported_cost(self, metric: Metric) -> float:
+        """Return its loss: held out where that is known."""
+        if metric == "nll":
+            return self.delta_nll if self.heldout_delta_nll is None else self.heldout_delta_nll
+        cost = self.kl_nats_per_token if self.heldout_kl_nats_per_token is None else self.heldout_kl_nats_per_token
+        return math.inf if cost is None else cost
+
+
+class FrontFile(BaseModel):
+    """What ``front.json`` holds.
+
+    Attributes:
+        schema_version: of the file.
+        study: name of the Optuna study.
+        model: the model.
+        objective: what was traded against the loss.
+        metric: the loss that was searched; None in files of older versions, which do not say.
+        trials: finished plans of the study.
+        exact: every plan of the space is finished.
+        baseline_nll: of the unmodified model on the proxy windows, nats per token.
+        proxy_tokens: tokens behind the proxy losses of all finished plans.
+        heldout_tokens: tokens behind the held-out losses of the front.
+        front: the unmodified model, then the plans that no other beats, fewest joins first.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1]
+    study: str
+    model: ModelIdentity
+    objective: Objective = "depth"
+    metric: Metric | None = None
+    trials: int
+    exact: bool
+    baseline_nll: float
+    proxy_tokens: int
+    heldout_tokens: int
+    front: tuple[FrontPoint, ...]
+
+
+def load_front_file(directory: Path) -> FrontFile | None:
+    """Read the front in a study's directory.
+
+    Args:
+        directory: of the study.
+
+    Returns:
+        None where no front is written yet.
+
+    Raises:
+        StudyVersionError: for a front of another version.
+        StudyError: for a file that cannot be read, or is not a front.
+    """
+    path = directory / FRONT_NAME
+    mend = "run the same `lpsearch optimize` again to rewrite it"
+    try:
+        document: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{path}: cannot be read: {error}; {mend}") from None
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if version != FRONT_SCHEMA_VERSION:
+        raise StudyVersionError(
+            f"{path}: schema_version is {version!r}, this lpsearch reads {FRONT_SCHEMA_VERSION}; {mend}, or use the "
+            "version that wrote it"
+        )
+    try:
+        return FrontFile.model_validate(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise StudyError(f"{path}: not the front of a study: {where}: {first['msg']}; {mend}") from None
