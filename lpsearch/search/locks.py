@@ -26,7 +26,7 @@ CLAIM_LIFETIME_S = 900.0
 """Age at which a claim from another machine counts as abandoned; it is renewed with every evaluation."""
 
 PATIENCE_S = 0.5
-"""How long a study's file lock is tried for: others hold it for a moment to make the tables, or to ask who holds it."""
+"""How long a file lock is tried for: others hold it for a moment to make the tables, or to ask who holds it."""
 
 
 class HeldElsewhereError(Exception):
@@ -79,7 +79,7 @@ class StudyLock:
         with ExitStack() as held:
             try:
                 if path is not None:
-                    held.enter_context(hold_file_lock(get_lock_path(path), patience_s=PATIENCE_S))
+                    held.enter_context(hold_file_lock(get_lock_path(path)))
                 else:
                     self._claim = held.enter_context(_hold_claim(self._subject, self._begin_transaction))
             except HeldElsewhereError as error:
@@ -129,18 +129,17 @@ def get_lock_path(path: Path) -> Path:
 
 
 @contextmanager
-def hold_file_lock(path: Path, *, patience_s: float = 0.0) -> Iterator[None]:
+def hold_file_lock(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on a file, which the system releases when its holder dies, however it dies.
 
     Args:
         path: the file; made if it is not there.
-        patience_s: seconds for which a lock that another process holds is tried again.
 
     Raises:
         HeldElsewhereError: if another process holds it.
         StudyError: if the file cannot be made.
     """
-    deadline = time.monotonic() + patience_s
+    deadline = time.monotonic() + PATIENCE_S
     with translate_storage_errors(str(path)):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:

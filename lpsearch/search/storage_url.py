@@ -58,7 +58,7 @@ def _parse_text(text: str) -> URL:
         raise ConfigError(f"storage {shown!r} is not a database URL; {_EXAMPLES}") from None
     except ValueError:
         raise ConfigError(f"storage {shown!r}: its port is not a number; {_EXAMPLES}") from None
-    if "sqlite" not in parsed.drivername and "@" in f"{parsed.host or ''}{parsed.database or ''}":
+    if shown.endswith("://***"):
         raise ConfigError(
             f"storage {shown!r} can be read in two ways; in a user name, a password or a database's name write %40 for "
             "@, %3A for :, %2F for / and %3F for ?"
