@@ -31,8 +31,7 @@ FLOAT64_COSTS = 1e-9
 """Largest absolute difference of float64 sums over the joins and products of a plan, added in another order."""
 
 POSTERIOR_MEAN = 1e-6
-"""Difference, mostly relative, of posterior means by Cholesky factors from those by a dense inverse, or from what was
-observed."""
+"""Difference, mostly relative, of posterior means by Cholesky factors and by a dense inverse, or from what it saw."""
 
 POSTERIOR_DEVIATION = 1e-5
 """The same of posterior standard deviations, which are roots of differences of near numbers."""

@@ -77,8 +77,7 @@ def _covers(latency_model: LatencyModel, max_group: int) -> bool:
     try:
         for first in range(num_layers):
             for size in range(2, min(max_group, num_layers - first) + 1):
-                groups = [[i] for i in range(first)] + [list(range(first, first + size))]
-                plan = Plan.from_groups(groups + [[i] for i in range(first + size, num_layers)])
+                plan = Plan.from_joins(num_layers, range(first, first + size - 1))
                 latency_model.estimate_latency_ms(plan)
     except ConfigError:
         return False

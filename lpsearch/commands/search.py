@@ -31,6 +31,7 @@ from lpsearch.commands.studies import (
 )
 from lpsearch.commands.summary import SearchSummary
 from lpsearch.config import OptimizeConfig, ResolvedConfig, Split, slug_of_model
+from lpsearch.data import Windows, check_text_source
 from lpsearch.errors import PlanError
 from lpsearch.front_file import FrontFile
 from lpsearch.latency.profile import load_profile
@@ -50,7 +51,6 @@ from lpsearch.search.results import set_latency
 from lpsearch.search.settings import has_own_database
 
 if TYPE_CHECKING:
-    from lpsearch.data import Windows
     from lpsearch.evaluation import ModelEvaluator
     from lpsearch.latency import LatencyModel
     from lpsearch.models import LoadedModel
@@ -141,7 +141,8 @@ def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
         return _build_space(num_layers, max_group=values.max_group, freeze=values.freeze, enqueued=enqueued)
 
     def check_new_study() -> None:
-        _check_texts(values.data, values.heldout)
+        check_text_source(values.data, split="proxy")
+        check_text_source(values.heldout or values.data, split="heldout")
         alias = find_alias(values.model)
         if alias is not None:  # the layers of any other model are counted when it is loaded
             build_space(alias.num_layers)
@@ -187,19 +188,6 @@ def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
 
 
 # ---- Preparing -------------------------------------------------------------------------------------------------------
-
-
-def _check_texts(data: str, heldout: str | None) -> None:
-    """Refuse data that are not there, before a model is loaded.
-
-    Raises:
-        DataError: for a file or dataset that does not exist.
-        SourceError: for a dataset out of reach.
-    """
-    from lpsearch.data import check_text_source
-
-    check_text_source(data, split="proxy")
-    check_text_source(heldout or data, split="heldout")
 
 
 def _build_space(

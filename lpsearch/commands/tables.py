@@ -11,8 +11,9 @@ from rich.table import Table
 
 from lpsearch.config import Metric
 from lpsearch.plan import Plan
+from lpsearch.report.front_columns import list_front_columns
 from lpsearch.search import TrialResult
-from lpsearch.wording import describe_layers, list_front_columns
+from lpsearch.wording import describe_layers
 
 __all__ = ["build_front_table", "get_metric", "spread_rows"]
 

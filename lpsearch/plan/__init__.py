@@ -9,13 +9,6 @@ from __future__ import annotations
 from lpsearch.plan.file import (
     PLAN_SCHEMA_VERSION,
     RECOVERED_PLAN_NAME,
-    DroppedBranches,
-    LatencyMetrics,
-    ModelIdentity,
-    PlanMetadata,
-    PlanMetrics,
-    Provenance,
-    ProxyMetrics,
     build_plan_document,
     build_plan_schema,
     load_plan,
@@ -24,11 +17,18 @@ from lpsearch.plan.file import (
     write_json,
 )
 from lpsearch.plan.groups import Group, Plan, check_supported
+from lpsearch.plan.metadata import (
+    LatencyMetrics,
+    ModelIdentity,
+    PlanMetadata,
+    PlanMetrics,
+    Provenance,
+    ProxyMetrics,
+)
 
 __all__ = [
     "PLAN_SCHEMA_VERSION",
     "RECOVERED_PLAN_NAME",
-    "DroppedBranches",
     "Group",
     "LatencyMetrics",
     "ModelIdentity",

@@ -8,12 +8,10 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 from lpsearch.errors import PlanError
-
-if TYPE_CHECKING:
-    from lpsearch.plan.file import PlanMetadata
+from lpsearch.plan.metadata import PlanMetadata
 
 __all__ = ["Group", "Plan", "check_supported"]
 

@@ -22,11 +22,12 @@ from optuna.storages import BaseStorage
 
 from lpsearch.report.advice import list_commands
 from lpsearch.report.figures import build_front_figure, describe_groups
+from lpsearch.report.front_columns import format_loss
 from lpsearch.report.study import StudyReport
 from lpsearch.report.tables import Table, build_front_table
 from lpsearch.search import StudyStore, TrialResult
 from lpsearch.search.settings import list_study_options
-from lpsearch.wording import format_loss, name_count
+from lpsearch.wording import name_count
 
 __all__ = ["ARTIFACTS_NAME", "FRONT_FIGURE_ID", "annotate_study"]
 

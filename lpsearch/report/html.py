@@ -16,12 +16,13 @@ from plotly.offline import get_plotlyjs
 from lpsearch.report.advice import Pick, list_commands, pick_plans
 from lpsearch.report.charts import Chart, build_charts
 from lpsearch.report.figures import describe_groups
+from lpsearch.report.front_columns import format_loss
 from lpsearch.report.latency_figures import describe_workload
 from lpsearch.report.study import StudyReport
 from lpsearch.report.tables import Table
 from lpsearch.report.theme import map_colours
 from lpsearch.search import TrialResult
-from lpsearch.wording import format_loss, name_count
+from lpsearch.wording import name_count
 
 __all__ = ["PAGE_TOP", "PageParts", "build_html", "build_parts", "read_asset", "write_html"]
 
@@ -231,7 +232,7 @@ def _render_front(report: StudyReport, charts: dict[str, Chart]) -> str:
     if any(result.get_heldout(report.metric) is not None for result in report.front):
         notes += "Held-out values are on windows that the search never saw. "
     elif len(report.front) > 1:
-        notes += "The search adds held-out values when it ends. "
+        notes += "Held-out values come when the search ends. "
     if not report.blocks:
         notes += "The study tried no blocks. "
     notes += "Click a point, or use the arrow keys on the figure, to see its plan."

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lpsearch.errors import ConfigError
 from lpsearch.report.figures import describe_groups
+from lpsearch.report.front_columns import list_front_columns
 from lpsearch.report.latency_figures import (
     compute_breakdown,
     describe_kind,
@@ -15,7 +16,7 @@ from lpsearch.report.latency_figures import (
 )
 from lpsearch.report.search_figures import choose_best_lines
 from lpsearch.report.study import StudyReport, name_row
-from lpsearch.wording import format_value, list_front_columns
+from lpsearch.wording import format_value
 
 __all__ = [
     "Table",

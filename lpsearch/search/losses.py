@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, func, insert, select, update
+from sqlalchemy import Connection, Row, insert, select, update
 
 from lpsearch.config import Split
-from lpsearch.evaluation.losses import WindowLosses
+from lpsearch.evaluation.losses import RAW, Variant, WindowLosses
 from lpsearch.plan import Plan
 from lpsearch.search import schema
-from lpsearch.search.results import RAW, State, Variant, finite_or_none
+from lpsearch.search.locks import StudyLock
 
-if TYPE_CHECKING:
-    from lpsearch.search.store import StudyStore
+__all__ = ["LossStore", "State", "StoredPlan", "finite_or_none"]
 
-__all__ = ["LossStore", "Split", "StoredPlan"]
+State = Literal["complete", "stopped", "broken"]
+"""Of a plan: evaluated on all proxy windows; stopped by racing before; or with a loss that is not finite."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,21 @@ class LossStore:
     """The tables of plans and evaluations of one study.
 
     Args:
-        store: the study's database.
+        begin_transaction: begins a transaction on the study's database.
+        get_study_id: returns the study's key in the tables, once it has begun.
+        lock: the right to write the study, renewed with every evaluation.
     """
 
-    def __init__(self, store: StudyStore) -> None:
-        self._store = store
+    def __init__(
+        self,
+        *,
+        begin_transaction: Callable[[], AbstractContextManager[Connection]],
+        get_study_id: Callable[[], int],
+        lock: StudyLock,
+    ) -> None:
+        self._begin_transaction = begin_transaction
+        self._get_study_id = get_study_id
+        self._lock = lock
 
     def record(
         self,
@@ -65,9 +76,9 @@ class LossStore:
             variant: what was done to the weights before; losses of two variants never mix.
         """
         kl_values = losses.kl_nats_per_token or (None,) * len(window_indices)
-        study_id = self._store.study_id
-        with self._store.begin_transaction() as connection:
-            self._store.lock.renew(connection)
+        study_id = self._get_study_id()
+        with self._begin_transaction() as connection:
+            self._lock.renew(connection)
             plan_id = self._find_plan_id(connection, study_id, plan, variant)
             if plan_id is None:
                 connection.execute(
@@ -96,8 +107,8 @@ class LossStore:
 
     def record_state(self, plan: Plan, state: State, *, variant: Variant = RAW) -> None:
         """Note how far a plan was evaluated, of which losses are kept."""
-        study_id = self._store.study_id
-        with self._store.begin_transaction() as connection:
+        study_id = self._get_study_id()
+        with self._begin_transaction() as connection:
             plan_id = self._find_plan_id(connection, study_id, plan, variant)
             connection.execute(update(schema.plans_table).where(schema.plans_table.c.id == plan_id).values(state=state))
 
@@ -125,8 +136,8 @@ class LossStore:
             variant: what was done to the weights before.
         """
         table = schema.evaluations_table
-        study_id = self._store.study_id
-        with self._store.begin_transaction() as connection:
+        study_id = self._get_study_id()
+        with self._begin_transaction() as connection:
             plan_id = self._find_plan_id(connection, study_id, plan, variant)
             chosen = select(table).where(table.c.plan_id == plan_id, table.c.split == split)
             if num_windows is not None:
@@ -137,8 +148,8 @@ class LossStore:
     def load_plans(self, *, variant: Variant = RAW) -> dict[str, StoredPlan]:
         """Return what is known of every plan of a variant, by the plan's compact JSON, in the order they came."""
         plans, evaluations = schema.plans_table, schema.evaluations_table
-        study_id = self._store.study_id
-        with self._store.begin_transaction() as connection:
+        study_id = self._get_study_id()
+        with self._begin_transaction() as connection:
             rows = connection.execute(
                 select(plans.c.groups, plans.c.state, evaluations)
                 .join(evaluations, evaluations.c.plan_id == plans.c.id)
@@ -153,23 +164,12 @@ class LossStore:
 
     def list_evaluated(self, *, num_windows: int, split: Split, variant: Variant = RAW) -> list[Plan]:
         """Return the plans that have losses on windows 0 to ``num_windows - 1``, in the order they came."""
-        plans, evaluations = schema.plans_table, schema.evaluations_table
-        study_id = self._store.study_id
-        with self._store.begin_transaction() as connection:
-            rows = connection.execute(
-                select(plans.c.groups)
-                .join(evaluations, evaluations.c.plan_id == plans.c.id)
-                .where(
-                    plans.c.study_id == study_id,
-                    plans.c.variant == variant,
-                    evaluations.c.split == split,
-                    evaluations.c.window_idx < num_windows,
-                )
-                .group_by(plans.c.id, plans.c.groups)
-                .having(func.count() == num_windows)
-                .order_by(plans.c.id)
-            )
-            return [Plan.from_key(groups) for groups in rows.scalars()]
+        plans = self.load_plans(variant=variant)
+        return [
+            Plan.from_key(key)
+            for key, stored in plans.items()
+            if split in stored.windows and stored.windows[split][0][:num_windows] == list(range(num_windows))
+        ]
 
     @staticmethod
     def _find_plan_id(connection: Connection, study_id: int, plan: Plan, variant: Variant) -> int | None:
@@ -197,3 +197,8 @@ def _read_losses(rows: Sequence[Row[Any]]) -> tuple[list[int], WindowLosses]:
 
 def _number_or_nan(value: float | None) -> float:
     return math.nan if value is None else value
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """Return a number as a database or JSON can hold it: None where it is not finite."""
+    return float(value) if value is not None and math.isfinite(value) else None

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from lpsearch.config import Split
 from lpsearch.evaluation.losses import Metric, PlanEvaluator, PlanLosses, WindowLosses
 from lpsearch.evaluation.rungs import split_by_rung
 from lpsearch.plan import Plan
-from lpsearch.search.losses import Split
 from lpsearch.search.results import Loss, State, compute_loss
 from lpsearch.search.store import StudyStore
 
@@ -166,6 +166,9 @@ def evaluate_stored_plan(
         losses = evaluator.evaluate_windows(plan, missing)
         store.losses.record(plan, missing, losses, split=split)
         num_new_tokens = losses.tokens_per_window * len(missing)
+        if split == "proxy":
+            is_finite = all(map(math.isfinite, (*losses.nll_nats_per_token, *(losses.kl_nats_per_token or ()))))
+            store.losses.record_state(plan, "complete" if is_finite else "broken")
     stored = store.losses.load(plan, num_windows=num_windows, split=split)
     assert stored is not None
     return StoredEvaluation(stored, num_new_tokens)

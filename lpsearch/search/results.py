@@ -7,20 +7,19 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
 import optuna
 from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
 
+from lpsearch.config import Split
 from lpsearch.errors import StudyError, StudyVersionError
 from lpsearch.evaluation.losses import RAW, Metric, PlanLosses, Variant, compute_paired_delta
 from lpsearch.plan import Plan
-
-if TYPE_CHECKING:
-    from lpsearch.search.losses import Split, StoredPlan
-    from lpsearch.search.store import StudyStore
+from lpsearch.search.losses import State, StoredPlan, finite_or_none
+from lpsearch.search.store import StudyStore
 
 __all__ = [
     "RAW",
@@ -39,9 +38,6 @@ __all__ = [
     "read_results",
     "set_latency",
 ]
-
-State = Literal["complete", "stopped", "broken"]
-"""Of a plan: evaluated on all proxy windows; stopped by racing before; or with a loss that is not finite."""
 
 
 @dataclass(frozen=True)
@@ -380,11 +376,6 @@ def compute_perplexity(nll: float) -> float:
         return math.exp(nll) if not math.isnan(nll) else math.inf
     except OverflowError:
         return math.inf
-
-
-def finite_or_none(value: float | None) -> float | None:
-    """Return a number as a database or JSON can hold it: None where it is not finite."""
-    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def _compare(losses: NDArray[np.float64], base_losses: NDArray[np.float64]) -> tuple[float, float | None]:

@@ -74,7 +74,9 @@ class StudyStore:
         self._engine = self.optuna_storage.engine
         self._study_id: int | None = None
         self.lock = StudyLock(self.url, lambda: self.study_name, self.begin_transaction)
-        self.losses = LossStore(self)
+        self.losses = LossStore(
+            begin_transaction=self.begin_transaction, get_study_id=lambda: self.study_id, lock=self.lock
+        )
 
     def __enter__(self) -> StudyStore:
         """Return the open store."""

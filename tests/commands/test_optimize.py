@@ -213,9 +213,9 @@ def test_a_layer_that_is_frozen_later_leaves_the_front(run_lpsearch: Run, argume
     document = run_lpsearch(*arguments, "--budget", 13, "--freeze", "2,3").document
     assert len(document["front"]) > 1
     for point in document["front"]:
-        groups = load_plan(tmp_path / "study" / point["plan"]).groups
-        assert (2,) in groups
-        assert (3,) in groups
+        groups = load_plan(tmp_path / "study" / point["plan"]).to_lists()
+        assert [2] in groups
+        assert [3] in groups
 
 
 def test_files_of_the_user_among_the_plans_stay(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:

@@ -291,7 +291,7 @@ def test_damaged_tables_are_refused_with_the_place(tmp_path, name, content, mess
         ("header.csv", b"id,text\n"),
         ("names.csv", b"id,body\n"),
         ("lines.csv", b"\n\n"),
-        ("empty.txt.gz", gzip.compress(b"")),
+        ("empty.txt.gz", gzip.compress(b"", mtime=0)),
     ],
 )
 def test_data_without_any_text_is_refused_before_a_model_is_loaded(tmp_path, name, content):

@@ -494,6 +494,7 @@ def test_half_evaluated_plan_pays_for_its_missing_windows_only(url):
         evaluator = SyntheticEvaluator(NUM_LAYERS)
         store.losses.record(plan, [1], evaluator.evaluate_windows(plan, [1]), split="proxy")
         evaluation = evaluate_stored_plan(store, evaluator, plan)
+        assert store.losses.load_plans()[plan.key].state == "complete"
     assert [windows for _, windows in evaluator.calls] == [(1,), (0, 2)]
     assert evaluation.losses == evaluator.evaluate_windows(plan, range(3))
     assert evaluation.num_new_tokens == 2 * 63

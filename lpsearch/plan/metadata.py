@@ -1,0 +1,131 @@
+"""What a plan file says besides the plan: the model that it is for, what was measured, and where it comes from."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = [
+    "FileModel",
+    "LatencyMetrics",
+    "ModelIdentity",
+    "PlanMetadata",
+    "PlanMetrics",
+    "Provenance",
+    "ProxyMetrics",
+]
+
+
+class FileModel(BaseModel):
+    """Base of everything that comes in from a file: immutable, and unknown fields are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelIdentity(FileModel):
+    """The model that a plan is for.
+
+    Attributes:
+        id: hub id, path or package of the artefact, e.g. ``meta-llama/Llama-2-7b-hf``.
+        revision: commit or version of the artefact; None for a local path.
+        num_layers: number of decoder layers.
+        fingerprint: ``<geometry>-<weights>``, see :func:`lpsearch.models.fingerprint_model`.
+    """
+
+    id: str
+    revision: str | None = None
+    num_layers: int = Field(gt=0)
+    fingerprint: str
+
+
+class ProxyMetrics(FileModel):
+    """Loss of a plan over fixed windows, paired with the unmodified model on the same windows.
+
+    Attributes:
+        nll: mean negative log-likelihood in nats per token.
+        delta_nll: ``nll`` minus the unmodified model's, in nats per token.
+        delta_nll_se: standard error of ``delta_nll`` over windows, in nats per token; None for one window.
+        perplexity: ``exp(nll)``.
+        kl_nats_per_token: mean KL(base || plan) over the vocabulary; None unless it was measured.
+        data: the data specification, e.g. ``wikitext2:validation``.
+        windows: number of windows.
+        seq_len: tokens in a window.
+        num_tokens: tokens whose loss was counted.
+        dtype: dtype of the weights, e.g. ``bfloat16``.
+        device: device that ran it, e.g. ``cpu`` or ``NVIDIA H100 80GB HBM3``.
+    """
+
+    nll: float
+    delta_nll: float
+    delta_nll_se: float | None
+    perplexity: float
+    kl_nats_per_token: float | None = None
+    data: str
+    windows: int = Field(gt=0)
+    seq_len: int = Field(gt=1)
+    num_tokens: int = Field(gt=0)
+    dtype: str
+    device: str
+
+
+class LatencyMetrics(FileModel):
+    """Time of one decode step of a plan, and how it is known.
+
+    Attributes:
+        kind: ``measured`` on this very plan, or ``estimated`` by the fitted latency model.
+        latency_ms: TPOT in milliseconds.
+        baseline_latency_ms: TPOT of the unmodified model under the same runtime.
+        speedup: ``baseline_latency_ms / latency_ms``.
+        batch_size: sequences decoded together.
+        context_len: cached tokens of each sequence.
+        dtype: dtype of the weights.
+        device: device that was measured.
+        runtime: what executed the step, e.g. ``transformers eager, fused layers``.
+        versions: package versions at the measurement.
+    """
+
+    kind: Literal["measured", "estimated"]
+    latency_ms: float = Field(gt=0)
+    baseline_latency_ms: float = Field(gt=0)
+    speedup: float = Field(gt=0)
+    batch_size: int = Field(gt=0)
+    context_len: int = Field(ge=0)
+    dtype: str
+    device: str
+    runtime: str
+    versions: dict[str, str]
+
+
+class PlanMetrics(FileModel):
+    """What was measured for a plan; None where nothing was."""
+
+    proxy: ProxyMetrics | None = None
+    heldout: ProxyMetrics | None = None
+    latency: LatencyMetrics | None = None
+
+
+class Provenance(FileModel):
+    """Where a plan comes from.
+
+    Attributes:
+        study: name of the Optuna study.
+        trial: number of the trial within it.
+        seed: seed of the study.
+        versions: package versions that produced it.
+        created_at: ISO 8601 time, UTC.
+    """
+
+    study: str | None = None
+    trial: int | None = None
+    seed: int | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+    created_at: str | None = None
+
+
+class PlanMetadata(FileModel):
+    """Everything in a plan file besides the groups."""
+
+    model: ModelIdentity
+    metrics: PlanMetrics = PlanMetrics()
+    provenance: Provenance = Provenance()
