@@ -172,7 +172,9 @@ def test_the_password_of_a_study_is_shown_and_kept_nowhere(
         shown += [outcome.stdout, outcome.stderr]
     process = start_lpsearch("dashboard", out, "--storage", storage, "--port", 0, "--json")
     url = wait_for_address(process)
-    for path in ("", "lpsearch/study.json", "api/studies", "api/studies/1", "api/studies/2", "api/meta", "dashboard"):
+    studies = [f"api/studies/{one['study_id']}" for one in fetch(url + "api/studies")["study_summaries"]]
+    assert len(studies) == 2
+    for path in ("", "lpsearch/study.json", "api/studies", *studies, "api/meta", "dashboard"):
         with urlopen(url + path, timeout=30) as page:
             shown.append(page.read().decode())
     process.send_signal(signal.SIGTERM)
