@@ -65,7 +65,7 @@ def test_a_study_that_grows_is_seen_to_grow(make_study: MakeStudy, tmp_path: Pat
     third = ask("/lpsearch/study.json", HTTP_IF_NONE_MATCH=second.headers["ETag"])
     assert third.json["state"] == "done"
     assert "Held-out values are on windows" in third.json["body"]
-    assert "The search adds held-out values when it ends" in second.json["body"]
+    assert "Held-out values come when the search ends" in second.json["body"]
 
 
 def test_a_search_that_was_interrupted_is_told_from_one_under_way(
