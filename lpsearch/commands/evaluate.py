@@ -109,7 +109,7 @@ def _build_windows(
     searched: ProxyMetrics | None,
 ) -> Windows:
     """Build the windows. Held-out ones of the text that the plan was searched on come after the search's own."""
-    from lpsearch.data import build_windows
+    from lpsearch.data import build_windows, is_same_text
 
     def build(split: Split, num_windows: int, seq_len: int, after: Windows | None = None) -> Windows:
         with show_steps("preparing windows") as on_progress:
@@ -126,6 +126,6 @@ def _build_windows(
             )
 
     after = None
-    if split == "heldout" and searched is not None and searched.data == data != "self":
+    if split == "heldout" and searched is not None and is_same_text(searched.data, data, split=split):
         after = build("proxy", searched.windows, searched.seq_len)
     return build(split, num_windows, seq_len, after)

@@ -19,6 +19,7 @@ from lpsearch.config import OptimizeConfig, ResolvedConfig, Split, check_latency
 from lpsearch.errors import ResumeError, StudyError, UsageError
 from lpsearch.front_file import FRONT_NAME, load_front_file
 from lpsearch.models import ModelSource
+from lpsearch.models.sources import normalise_id
 from lpsearch.search import FIXED_SETTINGS, StoredWindows, StudyStore, compare_settings
 from lpsearch.search.database import is_writable
 from lpsearch.search.locks import HeldElsewhereError, hold_file_lock
@@ -157,13 +158,20 @@ def follow_record(
         ResumeError: for a setting that was named and differs.
         ConfigError: for settings that do not go together.
     """
+    from lpsearch.data import name_text
+
     values = config.values
     requested = {name: getattr(values, name) for name in FIXED_SETTINGS if name in config.explicit}
     if requested.get("dtype") == "auto":
         del requested["dtype"]
     if "sampler" in config.explicit:
         requested["sampler"] = values.sampler
-    compare_settings(recorded, {**requested, "model": source.id})
+    begun_with = {**recorded, "model": normalise_id(recorded["model"])}
+    for name in ("data", "heldout"):
+        for settings in (begun_with, requested):
+            if settings.get(name):
+                settings[name] = name_text(settings[name])
+    compare_settings(begun_with, {**requested, "model": source.id})
     if "seed" in config.explicit and values.seed != recorded["seed"]:
         logger.warning("the study keeps the seed that it was begun with, %d", recorded["seed"])
     kept = {*RECORDED_OPTIONS} - config.explicit | {"dtype", "seed"}  # these were settled when the study was begun
@@ -185,7 +193,8 @@ def begin_study(
         loaded: the model, which is cast to the dtype.
         device: where the model is.
     """
-    from lpsearch.data import build_windows
+    from lpsearch.data import build_windows, name_text
+    from lpsearch.models import fingerprint_parts
 
     windows: dict[Split, Windows] = {}
     for split in _SPLITS:
@@ -203,8 +212,10 @@ def begin_study(
             )
     dtype = settle_dtype(loaded.model, dtype=options["dtype"], device=device, windows=windows["proxy"])
     model = {"model": loaded.source.id, "source": loaded.source.to_dict(), **_identify(loaded)}
+    texts = {name: name_text(options[name]) for name in ("data", "heldout") if options[name]}
     stored = {split: StoredWindows(built.input_ids, built.spec) for split, built in windows.items()}
-    store.begin({**options, **model, "dtype": dtype}, stored)
+    parts = fingerprint_parts(loaded.model, loaded.tokenizer)
+    store.begin({**options, **texts, **model, "parts": parts, "dtype": dtype}, stored)
     return windows
 
 
@@ -216,7 +227,9 @@ def resume_study(store: StudyStore, recorded: Mapping[str, Any], loaded: LoadedM
         StudyError: if the study has lost its windows.
     """
     from lpsearch.data import Windows
+    from lpsearch.models import check_parts, fingerprint_parts
 
+    check_parts(recorded.get("parts", {}), fingerprint_parts(loaded.model, loaded.tokenizer), name=loaded.source.id)
     compare_settings(recorded, _identify(loaded))
     stored = {split: store.load_windows(split) for split in _SPLITS}
     windows = {split: Windows(kept.input_ids, kept.spec) for split, kept in stored.items() if kept is not None}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lpsearch.config import Split
-from lpsearch.data.texts import replace_surrogates, resolve_text, undo_wikitext_marks
+from lpsearch.data.texts import is_same_text, replace_surrogates, resolve_text, undo_wikitext_marks
 from lpsearch.data.windows import Windows
 from lpsearch.errors import DataError, ModelError
 from lpsearch.models import needs_bos
@@ -53,7 +53,8 @@ def build_windows(
             validation and the test split, of ``self`` they have different seeds.
         seed: seed of ``self``.
         model: the unmodified model; needed for ``self``, and otherwise used to check lengths and tokens.
-        after: windows that must not be overlapped: if they are of the same text, the new ones follow them.
+        after: windows that must not be overlapped: if they are of the same text, however it is named, the new ones
+            follow them.
         on_progress: called with steps done and steps in all while ``self`` is sampled.
 
     Raises:
@@ -78,7 +79,7 @@ def build_windows(
         )
     source = resolve_text(spec, split=split)
     first = 0
-    if after is not None and after.spec == source.spec:
+    if after is not None and is_same_text(after.spec, source.spec, split=split):
         first = int(after.provenance["stop_token"])
     prefix = [tokenizer.bos_token_id] if needs_bos(tokenizer) else []
     stop = first + num_windows * (seq_len - len(prefix))

@@ -23,7 +23,7 @@ import torch
 from lpsearch.config import Split
 from lpsearch.data.windows import Windows
 from lpsearch.errors import ModelError
-from lpsearch.models import fingerprint_model
+from lpsearch.models import fingerprint_model, fingerprint_parts
 from lpsearch.models.cache import cache_directory
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ def load_or_sample_windows(
     dtype = str(model.dtype).removeprefix("torch.")
     provenance = {"split": split, "seed": seed, "dtype": dtype, "fingerprint": fingerprint_model(model)}
     # Not by dtype: a search samples before it settles one, and its plans are evaluated on the same windows later.
-    key = "-".join(str(part) for part in (split, seed, provenance["fingerprint"], num_windows, seq_len))
+    parts = fingerprint_parts(model, tokenizer)
+    key = "-".join(map(str, (split, seed, *parts.values(), num_windows, seq_len)))
     path = cache_directory() / "windows" / f"self-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
     input_ids = _load_cached(path, (num_windows, seq_len))
     if input_ids is None:

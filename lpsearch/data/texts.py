@@ -20,7 +20,15 @@ from lpsearch.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TextSource", "check_text_source", "replace_surrogates", "resolve_text", "undo_wikitext_marks"]
+__all__ = [
+    "TextSource",
+    "check_text_source",
+    "is_same_text",
+    "name_text",
+    "replace_surrogates",
+    "resolve_text",
+    "undo_wikitext_marks",
+]
 
 _WIKITEXT_CONFIG = "wikitext-2-raw-v1"
 _WIKITEXT_SPLITS: dict[Split, str] = {"proxy": "validation", "heldout": "test"}
@@ -138,6 +146,27 @@ def _find_file(spec: str) -> TextSource | None:
             "existing file"
         )
     return None
+
+
+def name_text(spec: str) -> str:
+    """Return one spelling of a specification: that of a file has its whole path, and any other is left as it is."""
+    try:
+        source = None if spec == "self" else resolve_text(spec, split="proxy")
+    except DataError:  # it is not there any more
+        return spec
+    if source is None or source.kind == "hub":
+        return spec
+    path = str(Path(source.location).resolve())
+    return path if source.column is None else f"{path}:{source.column}"
+
+
+def is_same_text(first: str, second: str, *, split: Split) -> bool:
+    """Say whether two specifications may name one text; what only one of them says may be what the other finds."""
+    if "self" in (first, second):
+        return False
+    sources = [resolve_text(name_text(spec), split=split) for spec in (first, second)]
+    (where, *options), (other, *others) = [(s.location, s.config, s.hub_split, s.column) for s in sources]
+    return where == other and all(a == b or None in (a, b) for a, b in zip(options, others, strict=True))
 
 
 def check_text_source(spec: str, *, split: Split) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import logging
+import copy
+import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,30 +13,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lpsearch.export.shards import SafetensorsReader
-from lpsearch.models import ModelSource, fingerprint_model, load_model
-from lpsearch.models.fingerprint import fingerprint_tensors
+from lpsearch.export.shards import DTYPES, SafetensorsReader
+from lpsearch.models import ModelSource, fingerprint_model, get_decoder_layers, load_model
 from lpsearch.models.geometry import load_config
+from lpsearch.models.image_text import extract_language_model, find_text_config
 from lpsearch.models.loading import fetch_directory, refuse_quantised
 from lpsearch.models.packaged import LICENCE_NAMES, fetch_package
-from lpsearch.models.quiet import quiet_transformers
+from lpsearch.models.stored_weights import read_stored_tensors
 from lpsearch.models.traits import read_traits
 from lpsearch.plan import ModelIdentity
 from lpsearch.transform import check_fusible
+from lpsearch.transform.fuse import has_tied_head
 
 __all__ = ["BaseModel", "open_model", "open_source"]
 
-logger = logging.getLogger(__name__)
-
+_NUM_SAMPLES = 16
 _CARD_LICENCE = re.compile(r"^license:\s*[\"']?([\w.-]+)", re.MULTILINE)
 
 
@@ -43,7 +38,7 @@ class BaseModel:
     """An unmodified model that can be read tensor by tensor.
 
     Attributes:
-        config: its configuration.
+        config: its configuration; ``tie_word_embeddings`` says whether head and embedding are one tensor.
         generation_config: its defaults for ``generate``.
         identity: what plans record of it.
         dtype: that its weights are stored in.
@@ -67,19 +62,21 @@ def open_model(model: PreTrainedModel, *, identity: ModelIdentity | None = None)
     """View a model in memory as what is to be exported; nothing is copied.
 
     Args:
-        model: unmodified.
+        model: unmodified; of an image-text model, the language model inside is taken.
         identity: what is recorded of it; None takes its name and fingerprint.
 
     Raises:
         FamilyError: if the family cannot be fused.
         ModelError: if the model is quantised, fused already or has a plan applied.
     """
+    model = extract_language_model(model)
     check_fusible(model)
-    config: Any = model.config
+    config: Any = copy.deepcopy(model.config)
+    config.tie_word_embeddings = has_tied_head(model)
     if identity is None:
         identity = ModelIdentity(
             id=config.name_or_path or type(model).__name__,
-            num_layers=config.num_hidden_layers,
+            num_layers=len(get_decoder_layers(model)),
             fingerprint=fingerprint_model(model),
         )
     tensors = model.state_dict()
@@ -93,7 +90,11 @@ def open_model(model: PreTrainedModel, *, identity: ModelIdentity | None = None)
 
 
 def open_source(source: ModelSource) -> BaseModel:
-    """Open a model to export it, reading its tensors from their files if they are stored under their own names.
+    """Open a model to export it, as the search loads it.
+
+    Transformers says what the model is: which files count, what is tied, what has to be converted. Its tensors are
+    mapped, not read. Each is read again from its file when it is asked for and dropped when it is written, since what
+    was read of a map would stay in memory; one that its file does not hold under its own name is the loaded one.
 
     Args:
         source: a directory, a hub repository, a packaged model or a GGUF file; the last is dequantised into memory.
@@ -104,58 +105,47 @@ def open_source(source: ModelSource) -> BaseModel:
         SourceError: if it exists but cannot be fetched now.
     """
     if source.kind == "gguf":
-        return _open_loaded(source, dtype=torch.float32)
+        loaded = load_model(source, device="cpu", dtype=torch.float32)
+        directory = Path(source.id).parent
+        base = open_model(loaded.model, identity=loaded.identity)
+        return replace(base, tokenizer=loaded.tokenizer, notices=_find_notices(directory))
     directory = fetch_directory(source)
-    if source.kind == "hub":
-        source = replace(source, revision=directory.name)
     config = load_config(directory)
     refuse_quantised(directory, config)
-    read_traits(config).check_fusing()
-    reader = SafetensorsReader(directory)
-    with torch.device("meta"), quiet_transformers():
-        build: Any = AutoModelForCausalLM.from_config
-        stock: PreTrainedModel = build(config)
-    tied = set(getattr(stock, "all_tied_weights_keys", ())) if config.tie_word_embeddings else set()
-    if missing := sorted(set(stock.state_dict()) - tied - reader.names):
-        logger.info(
-            "%s stores its weights under other names (%s is not there): loading it whole", source.id, missing[0]
-        )
-        return _open_loaded(source, dtype=dtype if isinstance(dtype := config.dtype, torch.dtype) else torch.float32)
-    with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    first = reader.read(next(iter(stock.state_dict())))
-    assert first is not None  # it is among the names
-    identity = ModelIdentity(
-        id=source.id,
-        revision=source.revision,
-        num_layers=config.num_hidden_layers,
-        fingerprint=fingerprint_tensors(stock, reader.read),
-    )
-    generation_config = (
-        GenerationConfig.from_pretrained(directory)
-        if (directory / "generation_config.json").is_file()
-        else stock.generation_config
-    )
-    notices = _find_notices(fetch_package(source.id).parent if source.kind == "package" else directory)
-    return BaseModel(
-        config=config,
-        generation_config=generation_config,
-        identity=identity,
-        dtype=first.dtype,
-        read=reader.read,
-        tokenizer=tokenizer,
-        licence=_read_licence(directory),
-        notices=notices,
-    )
-
-
-def _open_loaded(source: ModelSource, *, dtype: torch.dtype) -> BaseModel:
-    """Load a model whole."""
-    loaded = load_model(source, device="cpu", dtype=dtype)
+    read_traits(find_text_config(config)).check_fusing()
+    loaded = load_model(source, device="cpu", dtype=_find_dtype(directory))
     base = open_model(loaded.model, identity=loaded.identity)
-    directory = source.path.parent if source.kind == "gguf" and source.path is not None else source.path
-    notices = () if directory is None else _find_notices(directory)
-    return replace(base, tokenizer=loaded.tokenizer, notices=notices)
+    tensors, stored = loaded.model.state_dict(), SafetensorsReader(directory)
+
+    def read(name: str) -> Tensor | None:
+        tensor, mapped = stored.read(name), tensors.get(name)
+        is_same = tensor is not None and mapped is not None and _have_equal_samples(tensor, mapped)
+        return tensor if is_same else mapped
+
+    return replace(
+        base,
+        read=read,
+        tokenizer=loaded.tokenizer,
+        licence=_read_licence(directory),
+        notices=_find_notices(fetch_package(source.id).parent if source.kind == "package" else directory),
+    )
+
+
+def _find_dtype(directory: Path) -> torch.dtype:
+    """Return the dtype in which most of the weights in a directory are stored."""
+    num_elements: Counter[str] = Counter()
+    for tensor in read_stored_tensors(directory).values():
+        num_elements[tensor.dtype] += math.prod(tensor.shape)
+    return DTYPES.get(num_elements.most_common(1)[0][0], torch.float32)
+
+
+def _have_equal_samples(first: Tensor, second: Tensor) -> bool:
+    """Say whether two tensors have one shape and equal elements at some places."""
+    if first.shape != second.shape:
+        return False
+    flat, other = first.reshape(-1), second.reshape(-1)
+    places = torch.arange(_NUM_SAMPLES) * flat.numel() // _NUM_SAMPLES
+    return torch.equal(flat[places].to(other.dtype), other[places])
 
 
 def _find_notices(directory: Path) -> tuple[Path, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +18,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lpsearch.errors import ModelError, describe_error
+from lpsearch.models.stored_weights import list_weight_files
 
-__all__ = ["INDEX_NAME", "SafetensorsReader", "Shard", "TensorSpec", "list_shards", "write_shard"]
+__all__ = ["DTYPES", "INDEX_NAME", "SafetensorsReader", "Shard", "TensorSpec", "list_shards", "write_shard"]
 
 INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+"""Dtypes of unquantised weights, by safetensors' names."""
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK_ELEMENTS = 1 << 24
 
 
@@ -120,28 +124,18 @@ class SafetensorsReader:
     """
 
     def __init__(self, directory: Path) -> None:
-        """Find the tensors of a directory that holds safetensors files, with an index if there are several.
+        """Find the tensors in the files that transformers reads; of a name in several, the last file's counts.
 
         Raises:
             ModelError: if the index or a file cannot be read.
         """
         self._file_of: dict[str, Path] = {}
-        index = directory / INDEX_NAME
-        try:
-            if index.is_file():
-                weight_map: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                self._file_of = {name: directory / file_name for name, file_name in weight_map.items()}
-            else:
-                for file in sorted(directory.glob("*.safetensors")):
-                    with safe_open(file, framework="pt") as opened:
-                        self._file_of |= dict.fromkeys(opened.keys(), file)
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{directory}: its safetensors cannot be read: {describe_error(error)}") from error
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Names of all tensors."""
-        return frozenset(self._file_of)
+        for file in list_weight_files(directory):
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    self._file_of |= dict.fromkeys(opened.keys(), file)
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{file} is damaged: {describe_error(error)}; fetch the model again") from error
 
     def read(self, name: str) -> Tensor | None:
         """Return a tensor by its name, None if there is none.

@@ -14,7 +14,7 @@ from lpsearch.models.sources import ModelSource, resolve_source
 
 if TYPE_CHECKING:
     from lpsearch.models.families import get_decoder_layers
-    from lpsearch.models.fingerprint import fingerprint_model, fingerprints_match
+    from lpsearch.models.fingerprint import check_parts, fingerprint_model, fingerprint_parts, fingerprints_match
     from lpsearch.models.geometry import load_geometry
     from lpsearch.models.loading import LoadedModel, load_model
     from lpsearch.models.tokenizer_check import check_baseline_nll, check_tokenizer, needs_bos
@@ -25,8 +25,10 @@ __all__ = [
     "ModelSource",
     "cache_directory",
     "check_baseline_nll",
+    "check_parts",
     "check_tokenizer",
     "fingerprint_model",
+    "fingerprint_parts",
     "fingerprints_match",
     "get_decoder_layers",
     "list_aliases",
@@ -39,8 +41,10 @@ __all__ = [
 _MODULE_OF = {
     "LoadedModel": "loading",
     "check_baseline_nll": "tokenizer_check",
+    "check_parts": "fingerprint",
     "check_tokenizer": "tokenizer_check",
     "fingerprint_model": "fingerprint",
+    "fingerprint_parts": "fingerprint",
     "fingerprints_match": "fingerprint",
     "get_decoder_layers": "families",
     "load_geometry": "geometry",

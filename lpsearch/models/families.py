@@ -175,7 +175,7 @@ def build_blocks(model: nn.Module) -> tuple[DecoderBlock, ...]:
         FamilyError: for a layer whose submodules are those of no known form, or for layers of which only some run
             attention and MLP in parallel.
     """
-    blocks = []
+    blocks: list[DecoderBlock] = []
     for layer_idx, layer in enumerate(get_decoder_layers(model)):
         submodules = frozenset(name for name, _ in layer.named_children())
         form = _FORM_OF_SUBMODULES.get(submodules)
@@ -183,6 +183,11 @@ def build_blocks(model: nn.Module) -> tuple[DecoderBlock, ...]:
             raise FamilyError(
                 f"{_name(model)}: its decoder layer {layer_idx} ({type(layer).__name__}) is not built of one attention "
                 f"and one MLP in a known form; it has {', '.join(sorted(submodules))}. {_MEND}"
+            )
+        if any(block.layer is layer for block in blocks):
+            raise FamilyError(
+                f"{_name(model)}: its decoder layer {layer_idx} is the same module as an earlier one, while each has a "
+                "slot in the cache; give every place a layer of its own (copy.deepcopy, then set `layer_idx`)"
             )
         blocks.append(DecoderBlock(layer, form))
     if len({block.parallel for block in blocks}) > 1:

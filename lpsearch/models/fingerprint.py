@@ -10,6 +10,9 @@ implementation), so that it is equal for a GGUF file, the same model saved as a 
 names, rounded to bfloat16. It is therefore equal whether the model was loaded in float32 or bfloat16, and whether a
 plan is applied or not. A model in float16 has lost what would tell, and one on the meta device has no weights: there
 the part is zeros, and :func:`fingerprints_match` compares geometries only.
+
+A plan is about decoder layers, and so is its fingerprint. Losses depend on more: :func:`fingerprint_parts` hashes what
+else makes up a model, part by part, so that a study knows its model and can say which part is another one.
 """
 
 from __future__ import annotations
@@ -17,19 +20,24 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lpsearch.models.families import get_decoder_layers
+from lpsearch.errors import ResumeError
+from lpsearch.models.families import get_decoder, get_decoder_layers
 from lpsearch.models.traits import read_traits
 
-__all__ = ["fingerprint_geometry", "fingerprint_model", "fingerprint_tensors", "fingerprints_match"]
+__all__ = ["check_parts", "fingerprint_geometry", "fingerprint_model", "fingerprint_parts", "fingerprints_match"]
 
 _HASH_DIGITS = 16
 _SAMPLES_PER_PARAMETER = 16
 _NO_WEIGHTS = "0" * _HASH_DIGITS
+_COMPARABLE = (torch.float32, torch.bfloat16)  # float16 lost what bfloat16 would have kept, or kept too much
+_SAMPLE_TEXT = "The  quick brown fox's 1234567890 jumps,\n\tnaïve Übermut; 東京 🙂 </s><unk>"
 
 
 def fingerprint_model(model: PreTrainedModel) -> str:
@@ -38,22 +46,58 @@ def fingerprint_model(model: PreTrainedModel) -> str:
     Raises:
         FamilyError: if the model's decoder layers cannot be found.
     """
-    parameters = (parameter for _, parameter in _list_parameters(model))
-    return f"{fingerprint_geometry(model.config)}-{_hash_weights(parameters)}"
+    return f"{fingerprint_geometry(model.config)}-{_hash_weights(_list_parameters(model))}"
 
 
-def fingerprint_tensors(model: PreTrainedModel, read: Callable[[str], torch.Tensor | None]) -> str:
-    """Return the fingerprint of a model whose weights are elsewhere, reading a few elements of each.
+def fingerprint_parts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Return a fingerprint of each part that losses depend on, by its name in words.
 
-    Args:
-        model: the model, which may be on the meta device.
-        read: returns a tensor by its name in the model's state dict; None if there is none.
+    Embedding and head are sampled in every row, since a few rows may have been trained alone. Weights in float32 and
+    bfloat16 are compared as bfloat16, others in their own dtype, which then stands before the hash.
 
     Raises:
         FamilyError: if the model's decoder layers cannot be found.
     """
-    tensors = (tensor for name, _ in _list_parameters(model) if (tensor := read(name)) is not None)
-    return f"{fingerprint_geometry(model.config)}-{_hash_weights(tensors)}"
+    decoder: Any = get_decoder(model)
+    embedding: nn.Module = decoder.get_input_embeddings()
+    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    elsewhere = {id(tensor) for part in (decoder.layers, embedding) for tensor in part.parameters()}
+    rest = [tensor for _, tensor in sorted(decoder.named_parameters()) if id(tensor) not in elsewhere]
+    return {
+        "configuration": _hash_arithmetic(decoder, model.config),
+        "decoder": _hash_samples(tensor.detach().reshape(1, -1) for tensor in _list_parameters(model)),
+        "embedding": _hash_samples(embedding.parameters()),
+        "final norm": _hash_samples(rest),
+        "head": "none" if head is None else _hash_samples(head.parameters()),
+        "tokenizer": _hash_tokenizer(tokenizer),
+    }
+
+
+def check_parts(recorded: Mapping[str, str], present: Mapping[str, str], *, name: str) -> None:
+    """Refuse to go on with a study on a model of which a part is another one.
+
+    Args:
+        recorded: fingerprints of the parts that the study was begun with; those of an old study may be none.
+        present: those of the model as it is now. Weights in unlike dtypes cannot be compared.
+        name: of the model.
+
+    Raises:
+        ResumeError: naming every part that differs.
+    """
+    changed = [
+        part
+        for part, fingerprint in recorded.items()
+        if part in present
+        and fingerprint != present[part]
+        and fingerprint.rpartition(":")[0] == present[part].rpartition(":")[0]
+    ]
+    if changed:
+        verb = "differs" if len(changed) == 1 else "differ"
+        raise ResumeError(
+            f"{name}: the study was begun with another model: the {' and the '.join(changed)} {verb}, so losses cannot "
+            "be compared with those recorded; put the old model back, add --fresh to move the old study aside, or name "
+            "another directory with --out"
+        )
 
 
 def fingerprint_geometry(config: PretrainedConfig) -> str:
@@ -69,8 +113,7 @@ def fingerprint_geometry(config: PretrainedConfig) -> str:
         "head_dim": traits.head_dim,
         "vocab_size": traits.vocab_size,
     }
-    canonical = json.dumps(geometry, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:_HASH_DIGITS]
+    return _hash_json(geometry)
 
 
 def fingerprints_match(first: str, second: str) -> bool:
@@ -82,25 +125,22 @@ def fingerprints_match(first: str, second: str) -> bool:
     return weights == other_weights or _NO_WEIGHTS in (weights, other_weights)
 
 
-def _list_parameters(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
-    """List the parameters of the decoder layers by their names in the state dict, in the order of layers and names."""
-    layers = get_decoder_layers(model)
-    prefix = next(name for name, module in model.named_modules() if module is layers)
+def _list_parameters(model: PreTrainedModel) -> list[Tensor]:
+    """List the parameters of the decoder layers in the order of layers and names."""
     return [
-        (f"{prefix}.{layer_idx}.{name}", parameter)
-        for layer_idx, layer in enumerate(layers)
-        for name, parameter in sorted(layer.named_parameters(), key=lambda item: item[0])
+        parameter
+        for layer in get_decoder_layers(model)
+        for _, parameter in sorted(layer.named_parameters(), key=lambda item: item[0])
     ]
 
 
 @torch.no_grad()
-def _hash_weights(parameters: Iterable[torch.Tensor]) -> str:
+def _hash_weights(parameters: Iterable[Tensor]) -> str:
     """Hash sampled elements of tensors; one transfer for each device that holds some."""
-    comparable = (torch.float32, torch.bfloat16)  # float16 lost what bfloat16 would have kept, or kept too much
-    samples_of_device: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
+    samples_of_device: dict[torch.device, list[Tensor]] = defaultdict(list)
     order = []
     for parameter in parameters:
-        if parameter.is_meta or parameter.dtype not in comparable:
+        if parameter.is_meta or parameter.dtype not in _COMPARABLE:
             return _NO_WEIGHTS
         samples = samples_of_device[parameter.device]
         order.append((parameter.device, len(samples)))
@@ -112,7 +152,56 @@ def _hash_weights(parameters: Iterable[torch.Tensor]) -> str:
     return digest.hexdigest()[:_HASH_DIGITS]
 
 
-def _sample(parameter: torch.Tensor) -> torch.Tensor:
+@torch.no_grad()
+def _hash_samples(tensors: Iterable[Tensor]) -> str:
+    """Hash sixteen elements, evenly spread, of every row of matrices; vectors whole."""
+    digest, dtypes = hashlib.sha256(), set()
+    for tensor in tensors:
+        rows = tensor.detach().reshape(1, -1) if tensor.ndim < 2 else tensor.detach().flatten(1)
+        digest.update(str(tuple(tensor.shape)).encode())
+        if tensor.ndim > 1:
+            positions = torch.arange(_SAMPLES_PER_PARAMETER, device=rows.device)
+            rows = rows[:, positions * rows.shape[1] // _SAMPLES_PER_PARAMETER]
+        dtype = torch.bfloat16 if tensor.dtype in _COMPARABLE else tensor.dtype
+        dtypes.add(str(dtype).removeprefix("torch."))
+        digest.update(rows.to("cpu", dtype).contiguous().view(torch.uint8).numpy().tobytes())
+    return f"{'+'.join(sorted(dtypes - {'bfloat16'})) or 'bfloat16'}:{digest.hexdigest()[:_HASH_DIGITS]}"
+
+
+def _hash_arithmetic(decoder: nn.Module, config: PretrainedConfig) -> str:
+    """Hash what a configuration says beside the geometry: scales, bounds, kinds of attention, rotary frequencies."""
+    traits = read_traits(config)
+    values = {
+        "kinds": [(kind.name, kind.window, kind.rotates) for kind in traits.kinds],
+        "norm_eps": traits.norm_eps,
+        "is_parallel": traits.is_parallel,
+        "hidden_act": traits.hidden_act,
+        "attention_scale": traits.attention_scale,
+        "attention_softcap": traits.attention_softcap,
+        "logits_softcap": traits.logits_softcap,
+        "embedding_scale": traits.embedding_scale,
+        "residual_scale": traits.residual_scale,
+        "logits_scale": traits.logits_scale,
+    }
+    buffers = dict(sorted(decoder.named_buffers()))
+    # The others change with the length of the text, where they depend on it.
+    names = [name for name in buffers if name.endswith("original_inv_freq")]
+    frequencies = _hash_samples(buffers[name] for name in names or buffers if name.endswith("inv_freq"))
+    return f"{frequencies.rpartition(':')[0]}:{_hash_json([values, frequencies])}"
+
+
+def _hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash what a tokenizer does: its vocabulary, a sample of its work and its special tokens."""
+    sample = tokenizer(_SAMPLE_TEXT, verbose=False).input_ids
+    return _hash_json([sorted(tokenizer.get_vocab().items()), sample, tokenizer.bos_token_id, tokenizer.eos_token_id])
+
+
+def _hash_json(document: Any) -> str:
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:_HASH_DIGITS]
+
+
+def _sample(parameter: Tensor) -> Tensor:
     """Return elements of a parameter as the bits of their bfloat16 rounding, int16 of shape (16,)."""
     flat = parameter.detach().reshape(-1)
     positions = torch.arange(_SAMPLES_PER_PARAMETER, device=flat.device) * flat.numel() // _SAMPLES_PER_PARAMETER

@@ -9,6 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 from lpsearch.models.aliases import Alias, find_alias, list_aliases, read_geometry
 from lpsearch.models.gguf_rope import apply_gguf_rope
 from lpsearch.models.hub import fetch_config
+from lpsearch.models.image_text import find_text_config, holds_language_model
 from lpsearch.models.quiet import quiet_transformers
 from lpsearch.models.refusals import describe_config_failure
 from lpsearch.models.sources import ModelSource, resolve_source
@@ -17,7 +18,7 @@ __all__ = ["load_config", "load_geometry"]
 
 
 def load_geometry(model: str | ModelSource) -> PretrainedConfig:
-    """Return the configuration of a model, without its weights.
+    """Return the configuration of a model, or of the language model inside an image-text model, without its weights.
 
     That of an alias, or of the artefact that an alias names, is bundled and needs no network. Any other hub model's
     ``config.json`` is fetched.
@@ -37,8 +38,10 @@ def load_geometry(model: str | ModelSource) -> PretrainedConfig:
             return AutoConfig.for_model(fields.pop("model_type"), **fields)
     if source.path is not None:
         directory = source.path.parent if source.gguf_file else source.path
-        return load_config(directory, gguf_file=source.gguf_file)
-    return load_config(fetch_config(source.id, revision=source.revision or "main"))
+        config = load_config(directory, gguf_file=source.gguf_file)
+    else:
+        config = load_config(fetch_config(source.id, revision=source.revision or "main"))
+    return find_text_config(config) if holds_language_model(config) else config
 
 
 def load_config(directory: Path, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:

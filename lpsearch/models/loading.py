@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lpsearch.errors import LpsearchError, ModelError, describe_error
 from lpsearch.models.conversion import fetch_converted_package, read_gguf
@@ -20,6 +20,7 @@ from lpsearch.models.families import get_decoder
 from lpsearch.models.fingerprint import fingerprint_model
 from lpsearch.models.geometry import load_config
 from lpsearch.models.hub import fetch_snapshot
+from lpsearch.models.image_text import choose_auto_class, extract_language_model
 from lpsearch.models.quiet import quiet_transformers
 from lpsearch.models.refusals import (
     describe_custom_code,
@@ -155,7 +156,7 @@ def _read_directory(
     tokenizer = _read_tokenizer(directory, trust_remote_code=trust_remote_code)
     with quiet_transformers() as warnings:
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = choose_auto_class(config).from_pretrained(
                 directory,
                 config=config,
                 dtype=dtype,
@@ -176,7 +177,7 @@ def _read_directory(
         num_layers=config.get_text_config(decoder=True).num_hidden_layers,
         decoder=next(name for name, module in model.named_modules() if module is decoder),
     )
-    return model, tokenizer
+    return extract_language_model(model), tokenizer
 
 
 def _read_tokenizer(directory: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from lpsearch.errors import ModelError, describe_error
+from lpsearch.models.image_text import holds_language_model
 
 __all__ = [
     "describe_config_failure",
@@ -44,13 +45,13 @@ def refuse_unlike_layers(directory: Path, config: PretrainedConfig | None = None
 
 
 def refuse_other_tasks(directory: Path, config: PretrainedConfig) -> None:
-    """Refuse a model that transformers does not load as a causal language model.
+    """Refuse a model that is no causal language model of transformers, and has none inside.
 
     Raises:
         ModelError: naming its model type.
     """
     is_custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not is_custom:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not is_custom and not holds_language_model(config):
         raise ModelError(
             f"{directory}: transformers has no causal language model of model type {config.model_type} "
             f"({type(config).__name__}); give a decoder-only text model"

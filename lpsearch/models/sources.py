@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from lpsearch.errors import ModelError
 from lpsearch.models.aliases import find_alias, suggest_aliases
 
-__all__ = ["ModelSource", "SourceKind", "check_model_directory", "refuse_split_gguf", "resolve_source"]
+__all__ = ["ModelSource", "SourceKind", "check_model_directory", "normalise_id", "refuse_split_gguf", "resolve_source"]
 
 SourceKind = Literal["hub", "directory", "gguf", "package"]
 
@@ -30,7 +30,7 @@ class ModelSource:
 
     Attributes:
         kind: where it comes from.
-        id: hub id, name of the package, or absolute path.
+        id: hub id, name of the package, or absolute path without symbolic links.
         revision: commit or branch on the hub, or version of the package; None for a local path.
         path: the directory or the ``.gguf`` file; None unless the artefact is local.
         gguf_file: name of the ``.gguf`` file within its directory; None unless ``kind`` is ``gguf``.
@@ -111,7 +111,7 @@ def _resolve_path(spec: str) -> ModelSource:
     Raises:
         ModelError: if it does not exist, or is neither a model directory nor a ``.gguf`` file.
     """
-    path = Path(spec).expanduser().absolute()
+    path = _resolve_links(Path(spec).expanduser())
     if not path.exists():
         raise ModelError(f"{path}: no such model directory or .gguf file")
     if path.is_dir():
@@ -122,6 +122,17 @@ def _resolve_path(spec: str) -> ModelSource:
     _refuse_pointer(path)
     refuse_split_gguf(path)
     return ModelSource(kind="gguf", id=str(path), path=path, gguf_file=path.name)
+
+
+def normalise_id(model: str) -> str:
+    """Return the id that a source has now, of one that was recorded before paths were resolved."""
+    return str(_resolve_links(Path(model))) if Path(model).is_absolute() else model
+
+
+def _resolve_links(path: Path) -> Path:
+    """Return the one spelling of a path, without ``..`` and symbolic links; a link to a blob keeps its suffix."""
+    resolved = path.resolve()
+    return resolved if resolved.suffix == path.suffix else path.parent.resolve() / path.name
 
 
 def check_model_directory(directory: Path) -> None:

@@ -10,14 +10,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lpsearch.errors import ModelError
+from lpsearch.models.image_text import holds_language_model
 from lpsearch.models.traits import read_traits
 from lpsearch.plan import Plan
 from lpsearch.transform import modeling_lpsearch as modeling
 from lpsearch.transform.apply import check_plan_model, check_unplanned
 from lpsearch.transform.fused_config import build_fused_config
 from lpsearch.transform.fused_weights import InterleavedWeights, name_tensors
+from lpsearch.transform.stock import check_stock
 
-__all__ = ["check_fusible", "fuse_plan"]
+__all__ = ["check_fusible", "fuse_plan", "has_tied_head"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,8 @@ def fuse_plan(model: _Model, plan: Plan) -> _Model:
     Raises:
         PlanError: if the plan is for another model.
         FamilyError: if the family cannot be fused.
-        ModelError: if the model is quantised, has a plan applied, or something else has replaced a layer's ``forward``.
+        ModelError: if the model is quantised, has a plan applied, or anything in it is not as transformers builds it;
+            the model is left as it was.
 
     Example:
         >>> import lpsearch
@@ -60,6 +63,7 @@ def fuse_plan(model: _Model, plan: Plan) -> _Model:
     check_plan_model(plan, model)
     base_config: Any = model.config
     fused_config: Any = build_fused_config(base_config, plan)
+    fused_config.tie_word_embeddings = has_tied_head(model)
     decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
     base_layers, decoder.layers = list(decoder.layers), nn.ModuleList()
     is_training = base_layers[0].training
@@ -86,15 +90,27 @@ def fuse_plan(model: _Model, plan: Plan) -> _Model:
     return model
 
 
+def has_tied_head(model: PreTrainedModel) -> bool:
+    """Say whether a model's head and embedding are one tensor, whatever its configuration says."""
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return head.weight is embedding.weight
+
+
 def check_fusible(model: PreTrainedModel) -> None:
-    """Check that a model is the stock language model of a family that can be fused, as it was loaded.
+    """Check that a model is the stock language model of a family that can be fused, as it was loaded, to the bottom.
 
     Raises:
         FamilyError: if the family cannot be fused.
-        ModelError: if it is quantised, has a plan applied, or is not the family's own language model.
+        ModelError: if it is quantised, has a plan applied, or anything in it is not as transformers builds it.
     """
     if str(model.config.model_type).startswith(modeling.MODEL_TYPE_PREFIX):
         raise ModelError(f"{type(model).__name__} is fused already; give the unmodified model that its plan is for")
+    if holds_language_model(model.config):
+        raise ModelError(
+            f"{type(model).__name__} is an image-text model; `export_checkpoint` writes the language model inside it, "
+            "which `lpsearch.models.load_model` loads by itself"
+        )
     traits = read_traits(model.config)
     traits.check_fusing()
     expected = traits.family.language_model
@@ -110,6 +126,7 @@ def check_fusible(model: PreTrainedModel) -> None:
             "dequantises a .gguf file when it loads it), fuse it, and quantise the result"
         )
     check_unplanned(model)
+    check_stock(model)
 
 
 def _fill_layer(layer: nn.Module, prefix: str, weights: InterleavedWeights, *, like: nn.Parameter) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 import signal
+import sqlite3
 import subprocess
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+from safetensors.torch import load_file, save_file
 
 from lpsearch.plan import ModelIdentity, Plan, PlanMetadata, load_plan, save_plan
 from lpsearch.search import StudyStore
@@ -182,6 +184,43 @@ def test_another_model_in_the_same_directory_is_refused(
     assert outcome.exit_code == 2
     assert f"--model was {tiny_model_dir}, now {tmp_path}/copy" in outcome.document["error"]["message"]
     assert (tmp_path / "study/front.json").read_bytes() == before
+
+
+def test_a_study_knows_its_model_and_data_by_any_spelling_of_their_paths(
+    run_lpsearch: Run, tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(text_file.parent)
+    (tmp_path / "model").symlink_to(tiny_model_dir)
+    (tmp_path / "link.txt").symlink_to(text_file)
+    rest = ["--windows", 3, "--seq-len", 24, "--latency", "off", "--dtype", "float32", "--out", tmp_path / "study"]
+    begun = run_lpsearch("optimize", "--model", tiny_model_dir, "--data", f"./{text_file.name}", *rest, "--budget", 2)
+    assert begun.exit_code == 0, begun.stderr
+    again = ("optimize", "--model", tmp_path / "model", "--data", tmp_path / "link.txt", *rest, "--budget", 3)
+    resumed = run_lpsearch(*again)
+    assert resumed.exit_code == 0, resumed.stderr
+    assert resumed.document["trials"] == 3
+    with sqlite3.connect(tmp_path / "study" / "study.db") as database:  # as an older version recorded it
+        (stored,) = database.execute("select settings from lpsearch_studies").fetchone()
+        settings = json.loads(stored) | {"model": str(tmp_path / "model"), "data": f"./{text_file.name}"}
+        del settings["parts"]
+        database.execute("update lpsearch_studies set settings = ?", (json.dumps(settings),))
+    resumed = run_lpsearch(*again)
+    assert resumed.exit_code == 0, resumed.stderr
+
+
+def test_a_model_of_which_one_part_was_replaced_is_refused_by_its_name(
+    run_lpsearch: Run, arguments: list, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    copied = shutil.copytree(tiny_model_dir, tmp_path / "copy")
+    arguments = [copied if argument == tiny_model_dir else argument for argument in arguments]
+    assert run_lpsearch(*arguments, "--budget", 2).exit_code == 0
+    weights = load_file(copied / "model.safetensors")
+    weights["lm_head.weight"] = weights["lm_head.weight"].roll(1, 0).contiguous()
+    save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
+    outcome = run_lpsearch(*arguments, "--budget", 3)
+    assert outcome.exit_code == 2
+    assert "begun with another model: the head differs" in outcome.document["error"]["message"]
+    assert "--fresh" in outcome.document["error"]["message"]
 
 
 @pytest.mark.parametrize("is_empty", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,16 @@ def test_the_cache_is_read_checked_and_keyed(model, tokenizer, tmp_path, caplog)
     path.write_bytes(b"damaged")
     np.testing.assert_array_equal(_build(model, tokenizer).input_ids, first.input_ids)
     assert "cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_another_head_on_the_same_decoder_gives_other_windows(model, tokenizer, dtype):
+    """As where a vocabulary was extended, or the head trained alone."""
+    model = copy.deepcopy(model).to(dtype)
+    first = _build(model, tokenizer)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.roll(1, 0))
+    assert (_build(model, tokenizer).input_ids[:, 1:] != first.input_ids[:, 1:]).mean() > 0.9
 
 
 def test_a_cache_that_cannot_be_written_costs_only_a_warning(model, tokenizer, tmp_path, monkeypatch, caplog):

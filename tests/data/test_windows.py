@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -46,6 +47,18 @@ def test_windows_are_contiguous_and_heldout_follows_the_proxy(tokenizer, text_fi
     np.testing.assert_array_equal(heldout.input_ids.ravel(), tokens[120:220])
     assert proxy.input_ids.dtype == np.int32
     assert (proxy.provenance["first_token"], proxy.provenance["stop_token"]) == (0, 120)
+
+
+def test_windows_follow_those_of_the_same_file_by_another_name(tokenizer, text_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(text_file.parent)
+    (tmp_path / "link.txt").symlink_to(text_file)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": text_file.read_text()}))
+    spellings = [text_file.name, f"./{text_file.name}", str(text_file), str(tmp_path / "link.txt")]
+    rows = [str(tmp_path / "rows.jsonl"), f"{tmp_path}/../{tmp_path.name}/rows.jsonl:text"]
+    for first, second in [*itertools.pairwise(spellings), rows]:
+        proxy = build_windows(first, tokenizer=tokenizer, num_windows=3, seq_len=40)
+        heldout = build_windows(second, tokenizer=tokenizer, num_windows=1, seq_len=8, split="heldout", after=proxy)
+        assert heldout.provenance["first_token"] == 120, (first, second)
 
 
 def test_windows_after_those_of_another_text_begin_at_its_start(tokenizer, text_file, tmp_path):

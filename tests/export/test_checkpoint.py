@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from lpsearch.errors import FamilyError, LpsearchError, ModelError, PlanError, UsageError
 from lpsearch.export import export_checkpoint, export_source, load_exported
-from lpsearch.models import fingerprint_model, resolve_source
+from lpsearch.models import ModelSource, fingerprint_model, resolve_source
 from lpsearch.plan import ModelIdentity, Plan, PlanMetadata, PlanMetrics, ProxyMetrics, load_plan
 from tests.export.byte_tokenizer import write_byte_tokenizer
 from tests.fusing import MIXED, PAIRS, compute_logits, compute_planned_logits, relative_difference
@@ -190,6 +190,57 @@ def test_weights_under_other_names_are_loaded_whole(tmp_path: Path) -> None:
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
 
 
+def check_that_the_loaded_model_is_exported(source: Path, out: Path) -> None:
+    """Compare an exported directory with the plan on the model as transformers loads it."""
+    model = LlamaForCausalLM.from_pretrained(source).eval()
+    expected = compute_planned_logits(model, PAIRS)
+    export_source(resolve_source(str(source)), PAIRS, out)
+    loaded, _ = load_exported(out, device="cpu", dtype=torch.float32)
+    assert relative_difference(compute_logits(loaded), expected) < FLOAT32_FUSED
+
+
+def set_option(directory: Path, **options: Any) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | options))
+
+
+@pytest.mark.parametrize("kept", [("lm_head", "embed_tokens"), ("lm_head",), ("embed_tokens",)])
+def test_what_is_tied_is_told_from_the_weights(kept: tuple[str, ...], tiny_model_dir: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(tiny_model_dir, tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    ends = {"lm_head": "lm_head.weight", "embed_tokens": "model.embed_tokens.weight"}
+    for name in ends.keys() - set(kept):
+        del weights[ends[name]]
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    set_option(source, tie_word_embeddings=True)
+    check_that_the_loaded_model_is_exported(source, tmp_path / "out")
+    is_tied = len(kept) == 1
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] == is_tied
+    assert ("lm_head.weight" in load_file(tmp_path / "out" / "model.safetensors")) != is_tied
+    export_checkpoint(LlamaForCausalLM.from_pretrained(source), PAIRS, tmp_path / "memory")
+    exported = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert (tmp_path / "memory" / "model.safetensors").read_bytes() == exported
+
+
+def test_only_the_files_count_that_transformers_reads(tiny_model_dir: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(tiny_model_dir, tmp_path / "source")
+    other = {name: tensor + 1 for name, tensor in load_file(source / "model.safetensors").items()}
+    save_file(other, source / "zz-optimizer.safetensors", metadata={"format": "pt"})
+    check_that_the_loaded_model_is_exported(source, tmp_path / "left over")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(other, "zz-optimizer.safetensors")}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    check_that_the_loaded_model_is_exported(source, tmp_path / "stale index")
+
+
+def test_an_adapter_beside_the_weights_is_to_be_merged_first(tiny_model_dir: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(tiny_model_dir, tmp_path / "source")
+    (source / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"holds an adapter .* merge it first"):
+        export_source(resolve_source(str(source)), PAIRS, tmp_path / "out")
+    with pytest.raises(ModelError, match=r"holds an adapter .* merge it first"):
+        export_source(ModelSource("directory", str(source), path=source), PAIRS, tmp_path / "out")
+
+
 def test_the_card_says_what_was_done_and_keeps_the_licence(
     tiny_model_dir: Path, tiny_plan: Plan, tmp_path: Path
 ) -> None:
@@ -251,7 +302,7 @@ def test_quantised_weights_are_refused(tiny_model_dir: Path, tiny_plan: Plan, tm
     weights = load_file(source / "model.safetensors")
     weights["model.layers.3.mlp.up_proj.weight"] = weights["model.layers.3.mlp.up_proj.weight"].to(torch.int8)
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"quantised.*int8"):
+    with pytest.raises(ModelError, match=r"stored as I8, e\.g\. model\.layers\.3\.mlp.*give the unquantised model"):
         export_source(resolve_source(str(source)), Plan.from_groups(tiny_plan.groups), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lpsearch.export.shards import SafetensorsReader, TensorSpec, list_shards, write_shard
+from lpsearch.export.shards import INDEX_NAME, SafetensorsReader, TensorSpec, list_shards, write_shard
 from tests.export.byte_tokenizer import write_byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -38,9 +38,11 @@ def test_files_are_what_safetensors_reads(tmp_path: Path) -> None:
     found = {name: tensor for shard in shards for name, tensor in load_file(tmp_path / shard.file_name).items()}
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    index = {"weight_map": {tensor.name: shard.file_name for shard in shards for tensor in shard.tensors}}
+    (tmp_path / INDEX_NAME).write_text(json.dumps(index))
     reader = SafetensorsReader(tmp_path)
-    assert reader.names == tensors.keys()
-    assert torch.equal(reader.read("brain"), tensors["brain"])  # type: ignore[arg-type]
+    read = {name: reader.read(name) for name in tensors}
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())  # type: ignore[arg-type]
     assert reader.read("bias") is None
 
 

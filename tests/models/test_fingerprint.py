@@ -7,9 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lpsearch.models import fingerprint_model, fingerprints_match, get_decoder_layers
+from lpsearch.errors import ResumeError
+from lpsearch.models import (
+    check_parts,
+    fingerprint_model,
+    fingerprint_parts,
+    fingerprints_match,
+    get_decoder_layers,
+)
 from tests.tiny_models import FAMILIES, build_tiny_model
 
 
@@ -76,3 +83,69 @@ def test_equal_on_the_gpu() -> None:
     model = build_tiny_model("llama")
     before = fingerprint_model(model)
     assert fingerprint_model(model.to("cuda")) == before
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model_dir: Path) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tiny_model_dir)
+    return tokenizer
+
+
+@torch.no_grad()
+def change(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, part: str) -> None:
+    """Change one part of a Llama, and as little of it as a training of one token does."""
+    if part == "embedding":
+        model.get_input_embeddings().weight[7] += 1
+    elif part == "head":
+        model.get_output_embeddings().weight[7] += 1
+    elif part == "decoder":
+        model.model.layers[3].mlp.up_proj.weight += 1
+    elif part == "final norm":
+        model.model.norm.weight[5] += 1
+    elif part == "configuration":
+        model.config.rms_norm_eps *= 10
+    elif part == "rotary frequencies":
+        model.model.rotary_emb.original_inv_freq *= 2
+    else:
+        tokenizer.add_tokens(["<new>"])
+
+
+@pytest.mark.parametrize(
+    "part", ["embedding", "head", "decoder", "final norm", "configuration", "rotary frequencies", "tokenizer"]
+)
+def test_every_part_counts_alone(part: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    model, words = build_tiny_model("llama"), copy.deepcopy(tokenizer)
+    before = fingerprint_parts(model, words)
+    change(model, words, part)
+    after = fingerprint_parts(model, words)
+    name = "configuration" if part == "rotary frequencies" else part
+    assert [name for name in before if before[name] != after[name]] == [name]
+    with pytest.raises(ResumeError, match=f"owner/name: .* the {name} differs"):
+        check_parts(before, after, name="owner/name")
+    check_parts({key: value for key, value in before.items() if key != name}, after, name="a study of old")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_are_equal_in_float32_and_bfloat16(family: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = build_tiny_model(family)
+    parts = fingerprint_parts(model, tokenizer)
+    assert fingerprint_parts(copy.deepcopy(model).to(torch.bfloat16), tokenizer) == parts
+    other = fingerprint_parts(build_tiny_model(family, seed=1), tokenizer)
+    assert [name for name in parts if parts[name] == other[name]] == ["configuration", "tokenizer"]
+
+
+def test_parts_in_float16_are_compared_with_float16_alone(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = build_tiny_model("llama")
+    half = copy.deepcopy(model).to(torch.float16)
+    parts = fingerprint_parts(half, tokenizer)
+    check_parts(fingerprint_parts(model, tokenizer), parts, name="owner/name")
+    change(half, tokenizer, "head")
+    with pytest.raises(ResumeError, match="the head differs"):
+        check_parts(parts, fingerprint_parts(half, tokenizer), name="owner/name")
+
+
+def test_a_tied_head_is_the_same_head_untied(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    tied = build_tiny_model("llama", tie_word_embeddings=True)
+    untied = build_tiny_model("llama", tie_word_embeddings=False)
+    untied.load_state_dict(tied.state_dict())
+    assert fingerprint_parts(untied, tokenizer) == fingerprint_parts(tied, tokenizer)

@@ -11,6 +11,7 @@ import pytest
 
 from lpsearch.errors import ModelError
 from lpsearch.models import ModelSource, resolve_source
+from lpsearch.models.sources import normalise_id
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4976698672\n"
 
@@ -52,6 +53,23 @@ def test_gguf_file(tmp_path: Path) -> None:
         resolve_source(str(tmp_path))
     with pytest.raises(ModelError, match="no revision"):
         resolve_source(str(file), revision="main")
+
+
+def test_every_spelling_of_a_path_is_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tmp_path / "real" / "model"
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path / "real")
+    expected = resolve_source(str(directory))
+    for spelling in ("./model", "../link/model", "../real/./model", str(tmp_path / "link" / "model")):
+        assert resolve_source(spelling) == expected
+        assert normalise_id(str(Path(spelling).absolute())) == expected.id
+    assert normalise_id("owner/name") == "owner/name"
+    (directory / "blob").touch()
+    (directory / "model.gguf").symlink_to("blob")  # as in the hub's cache
+    gguf = resolve_source("../link/model/model.gguf")
+    assert gguf.path == directory / "model.gguf"
 
 
 @pytest.mark.parametrize(

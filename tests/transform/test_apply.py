@@ -362,3 +362,15 @@ def test_compiled_models_follow_the_plan(llama: PreTrainedModel) -> None:
             expected = llama(**batch, use_cache=False).logits
             actual = compiled(**batch, use_cache=False).logits
         torch.testing.assert_close(actual, expected, rtol=0, atol=FLOAT32_LOGITS)
+
+
+def test_one_module_in_two_places_is_refused() -> None:
+    model = build_tiny_model("llama")
+    layers = model.model.layers
+    model.model.layers = nn.ModuleList([layers[i] for i in (0, 1, 1, 2, 3, 4)])
+    for groups in ([[0], [1, 2], [3], [4], [5]], [[0, 1], [2], [3], [4], [5]], [[0], [1], [2], [3], [4, 5]]):
+        with pytest.raises(FamilyError, match=r"decoder layer 2 is the same module as an earlier one.*copy\.deepcopy"):
+            apply_plan(model, Plan.from_groups(groups))
+    layers[1] = copy.deepcopy(layers[1])
+    model.model.layers[2] = copy.deepcopy(layers[1])
+    apply_plan(model, Plan.from_groups([[0], [1, 2], [3], [4], [5]]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import lpsearch
 from lpsearch.errors import FamilyError, ModelError, PlanError
+from lpsearch.export import export_checkpoint
 from lpsearch.models.families import get_decoder_layers
 from lpsearch.plan import ModelIdentity, Plan, PlanMetadata
 from lpsearch.transform import applied_plan, apply_plan, fuse_plan
@@ -161,6 +163,16 @@ def test_gradients_flow_with_and_without_checkpointing(name: str) -> None:
         torch.testing.assert_close(gradient, expected[parameter], msg=parameter)
 
 
+def test_a_head_of_its_own_stays_one_whatever_the_configuration_says(tmp_path: Path) -> None:
+    model = build_tiny_model("llama", tie_word_embeddings=False)
+    model.config.tie_word_embeddings = True
+    expected = compute_planned_logits(model, PAIRS)
+    fuse_plan(model, PAIRS).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert not loaded.config.tie_word_embeddings
+    assert relative_difference(compute_logits(loaded), expected) < FLOAT32_FUSED
+
+
 def test_modes_are_kept() -> None:
     trainable = fuse_plan(build_tiny_model("llama").requires_grad_(True).train(), PAIRS)
     assert all(parameter.requires_grad for parameter in trainable.parameters())
@@ -195,6 +207,111 @@ def test_only_an_unmodified_language_model_is_fused() -> None:
     fuse_plan(model, MIXED)
     with pytest.raises(ModelError, match="is fused already"):
         fuse_plan(model, MIXED)
+
+
+def _scale_output(module: nn.Module, args: Any, output: Any) -> Any:
+    return output * 0
+
+
+def _replace_forward(model: Any) -> None:
+    attention = model.model.layers[2].self_attn
+    attention.forward = lambda hidden_states, **kwargs: (hidden_states, None)
+
+
+def _add_adapter(model: Any) -> None:
+    from peft import LoraConfig
+
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+
+
+def _repeat_layer(model: Any) -> None:
+    layers = model.model.layers
+    model.model.layers = nn.ModuleList([layers[i] for i in (0, 1, 1, 3, 4, 5)])
+
+
+def _delete_layer(model: Any) -> None:
+    del model.model.layers[4]
+
+
+CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
+    "forward": (_replace_forward, r"model\.layers\.2\.self_attn has a forward of its own"),
+    "hook on an MLP": (
+        lambda model: model.model.layers[3].mlp.register_forward_hook(_scale_output),
+        r"model\.layers\.3\.mlp has a forward hook \(_scale_output\)",
+    ),
+    "hook on the head": (
+        lambda model: model.lm_head.register_forward_pre_hook(lambda module, args: None),
+        "lm_head has a forward pre-hook",
+    ),
+    "module": (
+        lambda model: setattr(model.model.layers[1], "mlp", nn.Linear(32, 32)),
+        r"model\.layers\.1\.mlp is a Linear, expected LlamaMLP",
+    ),
+    "subclass": (
+        lambda model: setattr(
+            model.model.layers[1].mlp, "__class__", type("Scaled", (type(model.model.layers[1].mlp),), {})
+        ),
+        r"model\.layers\.1\.mlp is a .*Scaled, expected LlamaMLP",
+    ),
+    "missing module": (
+        lambda model: delattr(model.model.layers[1].mlp, "up_proj"),
+        r"model\.layers\.1\.mlp\.up_proj is not there",
+    ),
+    "bias": (
+        lambda model: setattr(model.model.layers[5].mlp.up_proj, "bias", nn.Parameter(torch.ones(48))),
+        r"model\.layers\.5\.mlp\.up_proj has a parameter bias",
+    ),
+    "pruned heads": (
+        lambda model: setattr(model.model.layers[0].self_attn, "q_proj", nn.Linear(32, 16, bias=False)),
+        r"model\.layers\.0\.self_attn\.q_proj .*expected",
+    ),
+    "number": (
+        lambda model: setattr(model.model.layers[0].self_attn, "scaling", 2.0),
+        r"model\.layers\.0\.self_attn has scaling 2\.0, expected 0\.35",
+    ),
+    "epsilon": (
+        lambda model: setattr(model.model.norm, "variance_epsilon", 0.5),
+        r"model\.norm has variance_epsilon 0\.5",
+    ),
+    "adapter": (_add_adapter, r"model\.layers\.0\.self_attn\.q_proj is a peft\..*merge_and_unload"),
+    "repeated layer": (_repeat_layer, r"model\.layers\.2 and model\.layers\.1 are one module"),
+    "deleted layer": (_delete_layer, r"has 5 decoder layers, and its configuration says 6"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_not_understood_to_the_bottom_is_refused_and_left_alone(change: str, tmp_path: Path) -> None:
+    apply_change, says = CHANGES[change]
+    if change == "adapter":
+        pytest.importorskip("peft", reason="needs peft: pip install lpsearch[recover]")
+    model = build_tiny_model("llama")
+    apply_change(model)
+    plan = Plan.from_groups([[0], [1, 2], [3, 4]]) if change == "deleted layer" else PAIRS
+    modules = dict(model.named_modules(remove_duplicate=False))
+    values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for fuse in (lambda: fuse_plan(model, plan), lambda: export_checkpoint(model, plan, tmp_path / "out")):
+        with pytest.raises(ModelError, match=says):
+            fuse()
+    after = dict(model.named_modules(remove_duplicate=False))
+    assert after.keys() == modules.keys()
+    assert all(after[name] is module for name, module in modules.items())
+    assert all(torch.equal(tensor, values[name]) for name, tensor in model.state_dict().items())
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")  # its name before transformers 5.23
+def test_a_model_that_was_used_is_stock_still(family_model: PreTrainedModel) -> None:
+    model = copy.deepcopy(family_model)
+    batch = build_left_padded_batch()
+    with applied_plan(model, MIXED):
+        expected = compute_logits(model)
+    model(**batch, output_hidden_states=True, output_attentions=True)  # for which transformers hooks the layers
+    model.generate(**batch, max_new_tokens=2, do_sample=False)
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    model.train().eval()
+    assert relative_difference(compute_logits(fuse_plan(model, MIXED)), expected) < FLOAT32_FUSED
 
 
 def test_quantised_weights_are_refused() -> None:
