@@ -39,9 +39,8 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 demo: $(VENV)/.installed ## search SmolLM2-135M on this machine
 	$(BIN)/python -m lpsearch.optimize --model smollm2-135m --budget 40
 
-# One thread for each process: more would take the cores of the other processes.
 test: $(VENV)/.installed-dev ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not network" --numprocesses $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest -m "not network" --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 # The three removed packages decode pictures and sound, and are built for another torch than the pinned one.
 $(VLLM_VENV)/.installed: pyproject.toml tests/vllm/requirements.txt
@@ -54,7 +53,7 @@ $(VLLM_VENV)/.installed: pyproject.toml tests/vllm/requirements.txt
 test-vllm: $(VENV)/.installed-dev $(VLLM_VENV)/.installed ## export models and serve them by vLLM, on the CPU
 	$(BIN)/python -m tests.vllm.prepare $(VLLM_VENV)/exports
 	LPSEARCH_VLLM_EXPORTS=$(abspath $(VLLM_VENV)/exports) VLLM_CACHE_ROOT=$(abspath $(VLLM_VENV)/cache) \
-		$(VLLM_BIN)/python -m pytest -o addopts= -o filterwarnings=default -ra --durations=15 tests/vllm
+		OMP_NUM_THREADS=$$(nproc) $(VLLM_BIN)/python -m pytest -o addopts= -o filterwarnings=default -ra --durations=15 tests/vllm
 
 lint: $(VENV)/.installed-dev ## check style, types and layering
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from lpsearch.errors import ConfigError
+from lpsearch.errors import ConfigError, mask_urls
 
 __all__ = [
     "Dtype",
@@ -233,5 +233,5 @@ def _describe(error: ValidationError) -> str:
             known = ", ".join(name.replace("_", "-") for name in OptimizeConfig.model_fields)
             findings.append(f"{option} is not an option; known: {known}")
         else:
-            findings.append(f"{option}: {item['msg']}, got {item['input']!r}")
+            findings.append(f"{option}: {item['msg']}, got {mask_urls(repr(item['input']))}")
     return "; ".join(findings)

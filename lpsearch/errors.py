@@ -21,6 +21,7 @@ __all__ = [
     "StudyVersionError",
     "UsageError",
     "describe_error",
+    "mask_urls",
 ]
 
 EXIT_DONE = 0
@@ -29,6 +30,14 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 _LONGEST_MESSAGE = 600
+_URL = re.compile(r"(?P<begin>(?P<scheme>[A-Za-z][\w+.-]*):/{1,2})(?P<rest>\S+?)(?=['\",;.)\]]*(?:\s|$))")
+_PLACE = re.compile(r"(?P<user>[^:/?@]*)(?P<password>:[^?@]*)?@(?P<host>[^@]*)")
+_HOST = re.compile(r"(\[[^\]@]*\]|[^:/?@\[]*)(:\d*)?([/?].*)?")
+_PUBLIC_FIELDS = frozenset(
+    {"application_name", "charset", "client_encoding", "connect_timeout", "host", "port", "sslmode", "timeout", "uri"}
+)
+"""Fields of a URL's query whose values are shown."""
+
 _TERMINAL_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -95,3 +104,37 @@ def describe_error(error: BaseException) -> str:
     if len(text) > _LONGEST_MESSAGE:
         text = f"{text[: _LONGEST_MESSAGE * 2 // 3]} ... {text[-_LONGEST_MESSAGE // 3 :]}"
     return text
+
+
+def mask_urls(text: str) -> str:
+    """Return a text whose URLs tell no secret: no password, and of a query only what is known to be harmless.
+
+    Of a URL that can be read in two ways, as where a password holds an ``@``, only the scheme is left. A URL that was
+    taken for a path, and lost a slash by that, is masked too; a path on this machine is no secret. Everything that may
+    hold a URL passes here before it is shown or kept.
+    """
+    return _URL.sub(_mask_url, text)
+
+
+def _mask_url(match: re.Match[str]) -> str:
+    begin, rest = match["begin"], match["rest"]
+    if match["scheme"].lower().partition("+")[0] in ("sqlite", "file"):
+        return match[0]
+    place, hidden = rest, begin + "***"
+    if "@" in rest:
+        parts = _PLACE.fullmatch(rest)
+        if parts is None:
+            return hidden
+        begin += parts["user"] + (":***" if parts["password"] else "") + "@"
+        place = parts["host"]
+    if _HOST.fullmatch(place) is None:
+        return hidden  # also a password that is taken for a port
+    where, mark, query = place.partition("?")
+    return begin + where + mark + "&".join(map(_mask_field, query.split("&")))
+
+
+def _mask_field(field: str) -> str:
+    name, equals, _ = field.partition("=")
+    if equals:
+        return field if name in _PUBLIC_FIELDS else f"{name}=***"
+    return "***" if field else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,3 +44,18 @@ def test_layering() -> None:
     lint = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run([lint], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_tests_and_the_processes_that_they_start_take_one_thread() -> None:
+    """However pytest is called: with more, ranks over gloo starve one another on busy cores."""
+    code = """
+import subprocess, sys
+import tests.conftest
+import torch
+
+child = [sys.executable, "-c", "import torch; print(torch.get_num_threads())"]
+print(torch.get_num_threads(), int(subprocess.run(child, capture_output=True, text=True, check=True).stdout))
+"""
+    plain = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=plain, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "1"]

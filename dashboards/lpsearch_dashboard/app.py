@@ -87,6 +87,8 @@ def build_app(study: LiveStudy, directory: Path) -> WSGIApplication:
             answer = ("200 OK", "text/javascript; charset=utf-8", scripts[path]().encode(), {})
         elif method not in ("GET", "HEAD") and not (method == "PUT" and _NOTE_PATH.fullmatch(path.rstrip("/"))):
             answer = _refuse(_READ_ONLY)
+        elif method == "PUT" and study.store.is_read_only:
+            answer = _refuse(f"because {study.store.where} cannot be written here")
         elif path == "/dashboard" or path.startswith("/dashboard/"):
             return _add_back_link(build_optuna_app(study.inode), environ, start_response)
         elif (failure := _follow_database(study, path)) is not None:

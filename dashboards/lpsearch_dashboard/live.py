@@ -16,7 +16,7 @@ from lpsearch.front_file import FRONT_NAME
 from lpsearch.report import StudyReport, load_report
 from lpsearch.report.html import PAGE_TOP, build_parts, read_asset
 from lpsearch.search import StudyStore
-from lpsearch.search.database import find_sqlite_path
+from lpsearch.search.storage_url import find_sqlite_path
 from lpsearch.wording import name_count
 
 __all__ = ["LiveStudy", "Snapshot"]
@@ -30,9 +30,9 @@ class Snapshot:
     """What there is to show of a study at one time.
 
     Attributes:
-        state: ``waiting`` before the first plan is finished, ``searching``, or ``done`` once the plan files are those
-            of the front; a search that was interrupted cannot be told from one under way. ``lost`` is a page of a study
-            that cannot be read.
+        state: while a process runs the study, ``waiting`` before the first plan is finished, then ``searching``. When
+            none does, ``done`` if the plan files are those of the front, else ``interrupted``. ``lost`` is a page of a
+            study that cannot be read.
         message: the same for people.
         title: of the page, as HTML.
         body: ``<header>`` and ``<main>``.
@@ -70,7 +70,7 @@ class LiveStudy:
         self._directory = directory
         self._lock = threading.Lock()
         self._database_lock = threading.Lock()  # of its own: reading the study takes long
-        self._database_path = find_sqlite_path(store.optuna_storage.engine.url)
+        self._database_path = find_sqlite_path(store.url)
         self._inode = self._read_inode()
         self._revision = ""
         self._snapshot: Snapshot | None = None
@@ -152,23 +152,26 @@ class LiveStudy:
             return self._database_path.stat().st_ino
 
     def _read_revision(self) -> str:
-        """Return a text that changes with the study or the files of its front."""
+        """Return a text that changes with the study, the files of its front, and the process that runs it."""
+        known = f"{self._store.read_stamp()} {self._store.lock.find_holder()}"
         try:
             status = (self._directory / FRONT_NAME).stat()
         except FileNotFoundError:
-            return self._store.read_stamp()
-        return f"{self._store.read_stamp()} {status.st_ino} {status.st_mtime_ns} {status.st_size}"
+            return known
+        return f"{known} {status.st_ino} {status.st_mtime_ns} {status.st_size}"
 
     def _build(self) -> Snapshot:
+        is_run = self._store.lock.find_holder() is not None
         try:
             report = load_report(self._store, self._directory)
         except UsageError as error:  # no plan is finished yet
-            return self._build_waiting(
-                "waiting", "waiting for the first plan", f"{error}; the figures appear by themselves."
-            )
+            state, message = "waiting", "waiting for the first plan"
+            if not is_run:
+                state, message = "interrupted", f"the search ended before its first plan; {_RESUME}"
+            return self._build_waiting(state, message, f"{error}; the figures appear by themselves.")
         parts = build_parts(report)
-        state = "done" if report.is_current else "searching"
-        return Snapshot(state, _describe(report), parts.title, parts.body, parts.data)
+        state = "searching" if is_run else "done" if report.is_current else "interrupted"
+        return Snapshot(state, _describe(report, state), parts.title, parts.body, parts.data)
 
     def _build_waiting(self, state: str, message: str, note: str) -> Snapshot:
         name = escape(self._store.study_name)
@@ -186,10 +189,12 @@ class LiveStudy:
         return f"/dashboard/studies/{study_id}"
 
 
-def _describe(report: StudyReport) -> str:
+def _describe(report: StudyReport, state: str) -> str:
     plans = name_count(len(report.results), "plan")
-    if report.is_current:
+    if state == "done":
         return f"{plans}; the search is done, and its plan files are written"
+    if state == "interrupted":
+        return f"{plans} so far; the search was interrupted; {_RESUME}"
     return f"{plans} so far; this page follows the search"
 
 
@@ -217,6 +222,8 @@ def _read_own_asset(name: str) -> str:
 
 
 _WAITING = "<header><div class='bar'><h1>{name}</h1></div></header>\n<main id='main'><p class='note'>{note}</p></main>"
+
+_RESUME = "run the same command to resume it"
 
 _LOST = "The study cannot be read now. This page tries again, and shows the study once it can be read."
 

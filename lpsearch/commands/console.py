@@ -29,7 +29,7 @@ from lpsearch.commands.lines import (
     give_up_stream,
     log_stray_lines,
 )
-from lpsearch.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, LpsearchError
+from lpsearch.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, LpsearchError, mask_urls
 
 __all__ = ["Answer", "Output", "adopt_optuna_log", "get_output", "run_command"]
 
@@ -210,6 +210,7 @@ def _print_summary(summary: RenderableType) -> None:
 
 
 def _fail(kind: str, message: str, exit_code: int) -> int:
+    message = mask_urls(message)  # the parser repeats arguments
     logger.error("%s", message)
     _print_json({"error": {"type": kind, "message": message, "exit_code": exit_code}})
     return exit_code

@@ -33,7 +33,7 @@ def dashboard(
     from lpsearch.commands.studies import open_existing_study
 
     adopt_optuna_log()
-    with open_existing_study(directory, storage=storage, study=study) as store:
+    with open_existing_study(directory, storage=storage, study=study, annotates=True) as store:
         build_server = _load_server()
         started = time.perf_counter()
         with build_server(store, directory, port=port) as server:

@@ -34,6 +34,7 @@ _SUMMARY_FIELDS = {
     "latency_ms",
     "speedup",
 }
+_KL_FIELDS = {"kl_nats_per_token", "heldout_kl_nats_per_token"}
 
 
 def name_plan_files(front: Sequence[TrialResult]) -> list[TrialResult]:
@@ -136,13 +137,17 @@ def write_front(
 
 
 def build_summary(file: FrontFile, out: Path) -> dict[str, Any]:
-    """Build the JSON object that ends the command: study, out, trials, baseline_nll, front."""
+    """Build the JSON object that ends the command: study, out, trials, baseline_nll, front.
+
+    The plans of a search by divergence have that too.
+    """
+    fields = _SUMMARY_FIELDS | _KL_FIELDS if file.metric == "kl" else _SUMMARY_FIELDS
     return {
         "study": file.study,
         "out": str(out),
         "trials": file.trials,
         "baseline_nll": file.baseline_nll,
-        "front": [point.model_dump(mode="json", include=_SUMMARY_FIELDS) for point in file.front],
+        "front": [point.model_dump(mode="json", include=fields) for point in file.front],
     }
 
 

@@ -21,7 +21,9 @@ from lpsearch.front_file import FRONT_NAME, load_front_file
 from lpsearch.models import ModelSource
 from lpsearch.models.sources import normalise_id
 from lpsearch.search import FIXED_SETTINGS, StoredWindows, StudyStore, compare_settings
+from lpsearch.search.database import is_writable
 from lpsearch.search.locks import HeldElsewhereError, hold_file_lock
+from lpsearch.search.storage_url import find_sqlite_path, parse_storage_url
 
 if TYPE_CHECKING:
     import torch
@@ -94,13 +96,18 @@ def open_study_store(
 
 
 @contextmanager
-def open_existing_study(directory: Path, *, storage: str | None, study: str | None) -> Iterator[StudyStore]:
+def open_existing_study(
+    directory: Path, *, storage: str | None, study: str | None, annotates: bool = False
+) -> Iterator[StudyStore]:
     """Open the study of a directory to look at it, without making one or taking its lock.
+
+    It is opened read-only, so that it may lie on a read-only medium.
 
     Args:
         directory: what ``optimize`` wrote.
         storage: database URL; None takes ``study.db`` in the directory.
         study: name of the study; None takes the one that the directory's ``front.json`` names, or the only one.
+        annotates: let notes be written, if the database can be written.
 
     Yields:
         The open store.
@@ -116,7 +123,10 @@ def open_existing_study(directory: Path, *, storage: str | None, study: str | No
         raise UsageError(
             f"{directory}: holds no study.db; give a directory that `lpsearch optimize` wrote, or --storage URL"
         )
-    with StudyStore(storage or _build_url(directory), study_name=study or "") as store:
+    url = parse_storage_url(storage or _build_url(directory))
+    path = find_sqlite_path(url)
+    read_only = not annotates or (path is not None and not is_writable(path))
+    with StudyStore(url, study_name=study or "", read_only=read_only) as store:
         held = store.list_studies()
         if not held or (study is not None and study not in held):
             named = f"no study {study!r}" if study is not None and held else "no study yet"
@@ -306,6 +316,6 @@ def _adopt_study(store: StudyStore, *, is_named: bool) -> None:
     store.study_name = held[-1]
 
 
-def _build_url(directory: Path) -> str:
+def _build_url(directory: Path) -> URL:
     """Return the URL of a directory's own database; built, since its name may hold what means something in a URL."""
-    return URL.create("sqlite", database=str((directory / "study.db").absolute())).render_as_string()
+    return URL.create("sqlite", database=str((directory / "study.db").absolute()))

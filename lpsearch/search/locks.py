@@ -10,19 +10,23 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, Row, delete, insert, select, update
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import IntegrityError
 
 from lpsearch.errors import StudyError
-from lpsearch.search.database import describe_url, find_sqlite_path, translate_storage_errors
 from lpsearch.search.schema import claims_table
+from lpsearch.search.storage_url import describe_url, find_sqlite_path, translate_storage_errors
 
-__all__ = ["HeldElsewhereError", "StudyLock", "hold_file_lock"]
+__all__ = ["HeldElsewhereError", "StudyLock", "get_lock_path", "hold_file_lock"]
 
 CLAIM_LIFETIME_S = 900.0
 """Age at which a claim from another machine counts as abandoned; it is renewed with every evaluation."""
+
+PATIENCE_S = 0.5
+"""How long a file lock is tried for: others hold it for a moment to make the tables, or to ask who holds it."""
 
 
 class HeldElsewhereError(Exception):
@@ -45,15 +49,18 @@ class StudyLock:
 
     Args:
         url: of the database.
-        study_name: the study.
+        get_study_name: tells the study, which may be chosen after the database was opened.
         begin_transaction: begins a transaction on the database.
     """
 
     def __init__(
-        self, url: URL, study_name: str, begin_transaction: Callable[[], AbstractContextManager[Connection]]
+        self,
+        url: URL,
+        get_study_name: Callable[[], str],
+        begin_transaction: Callable[[], AbstractContextManager[Connection]],
     ) -> None:
         self._url = url
-        self._study_name = study_name
+        self._get_study_name = get_study_name
         self._begin_transaction = begin_transaction
         self._is_held = False
         self._claim: _Claim | None = None
@@ -72,14 +79,13 @@ class StudyLock:
         with ExitStack() as held:
             try:
                 if path is not None:
-                    held.enter_context(hold_file_lock(path.with_name(path.name + ".lock")))
+                    held.enter_context(hold_file_lock(get_lock_path(path)))
                 else:
-                    subject = f"coordinator of {self._study_name}"
-                    self._claim = held.enter_context(_hold_claim(subject, self._begin_transaction))
+                    self._claim = held.enter_context(_hold_claim(self._subject, self._begin_transaction))
             except HeldElsewhereError as error:
                 raise StudyError(
-                    f"{describe_url(self._url)}: study {self._study_name!r} is being run by process {error.holder}; "
-                    "wait for it or end it, or name another directory with --out"
+                    f"{describe_url(self._url)}: study {self._get_study_name()!r} is being run by process "
+                    f"{error.holder}; wait for it or end it, or name another directory with --out"
                 ) from None
             self._is_held = True
             try:
@@ -87,6 +93,23 @@ class StudyLock:
             finally:
                 self._is_held = False
                 self._claim = None
+
+    def find_holder(self) -> str | None:
+        """Return the process that runs the study, of whatever machine; None if none does. Nothing is written.
+
+        Raises:
+            StudyError: if the database fails.
+        """
+        path = find_sqlite_path(self._url)
+        if path is not None:
+            return _find_file_lock_holder(get_lock_path(path))
+        with self._begin_transaction() as connection:
+            row = _find_claim(connection, self._subject)
+        return None if row is None or _is_abandoned(row.owner, row.claimed_at) else row.owner
+
+    @property
+    def _subject(self) -> str:
+        return f"coordinator of {self._get_study_name()}"
 
     def renew(self, connection: Connection) -> None:
         """Put off the age at which a claim counts as abandoned, where there is one.
@@ -96,31 +119,64 @@ class StudyLock:
         """
         if self._claim is not None and not self._claim.renew(connection):
             raise StudyError(
-                f"{describe_url(self._url)}: another process took over study {self._study_name!r}; this one stops"
+                f"{describe_url(self._url)}: another process took over study {self._get_study_name()!r}; this one stops"
             )
+
+
+def get_lock_path(path: Path) -> Path:
+    """Return the file whose lock stands for a SQLite file."""
+    return path.with_name(path.name + ".lock")
 
 
 @contextmanager
 def hold_file_lock(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on a file, which the system releases when its holder dies, however it dies.
 
+    Args:
+        path: the file; made if it is not there.
+
     Raises:
         HeldElsewhereError: if another process holds it.
         StudyError: if the file cannot be made.
     """
+    deadline = time.monotonic() + PATIENCE_S
     with translate_storage_errors(str(path)):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         with translate_storage_errors(str(path)):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise HeldElsewhereError(os.read(descriptor, 100).decode().strip() or "of unknown id") from None
+            while not _try_lock(descriptor, fcntl.LOCK_EX):
+                if time.monotonic() >= deadline:
+                    raise HeldElsewhereError(_read_holder(descriptor))
+                time.sleep(0.02)
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
         os.close(descriptor)  # releases the lock; the file stays, since removing it would race with its next holder
+
+
+def _find_file_lock_holder(path: Path) -> str | None:
+    """Return the process that holds the lock on a file; None if none does."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # it was never locked, or this user may not ask
+        return None
+    try:
+        return None if _try_lock(descriptor, fcntl.LOCK_SH) else _read_holder(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _read_holder(descriptor: int) -> str:
+    return os.pread(descriptor, 100, 0).decode().strip() or "of unknown id"
 
 
 @dataclass(frozen=True)
@@ -156,7 +212,7 @@ def _hold_claim(subject: str, transaction: Callable[[], AbstractContextManager[C
     claim = _Claim(subject, f"{socket.gethostname()}:{os.getpid()}")
     table = claims_table
     with transaction() as connection:
-        row = connection.execute(select(table).where(table.c.subject == subject)).one_or_none()
+        row = _find_claim(connection, subject)
         if row is not None:
             if not _is_abandoned(row.owner, row.claimed_at):
                 raise HeldElsewhereError(row.owner)
@@ -171,6 +227,10 @@ def _hold_claim(subject: str, transaction: Callable[[], AbstractContextManager[C
     finally:
         with transaction() as connection:
             connection.execute(delete(table).where(table.c.subject == subject, table.c.owner == claim.owner))
+
+
+def _find_claim(connection: Connection, subject: str) -> Row[Any] | None:
+    return connection.execute(select(claims_table).where(claims_table.c.subject == subject)).one_or_none()
 
 
 def _is_abandoned(owner: str, claimed_at: float) -> bool:

@@ -33,6 +33,7 @@ __all__ = [
     "create_tables",
     "evaluations_table",
     "fronts_table",
+    "is_current",
     "latency_profiles_table",
     "plans_table",
     "studies_table",
@@ -135,8 +136,16 @@ TABLE_NAMES = frozenset(_metadata.tables)
 def create_tables(engine: Engine) -> None:
     """Create the tables that a database lacks, and bring those of a former version to this one's form."""
     _metadata.create_all(engine)
-    if "variant" not in {found["name"] for found in inspect(engine).get_columns(plans_table.name)}:
+    if not is_current(engine):
         _add_variants_and_states(engine)
+
+
+def is_current(engine: Engine) -> bool:
+    """Say whether a database has all tables in the form of this version."""
+    inspector = inspect(engine)
+    if not set(inspector.get_table_names()) >= TABLE_NAMES:
+        return False
+    return "variant" in {found["name"] for found in inspector.get_columns(plans_table.name)}
 
 
 def _add_variants_and_states(engine: Engine) -> None:

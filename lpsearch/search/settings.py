@@ -14,10 +14,10 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.study import StudyDirection
 
 from lpsearch.errors import ResumeError
-from lpsearch.search.database import find_sqlite_path
 from lpsearch.search.front import Objective
 from lpsearch.search.results import Metric
 from lpsearch.search.space import PlanSpace
+from lpsearch.search.storage_url import find_sqlite_path
 from lpsearch.search.store import StudyStore
 
 __all__ = [
@@ -129,7 +129,7 @@ def has_own_database(store: StudyStore, directory: Path) -> bool:
         store: the database.
         directory: directory of the study.
     """
-    path = find_sqlite_path(store.optuna_storage.engine.url)
+    path = find_sqlite_path(store.url)
     return path is not None and path.resolve() == (directory / "study.db").resolve()
 
 
@@ -141,13 +141,14 @@ def list_study_options(store: StudyStore, directory: Path) -> list[str]:
         directory: its directory.
 
     Returns:
-        Nothing where ``study.db`` in the directory is the database; else ``--storage`` with the URL, whose password is
-        hidden, and ``--study``, since others may be in it too.
+        Nothing where ``study.db`` in the directory is the database; else ``--storage`` with the URL, whose secrets are
+        masked, and ``--study``, since others may be in it too.
     """
     if has_own_database(store, directory):
         return []
-    url = store.optuna_storage.engine.url
-    return ["--storage", url.render_as_string(hide_password=True), "--study", store.study_name]
+    path = find_sqlite_path(store.url)
+    shown = store.where if path is None else str(store.url)
+    return ["--storage", shown, "--study", store.study_name]
 
 
 def _show(value: Any) -> str:

@@ -15,12 +15,15 @@ import numpy as np
 import numpy.typing as npt
 from optuna.storages import RDBStorage
 from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy.engine import URL
 
 from lpsearch.config import Split
 from lpsearch.errors import StudyError
-from lpsearch.search import database, optuna_tables, schema
+from lpsearch.search import optuna_tables, schema
+from lpsearch.search.database import open_optuna_storage
 from lpsearch.search.locks import StudyLock
 from lpsearch.search.losses import LossStore
+from lpsearch.search.storage_url import describe_url, parse_storage_url, translate_storage_errors
 
 __all__ = ["Split", "StoredWindows", "StudyStore"]
 
@@ -45,7 +48,9 @@ class StudyStore:
 
     Attributes:
         study_name: name of the Optuna study.
+        url: of the database; it holds secrets, so show ``where`` in its place.
         where: the database, as messages name it.
+        is_read_only: nothing is written to the database.
         optuna_storage: Optuna's part of it.
         losses: losses by plan, variant and window.
         lock: held by the one process that writes the study.
@@ -53,21 +58,22 @@ class StudyStore:
     Args:
         url: SQLAlchemy URL, e.g. ``sqlite:///studies/smollm2-135m/study.db``.
         study_name: name of the Optuna study.
+        read_only: only read the study, so that it may lie where nothing can be written.
 
     Raises:
         ConfigError: for a malformed URL or a missing driver.
         StudyError: for a database that is damaged, unreachable, not writable or another program's.
     """
 
-    def __init__(self, url: str, *, study_name: str) -> None:
-        """Open the database and create the tables that it lacks."""
+    def __init__(self, url: str | URL, *, study_name: str, read_only: bool = False) -> None:
         self.study_name = study_name
-        self._url = database.parse_storage_url(url)
-        self.where = database.describe_url(self._url)
-        self.optuna_storage: RDBStorage = database.open_optuna_storage(self._url)
+        self.url = parse_storage_url(url)
+        self.where = describe_url(self.url)
+        self.is_read_only = read_only
+        self.optuna_storage: RDBStorage = open_optuna_storage(self.url, read_only=read_only)
         self._engine = self.optuna_storage.engine
         self._study_id: int | None = None
-        self.lock = StudyLock(self._url, study_name, self.begin_transaction)
+        self.lock = StudyLock(self.url, lambda: self.study_name, self.begin_transaction)
         self.losses = LossStore(
             begin_transaction=self.begin_transaction, get_study_id=lambda: self.study_id, lock=self.lock
         )
@@ -90,7 +96,7 @@ class StudyStore:
     @contextmanager
     def translate_errors(self) -> Iterator[None]:
         """Turn database errors of the block into :class:`StudyError` that names this study."""
-        with database.translate_storage_errors(self.where):
+        with translate_storage_errors(self.where, self.url):
             yield
 
     @contextmanager

@@ -364,6 +364,38 @@ def test_fresh_moves_the_old_study_aside(run_lpsearch: Run, arguments: list, tmp
     assert (aside / "plans").is_dir()
 
 
+def test_the_last_line_of_a_search_by_divergence_tells_it(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
+    document = run_lpsearch(*arguments, "--budget", 8, "--metric", "kl").document
+    assert list(document["front"][0]) == [
+        *("plan", "num_joins", "depth_reduction", "delta_nll", "heldout_delta_nll"),
+        *("kl_nats_per_token", "heldout_kl_nats_per_token", "perplexity", "latency_ms", "speedup"),
+    ]
+    assert document["front"][0]["kl_nats_per_token"] == 0
+    assert len(document["front"]) > 1
+    for point in document["front"][1:]:
+        metrics = load_plan(tmp_path / "study" / point["plan"]).metadata.metrics
+        assert point["kl_nats_per_token"] == metrics.proxy.kl_nats_per_token > 0
+        assert point["heldout_kl_nats_per_token"] == metrics.heldout.kl_nats_per_token > 0
+
+
+def test_of_two_searches_that_begin_at_once_one_is_told_of_the_other(
+    start_lpsearch: Callable[..., subprocess.Popen], arguments: list, tmp_path: Path
+) -> None:
+    """As torchrun starts them, in a directory that is new, whose name means something in a URL."""
+    out = tmp_path / "50% of {model}?lr=1#2"
+    searches = [start_lpsearch(*arguments, "--out", out, "--budget", 13) for _ in range(2)]
+    ends = []
+    for search in searches:
+        stdout, stderr = search.communicate(timeout=200)
+        ends.append((search.returncode, json.loads(stdout.splitlines()[-1]), stderr))
+    (won, document, _), (lost, refusal, stderr) = sorted(ends, key=lambda end: end[0])
+    assert (won, document["trials"], document["out"]) == (0, 13, str(out))
+    assert lost in (0, 1), stderr
+    if lost == 1:  # else it began when the first one had ended
+        assert f"is being run by process {searches[ends[0][0] != 0].pid}" in refusal["error"]["message"]
+    assert (out / "study.db").is_file()
+
+
 def test_self_sampled_data_kl_and_measured_latency(run_lpsearch: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
     outcome = run_lpsearch(
         *("optimize", "--model", tiny_model_dir, "--data", "self", "--windows", 3, "--seq-len", 16, "--metric", "kl"),

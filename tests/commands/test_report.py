@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import signal
 import sqlite3
 import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -273,3 +275,42 @@ def test_fronts_that_cannot_be_read_are_named(
     assert outcome.exit_code == exit_code
     assert message in outcome.document["error"]["message"]
     assert str(tmp_path / "front.json") in outcome.document["error"]["message"]
+
+
+READ_MOUNTED = """
+mount --bind "$1" "$2" && mount -o remount,bind,ro "$2" || exit 77
+! touch "$2/x" 2>/dev/null || exit 77
+"$3" -m lpsearch report "$2" --out "$4" || exit 1
+"$3" -m lpsearch report "$2"
+test $? = 1
+"""
+
+
+def test_a_study_on_a_read_only_medium_is_reported(tmp_path: Path) -> None:
+    """Root may write whatever the mode of a directory says, so it is mounted."""
+    if shutil.which("unshare") is None:
+        pytest.skip("unshare is not on this machine")
+    source, mounted = tmp_path / "source", tmp_path / "mounted"
+    for directory in (source, mounted):
+        directory.mkdir()
+    search_formula(source, budget=4)
+    command = [
+        "unshare",
+        "-m",
+        "bash",
+        "-c",
+        READ_MOUNTED,
+        "bash",
+        source,
+        mounted,
+        sys.executable,
+        tmp_path / "r.html",
+    ]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=200)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip(f"no read-only mount can be made here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    written, refused = map(json.loads, done.stdout.splitlines())
+    assert written["trials"] == 4
+    assert (tmp_path / "r.html").stat().st_size == written["num_bytes"]
+    assert "--out" in refused["error"]["message"]

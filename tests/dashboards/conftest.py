@@ -72,29 +72,39 @@ def finished_study(study_template: tuple[Path, StudyReport], tmp_path: Path) -> 
     return report
 
 
+def build_ask(store: StudyStore, directory: Path) -> Ask:
+    """Return a function that asks the application of a study."""
+    app = build_app(live.LiveStudy(store, directory), directory)
+
+    def ask(path: str, method: str = "GET", body: bytes = b"", **environ: str) -> Answer:
+        asked: dict[str, Any] = {"REQUEST_METHOD": method, "PATH_INFO": path, "wsgi.input": io.BytesIO(body)}
+        asked |= {
+            "CONTENT_LENGTH": str(len(body)),
+            "CONTENT_TYPE": "application/json",
+            "HTTP_ACCEPT_ENCODING": "",
+            **environ,
+        }
+        setup_testing_defaults(asked)
+        begun: list[Any] = []
+        answered = app(asked, lambda status, headers, exc_info=None: begun.append((status, headers)))
+        content = b"".join(answered)
+        getattr(answered, "close", lambda: None)()
+        status, headers = begun[-1]
+        return Answer(int(status.split()[0]), dict(headers), content)
+
+    return ask
+
+
 @pytest.fixture
 def ask(tmp_path: Path) -> Iterator[Ask]:
     """Return a function that asks the application of the study in ``tmp_path``, opened when first asked."""
     with ExitStack() as held:
-        apps: list[Any] = []
+        built: list[Ask] = []
 
-        def call(path: str, method: str = "GET", body: bytes = b"", **environ: str) -> Answer:
-            if not apps:
-                store = held.enter_context(open_existing_study(tmp_path, storage=None, study=None))
-                apps.append(build_app(live.LiveStudy(store, tmp_path), tmp_path))
-            asked: dict[str, Any] = {"REQUEST_METHOD": method, "PATH_INFO": path, "wsgi.input": io.BytesIO(body)}
-            asked |= {
-                "CONTENT_LENGTH": str(len(body)),
-                "CONTENT_TYPE": "application/json",
-                "HTTP_ACCEPT_ENCODING": "",
-                **environ,
-            }
-            setup_testing_defaults(asked)
-            begun: list[Any] = []
-            answered = apps[0](asked, lambda status, headers, exc_info=None: begun.append((status, headers)))
-            content = b"".join(answered)
-            getattr(answered, "close", lambda: None)()
-            status, headers = begun[-1]
-            return Answer(int(status.split()[0]), dict(headers), content)
+        def call(*arguments: Any, **environ: str) -> Answer:
+            if not built:
+                store = held.enter_context(open_existing_study(tmp_path, storage=None, study=None, annotates=True))
+                built.append(build_ask(store, tmp_path))
+            return built[0](*arguments, **environ)
 
         yield call

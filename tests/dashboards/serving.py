@@ -13,14 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from lpsearch.commands.studies import open_existing_study
+from lpsearch.search import StudyStore
 from lpsearch_dashboard import build_server
+
+
+@contextmanager
+def hold_study(directory: Path) -> Iterator[None]:
+    """Hold the lock of a study, as a process that runs it does."""
+    with StudyStore(f"sqlite:///{directory / 'study.db'}", study_name="demo") as store, store.hold_lock():
+        yield
 
 
 @contextmanager
 def serve(directory: Path, *, storage: str | None = None) -> Iterator[str]:
     """Serve a study in a thread of this process, and give the address."""
     with (
-        open_existing_study(directory, storage=storage, study=None) as store,
+        open_existing_study(directory, storage=storage, study=None, annotates=True) as store,
         build_server(store, directory, port=0) as server,
     ):
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})

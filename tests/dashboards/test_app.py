@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+import threading
 from contextlib import closing
 from pathlib import Path
 
@@ -13,10 +14,12 @@ import plotly
 import pytest
 
 from lpsearch import report
+from lpsearch.commands.studies import open_existing_study
 from lpsearch.report import StudyReport
 from lpsearch.search import StudyStore
 from lpsearch_dashboard import live
-from tests.dashboards.conftest import NUM_TRIALS, Ask
+from tests.dashboards.conftest import NUM_TRIALS, Ask, build_ask
+from tests.dashboards.serving import hold_study
 from tests.report.conftest import MakeStudy
 from tests.report.pages import parse
 
@@ -45,13 +48,15 @@ def test_the_page_and_its_renewal_hold_the_same(finished_study: StudyReport, ask
     assert renewal["body"] in ask("/").body.decode()
 
 
-def test_a_study_that_grows_is_seen_to_grow(make_study: MakeStudy, ask: Ask) -> None:
+def test_a_study_that_grows_is_seen_to_grow(make_study: MakeStudy, tmp_path: Path, ask: Ask) -> None:
     make_study(budget=2, files=False, heldout=False)
-    first = ask("/lpsearch/study.json")
-    again = ask("/lpsearch/study.json", HTTP_IF_NONE_MATCH=first.headers["ETag"])
-    assert (again.status, again.body) == (304, b"")
+    with hold_study(tmp_path):
+        first = ask("/lpsearch/study.json")
+        again = ask("/lpsearch/study.json", HTTP_IF_NONE_MATCH=first.headers["ETag"])
+        assert (again.status, again.body) == (304, b"")
     make_study(budget=3, files=False, heldout=False)
-    second = ask("/lpsearch/study.json", HTTP_IF_NONE_MATCH=first.headers["ETag"])
+    with hold_study(tmp_path):
+        second = ask("/lpsearch/study.json", HTTP_IF_NONE_MATCH=first.headers["ETag"])
     for answer, budget in ((first, 2), (second, 3)):
         assert answer.status == 200
         assert answer.json["state"] == "searching"
@@ -61,6 +66,60 @@ def test_a_study_that_grows_is_seen_to_grow(make_study: MakeStudy, ask: Ask) -> 
     assert third.json["state"] == "done"
     assert "Held-out values are on windows" in third.json["body"]
     assert "Held-out values come when the search ends" in second.json["body"]
+
+
+def test_a_search_that_was_interrupted_is_told_from_one_under_way(
+    make_study: MakeStudy, tmp_path: Path, ask: Ask
+) -> None:
+    make_study(budget=2, files=False, heldout=False)
+    states = []
+    for _ in range(2):
+        with hold_study(tmp_path):
+            states.append(ask("/lpsearch/study.json").json["state"])
+        interrupted = ask("/lpsearch/study.json").json
+        states.append(interrupted["state"])
+        assert "2 plans so far; the search was interrupted; run the same command to resume it" in interrupted["message"]
+    assert states == ["searching", "interrupted"] * 2
+    assert b'data-state="interrupted"' in ask("/").body
+
+
+def test_looking_at_a_study_does_not_keep_a_search_from_beginning(
+    finished_study: StudyReport, tmp_path: Path, ask: Ask
+) -> None:
+    ends = threading.Event()
+
+    def look() -> None:
+        while not ends.is_set():
+            ask("/lpsearch/study.json")
+
+    watcher = threading.Thread(target=look)
+    ask("/lpsearch/study.json")
+    watcher.start()
+    try:
+        for _ in range(20):
+            with hold_study(tmp_path):
+                pass
+    finally:
+        ends.set()
+        watcher.join()
+
+
+def test_a_study_that_cannot_be_written_is_shown_and_takes_no_notes(
+    finished_study: StudyReport, tmp_path: Path
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    with open_existing_study(tmp_path, storage=None, study=None) as store:
+        assert store.is_read_only
+        ask = build_ask(store, tmp_path)
+        assert ask("/lpsearch/study.json").json["state"] == "done"
+        for path in ("/", "/dashboard/studies/1", "/dashboard/studies/1/trials", "/api/studies", "/api/meta"):
+            assert ask(path).status == 200, path
+        study = ask("/api/studies/1").json
+        assert len(study["trials"]) == NUM_TRIALS
+        note = json.dumps({"version": study["note"]["version"] + 1, "body": "mine"}).encode()
+        answer = ask("/api/studies/1/note", "PUT", note)
+        assert (answer.status, "cannot be written" in answer.json["reason"]) == (403, True)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_the_page_takes_a_bounded_share_of_the_machine(
@@ -94,10 +153,14 @@ def test_a_study_that_cannot_be_shown_takes_no_more_of_it(
 def test_a_study_without_a_finished_trial_waits(tmp_path: Path, ask: Ask, make_study: MakeStudy) -> None:
     with StudyStore(f"sqlite:///{tmp_path / 'study.db'}", study_name="demo") as store:
         store.save_settings({"num_layers": 10, "max_group": 2, "metric": "nll", "objective": "depth"})
-    page = parse(ask("/").body.decode())
-    assert "no plan of the study 'demo' is finished yet" in page.text
-    assert "/dashboard" in page.references
-    assert ask("/lpsearch/study.json").json["state"] == "waiting"
+    with hold_study(tmp_path):
+        page = parse(ask("/").body.decode())
+        assert "no plan of the study 'demo' is finished yet" in page.text
+        assert "/dashboard" in page.references
+        assert ask("/lpsearch/study.json").json["state"] == "waiting"
+    interrupted = ask("/lpsearch/study.json").json
+    assert interrupted["state"] == "interrupted"
+    assert "ended before its first plan" in interrupted["message"]
     make_study(budget=2)
     assert ask("/lpsearch/study.json").json["state"] == "done"
     assert "chart-front" in parse(ask("/").body.decode()).ids

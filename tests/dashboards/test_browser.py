@@ -10,7 +10,7 @@ import pytest
 
 from lpsearch.search import StudyStore
 from tests.browsing import CHARTS, Opened, count_drawn, get_shown_plans, join_groups, open_in_browser, point_at
-from tests.dashboards.serving import serve
+from tests.dashboards.serving import hold_study, serve
 from tests.report.conftest import MakeStudy
 
 pytestmark = pytest.mark.browser
@@ -107,9 +107,11 @@ def test_the_page_follows_the_study_and_leaves_the_reader_alone(
     report = make_study(budget=12, files=False, heldout=False)
     front = [{} for _ in report.front]
     with serve(tmp_path) as url:
-        opened = open_page(url, out=tmp_path, front=front)
-        page = opened.page
-        assert page.get_attribute("#live", "data-state") == "searching"
+        with hold_study(tmp_path):
+            opened = open_page(url, out=tmp_path, front=front)
+            page = opened.page
+            assert page.get_attribute("#live", "data-state") == "searching"
+        page.wait_for_selector("#live[data-state='interrupted']")
         page.evaluate("window.isSamePage = true")
         before = page.evaluate("document.getElementById('chart-front').data.map((trace) => trace.x.length)")
         page.click("#theme")
@@ -190,8 +192,9 @@ def test_a_page_of_a_study_that_cannot_be_read_comes_back(browser: Any, make_stu
         assert "cannot be read now" in page.inner_text("main")
         with StudyStore(f"sqlite:///{tmp_path / 'study.db'}", study_name="demo") as store:
             store.save_settings({"num_layers": 10, "max_group": 2, "metric": "nll", "objective": "depth"})
-        page.wait_for_selector("#live[data-state='waiting']")
-        assert "is finished yet" in page.inner_text("main")
+        with hold_study(tmp_path):
+            page.wait_for_selector("#live[data-state='waiting']")
+            assert "is finished yet" in page.inner_text("main")
         make_study(budget=6)
         page.wait_for_selector("#chart-front .main-svg")
         page.wait_for_selector("#live[data-state='done']")
@@ -202,9 +205,10 @@ def test_a_page_that_waits_shows_the_first_plans(open_page: Any, make_study: Mak
     with StudyStore(f"sqlite:///{tmp_path / 'study.db'}", study_name="demo") as store:
         store.save_settings({"num_layers": 10, "max_group": 2, "metric": "nll", "objective": "depth"})
     with serve(tmp_path) as url:
-        page = open_page(url, out=tmp_path, front=[], until="#live").page
-        assert "waiting for the first plan" in page.inner_text("#live")
-        assert "is finished yet" in page.inner_text("main")
+        with hold_study(tmp_path):
+            page = open_page(url, out=tmp_path, front=[], until="#live").page
+            assert "waiting for the first plan" in page.inner_text("#live")
+            assert "is finished yet" in page.inner_text("main")
         make_study(budget=12)
         page.wait_for_selector("#chart-front .main-svg")
         page.wait_for_selector("#live[data-state='done']")

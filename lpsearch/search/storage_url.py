@@ -1,0 +1,137 @@
+"""The URL of a study's database: parsed, named without its secrets, and what the database raises in plain words."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from optuna.exceptions import StorageInternalError
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+
+from lpsearch.errors import ConfigError, StudyError, mask_urls
+
+__all__ = ["describe_url", "find_sqlite_path", "parse_storage_url", "translate_storage_errors"]
+
+_EXAMPLES = "write e.g. sqlite:///path/study.db or postgresql+psycopg://user:password@host/database"
+
+
+def parse_storage_url(url: str | URL) -> URL:
+    """Parse a storage URL; ``postgres:`` and ``postgresql:`` are psycopg's.
+
+    Raises:
+        ConfigError: for text that is no SQLAlchemy URL or names an unknown database; it shows no secret of the URL.
+    """
+    parsed = url if isinstance(url, URL) else _parse_text(url)
+    if parsed.drivername in ("postgres", "postgresql", "postgres+psycopg"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    try:
+        parsed.get_dialect().import_dbapi()
+    except (ArgumentError, NoSuchModuleError):
+        raise ConfigError(
+            f"storage {_mask_text(str(url))!r} is not a database URL: SQLAlchemy knows no "
+            f"{parsed.drivername!r}; {_EXAMPLES}"
+        ) from None
+    except ImportError as error:
+        extra = "postgres" if parsed.get_backend_name() == "postgresql" else "mysql"
+        raise ConfigError(
+            f"storage {describe_url(parsed)}: its driver is not installed ({error}); "
+            f"install lpsearch[{extra}] or name another driver in the URL"
+        ) from None
+    if parsed.get_backend_name() == "sqlite" and (parsed.query or (parsed.database or "").startswith("file:")):
+        raise ConfigError(
+            f"storage {describe_url(parsed)}: lpsearch chooses SQLite's options; write sqlite:///path/study.db, and "
+            "a ? of the path as %3F"
+        )
+    return parsed
+
+
+def _parse_text(text: str) -> URL:
+    shown = _mask_text(text)
+    try:
+        parsed = make_url(text)
+    except ArgumentError:
+        raise ConfigError(f"storage {shown!r} is not a database URL; {_EXAMPLES}") from None
+    except ValueError:
+        raise ConfigError(f"storage {shown!r}: its port is not a number; {_EXAMPLES}") from None
+    if shown.endswith("://***"):
+        raise ConfigError(
+            f"storage {shown!r} can be read in two ways; in a user name, a password or a database's name write %40 for "
+            "@, %3A for :, %2F for / and %3F for ?"
+        )
+    return parsed
+
+
+def _mask_text(text: str) -> str:
+    """Return text that may be a URL without its secrets; of what is none, nothing that looks like one."""
+    joined = re.sub(r"\s", "", text)
+    return mask_urls(joined) if "://" in joined or not set("@=:") & set(joined) else "***"
+
+
+def describe_url(url: URL) -> str:
+    """Return how messages name a database: the path of a SQLite file, else the URL without its secrets."""
+    path = find_sqlite_path(url)
+    return str(path) if path is not None else mask_urls(url.render_as_string(hide_password=True))
+
+
+def find_sqlite_path(url: URL) -> Path | None:
+    """Return the file of a SQLite URL; None for another database or one in memory."""
+    if url.get_backend_name() != "sqlite" or url.database in (None, "", ":memory:"):
+        return None
+    return Path(str(url.database))
+
+
+@contextmanager
+def translate_storage_errors(where: str, url: URL | None = None) -> Iterator[None]:
+    """Turn what a database or file system raises into a :class:`StudyError` that names the study.
+
+    Args:
+        where: the database, as messages name it.
+        url: its URL, whose secrets a driver may repeat.
+    """
+    try:
+        yield
+    except (SQLAlchemyError, StorageInternalError, sqlite3.Error, OSError) as error:
+        message = f"{where}: {_explain(error, where)}"
+        for secret in _list_secrets(url):
+            message = message.replace(secret, "***")
+        raise StudyError(message) from error
+
+
+def _list_secrets(url: URL | None) -> list[str]:
+    """Return the password of a URL and the values of its query that messages do not show."""
+    if url is None:
+        return []
+    values = [] if url.password is None else [str(url.password)]
+    for name, given in url.query.items():
+        if mask_urls(f"db://host?{name}=x").endswith("***"):
+            values += [given] if isinstance(given, str) else given
+    return sorted(filter(None, values), key=len, reverse=True)
+
+
+def _explain(error: BaseException, where: str) -> str:
+    """Say what went wrong and how to mend it, from the innermost cause."""
+    cause: BaseException = error
+    while (inner := getattr(cause, "orig", None) or cause.__cause__) is not None:
+        cause = inner
+    text = " ".join(str(cause).split()) or type(cause).__name__
+    lowered = text.lower()
+    if "full" in lowered or "no space left" in lowered or "quota" in lowered:
+        mend = "free some space and run the same command again; every finished trial is kept"
+    elif "locked" in lowered:
+        shown = "" if "://" in where else f", and `lsof {shlex.quote(where)}` shows which"
+        mend = (
+            f"another program holds the database{shown} (a database browser, a backup, another search); end it, then "
+            "run the same command again"
+        )
+    elif "readonly" in lowered or "read-only" in lowered or "permission" in lowered or "unable to open" in lowered:
+        mend = "make the file and its directory writable, or name another with --out"
+    elif "malformed" in lowered or "not a database" in lowered:
+        mend = "it is damaged; move it away (--fresh does) or restore a copy"
+    else:
+        mend = "check that the database is reachable and writable, then run the same command again"
+    return f"{text}; {mend}"
