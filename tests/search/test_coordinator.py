@@ -339,12 +339,16 @@ def test_second_process_continues_the_same_search(tmp_path, sampler):
 
 
 KILLED_RUN = """
-import os, sys
+import sys, threading
 from lpsearch.search import PlanSpace, StudyStore, run_study
 from tests.search.evaluators import SyntheticEvaluator
 
 class Evaluator(SyntheticEvaluator):
     def evaluate_windows(self, plan, window_indices):
+        if len(self.calls) == 8:
+            sys.stdin.readline()
+        if len(self.calls) == 15:
+            threading.Event().wait()  # until it is killed
         losses = super().evaluate_windows(plan, window_indices)
         print(plan.key, flush=True)
         return losses
@@ -355,21 +359,24 @@ with StudyStore(sys.argv[1], study_name="demo") as store:
 
 
 def test_kill_minus_nine_mid_run(url):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED_RUN, url],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parents[2],
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     with process:
         evaluated = [process.stdout.readline().strip() for _ in range(8)]
         with StudyStore(url, study_name="demo") as store, pytest.raises(StudyError, match=f"process {process.pid}"):
             run_study(evaluator=SyntheticEvaluator(NUM_LAYERS), space=SPACE, budget=60, store=store)
-        time.sleep(0.05)
+        process.stdin.write("go on\n")
+        process.stdin.flush()
+        evaluated += [process.stdout.readline().strip() for _ in range(2)]
         process.send_signal(signal.SIGKILL)
         evaluated += [line.strip() for line in process.stdout]
+    assert len(evaluated) <= 15
     assert all(evaluated)
 
     with StudyStore(url, study_name="demo") as store:
