@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import typer
 
 from lpsearch.commands import cache, plan
-from lpsearch.commands.console import run_command
+from lpsearch.commands.console import prepare_streams, run_command
 from lpsearch.commands.dashboard import dashboard
 from lpsearch.commands.evaluate import evaluate
 from lpsearch.commands.export import export
@@ -27,6 +27,7 @@ from lpsearch.commands.optimize import optimize
 from lpsearch.commands.options import JsonOption, QuietOption, set_parameters
 from lpsearch.commands.profile import profile
 from lpsearch.commands.report import report
+from lpsearch.errors import UsageError
 
 __all__ = ["app", "main"]
 
@@ -52,12 +53,14 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     Args:
         argv: the arguments; None takes the process's own.
     """
+    prepare_streams()
     call = _parse(sys.argv[1:] if argv is None else list(argv))
     run_command(call.run, quiet=call.quiet, as_json=call.json)
 
 
 def _parse(arguments: Sequence[str]) -> _Call:
     try:
+        _check_encoding(arguments)
         parsed = app(args=arguments, prog_name="lpsearch", standalone_mode=False)
     except (Exception, KeyboardInterrupt) as error:
         failure = error
@@ -67,6 +70,19 @@ def _parse(arguments: Sequence[str]) -> _Call:
 
         return _Call(fail, json="--json" in arguments)  # a line that cannot be parsed may still ask for this
     return parsed if isinstance(parsed, _Call) else _Call(lambda: parsed)  # an exit code, after --help
+
+
+def _check_encoding(arguments: Sequence[str]) -> None:
+    """Refuse an argument that no database, JSON or page could hold.
+
+    Raises:
+        UsageError: naming the first of them.
+    """
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"the argument {argument!a} is not UTF-8; rename the file, or type it anew") from None
 
 
 def _build_app(commands: Sequence[Callable[..., Any]], **options: Any) -> typer.Typer:

@@ -7,6 +7,7 @@ control characters. With ``--json`` every line on stderr is a JSON object, for a
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import os
@@ -31,7 +32,7 @@ from lpsearch.commands.lines import (
 )
 from lpsearch.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, LpsearchError, mask_urls
 
-__all__ = ["Answer", "Output", "adopt_optuna_log", "get_output", "run_command"]
+__all__ = ["Answer", "Output", "adopt_optuna_log", "get_output", "prepare_streams", "run_command"]
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,6 @@ def run_command(command: Callable[[], Any], *, quiet: bool = False, as_json: boo
         as_json: on stderr, one JSON object a line and nothing else.
     """
     signal.signal(signal.SIGTERM, _interrupt)
-    _open_missing_streams()
     with _speak(quiet=quiet, as_json=as_json):
         try:
             exit_code = _run(command)
@@ -104,11 +104,18 @@ def run_command(command: Callable[[], Any], *, quiet: bool = False, as_json: boo
     sys.exit(exit_code)
 
 
-def _open_missing_streams() -> None:
-    """Discard what is written to streams that the process was started without, as after ``2>&-``."""
+def prepare_streams() -> None:
+    """Have stdout and stderr take any text; called before anything is written, the help included.
+
+    What is written to a stream that the process was started without, as after ``2>&-``, is discarded. A character that
+    the terminal's encoding lacks becomes a question mark, where Python would end in an error.
+    """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
 import sys
@@ -88,3 +90,22 @@ def test_help_shows_every_default_and_choice() -> None:
         else:
             assert f"[default: ({field.default})]" in row
     assert "<pairset|evolution|nsga2|tpe|random|window>" in rows["--sampler"]
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80])
+def test_help_is_shown_on_a_terminal_that_knows_ascii_alone(columns: int) -> None:
+    command = [sys.executable, "-m", "lpsearch", "optimize", "--help"]
+    environment = {"COLUMNS": str(columns), "PATH": "", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, check=True, env=environment)
+    assert "Usage: lpsearch optimize" in done.stdout.decode("ascii")
+    assert done.stderr == b""
+
+
+@pytest.mark.parametrize("words", [["optimize", "--out"], ["generate", "plan.json", "--prompt"], ["models"]])
+def test_an_argument_that_is_not_utf8_is_wrong_usage(words: list[str]) -> None:
+    command = [os.fsencode(sys.executable), b"-m", b"lpsearch", *map(str.encode, words), b"caf\xe9"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 2
+    assert b"is not UTF-8" in done.stderr
+    assert b"Traceback" not in done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["error"]["exit_code"] == 2
