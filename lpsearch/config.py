@@ -40,6 +40,9 @@ Split = Literal["proxy", "heldout"]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
+_MAX_LAYER_DIGITS = 5
+"""Digits of a layer's number at most: a range is written out in memory."""
+
 
 class OptimizeConfig(BaseModel):
     """Everything that ``optimize`` can be told, declared once: each field is an option of the command line.
@@ -208,7 +211,12 @@ def parse_layer_list(text: str) -> tuple[int, ...]:
     layers: set[int] = set()
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+        numbers = (first, last) if dash else (first,)
+        if not all(number.isascii() and number.isdigit() for number in numbers):
+            raise ValueError(f"{part!r} is no layer or range of layers; write e.g. 0,1,28-29")
+        if any(len(number) > _MAX_LAYER_DIGITS for number in numbers):
+            raise ValueError(f"{part[:40]!r} names a layer that no model has")
+        if int(numbers[-1]) < int(first):
             raise ValueError(f"{part!r} is no layer or range of layers; write e.g. 0,1,28-29")
         layers.update(range(int(first), int(last or first) + 1))
     return tuple(sorted(layers))

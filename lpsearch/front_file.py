@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lpsearch.config import Metric, Objective
 from lpsearch.errors import StudyError, StudyVersionError
+from lpsearch.json_file import load_json
 from lpsearch.plan import ModelIdentity
 
 __all__ = ["FRONT_NAME", "FRONT_SCHEMA_VERSION", "FrontFile", "FrontPoint", "load_front_file"]
@@ -121,7 +121,7 @@ def load_front_file(directory: Path) -> FrontFile | None:
     path = directory / FRONT_NAME
     mend = "run the same `lpsearch optimize` again to rewrite it"
     try:
-        document: Any = json.loads(path.read_text(encoding="utf-8"))
+        document: Any = load_json(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -5,7 +5,6 @@ This module imports no torch.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lpsearch.errors import ConfigError
+from lpsearch.json_file import load_json
 from lpsearch.models.traits import read_traits
 from lpsearch.plan import write_json
 
@@ -178,7 +178,7 @@ def load_profile(path: str | os.PathLike[str]) -> LatencyProfile:
     """
     file = Path(path)
     try:
-        document: Any = json.loads(file.read_text(encoding="utf-8"))
+        document: Any = load_json(file)
     except FileNotFoundError:
         raise ConfigError(
             f"--latency {file}: no such file; give auto, off or a profile that was saved before"

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, StrictFloat, StrictInt, ValidationError
 
 from lpsearch.errors import PlanError
+from lpsearch.json_file import load_json
 from lpsearch.plan.groups import Plan, check_supported
 from lpsearch.plan.metadata import FileModel, ModelIdentity, PlanMetadata, PlanMetrics, Provenance
 
@@ -137,12 +138,12 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     if file.is_dir():
         file = file / RECOVERED_PLAN_NAME
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = load_json(file)
     except FileNotFoundError:
         raise PlanError(f"{file}: no such plan file; a study keeps its plans under OUT/plans/") from None
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"{file}: cannot be read: {error}") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise PlanError(f"{file}: not JSON: {error}") from None
     return parse_plan(document, where=str(file))
 

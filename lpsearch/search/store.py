@@ -19,6 +19,7 @@ from sqlalchemy.engine import URL
 
 from lpsearch.config import Split
 from lpsearch.errors import StudyError
+from lpsearch.json_file import parse_json
 from lpsearch.search import optuna_tables, schema
 from lpsearch.search.database import open_optuna_storage
 from lpsearch.search.locks import StudyLock
@@ -113,7 +114,7 @@ class StudyStore:
             row = connection.execute(
                 select(schema.studies_table.c.settings).where(schema.studies_table.c.name == self.study_name)
             ).one_or_none()
-        return None if row is None else json.loads(row.settings)
+        return None if row is None else self._parse(row.settings, "settings")
 
     def list_studies(self) -> list[str]:
         """Return the names of the studies in the database, the oldest first."""
@@ -280,7 +281,7 @@ class StudyStore:
             document = connection.execute(
                 select(table.c.profile).where(table.c.study_id == study_id).order_by(table.c.id.desc()).limit(1)
             ).scalar_one_or_none()
-        return None if document is None else json.loads(document)
+        return None if document is None else self._parse(document, "latency profile")
 
     def save_front(self, front: Mapping[str, Any]) -> None:
         """Keep the front, the content of ``front.json``, in place of the former one."""
@@ -298,7 +299,27 @@ class StudyStore:
             document = connection.execute(
                 select(table.c.front).where(table.c.study_id == study_id)
             ).scalar_one_or_none()
-        return None if document is None else json.loads(document)
+        return None if document is None else self._parse(document, "front")
+
+    def _parse(self, document: str, what: str) -> dict[str, Any]:
+        """Parse what the study's tables hold as JSON.
+
+        Raises:
+            StudyError: if it is damaged.
+        """
+        try:
+            parsed = parse_json(document)
+        except ValueError as error:
+            raise StudyError(
+                f"{self.where}: the {what} of study {self.study_name!r} cannot be read: {error}; restore a copy, or "
+                "begin a new study with --fresh"
+            ) from None
+        if not isinstance(parsed, dict):
+            raise StudyError(
+                f"{self.where}: the {what} of study {self.study_name!r} is damaged: expected a JSON object, got "
+                f"{type(parsed).__name__}; restore a copy, or begin a new study with --fresh"
+            )
+        return parsed
 
     def hold_lock(self) -> AbstractContextManager[None]:
         """Be the only process that writes the study; see :meth:`lpsearch.search.locks.StudyLock.hold`."""
