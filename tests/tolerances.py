@@ -41,3 +41,33 @@ POSTERIOR_ORDER = 1e-9
 
 PREFIX_SAVINGS = 1e-9
 """Relative difference of the layers that prefixes are expected to save, added in another order."""
+
+FLOAT64_INTERACTIONS = 1e-12
+"""Largest absolute difference of float64 differences of a few losses, in nats per token, computed in another order."""
+
+HYPERVOLUME = 1e-9
+"""Largest absolute difference of a dominated area that is added corner by corner or in slices that fit its corners."""
+
+HYPERVOLUME_OF_TIMES = 1e-4
+"""The same where one side is times, whose slices fit the corners only nearly."""
+
+PRINTED_DIGITS = 1e-4
+"""Largest difference of a number from how it is printed, with four digits."""
+
+MERGED_LOGITS = 1e-4
+"""Difference of float32 logits of a model with an adapter and of one that it was merged into."""
+
+STORED_FLOAT32 = 1e-6
+"""Difference of float64 losses from how a table keeps them, as float32."""
+
+BUNDLED_EPS = 1e-6
+"""Relative difference of a norm's epsilon in a GGUF file, a float32, from the configuration's float64."""
+
+LOSS_OF_BFLOAT16 = 0.02
+"""Difference, in nats per token, of a small model's loss in float32 from that of its weights saved in bfloat16."""
+
+TWICE = 0.02
+"""Relative difference from 2 of a ratio of medians, drawn around 2 and 1 with a noise of 1 % and 0.5 %."""
+
+LOSS_AGAIN = 1e-6
+"""Difference, in nats per token, of a float32 loss that was evaluated again."""

@@ -94,6 +94,10 @@ class ModelEvaluator:
         """Layers that ran, layers that would have run without the cache, and what the cache holds."""
         return self._cache.usage
 
+    def list_cached_states(self) -> list[torch.Tensor]:
+        """Return the hidden states that are kept, (windows, seq, hidden) each, not copied."""
+        return self._cache.list_states()
+
     @torch.inference_mode()
     def evaluate_windows(self, plan: Plan, window_indices: Sequence[int], *, variant: Variant = RAW) -> WindowLosses:
         """Evaluate a plan on some of the windows.

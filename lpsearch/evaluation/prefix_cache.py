@@ -96,6 +96,10 @@ class PrefixCache:
         self._copies = torch.cuda.Stream(model.device) if copied else None  # type: ignore[no-untyped-call]
         self._counts = CacheUsage()
 
+    def list_states(self) -> list[Tensor]:
+        """Return the hidden states that are kept, not copied."""
+        return self._tree.list_states()
+
     @property
     def usage(self) -> CacheUsage:
         """What was saved so far and what is held now."""

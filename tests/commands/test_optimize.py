@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from lpsearch.plan import ModelIdentity, Plan, PlanMetadata, load_plan, save_plan
 from lpsearch.search import StudyStore
 from tests.commands.conftest import Run
-from tests.tolerances import FLOAT32_LOSS
+from tests.tolerances import FLOAT32_LOSS, LOSS_AGAIN
 
 SUMMARY_FIELDS = [
     "plan",
@@ -98,7 +98,7 @@ def test_evaluate_repeats_the_values_of_a_plan(run_lpsearch: Run, arguments: lis
     outcome = run_lpsearch("evaluate", tmp_path / "study" / point["plan"], "--split", split, "--device", "cpu")
     assert outcome.exit_code == 0, outcome.stderr
     expected = point["delta_nll" if split == "proxy" else "heldout_delta_nll"]
-    assert outcome.document["delta_nll"] == pytest.approx(expected, abs=1e-6)
+    assert outcome.document["delta_nll"] == pytest.approx(expected, abs=LOSS_AGAIN)
     assert outcome.document["windows"] == 3
     assert outcome.document["dtype"] == "float32"
     assert {"nll", "delta_nll", "delta_nll_se"} <= outcome.document.keys()

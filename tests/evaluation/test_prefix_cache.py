@@ -121,7 +121,7 @@ def test_the_budget_bounds_the_memory_that_is_kept(windows):
     evaluator = ModelEvaluator(model=build_tiny_model("llama"), windows=windows, batch_size=2, cache_bytes=budget)
     for plan in PLANS:
         evaluator.evaluate_windows(plan, range(4))
-        states = evaluator._cache._tree.list_states()
+        states = evaluator.list_cached_states()
         storages = {state.untyped_storage().data_ptr(): state.untyped_storage().nbytes() for state in states}
         assert sum(storages.values()) == evaluator.cache_usage.held_bytes <= budget
         assert len(storages) == evaluator.cache_usage.num_boundaries
@@ -200,7 +200,7 @@ def test_a_gpu_gives_the_same_bits_from_its_own_memory_and_from_the_host(locatio
     )
     for plan in PLANS:
         assert cached.evaluate_windows(plan, range(4)) == plain.evaluate_windows(plan, range(4))
-    states = cached._cache._tree.list_states()
+    states = cached.list_cached_states()
     assert {state.device.type for state in states} == {"cuda" if location == "device" else "cpu"}
     assert all(state.is_pinned() for state in states if location == "host")
     assert cached.cache_usage.layers_run < plain.cache_usage.layers_run

@@ -21,7 +21,7 @@ from lpsearch.models.traits import read_traits
 from lpsearch.plan import Plan
 from lpsearch.transform import applied_plan
 from tests.tiny_models import FAMILIES, RUNTIME_FAMILIES, SLIDING_WINDOW, build_tiny_model
-from tests.tolerances import FLOAT32_LOGITS
+from tests.tolerances import FLOAT32_LOGITS, TWICE
 
 UNFUSED = {"gpt_neox", "gpt_neox_sequential", "mixtral", "qwen3_moe"}
 
@@ -206,7 +206,7 @@ def test_a_ratio_comes_with_its_interval():
     ratio, low, high = bootstrap_ratio(first, second)
     assert low <= ratio <= high
     assert high - low < 0.1
-    assert ratio == pytest.approx(2, rel=0.02)
+    assert ratio == pytest.approx(2, rel=TWICE)
 
 
 def get_implementations(config):

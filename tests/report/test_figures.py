@@ -25,6 +25,7 @@ from lpsearch.report.search_figures import (
 from lpsearch.report.theme import DARK, map_colours
 from lpsearch.search import Loss, TrialResult
 from tests.report.conftest import MakeStudy, build_profile
+from tests.tolerances import PRINTED_DIGITS
 
 
 def get_trace(figure: go.Figure, name: str) -> Any:
@@ -179,7 +180,7 @@ def test_tables_hold_the_data_of_their_figures(make_study: MakeStudy) -> None:
         assert row[-1] == describe_groups(point.plan)
     strongest = charts["interactions"].table.rows[0][1]
     values = [value for row in report.effects.interactions for value in row if value is not None]
-    assert abs(float(strongest)) == pytest.approx(max(map(abs, values)), abs=1e-4)
+    assert abs(float(strongest)) == pytest.approx(max(map(abs, values)), abs=PRINTED_DIGITS)
 
 
 def test_picks_are_the_deepest_plans_within_their_loss(make_study: MakeStudy) -> None:

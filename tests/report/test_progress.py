@@ -11,6 +11,7 @@ from lpsearch.plan import Plan
 from lpsearch.report.progress import compute_hypervolume, find_reference_cost, trace_progress
 from lpsearch.search import TrialResult
 from tests.results import build_result
+from tests.tolerances import HYPERVOLUME, HYPERVOLUME_OF_TIMES
 
 NUM_LAYERS = 9
 
@@ -78,7 +79,9 @@ def test_progress_is_what_each_beginning_of_the_search_knew(seed: int, objective
         # every saving is a multiple of this slice, or so close to one that it does not matter
         slices = NUM_LAYERS if objective == "depth" else 20000
         expected = slice_hypervolume([(saving(record), record.loss.delta_nll) for record in known], 0.8, slices)
-        assert step.hypervolume == pytest.approx(expected, abs=1e-9 if objective == "depth" else 1e-4)
+        assert step.hypervolume == pytest.approx(
+            expected, abs=HYPERVOLUME if objective == "depth" else HYPERVOLUME_OF_TIMES
+        )
 
 
 def test_the_reference_is_a_nat_or_the_worst_of_the_front() -> None:

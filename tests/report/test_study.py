@@ -19,6 +19,7 @@ from lpsearch.search import StudyStore
 from lpsearch.search.samplers.surrogate import Surrogate
 from tests.report.conftest import NUM_LAYERS, MakeStudy, build_profile
 from tests.search.evaluators import SyntheticEvaluator
+from tests.tolerances import FLOAT64_INTERACTIONS
 
 
 def read(directory: Path):
@@ -98,7 +99,7 @@ def test_effects_are_those_of_the_surrogate(make_study: MakeStudy) -> None:
             if abs(i - j) <= 1:
                 assert value is None, "a join and itself or its neighbour make no pairs"
             else:
-                assert value == pytest.approx(expect(i, j) - expect(i) - expect(j), abs=1e-12)
+                assert value == pytest.approx(expect(i, j) - expect(i) - expect(j), abs=FLOAT64_INTERACTIONS)
 
 
 def test_a_broken_join_has_no_measured_cost(make_study: MakeStudy) -> None:

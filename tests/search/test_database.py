@@ -161,7 +161,8 @@ def test_a_log_on_a_read_only_medium_is_read_or_named(tmp_path: Path) -> None:
     source.mkdir()
     killed = f"""
 import os
-from tests.search.test_database import *
+from lpsearch.search import PlanSpace, StudyStore, run_study
+from tests.search.evaluators import SyntheticEvaluator
 store = StudyStore("sqlite:///{source / "study.db"}", study_name="demo")
 run_study(evaluator=SyntheticEvaluator(6), space=PlanSpace(6), budget=3, store=store)
 os._exit(0)

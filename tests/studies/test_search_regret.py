@@ -14,6 +14,7 @@ import pytest
 from lpsearch.plan import Plan
 from studies import search_regret
 from studies.tables import load_table
+from tests.tolerances import FLOAT64_MEAN
 
 NUM_LAYERS = 9
 
@@ -78,7 +79,7 @@ def test_regret_is_that_of_a_slow_loop_at_every_number_of_evaluations(table_path
     assert regret.shape == (20, 3)
     for num_evaluations in range(1, 21):
         expected = compute_slow_regret(losses, list(replay.masks[:num_evaluations]), 3)
-        assert regret[num_evaluations - 1] == pytest.approx(expected, abs=1e-12)
+        assert regret[num_evaluations - 1] == pytest.approx(expected, abs=FLOAT64_MEAN)
 
 
 def test_a_plan_that_the_table_lacks_counts_as_the_worst_of_all(tmp_path: Path):
@@ -88,7 +89,7 @@ def test_a_plan_that_the_table_lacks_counts_as_the_worst_of_all(tmp_path: Path):
     evaluated = [0, 0b1, 0b10, 0b101]
     regret = search_regret.compute_regret(table, build_whole_replay(evaluated), 4)
     for count in range(1, 5):
-        assert regret[count - 1] == pytest.approx(compute_slow_regret(lacking, evaluated[:count], 3), abs=1e-12)
+        assert regret[count - 1] == pytest.approx(compute_slow_regret(lacking, evaluated[:count], 3), abs=FLOAT64_MEAN)
     evaluator = search_regret.TableEvaluator(table)
     plan = next(plan for plan in table.space.enumerate_plans() if plan.joins == (0,))
     assert evaluator.evaluate_windows(plan, [0]).nll_nats_per_token == (max(lacking.values()),)
@@ -132,7 +133,7 @@ def test_only_plans_that_were_evaluated_on_all_windows_are_found(tmp_path: Path)
     assert regret.shape == (30, 3)
     for num_plans in range(1, 31):
         expected, spent = compute_slow_staged_regret(nll, requests, 4, num_plans)
-        assert regret[num_plans - 1] == pytest.approx(expected, abs=1e-12)
+        assert regret[num_plans - 1] == pytest.approx(expected, abs=FLOAT64_MEAN)
         assert replay.windows_evaluated[:num_plans][-1] == spent
     assert None in replay.found_after
     assert any(found is not None and found > begun for begun, found in enumerate(replay.found_after, start=1))
@@ -163,7 +164,7 @@ def test_a_study_on_a_table_of_windows_finds_what_a_slow_loop_says(sampler: str,
             for mask, after in zip(replay.masks, replay.found_after, strict=True)
             if after is not None and after <= count
         ]
-        assert regret[count - 1] == pytest.approx(compute_slow_regret(nll, found, 3), abs=1e-12)
+        assert regret[count - 1] == pytest.approx(compute_slow_regret(nll, found, 3), abs=FLOAT64_MEAN)
     assert 25 <= replay.windows_evaluated[-1] <= 100
 
 

@@ -14,6 +14,7 @@ from lpsearch.data import build_windows
 from lpsearch.models import load_model, needs_bos, resolve_source
 from studies import train_small
 from studies.windows_file import load_windows
+from tests.tolerances import LOSS_OF_BFLOAT16
 
 TEXT = "naïve café, 東京\n\t x = f(a, b)  # \U0001f642\x00\x7f\xad"
 
@@ -58,7 +59,7 @@ def test_trains_a_model_that_lpsearch_loads(text_file: Path, tmp_path: Path, cap
     loss = torch.nn.functional.cross_entropy(
         loaded.model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     )
-    assert float(loss) == pytest.approx(document["heldout_nll"], abs=0.02)  # saved in bfloat16
+    assert float(loss) == pytest.approx(document["heldout_nll"], abs=LOSS_OF_BFLOAT16)  # saved in bfloat16
 
 
 def test_the_rate_rises_and_falls():

@@ -24,7 +24,7 @@ from scipy.linalg import cho_factor, cho_solve, solve_triangular
 
 from lpsearch.search.samplers.dynamic_program import PlanCosts
 
-__all__ = ["Surrogate"]
+__all__ = ["Strengths", "Surrogate"]
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -70,7 +70,7 @@ COST_RANGE = (0.1, 10.0)
 
 
 @dataclass(frozen=True)
-class _Strengths:
+class Strengths:
     """Standard deviations of G and E, and the misfit relative to a small loss."""
 
     smooth: float
@@ -86,7 +86,7 @@ class _Covariances:
     smooth: FloatArray
     own: FloatArray
 
-    def combine(self, strengths: _Strengths) -> FloatArray:
+    def combine(self, strengths: Strengths) -> FloatArray:
         return self.fixed + strengths.smooth**2 * self.smooth + strengths.own**2 * self.own
 
 
@@ -99,6 +99,9 @@ class Surrogate:
         sampling_error: (plans,) their standard errors; 0 where a loss is exact.
         join_means: (num_joins,) prior means of the join costs.
         measured: (num_joins,) whether that mean was measured on the join alone.
+
+    Attributes:
+        strengths: of the parts of the model, those of most evidence.
     """
 
     def __init__(
@@ -130,7 +133,7 @@ class Surrogate:
         self._own_variance = np.where(distance > 0, np.maximum(near, FAR_VARIANCE), 0.0)
 
         self._residual = delta_nll - self._joined @ join_means
-        self._strengths, self._factor = self._choose_strengths()
+        self.strengths, self._factor = self._choose_strengths()
         self._dual = cho_solve((self._factor, True), self._residual, check_finite=False)
         self._mean_costs, self._mean_count = self._project(self._dual[None])
 
@@ -148,12 +151,12 @@ class Surrogate:
             mean: (plans,) their posterior means.
         """
         flags = joined.astype(np.float64)
-        cross = self._compute_covariances(flags, self._joined).combine(self._strengths)
-        prior = self._compute_variances(flags).combine(self._strengths)
+        cross = self._compute_covariances(flags, self._joined).combine(self.strengths)
+        prior = self._compute_variances(flags).combine(self.strengths)
         explained = solve_triangular(self._factor, cross.T, lower=True, check_finite=False)
         variance = np.maximum(prior - (explained**2).sum(axis=0), 0.0)
         # without the saturation's share, which would promise the front a windfall from ruined plans
-        misfit = self._strengths.misfit * np.maximum(mean, self._least_loss)
+        misfit = self.strengths.misfit * np.maximum(mean, self._least_loss)
         return np.asarray(np.sqrt(variance + misfit**2))
 
     @cached_property
@@ -173,16 +176,20 @@ class Surrogate:
         noise = rng.standard_normal((2, num_draws, num_joins, num_joins))
         noise = (noise + noise.swapaxes(2, 3)) / np.sqrt(2)
         root = np.linalg.cholesky(self._smoothing)
-        products = self._strengths.smooth * (root @ noise[0] @ root.T)
-        products += self._strengths.own * np.sqrt(self._own_variance) * noise[1]
+        products = self.strengths.smooth * (root @ noise[0] @ root.T)
+        products += self.strengths.own * np.sqrt(self._own_variance) * noise[1]
         prior = PlanCosts(join, products * self._product_scale)
         count = rng.standard_normal((num_draws, 3))
         value = prior.evaluate(self._joined) + count @ self._compute_count_features(self._joined).T
-        value += rng.standard_normal(value.shape) * self._compute_noise(self._strengths.misfit)
+        value += rng.standard_normal(value.shape) * self._compute_noise(self.strengths.misfit)
         dual = cho_solve((self._factor, True), (self._residual - value).T, check_finite=False).T
         update, count_update = self._project(dual)
         corrected = PlanCosts(prior.join_costs + update.join_costs, prior.product_costs + update.product_costs)
         return self._complete(corrected, count + count_update)
+
+    def compute_log_evidence(self, strengths: Strengths) -> float:
+        """Return the log evidence of strengths but for a constant."""
+        return self._weigh_strengths(strengths, self._compute_covariances(self._joined, self._joined))[0]
 
     @cached_property
     def _product_scale(self) -> FloatArray:
@@ -191,7 +198,7 @@ class Surrogate:
         np.fill_diagonal(scale, 0.0)
         return scale
 
-    def _choose_strengths(self) -> tuple[_Strengths, FloatArray]:
+    def _choose_strengths(self) -> tuple[Strengths, FloatArray]:
         """Return the strengths of most evidence and the Cholesky factor of the observations' covariance.
 
         Climbs over the grid of strengths from its middle, one step on one axis at a time: the evidence has one peak
@@ -199,22 +206,20 @@ class Surrogate:
         """
         covariances = self._compute_covariances(self._joined, self._joined)
         axes = (SMOOTH_STRENGTHS, OWN_STRENGTHS, MISFIT_STRENGTHS)
-        weighed: dict[tuple[int, ...], tuple[float, _Strengths, FloatArray]] = {}
+        weighed: dict[tuple[int, ...], tuple[float, Strengths, FloatArray]] = {}
         place: tuple[int, ...] = tuple(len(axis) // 2 for axis in axes)
         while True:
             around = [place, *_list_neighbours(place, [len(axis) for axis in axes])]
             for point in around:
                 if point not in weighed:
-                    strengths = _Strengths(*(axis[index] for axis, index in zip(axes, point, strict=True)))
+                    strengths = Strengths(*(axis[index] for axis, index in zip(axes, point, strict=True)))
                     weighed[point] = self._weigh_strengths(strengths, covariances)
             best = max(around, key=lambda point: weighed[point][0])
             if best == place:
                 return weighed[best][1:]
             place = best
 
-    def _weigh_strengths(
-        self, strengths: _Strengths, covariances: _Covariances
-    ) -> tuple[float, _Strengths, FloatArray]:
+    def _weigh_strengths(self, strengths: Strengths, covariances: _Covariances) -> tuple[float, Strengths, FloatArray]:
         """Return the log evidence of strengths but for a constant, the strengths, and the Cholesky factor."""
         covariance = covariances.combine(strengths)
         covariance[np.diag_indices_from(covariance)] += self._compute_noise(strengths.misfit) ** 2
@@ -282,8 +287,8 @@ class Surrogate:
         join = dual @ self._joined * self._join_variance
         count = dual @ self._compute_count_features(self._joined)
         scaled_sum = self._product_scale * (self._joined.T @ (dual[:, :, None] * self._joined))
-        smooth = self._strengths.smooth**2 * (self._smoothing @ scaled_sum @ self._smoothing)
-        own = self._strengths.own**2 * self._own_variance * scaled_sum
+        smooth = self.strengths.smooth**2 * (self._smoothing @ scaled_sum @ self._smoothing)
+        own = self.strengths.own**2 * self._own_variance * scaled_sum
         return PlanCosts(join, self._product_scale * (smooth + own)), count
 
     def _complete(self, costs: PlanCosts, count: FloatArray) -> PlanCosts:

@@ -75,7 +75,7 @@ def test_posterior_equals_the_textbook_formula(sampling_error: float) -> None:
     rng = np.random.default_rng(1)
     unseen = rng.random((6, len(cost))) < 0.5
     everything = np.concatenate([joined, unseen]).astype(float)
-    chosen = fitted._strengths
+    chosen = fitted.strengths
     prior = _compute_prior(everything, cost, chosen.smooth, chosen.own, error[: len(cost)])
     seen = len(joined)
     noise = np.where(joined.sum(axis=1) <= 1, module.SINGLE_MISFIT, chosen.misfit)
@@ -93,11 +93,9 @@ def test_posterior_equals_the_textbook_formula(sampling_error: float) -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_climbing_finds_the_strengths_of_most_evidence(seed: int) -> None:
-    fitted, joined, _, _ = _build(seed)
-    covariances = fitted._compute_covariances(joined.astype(float), joined.astype(float))
+    fitted, _, _, _ = _build(seed)
     grid = itertools.product(module.SMOOTH_STRENGTHS, module.OWN_STRENGTHS, module.MISFIT_STRENGTHS)
-    weighed = [fitted._weigh_strengths(module._Strengths(*values), covariances) for values in grid]
-    assert fitted._strengths == max(weighed, key=lambda item: item[0])[1]
+    assert fitted.strengths == max(itertools.starmap(module.Strengths, grid), key=fitted.compute_log_evidence)
 
 
 def test_learns_interactions() -> None:
