@@ -94,7 +94,7 @@ def measure_peak(tmp_path: Path, *, hidden_size: int, intermediate_size: int, sh
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_memory_needed_is_that_of_a_tensor_not_of_a_shard(tmp_path: Path) -> None:
-    # What else runs on the machine only adds to a peak (189 and 228 MB were seen), so the least of a few is what is needed.
+    # What else runs on the machine only adds to a peak (228 MB was seen), so the least of a few is what is needed.
     found = []
     for attempt in range(4):
         directory = tmp_path / str(attempt)
