@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import re
 from collections import Counter
@@ -93,8 +94,9 @@ def open_source(source: ModelSource) -> BaseModel:
     """Open a model to export it, as the search loads it.
 
     Transformers says what the model is: which files count, what is tied, what has to be converted. Its tensors are
-    mapped, not read. Each is read again from its file when it is asked for and dropped when it is written, since what
-    was read of a map would stay in memory; one that its file does not hold under its own name is the loaded one.
+    mapped, compared with the files at some places and let go, since what was read of a map stays in memory. Each is
+    read from its file when it is asked for and dropped when it is written; one that its file does not hold under its
+    own name is kept as transformers loaded it.
 
     Args:
         source: a directory, a hub repository, a packaged model or a GGUF file; the last is dequantised into memory.
@@ -114,21 +116,24 @@ def open_source(source: ModelSource) -> BaseModel:
     refuse_quantised(directory, config)
     read_traits(find_text_config(config)).check_fusing()
     loaded = load_model(source, device="cpu", dtype=_find_dtype(directory))
-    base = open_model(loaded.model, identity=loaded.identity)
-    tensors, stored = loaded.model.state_dict(), SafetensorsReader(directory)
+    stored = SafetensorsReader(directory)
+    converted = {
+        name: tensor for name, tensor in loaded.model.state_dict().items() if not _is_stored(tensor, stored.read(name))
+    }
 
     def read(name: str) -> Tensor | None:
-        tensor, mapped = stored.read(name), tensors.get(name)
-        is_same = tensor is not None and mapped is not None and _have_equal_samples(tensor, mapped)
-        return tensor if is_same else mapped
+        return converted[name] if name in converted else stored.read(name)
 
-    return replace(
-        base,
+    base = replace(
+        open_model(loaded.model, identity=loaded.identity),
         read=read,
         tokenizer=loaded.tokenizer,
         licence=_read_licence(directory),
         notices=_find_notices(fetch_package(source.id).parent if source.kind == "package" else directory),
     )
+    del loaded
+    gc.collect()  # a model refers to itself; what is mapped goes with it
+    return base
 
 
 def _find_dtype(directory: Path) -> torch.dtype:
@@ -139,11 +144,11 @@ def _find_dtype(directory: Path) -> torch.dtype:
     return DTYPES.get(num_elements.most_common(1)[0][0], torch.float32)
 
 
-def _have_equal_samples(first: Tensor, second: Tensor) -> bool:
-    """Say whether two tensors have one shape and equal elements at some places."""
-    if first.shape != second.shape:
+def _is_stored(loaded: Tensor, stored: Tensor | None) -> bool:
+    """Say whether a tensor of the loaded model is the one that its file holds, by its shape and some elements."""
+    if stored is None or stored.shape != loaded.shape:
         return False
-    flat, other = first.reshape(-1), second.reshape(-1)
+    flat, other = stored.reshape(-1), loaded.reshape(-1)
     places = torch.arange(_NUM_SAMPLES) * flat.numel() // _NUM_SAMPLES
     return torch.equal(flat[places].to(other.dtype), other[places])
 

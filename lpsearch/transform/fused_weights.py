@@ -33,6 +33,9 @@ TensorReader = Callable[[str], Tensor | None]
 
 _TensorKind = Literal["weight", "bias"]
 
+_FOLDED_ELEMENTS = 1 << 20
+"""Elements of a weight that are in float32 at a time while a norm is folded into it."""
+
 _LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _MEMBER_NAME = re.compile(r"(.+)\.(\d+)\.(\w+)")
 
@@ -72,12 +75,20 @@ class MemberWeights:
         """Return what a norm multiplies by, in float32."""
         return self.get(layer, f"{name}.weight").float() + self.traits.norm_offset
 
-    def fold(self, layer: int, module: str, kind: _TensorKind) -> tuple[Tensor, ...]:
+    def fold(
+        self, layer: int, module: str, kind: _TensorKind, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, ...]:
         """Return the weights or the biases of the projections in a linear module, the norm before them folded in.
 
+        Args:
+            layer: whose.
+            module: by its name within the layer.
+            kind: of tensor.
+            dtype: of weights into which a norm was folded.
+
         Returns:
-            One tensor a projection, in float32 if something was folded, else as stored; none for biases that there are
-            not.
+            One tensor a projection; biases into which something was folded in float32, and what nothing was folded
+            into as stored; none for biases that there are not.
         """
         projections, block = self.traits.family.projections[module], self.traits.family.block
         tensor = self.find(layer, f"{module}.{kind}")
@@ -86,7 +97,7 @@ class MemberWeights:
         norm = block.attention_norm if module.startswith(f"{block.attention}.") else block.mlp_norm
         norm_bias = None if norm is None else self.find(layer, f"{norm}.bias")
         if kind == "weight" and norm is not None and tensor is not None:
-            tensor = tensor.float() * self.read_norm(layer, norm)
+            tensor = _scale_columns(tensor, self.read_norm(layer, norm), dtype)
         elif kind == "bias" and norm_bias is not None:
             moved = self.get(layer, f"{module}.weight").float() @ norm_bias.float()
             tensor = moved if tensor is None else moved + tensor.float()
@@ -145,16 +156,14 @@ class InterleavedWeights:
         is_output = self._traits.family.projections[module][0] in OUTPUTS
         if is_output and kind == "bias":
             return self._add_biases(layers, rest).to(dtype)
-        folded = [
-            [tensor.to(dtype) for tensor in self._members.fold(layer, module, "weight" if kind == "weight" else "bias")]
-            for layer in layers
-        ]
         if in_attention:
             num_turns = self._traits.num_kv_heads
         else:
             num_turns = count_mlp_blocks(self._traits.intermediate_size) if self._traits.has_post_norms else 1
-        dim = 1 if is_output else 0
-        return torch.cat([_take_turns(members, num_turns, dim=dim) for members in zip(*folded, strict=True)], dim=dim)
+        members = (
+            self._members.fold(layer, module, "weight" if kind == "weight" else "bias", dtype) for layer in layers
+        )
+        return _take_turns(members, len(layers), num_turns, dim=1 if is_output else 0, dtype=dtype)
 
     def _add_biases(self, layers: Sequence[int], name: str) -> Tensor:
         """Add the biases of output projections, those that there are."""
@@ -165,10 +174,34 @@ class InterleavedWeights:
         return total
 
 
-def _take_turns(members: Sequence[Tensor], num_turns: int, *, dim: int) -> Tensor:
-    """Join tensors along a dimension, block by block: the first block of each member, then the second of each."""
-    blocks = [torch.unflatten(member, dim, (num_turns, -1)) for member in members]
-    return torch.stack(blocks, dim=dim + 1).flatten(dim, dim + 2)
+def _scale_columns(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply the columns of a weight in float32 and round once, some rows at a time: a whole copy would be large."""
+    scaled = torch.empty_like(weight, dtype=dtype)
+    num_rows = max(1, _FOLDED_ELEMENTS // weight.shape[1])
+    for rows, target in zip(torch.split(weight, num_rows), torch.split(scaled, num_rows), strict=True):
+        target.copy_(rows.float() * scale)
+    return scaled
+
+
+def _take_turns(
+    members: Iterable[Sequence[Tensor]], num_members: int, num_turns: int, *, dim: int, dtype: torch.dtype
+) -> Tensor:
+    """Join the projections of layers along a dimension, block by block: the first of each member, then the second.
+
+    One member is held at a time, beside the result.
+    """
+    joined: Tensor | None = None
+    for position, projections in enumerate(members):
+        if joined is None:
+            shape = list(projections[0].shape)
+            shape[dim] = num_members * sum(tensor.shape[dim] for tensor in projections)
+            joined = torch.empty(shape, dtype=dtype, device=projections[0].device)
+        sizes = [num_members * tensor.shape[dim] for tensor in projections]
+        for tensor, target in zip(projections, joined.split_with_sizes(sizes, dim), strict=True):
+            blocks = torch.unflatten(target, dim, (num_turns, num_members, -1)).select(dim + 1, position)
+            blocks.copy_(torch.unflatten(tensor, dim, (num_turns, -1)))
+    assert joined is not None
+    return joined
 
 
 @dataclass(frozen=True)
