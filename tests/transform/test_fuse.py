@@ -29,11 +29,12 @@ BIASES = {
     "llama": {"attention_bias": True, "mlp_bias": True},
     "gemma2": {"attention_bias": True},
     "gemma3_text": {"attention_bias": True},
+    "gpt_neox_sequential": {"attention_bias": False},  # while its norms have a bias all the same
     "granite": {"attention_bias": True, "mlp_bias": True},
     "olmo2": {"attention_bias": True},
     "qwen3": {"attention_bias": True},
     "smollm3": {"attention_bias": True, "mlp_bias": True},
-    "starcoder2": {"use_bias": False},  # while its norms have a bias all the same
+    "starcoder2": {"use_bias": False},  # likewise
 }
 
 
