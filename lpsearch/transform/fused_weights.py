@@ -102,7 +102,7 @@ class MemberWeights:
         if projections[0] in OUTPUTS:
             return (tensor,)
         if traits.family.packs_rows_by_head(module):
-            heads = tensor.unflatten(0, (traits.num_heads, len(projections), traits.head_dim))
+            heads = torch.unflatten(tensor, 0, (traits.num_heads, len(projections), traits.head_dim))
             return tuple(rows.flatten(0, 1) for rows in heads.unbind(1))
         return torch.split(tensor, [traits.projection_sizes[projection] for projection in projections])
 
