@@ -301,6 +301,14 @@ def test_what_is_not_understood_to_the_bottom_is_refused_and_left_alone(change: 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_change_is_found_under_the_names_of_another_family() -> None:
+    model: Any = build_tiny_model("gpt_neox_sequential")
+    model.gpt_neox.layers[2].attention.query_key_value.register_forward_hook(_scale_output)
+    with pytest.raises(ModelError, match=r"gpt_neox\.layers\.2\.attention\.query_key_value has a forward hook"):
+        fuse_plan(model, MIXED)
+    assert len(get_decoder_layers(model)) == 6
+
+
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")  # its name before transformers 5.23
 def test_a_model_that_was_used_is_stock_still(family_model: PreTrainedModel) -> None:
     model = copy.deepcopy(family_model)
