@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import logging
 import os
 import signal
@@ -25,8 +24,10 @@ from rich.console import Console, RenderableType
 from lpsearch.commands.lines import (
     ConsoleHandler,
     JsonFormatter,
+    LineFormatter,
     LineHandler,
     StderrConsole,
+    dump_json_line,
     give_up_stream,
     log_stray_lines,
 )
@@ -135,7 +136,7 @@ def _speak(*, quiet: bool, as_json: bool) -> Iterator[None]:
         handler = ConsoleHandler(console)
     else:
         handler = LineHandler(sys.stderr)
-        handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(levelname)s %(message)s"))
+        handler.setFormatter(JsonFormatter() if as_json else LineFormatter("%(levelname)s %(message)s"))
     package = logging.getLogger("lpsearch")
     package.handlers[:] = [handler]
     package.setLevel(logging.WARNING if quiet else logging.INFO)
@@ -159,7 +160,8 @@ def _run(command: Callable[[], Any]) -> int:
     except LpsearchError as error:
         return _fail(type(error).__name__, str(error), error.exit_code)
     except _ParserError as error:
-        return _fail("UsageError", error.format_message() or "name a command; --help lists them", EXIT_USAGE)
+        message = " ".join(error.format_message().split())  # some are laid out in lines
+        return _fail("UsageError", message or "name a command; --help lists them", EXIT_USAGE)
     except (KeyboardInterrupt, typer.Abort):
         return _fail(
             "Interrupted",
@@ -226,7 +228,7 @@ def _fail(kind: str, message: str, exit_code: int) -> int:
 def _print_json(document: Mapping[str, Any]) -> int:
     """Print the last line of stdout; return the exit code, which tells where it cannot be written."""
     try:
-        sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
+        sys.stdout.write(dump_json_line(document) + "\n")
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has left
         give_up_stream(sys.stdout)

@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from lpsearch.commands.steps import show_steps
-from lpsearch.errors import ConfigError
+from lpsearch.errors import ConfigError, describe_error
 from lpsearch.plan import Plan
 
 if TYPE_CHECKING:
@@ -46,8 +46,9 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"--device {name}: not a device of this machine ({reason}); try cpu or auto") from None
+        raise ConfigError(
+            f"--device {name}: not a device of this machine ({describe_error(error)}); try cpu or auto"
+        ) from None
     return device
 
 
