@@ -24,7 +24,7 @@ from lpsearch.commands.export import export
 from lpsearch.commands.generate import generate
 from lpsearch.commands.models import models
 from lpsearch.commands.optimize import optimize
-from lpsearch.commands.options import JsonOption, QuietOption, set_parameters
+from lpsearch.commands.options import JsonOption, QuietOption, refuse_empty, refuse_empty_paths, set_parameters
 from lpsearch.commands.profile import profile
 from lpsearch.commands.report import report
 from lpsearch.errors import UsageError
@@ -98,13 +98,18 @@ def _defer(command: Callable[..., Any]) -> Callable[..., _Call]:
 
     @functools.wraps(command)
     def parse(*, quiet: bool, json: bool, **arguments: Any) -> _Call:
-        return _Call(functools.partial(command, **arguments), quiet=quiet, json=json)
+        def run() -> Any:
+            refuse_empty(arguments)
+            return command(**arguments)
+
+        return _Call(run, quiet=quiet, json=json)
 
     shared = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
         for name, annotation in {"quiet": QuietOption, "json": JsonOption}.items()
     ]
-    set_parameters(parse, [*inspect.signature(command, eval_str=True).parameters.values(), *shared])
+    own = map(refuse_empty_paths, inspect.signature(command, eval_str=True).parameters.values())
+    set_parameters(parse, [*own, *shared])
     return parse
 
 

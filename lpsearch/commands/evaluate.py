@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lpsearch.commands.checks import check_positions
 from lpsearch.commands.loading import describe_device, load_model_of_plan, resolve_device, resolve_dtype
 from lpsearch.commands.options import DeviceOption, DtypeOption, ModelOption, PlanArgument, TrustOption
 from lpsearch.commands.steps import show_steps
@@ -60,7 +61,12 @@ def evaluate(
     chosen_dtype = resolve_dtype(measured.dtype if dtype == "auto" and measured is not None else dtype, target)
     check_text_source(data, split=split)
     loaded = load_model_of_plan(
-        plan, model=model, device=target, dtype=chosen_dtype, trust_remote_code=trust_remote_code
+        plan,
+        model=model,
+        device=target,
+        dtype=chosen_dtype,
+        trust_remote_code=trust_remote_code,
+        check=lambda config: check_positions(config, seq_len=seq_len),
     )
     built = _build_windows(
         data,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from lpsearch.commands.checks import check_prompt, check_room
 from lpsearch.commands.console import get_output
 from lpsearch.commands.loading import describe_device, load_model_of_plan, resolve_device, resolve_dtype
 from lpsearch.commands.options import DeviceOption, DtypeOption, ModelOption, TrustOption
@@ -17,7 +18,7 @@ from lpsearch.errors import UsageError
 from lpsearch.plan import load_plan
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from lpsearch.models import LoadedModel
 
@@ -51,9 +52,18 @@ def generate(
         logger.info("%s: %d tokens, %.2f tokens/s", name, answer["new_tokens"], answer["tokens_per_s"])
         return answer
 
+    def check(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        check_prompt(config, tokenizer, prompt=prompt, max_new_tokens=max_new_tokens)
+
     def load_base() -> LoadedModel:
         return load_model_of_plan(
-            plan, model=model, device=target, dtype=chosen_dtype, trust_remote_code=trust_remote_code
+            plan,
+            model=model,
+            device=target,
+            dtype=chosen_dtype,
+            trust_remote_code=trust_remote_code,
+            check=lambda config: check_room(config, max_new_tokens=max_new_tokens),
+            check_tokenizer=check,
         )
 
     from lpsearch.export import is_exported, load_exported
@@ -61,7 +71,7 @@ def generate(
 
     if is_exported(plan_path):
         with show_steps(f"loading {plan_path} on {describe_device(target)}"):
-            fused, tokenizer = load_exported(plan_path, device=target, dtype=chosen_dtype)
+            fused, tokenizer = load_exported(plan_path, device=target, dtype=chosen_dtype, before_weights=check)
         result.update(continue_prompt(fused, tokenizer, "fused"))
         del fused
         if compare:

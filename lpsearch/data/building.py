@@ -12,7 +12,7 @@ from lpsearch.config import Split
 from lpsearch.data.texts import is_same_text, replace_surrogates, resolve_text, undo_wikitext_marks
 from lpsearch.data.windows import Windows
 from lpsearch.errors import DataError, ModelError
-from lpsearch.models import needs_bos
+from lpsearch.models import find_max_positions, needs_bos
 from lpsearch.wording import name_count
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _check_sizes(num_windows: int, seq_len: int, model: PreTrainedModel | None) 
         raise DataError(f"--windows is {num_windows}; at least 1 is needed")
     if seq_len < 2:
         raise DataError(f"--seq-len is {seq_len}; at least 2 is needed, since the first token is not predicted")
-    longest = None if model is None else getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = None if model is None else find_max_positions(model.config)
     if longest is not None and seq_len > longest:
         raise DataError(f"--seq-len is {seq_len}, but the model reads at most {longest} tokens; lower --seq-len")
 

@@ -26,7 +26,7 @@ from lpsearch.transform import modeling_lpsearch as modeling
 from lpsearch.transform.fused_config import build_fused_config
 from lpsearch.transform.fused_weights import InterleavedWeights
 
-__all__ = ["export_checkpoint", "export_source"]
+__all__ = ["check_target", "export_checkpoint", "export_source"]
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def export_source(
         LpsearchError: if the disk has too little room.
     """
     target = Path(directory)
-    _check_target(target)  # before anything is fetched
+    check_target(target)  # before anything is fetched
     return _write_directory(open_source(source), plan, target, dtype, max_shard_bytes, on_progress)
 
 
@@ -133,7 +133,7 @@ def _write_directory(
     on_progress: Callable[[int, int], None],
 ) -> Path:
     """Check everything, then write a temporary directory beside the target and rename it."""
-    _check_target(target)
+    check_target(target)
     check_plan_numbers(
         plan, num_layers=base.identity.num_layers, fingerprint=base.identity.fingerprint, name=base.identity.id
     )
@@ -195,7 +195,7 @@ def _complete_plan(plan: Plan, identity: ModelIdentity) -> Plan:
     return plan if plan.metadata is not None else Plan(plan.groups, PlanMetadata(model=identity))
 
 
-def _check_target(target: Path) -> None:
+def check_target(target: Path) -> None:
     """Refuse a target that is there and is anything but an empty directory.
 
     Raises:

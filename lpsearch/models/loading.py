@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lpsearch.errors import LpsearchError, ModelError, describe_error
-from lpsearch.models.conversion import fetch_converted_package, read_gguf
+from lpsearch.models.conversion import WeightlessCheck, fetch_converted_package, read_gguf
 from lpsearch.models.families import get_decoder
 from lpsearch.models.fingerprint import fingerprint_model
 from lpsearch.models.geometry import load_config
@@ -68,7 +68,12 @@ class LoadedModel:
 
 
 def load_model(
-    source: ModelSource, *, device: torch.device | str, dtype: torch.dtype, trust_remote_code: bool = False
+    source: ModelSource,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    before_weights: WeightlessCheck | None = None,
 ) -> LoadedModel:
     """Load a model and its tokenizer.
 
@@ -80,6 +85,8 @@ def load_model(
         device: where the weights go.
         dtype: what the weights are cast to.
         trust_remote_code: run the modelling code of the model's own repository.
+        before_weights: called with the configuration and the tokenizer before the weights are read, which takes
+            longest; what it raises ends the loading.
 
     Raises:
         ModelError: if the model does not exist, is quantised, incomplete or unusable, or its weights have other shapes
@@ -92,14 +99,18 @@ def load_model(
     with _explain_failures(source):
         if source.kind == "gguf":
             path = _existing(source)
-            model, tokenizer = read_gguf(path, dtype=dtype)
+            model, tokenizer = read_gguf(path, dtype=dtype, before_weights=before_weights)
             torch.nn.Module.to(model, device)
         else:
             directory = fetch_directory(source, trust_remote_code=trust_remote_code)
             if source.kind == "hub":
                 source = replace(source, revision=directory.name)
             model, tokenizer = _read_directory(
-                directory, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+                directory,
+                device=device,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                before_weights=before_weights,
             )
     model.requires_grad_(False)
     model.train(False)
@@ -144,16 +155,23 @@ def _existing(source: ModelSource) -> Path:
 
 
 def _read_directory(
-    directory: Path, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
+    directory: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    before_weights: WeightlessCheck | None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Read the weights and the tokenizer in a model directory; the weights last, since they take longest."""
     config = load_config(directory, trust_remote_code=trust_remote_code)
     refuse_other_tasks(directory, config)
     refuse_quantised(directory, config)
     refuse_unlike_layers(directory, config)
+    tokenizer = _read_tokenizer(directory, trust_remote_code=trust_remote_code)
+    if before_weights is not None:
+        before_weights(config, tokenizer)
     stored = read_stored_tensors(directory)
     refuse_unscaled(directory, stored)
-    tokenizer = _read_tokenizer(directory, trust_remote_code=trust_remote_code)
     with quiet_transformers() as warnings:
         try:
             loaded: Any = choose_auto_class(config).from_pretrained(
