@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lpsearch.errors import DataError, ModelError, UsageError
+from lpsearch.errors import DataError, ModelError
 from lpsearch.plan import Plan
-from lpsearch.wording import name_count
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig
 
     from lpsearch.models import ModelSource
 
-__all__ = ["check_plan_layers", "check_positions", "check_prompt", "check_room", "read_config", "read_num_layers"]
+__all__ = ["check_plan_layers", "check_positions", "read_config", "read_num_layers"]
 
 
 def read_config(source: ModelSource, *, trust_remote_code: bool = False) -> PretrainedConfig | None:
@@ -79,46 +78,4 @@ def check_plan_layers(plan: Plan, config: PretrainedConfig) -> None:
         num_layers=read_num_layers(config),
         fingerprint=plan.metadata.model.fingerprint,  # known of the model when its weights are
         name=config.model_type,
-    )
-
-
-def check_room(config: PretrainedConfig, *, max_new_tokens: int) -> None:
-    """Refuse to generate more tokens than a model reads, whatever the prompt.
-
-    Raises:
-        UsageError: saying how much fits.
-    """
-    from lpsearch.models import find_max_positions
-
-    longest = find_max_positions(config)
-    if longest is not None and max_new_tokens >= longest:
-        raise UsageError(
-            f"--max-new-tokens is {max_new_tokens}, but the model reads at most {longest} tokens with the prompt; give "
-            f"{longest - 1} or less"
-        )
-
-
-def check_prompt(
-    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, *, prompt: str, max_new_tokens: int
-) -> None:
-    """Refuse a prompt that is nothing to continue, or that leaves too little room for what is to be generated.
-
-    Raises:
-        UsageError: saying how much fits.
-    """
-    from lpsearch.models import find_max_positions
-
-    num_tokens = len(tokenizer(prompt, verbose=False).input_ids)
-    if not num_tokens:
-        raise UsageError(
-            f"--prompt: the tokenizer of this model makes no token of {prompt!r}; give some text to continue"
-        )
-    longest = find_max_positions(config)
-    if longest is None or num_tokens + max_new_tokens <= longest:
-        return
-    room = longest - num_tokens
-    mend = f"give --max-new-tokens {room} or less, or a shorter --prompt" if room > 0 else "give a shorter --prompt"
-    raise UsageError(
-        f"--prompt has {name_count(num_tokens, 'token')} and --max-new-tokens asks for {max_new_tokens} more, but the "
-        f"model reads at most {longest} tokens in all; {mend}"
     )

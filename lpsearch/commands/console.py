@@ -31,7 +31,15 @@ from lpsearch.commands.lines import (
     give_up_stream,
     log_stray_lines,
 )
-from lpsearch.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, LpsearchError, mask_urls
+from lpsearch.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    LpsearchError,
+    describe_error,
+    mask_urls,
+)
 
 __all__ = ["Answer", "Output", "adopt_optuna_log", "get_output", "prepare_streams", "run_command"]
 
@@ -172,9 +180,9 @@ def _run(command: Callable[[], Any]) -> int:
         mend = {
             errno.ENOSPC: "free some space",
             errno.EDQUOT: "free some space",
-            errno.EACCES: "choose a place that can be written with --out",
-            errno.EROFS: "choose a place that can be written with --out",
-            errno.EPERM: "choose a place that can be written with --out",
+            errno.EACCES: "choose a place that can be written",
+            errno.EROFS: "choose a place that can be written",
+            errno.EPERM: "choose a place that can be written",
         }.get(error.errno or 0)
         if mend is None:
             logger.exception("unexpected failure")
@@ -182,7 +190,8 @@ def _run(command: Callable[[], Any]) -> int:
     except Exception as error:
         if _is_out_of_memory(error):
             message = (
-                f"out of memory: {error}; lower --windows or --seq-len, or choose a smaller --dtype or a larger device"
+                f"out of memory: {describe_error(error)}; take shorter windows, a smaller dtype or a device with more "
+                "memory"
             )
             return _fail("OutOfMemory", message, EXIT_FAILED)
         logger.exception("unexpected failure; please report it with the lines above")

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from lpsearch.commands.checks import check_prompt, check_room
 from lpsearch.commands.console import get_output
 from lpsearch.commands.loading import describe_device, load_model_of_plan, resolve_device, resolve_dtype
 from lpsearch.commands.options import DeviceOption, DtypeOption, ModelOption, TrustOption
 from lpsearch.commands.steps import show_steps
 from lpsearch.errors import UsageError
 from lpsearch.plan import load_plan
+from lpsearch.wording import name_count
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -53,7 +53,7 @@ def generate(
         return answer
 
     def check(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        check_prompt(config, tokenizer, prompt=prompt, max_new_tokens=max_new_tokens)
+        _check_prompt(config, tokenizer, prompt=prompt, max_new_tokens=max_new_tokens)
 
     def load_base() -> LoadedModel:
         return load_model_of_plan(
@@ -62,7 +62,7 @@ def generate(
             device=target,
             dtype=chosen_dtype,
             trust_remote_code=trust_remote_code,
-            check=lambda config: check_room(config, max_new_tokens=max_new_tokens),
+            check=lambda config: _check_room(config, max_new_tokens=max_new_tokens),
             check_tokenizer=check,
         )
 
@@ -84,6 +84,48 @@ def generate(
     if compare:
         result["base"] = continue_prompt(loaded.model, loaded.tokenizer, "base")
     return result
+
+
+def _check_room(config: PretrainedConfig, *, max_new_tokens: int) -> None:
+    """Refuse to generate more tokens than a model reads, whatever the prompt.
+
+    Raises:
+        UsageError: saying how much fits.
+    """
+    from lpsearch.models import find_max_positions
+
+    longest = find_max_positions(config)
+    if longest is not None and max_new_tokens >= longest:
+        raise UsageError(
+            f"--max-new-tokens is {max_new_tokens}, but the model reads at most {longest} tokens with the prompt; give "
+            f"{longest - 1} or less"
+        )
+
+
+def _check_prompt(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, *, prompt: str, max_new_tokens: int
+) -> None:
+    """Refuse a prompt that is nothing to continue, or that leaves too little room for what is to be generated.
+
+    Raises:
+        UsageError: saying how much fits.
+    """
+    from lpsearch.models import find_max_positions
+
+    num_tokens = len(tokenizer(prompt, verbose=False).input_ids)
+    if not num_tokens:
+        raise UsageError(
+            f"--prompt: the tokenizer of this model makes no token of {prompt!r}; give some text to continue"
+        )
+    longest = find_max_positions(config)
+    if longest is None or num_tokens + max_new_tokens <= longest:
+        return
+    room = longest - num_tokens
+    mend = f"give --max-new-tokens {room} or less, or a shorter --prompt" if room > 0 else "give a shorter --prompt"
+    raise UsageError(
+        f"--prompt has {name_count(num_tokens, 'token')} and --max-new-tokens asks for {max_new_tokens} more, but the "
+        f"model reads at most {longest} tokens in all; {mend}"
+    )
 
 
 def _continue_prompt(

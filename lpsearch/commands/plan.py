@@ -80,7 +80,7 @@ def pick(
         raise UsageError(f"{study_dir}: no such directory; give one that `lpsearch optimize` wrote")
     file = load_front_file(study_dir)
     if file is None:
-        raise StudyError(f"{study_dir / FRONT_NAME}: not there; run `lpsearch optimize` with --out {study_dir} first")
+        raise StudyError(f"{study_dir / FRONT_NAME}: not there; run `lpsearch optimize --out {study_dir}` first")
     if file.metric is None and any(point.kl_nats_per_token is not None for point in file.front):
         logger.warning(
             "%s: written by an older lpsearch, without held-out divergences, so the added nll decides; run the same "

@@ -259,8 +259,8 @@ def _explain_failures(source: ModelSource) -> Iterator[None]:
     except (MemoryError, OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         if _is_out_of_memory(error):
             raise LpsearchError(
-                f"{source.id} does not fit into memory ({describe_error(error)}); use --dtype bfloat16, a device with "
-                "more memory, or a smaller model"
+                f"{source.id} does not fit into memory ({describe_error(error)}); use the dtype bfloat16, a device "
+                "with more memory, or a smaller model"
             ) from error
         if "trust_remote_code" in str(error):
             raise describe_custom_code(Path(source.id), "config.json") from error

@@ -142,9 +142,9 @@ def _explain(error: BaseException, where: str) -> str:
             "run the same command again"
         )
     elif "readonly" in lowered or "read-only" in lowered or "permission" in lowered or "unable to open" in lowered:
-        mend = "make the file and its directory writable, or name another with --out"
+        mend = "make the file and its directory writable, or name another"
     elif "malformed" in lowered or "not a database" in lowered:
-        mend = "it is damaged; move it away (--fresh does) or restore a copy"
+        mend = "it is damaged; move it away (`lpsearch optimize --fresh` does) or restore a copy"
     else:
         mend = "check that the database is reachable and writable, then run the same command again"
     return f"{text}; {mend}"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
+import lpsearch
 from lpsearch.plan import ModelIdentity, Plan, PlanMetadata, save_plan
 from tests.commands.advice import find_foreign_options, list_commands, list_options
 from tests.commands.conftest import Run
@@ -280,3 +283,76 @@ def test_foreign_options_are_found() -> None:
     assert find_foreign_options(["report", "x"], "ERROR run `lpsearch plan pick --fresh`") == ["--fresh"]
     assert find_foreign_options(["report", "--no"], "ERROR No such option: --no") == []
     assert {"--max-delta", "--json"} <= list_options(["plan", "pick", "x"])
+
+
+# ---- Advice ----------------------------------------------------------------------------------------------------------
+
+_SAID_BY = {
+    "commands": ["optimize", "evaluate", "export", "generate", "profile", "report", "dashboard", "plan pick"],
+    "commands/app.py": [],  # it looks for the option that it names
+    "commands/checks.py": ["optimize", "evaluate"],
+    "commands/generate.py": ["generate"],
+    "commands/latency.py": ["optimize"],
+    "commands/loading.py": ["optimize", "evaluate", "generate"],
+    "commands/plan.py": ["plan pick"],
+    "commands/profile.py": ["profile"],
+    "commands/report.py": ["report"],
+    "commands/results.py": ["optimize", "evaluate"],
+    "commands/search.py": ["optimize"],
+    "commands/studies.py": ["optimize"],
+    "commands/summary.py": ["optimize"],
+    "config.py": ["optimize"],
+    "data": ["optimize", "evaluate"],
+    "evaluation": ["optimize", "evaluate"],
+    "export": ["export"],
+    "latency": ["optimize", "profile"],
+    "latency/measure.py": [],
+    "latency/profile.py": ["optimize"],  # which reads it
+    "latency/ranks": ["profile"],
+    "models": ["optimize", "evaluate", "export", "generate", "profile", "plan validate"],
+    "models/fingerprint.py": ["optimize"],
+    "models/packaged.py": ["optimize", "evaluate", "export", "generate", "profile", "plan validate"],
+    "models/tokenizer_check.py": ["optimize"],
+    "report": [],  # pages, with commands to copy
+    "report/study.py": ["optimize", "report", "dashboard"],
+    "search": ["optimize", "report", "dashboard"],
+    "search/coordinator.py": ["optimize"],
+    "search/locks.py": ["optimize"],
+    "search/settings.py": ["optimize"],
+    "search/space.py": ["optimize"],
+}
+"""Which commands the messages of a module may come from."""
+
+
+def list_messages() -> list[tuple[str, str]]:
+    """List the texts of the package that name an option, other than docstrings, by module."""
+    package = Path(lpsearch.__file__).parent
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        inner |= {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if id(node) in inner:
+                continue
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            text = "".join(
+                str(part.value) if isinstance(part, ast.Constant) else "{}"
+                for part in parts
+                if isinstance(part, ast.Constant | ast.FormattedValue)
+            )
+            if (
+                " " in text
+                and re.search(r"(^|[ (`])--[a-z]", text)
+                and not text.startswith(("vllm serve ", "llama-gguf-split "))
+            ):
+                found.append((path.relative_to(package).as_posix(), text))
+    return found
+
+
+@pytest.mark.parametrize(("module", "text"), list_messages())
+def test_messages_name_options_of_every_command_that_may_say_them(module: str, text: str) -> None:
+    places = [module, *(parent.as_posix() for parent in Path(module).parents)]
+    commands = next(_SAID_BY[place] for place in places if place in _SAID_BY)
+    for command in commands:
+        assert find_foreign_options(command.split(), text) == [], command
