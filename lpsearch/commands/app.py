@@ -40,11 +40,13 @@ class _Call:
         run: does what it says.
         quiet: on stderr, warnings and errors only.
         json: on stderr, one JSON object a line and nothing else.
+        has_out: the command has an option ``--out``.
     """
 
     run: Callable[[], Any]
     quiet: bool = False
     json: bool = False
+    has_out: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """
     prepare_streams()
     call = _parse(sys.argv[1:] if argv is None else list(argv))
-    run_command(call.run, quiet=call.quiet, as_json=call.json)
+    run_command(call.run, quiet=call.quiet, as_json=call.json, has_out=call.has_out)
 
 
 def _parse(arguments: Sequence[str]) -> _Call:
@@ -102,7 +104,7 @@ def _defer(command: Callable[..., Any]) -> Callable[..., _Call]:
             refuse_empty(arguments)
             return command(**arguments)
 
-        return _Call(run, quiet=quiet, json=json)
+        return _Call(run, quiet=quiet, json=json, has_out="out" in arguments)
 
     shared = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)

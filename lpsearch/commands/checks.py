@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lpsearch.errors import DataError, ModelError
-from lpsearch.plan import Plan
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from lpsearch.models import ModelSource
 
-__all__ = ["check_plan_layers", "check_positions", "read_config", "read_num_layers"]
+__all__ = ["check_positions", "read_config", "read_num_layers"]
 
 
 def read_config(source: ModelSource, *, trust_remote_code: bool = False) -> PretrainedConfig | None:
@@ -62,20 +61,3 @@ def check_positions(config: PretrainedConfig, *, seq_len: int) -> None:
     longest = find_max_positions(config)
     if longest is not None and seq_len > longest:
         raise DataError(f"--seq-len is {seq_len}, but the model reads at most {longest} tokens; lower --seq-len")
-
-
-def check_plan_layers(plan: Plan, config: PretrainedConfig) -> None:
-    """Refuse a plan of another number of layers.
-
-    Raises:
-        PlanError: if it is one.
-    """
-    from lpsearch.transform import check_plan_numbers
-
-    assert plan.metadata is not None  # a plan file has it
-    check_plan_numbers(
-        plan,
-        num_layers=read_num_layers(config),
-        fingerprint=plan.metadata.model.fingerprint,  # known of the model when its weights are
-        name=config.model_type,
-    )

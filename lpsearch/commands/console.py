@@ -96,18 +96,21 @@ def adopt_optuna_log() -> None:
     logging.getLogger("optuna").handlers[:] = logging.getLogger("lpsearch").handlers
 
 
-def run_command(command: Callable[[], Any], *, quiet: bool = False, as_json: bool = False) -> NoReturn:
+def run_command(
+    command: Callable[[], Any], *, quiet: bool = False, as_json: bool = False, has_out: bool = False
+) -> NoReturn:
     """Run a command to its end: print its JSON object, or its error, and exit with the design's code.
 
     Args:
         command: returns an :class:`Answer`, the JSON object of the last line, or an exit code (after ``--help``).
         quiet: on stderr, warnings and errors only.
         as_json: on stderr, one JSON object a line and nothing else.
+        has_out: the command has an option ``--out``, for its errors to name.
     """
     signal.signal(signal.SIGTERM, _interrupt)
     with _speak(quiet=quiet, as_json=as_json):
         try:
-            exit_code = _run(command)
+            exit_code = _run(command, has_out=has_out)
         except KeyboardInterrupt:  # again, or while the JSON line waits for a reader
             exit_code = EXIT_INTERRUPTED
     sys.exit(exit_code)
@@ -160,7 +163,7 @@ def _speak(*, quiet: bool, as_json: bool) -> Iterator[None]:
         _OUTPUT.reset(token)
 
 
-def _run(command: Callable[[], Any]) -> int:
+def _run(command: Callable[[], Any], *, has_out: bool) -> int:
     try:
         result = command()
         if result == EXIT_INTERRUPTED:  # newer versions of typer turn Ctrl-C into this
@@ -177,12 +180,13 @@ def _run(command: Callable[[], Any]) -> int:
             EXIT_INTERRUPTED,
         )
     except OSError as error:
+        elsewhere = "choose a place that can be written" + " with --out" * has_out
         mend = {
             errno.ENOSPC: "free some space",
             errno.EDQUOT: "free some space",
-            errno.EACCES: "choose a place that can be written",
-            errno.EROFS: "choose a place that can be written",
-            errno.EPERM: "choose a place that can be written",
+            errno.EACCES: elsewhere,
+            errno.EROFS: elsewhere,
+            errno.EPERM: elsewhere,
         }.get(error.errno or 0)
         if mend is None:
             logger.exception("unexpected failure")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lpsearch.commands.checks import check_plan_layers, read_config
+from lpsearch.commands.checks import read_config
 from lpsearch.commands.loading import resolve_source_of_plan
 from lpsearch.commands.options import ModelOption, PlanArgument
 from lpsearch.commands.steps import show_steps
@@ -29,6 +29,7 @@ def export(
 
     from lpsearch.export import check_target, export_source, read_dtype
     from lpsearch.models.traits import read_traits
+    from lpsearch.transform import check_plan_layers
 
     plan = load_plan(plan_path)
     assert plan.metadata is not None  # a plan file has it

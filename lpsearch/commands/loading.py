@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lpsearch.commands.checks import check_plan_layers, read_config
+from lpsearch.commands.checks import read_config
 from lpsearch.commands.steps import show_steps
 from lpsearch.errors import ConfigError, describe_error
 from lpsearch.plan import Plan
@@ -124,7 +124,7 @@ def load_model_of_plan(
         SourceError: if it cannot be fetched.
     """
     from lpsearch.models import load_model
-    from lpsearch.transform import check_plan_model
+    from lpsearch.transform import check_plan_layers, check_plan_model
 
     source = resolve_source_of_plan(plan, model)
 

@@ -31,15 +31,20 @@ def validate(plan_path: PlanArgument, model: ModelOption = None) -> dict[str, An
     if model is not None:
         import torch
 
-        from lpsearch.commands.checks import check_plan_layers, read_config
+        from lpsearch.commands.checks import read_config
         from lpsearch.models import load_model, resolve_source
-        from lpsearch.transform import check_plan_model
+        from lpsearch.transform import check_plan_layers, check_plan_model
 
         source = resolve_source(model)
         config = read_config(source)
         if config is not None:  # before anything is fetched
             check_plan_layers(plan, config)
-        loaded = load_model(source, device="cpu", dtype=torch.float32)
+        loaded = load_model(
+            source,
+            device="cpu",
+            dtype=torch.float32,
+            before_weights=lambda config, tokenizer: check_plan_layers(plan, config),
+        )
         check_plan_model(plan, loaded.model)
     return {"plan": str(plan_path), "valid": True, "num_layers": plan.num_layers, "depth": plan.depth, "model": model}
 

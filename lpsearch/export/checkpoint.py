@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lpsearch.errors import LpsearchError, UsageError
 from lpsearch.export.base import BaseModel, open_model, open_source
@@ -21,7 +21,7 @@ from lpsearch.export.shards import INDEX_NAME, Shard, TensorSpec, list_shards, w
 from lpsearch.models import ModelSource
 from lpsearch.models.quiet import quiet_transformers
 from lpsearch.plan import RECOVERED_PLAN_NAME, ModelIdentity, Plan, PlanMetadata, save_plan, write_json
-from lpsearch.transform import check_plan_numbers
+from lpsearch.transform import check_plan_layers, check_plan_numbers
 from lpsearch.transform import modeling_lpsearch as modeling
 from lpsearch.transform.fused_config import build_fused_config
 from lpsearch.transform.fused_weights import InterleavedWeights
@@ -121,7 +121,12 @@ def export_source(
     """
     target = Path(directory)
     check_target(target)  # before anything is fetched
-    return _write_directory(open_source(source), plan, target, dtype, max_shard_bytes, on_progress)
+
+    def check(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        check_plan_layers(plan, config)
+
+    base = open_source(source, before_weights=check)
+    return _write_directory(base, plan, target, dtype, max_shard_bytes, on_progress)
 
 
 def _write_directory(

@@ -8,12 +8,14 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import lpsearch
 from lpsearch.plan import ModelIdentity, Plan, PlanMetadata, save_plan
 from tests.commands.advice import find_foreign_options, list_commands, list_options
 from tests.commands.conftest import Run
+from tests.models.gguf_files import build_llama, write_gguf
 
 MAX_POSITIONS = 2048
 
@@ -127,6 +129,26 @@ def test_every_command_counts_the_layers_first(run_lpsearch: Run, weightless_dir
     outcome = run_lpsearch("profile", "--model", weightless_dir, "--max-group", 7, "--out", tmp_path / "p.json")
     assert outcome.exit_code == 2
     assert "--max-group is 7; the model has only 6 layers" in outcome.document["error"]["message"]
+
+
+def test_the_weights_of_a_gguf_file_are_read_last(run_lpsearch: Run, tmp_path: Path) -> None:
+    model = build_llama(max_position_embeddings=64)
+    file = write_gguf(tmp_path / "tiny.gguf", model, extra={"blk.0.unknown.weight": np.zeros((4, 4), np.float32)})
+    plan = write_plan(tmp_path / "plan.json", file, num_layers=8)
+    for words in (
+        ["evaluate", plan, "--data", "self"],
+        ["generate", plan, "--prompt", "The"],
+        ["export", plan, tmp_path / "exported"],
+        ["plan", "validate", plan, "--model", file],
+    ):
+        outcome = run_lpsearch(*words)
+        assert outcome.exit_code == 2, outcome.stderr
+        assert "cover 8 layers and this model (llama) has 3" in outcome.document["error"]["message"]
+    search = ["optimize", "--model", file, "--data", "self", "--latency", "off", "--out", tmp_path / "study"]
+    outcome = run_lpsearch(*search, "--seq-len", 65)
+    assert "--seq-len is 65, but the model reads at most 64 tokens" in outcome.document["error"]["message"]
+    outcome = run_lpsearch(*search, "--seq-len", 64)
+    assert "leaves out 1 tensors" in outcome.document["error"]["message"], "nothing else was wrong"
 
 
 def test_evaluate_refuses_windows_that_the_model_cannot_read(
