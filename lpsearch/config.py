@@ -63,8 +63,8 @@ class OptimizeConfig(BaseModel):
     data: str = Field(
         default="wikitext2",
         min_length=1,
-        description="windows to search on: wikitext2, a hub dataset, self, or a file: text, json(l), csv, tsv, parquet, "
-        "also compressed",
+        description="windows to search on: wikitext2, a hub dataset, self, or a file: text, json(l), csv, tsv, parquet,"
+        " also compressed",
         json_schema_extra={"metavar": "SPEC"},
     )
     heldout: str | None = Field(

@@ -312,6 +312,7 @@ def test_foreign_options_are_found() -> None:
 _SAID_BY = {
     "commands": ["optimize", "evaluate", "export", "generate", "profile", "report", "dashboard", "plan pick"],
     "commands/app.py": [],  # it looks for the option that it names
+    "commands/console.py": ["optimize", "profile", "report"],  # for those with --out
     "commands/checks.py": ["optimize", "evaluate"],
     "commands/generate.py": ["generate"],
     "commands/latency.py": ["optimize"],
