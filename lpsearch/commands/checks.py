@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lpsearch.errors import DataError, ModelError
+from lpsearch.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from lpsearch.models import ModelSource
 
-__all__ = ["check_positions", "read_config", "read_num_layers"]
+__all__ = ["read_config", "read_num_layers"]
 
 
 def read_config(source: ModelSource, *, trust_remote_code: bool = False) -> PretrainedConfig | None:
@@ -46,18 +46,15 @@ def read_config(source: ModelSource, *, trust_remote_code: bool = False) -> Pret
 
 
 def read_num_layers(config: PretrainedConfig) -> int:
-    """Return the number of decoder layers."""
-    return int(config.get_text_config(decoder=True).num_hidden_layers)
-
-
-def check_positions(config: PretrainedConfig, *, seq_len: int) -> None:
-    """Refuse windows that are longer than a model reads.
+    """Return the number of decoder layers.
 
     Raises:
-        DataError: if they are.
+        ModelError: for a configuration that names none.
     """
-    from lpsearch.models import find_max_positions
-
-    longest = find_max_positions(config)
-    if longest is not None and seq_len > longest:
-        raise DataError(f"--seq-len is {seq_len}, but the model reads at most {longest} tokens; lower --seq-len")
+    num_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if not isinstance(num_layers, int):
+        raise ModelError(
+            f"the configuration of model type {config.model_type} names no number of decoder layers "
+            "(num_hidden_layers); give a decoder-only text model"
+        )
+    return num_layers

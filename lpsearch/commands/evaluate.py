@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lpsearch.commands.checks import check_positions
 from lpsearch.commands.loading import describe_device, load_model_of_plan, resolve_device, resolve_dtype
 from lpsearch.commands.options import DeviceOption, DtypeOption, ModelOption, PlanArgument, TrustOption
 from lpsearch.commands.steps import show_steps
@@ -44,7 +43,7 @@ def evaluate(
     What is not given is taken from the plan file, so that a plan alone repeats the values in it.
     """
     from lpsearch.commands.results import build_proxy_metrics
-    from lpsearch.data import check_text_source
+    from lpsearch.data import check_seq_len, check_text_source
     from lpsearch.evaluation import ModelEvaluator
     from lpsearch.evaluation.losses import PlanLosses
     from lpsearch.search.results import compute_loss
@@ -66,7 +65,7 @@ def evaluate(
         device=target,
         dtype=chosen_dtype,
         trust_remote_code=trust_remote_code,
-        check=lambda config: check_positions(config, seq_len=seq_len),
+        check=lambda config: check_seq_len(seq_len, config),
     )
     built = _build_windows(
         data,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lpsearch.commands.checks import check_positions, read_config, read_num_layers
+from lpsearch.commands.checks import read_config, read_num_layers
 from lpsearch.commands.console import Answer, adopt_optuna_log
 from lpsearch.commands.latency import get_latency_model
 from lpsearch.commands.loading import describe_device, load_for_search, resolve_device
@@ -32,7 +32,7 @@ from lpsearch.commands.studies import (
 )
 from lpsearch.commands.summary import SearchSummary
 from lpsearch.config import OptimizeConfig, ResolvedConfig, Split, slug_of_model
-from lpsearch.data import Windows, check_text_source
+from lpsearch.data import Windows, check_seq_len, check_text_source
 from lpsearch.errors import PlanError
 from lpsearch.front_file import FrontFile
 from lpsearch.latency.profile import check_profile_geometry, load_profile
@@ -152,7 +152,7 @@ def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
 
     def check_new_config(config: PretrainedConfig) -> None:
         check_config(config)
-        check_positions(config, seq_len=values.seq_len)
+        check_seq_len(values.seq_len, config)
 
     def check_new_study() -> None:
         check_text_source(values.data, split="proxy")

@@ -14,7 +14,7 @@ from lpsearch.models.quiet import quiet_transformers
 from lpsearch.models.refusals import describe_config_failure
 from lpsearch.models.sources import ModelSource, resolve_source
 
-__all__ = ["find_max_positions", "load_config", "load_geometry"]
+__all__ = ["find_max_positions", "load_config", "load_geometry", "take_language_model"]
 
 
 def load_geometry(model: str | ModelSource) -> PretrainedConfig:
@@ -41,7 +41,7 @@ def load_geometry(model: str | ModelSource) -> PretrainedConfig:
         config = load_config(directory, gguf_file=source.gguf_file)
     else:
         config = load_config(fetch_config(source.id, revision=source.revision or "main"))
-    return find_text_config(config) if holds_language_model(config) else config
+    return take_language_model(config)
 
 
 def load_config(directory: Path, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -60,6 +60,11 @@ def load_config(directory: Path, *, gguf_file: str | None = None, trust_remote_c
     except Exception as error:  # transformers raises whatever its parsers raise
         raise describe_config_failure(where, error) from error
     return apply_gguf_rope(config, where) if gguf_file else config
+
+
+def take_language_model(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the configuration of the language model inside an image-text model; any other as it is."""
+    return find_text_config(config) if holds_language_model(config) else config
 
 
 def find_max_positions(config: PretrainedConfig) -> int | None:

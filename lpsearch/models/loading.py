@@ -18,7 +18,7 @@ from lpsearch.errors import LpsearchError, ModelError, describe_error
 from lpsearch.models.conversion import WeightlessCheck, fetch_converted_package, read_gguf
 from lpsearch.models.families import get_decoder
 from lpsearch.models.fingerprint import fingerprint_model
-from lpsearch.models.geometry import load_config
+from lpsearch.models.geometry import load_config, take_language_model
 from lpsearch.models.hub import fetch_snapshot
 from lpsearch.models.image_text import choose_auto_class, extract_language_model
 from lpsearch.models.quiet import quiet_transformers
@@ -85,7 +85,8 @@ def load_model(
         device: where the weights go.
         dtype: what the weights are cast to.
         trust_remote_code: run the modelling code of the model's own repository.
-        before_weights: called with the configuration and the tokenizer before the weights are read, which takes
+        before_weights: called with the configuration, that of the language model inside an image-text model, and the
+            tokenizer before the weights are read, which takes
             longest; what it raises ends the loading.
 
     Raises:
@@ -169,7 +170,7 @@ def _read_directory(
     refuse_unlike_layers(directory, config)
     tokenizer = _read_tokenizer(directory, trust_remote_code=trust_remote_code)
     if before_weights is not None:
-        before_weights(config, tokenizer)
+        before_weights(take_language_model(config), tokenizer)
     stored = read_stored_tensors(directory)
     refuse_unscaled(directory, stored)
     with quiet_transformers() as warnings:

@@ -313,7 +313,6 @@ _SAID_BY = {
     "commands": ["optimize", "evaluate", "export", "generate", "profile", "report", "dashboard", "plan pick"],
     "commands/app.py": [],  # it looks for the option that it names
     "commands/console.py": ["optimize", "profile", "report"],  # for those with --out
-    "commands/checks.py": ["optimize", "evaluate"],
     "commands/generate.py": ["generate"],
     "commands/latency.py": ["optimize"],
     "commands/loading.py": ["optimize", "evaluate", "generate"],
