@@ -12,7 +12,7 @@ from lpsearch.config import Split
 from lpsearch.data.texts import is_same_text, replace_surrogates, resolve_text, undo_wikitext_marks
 from lpsearch.data.windows import Windows
 from lpsearch.errors import DataError, ModelError
-from lpsearch.models import find_max_positions, needs_bos
+from lpsearch.models import needs_bos
 from lpsearch.wording import name_count
 
 if TYPE_CHECKING:
@@ -114,6 +114,8 @@ def check_seq_len(seq_len: int, config: PretrainedConfig) -> None:
     Raises:
         DataError: if they are.
     """
+    from lpsearch.models import find_max_positions  # which needs torch
+
     longest = find_max_positions(config)
     if longest is not None and seq_len > longest:
         raise DataError(f"--seq-len is {seq_len}, but the model reads at most {longest} tokens; lower --seq-len")
