@@ -63,11 +63,13 @@ class OptimizeConfig(BaseModel):
     data: str = Field(
         default="wikitext2",
         min_length=1,
-        description="windows to search on: wikitext2, a hub dataset, a text/jsonl/parquet file, or self",
+        description="windows to search on: wikitext2, a hub dataset, self, or a file: text, json(l), csv, tsv, parquet,"
+        " also compressed",
         json_schema_extra={"metavar": "SPEC"},
     )
     heldout: str | None = Field(
         default=None,
+        min_length=1,
         description="windows to check the front on; default: what goes with --data",
         json_schema_extra={"metavar": "SPEC"},
     )
@@ -97,7 +99,9 @@ class OptimizeConfig(BaseModel):
         description="auto measures on the device, off does not; or a file that `lpsearch profile` wrote",
         json_schema_extra={"metavar": "auto|off|PROFILE.json"},
     )
-    study: str | None = Field(default=None, description="name of the Optuna study; default: that of the model")
+    study: str | None = Field(
+        default=None, min_length=1, description="name of the Optuna study; default: that of the model"
+    )
     out: Path | None = Field(
         default=None,
         description="directory of everything written; default: studies/MODEL",
@@ -125,6 +129,13 @@ class OptimizeConfig(BaseModel):
         description="run the model's own Python code from the hub",
         json_schema_extra={"flags": "--trust-remote-code"},
     )
+
+    @field_validator("out", "enqueue", mode="before")
+    @classmethod
+    def _refuse_empty_path(cls, value: Any) -> Any:
+        if value == "" or (isinstance(value, list | tuple) and "" in value):
+            raise ValueError("a path is empty; the current directory is '.'")
+        return value
 
     @field_validator("freeze", mode="before")
     @classmethod

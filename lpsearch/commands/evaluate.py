@@ -43,7 +43,7 @@ def evaluate(
     What is not given is taken from the plan file, so that a plan alone repeats the values in it.
     """
     from lpsearch.commands.results import build_proxy_metrics
-    from lpsearch.data import check_text_source
+    from lpsearch.data import check_seq_len, check_text_source
     from lpsearch.evaluation import ModelEvaluator
     from lpsearch.evaluation.losses import PlanLosses
     from lpsearch.search.results import compute_loss
@@ -60,7 +60,12 @@ def evaluate(
     chosen_dtype = resolve_dtype(measured.dtype if dtype == "auto" and measured is not None else dtype, target)
     check_text_source(data, split=split)
     loaded = load_model_of_plan(
-        plan, model=model, device=target, dtype=chosen_dtype, trust_remote_code=trust_remote_code
+        plan,
+        model=model,
+        device=target,
+        dtype=chosen_dtype,
+        trust_remote_code=trust_remote_code,
+        check=lambda config: check_seq_len(seq_len, config),
     )
     built = _build_windows(
         data,

@@ -31,10 +31,20 @@ def validate(plan_path: PlanArgument, model: ModelOption = None) -> dict[str, An
     if model is not None:
         import torch
 
+        from lpsearch.commands.checks import read_config
         from lpsearch.models import load_model, resolve_source
-        from lpsearch.transform import check_plan_model
+        from lpsearch.transform import check_plan_layers, check_plan_model
 
-        loaded = load_model(resolve_source(model), device="cpu", dtype=torch.float32)
+        source = resolve_source(model)
+        config = read_config(source)
+        if config is not None:  # before anything is fetched
+            check_plan_layers(plan, config)
+        loaded = load_model(
+            source,
+            device="cpu",
+            dtype=torch.float32,
+            before_weights=lambda config, tokenizer: check_plan_layers(plan, config),
+        )
         check_plan_model(plan, loaded.model)
     return {"plan": str(plan_path), "valid": True, "num_layers": plan.num_layers, "depth": plan.depth, "model": model}
 
@@ -75,7 +85,7 @@ def pick(
         raise UsageError(f"{study_dir}: no such directory; give one that `lpsearch optimize` wrote")
     file = load_front_file(study_dir)
     if file is None:
-        raise StudyError(f"{study_dir / FRONT_NAME}: not there; run `lpsearch optimize` with --out {study_dir} first")
+        raise StudyError(f"{study_dir / FRONT_NAME}: not there; run `lpsearch optimize --out {study_dir}` first")
     if file.metric is None and any(point.kl_nats_per_token is not None for point in file.front):
         logger.warning(
             "%s: written by an older lpsearch, without held-out divergences, so the added nll decides; run the same "

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lpsearch.commands.checks import read_num_layers
 from lpsearch.commands.console import Answer
 from lpsearch.commands.loading import resolve_device, resolve_dtype
 from lpsearch.commands.options import DeviceOption, DtypeOption, ModelOption
@@ -24,7 +25,7 @@ __all__ = ["profile"]
 
 def profile(
     model: ModelOption = None,
-    out: Annotated[Path, typer.Option(help="profile file to write")] = Path("profile.json"),
+    out: Annotated[Path, typer.Option(help="profile file to write", metavar="FILE")] = Path("profile.json"),
     batch: Annotated[str, typer.Option(help="sequences decoded together, e.g. 1,16,64")] = "1",
     context: Annotated[str, typer.Option(help="cached tokens of each sequence, e.g. 1024,4096")] = "1024",
     prefill: Annotated[str | None, typer.Option(help="tokens of prompts to time as well, e.g. 2048")] = None,
@@ -62,6 +63,9 @@ def profile(
 
     target = resolve_device(device)
     config = load_geometry(model)
+    num_layers = read_num_layers(config)
+    if max_group > max(2, num_layers):
+        raise ConfigError(f"--max-group is {max_group}; the model has only {num_layers} layers")
     workloads = [Workload("decode", batch, tokens) for batch in batch_sizes for tokens in context_lens]
     workloads += [Workload("prefill", 1, tokens) for tokens in prefill_lens]
     options: dict[str, Any] = {

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lpsearch.commands.checks import read_config, read_num_layers
 from lpsearch.commands.console import Answer, adopt_optuna_log
 from lpsearch.commands.latency import get_latency_model
 from lpsearch.commands.loading import describe_device, load_for_search, resolve_device
@@ -31,12 +32,11 @@ from lpsearch.commands.studies import (
 )
 from lpsearch.commands.summary import SearchSummary
 from lpsearch.config import OptimizeConfig, ResolvedConfig, Split, slug_of_model
-from lpsearch.data import Windows, check_text_source
+from lpsearch.data import Windows, check_seq_len, check_text_source
 from lpsearch.errors import PlanError
 from lpsearch.front_file import FrontFile
-from lpsearch.latency.profile import load_profile
+from lpsearch.latency.profile import check_profile_geometry, load_profile
 from lpsearch.models import resolve_source
-from lpsearch.models.aliases import find_alias
 from lpsearch.plan import Plan, load_plan
 from lpsearch.search import (
     PlanSpace,
@@ -51,6 +51,8 @@ from lpsearch.search.results import set_latency
 from lpsearch.search.settings import has_own_database
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from lpsearch.evaluation import ModelEvaluator
     from lpsearch.latency import LatencyModel
     from lpsearch.models import LoadedModel
@@ -140,15 +142,25 @@ def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
     def build_space(num_layers: int) -> PlanSpace:
         return _build_space(num_layers, max_group=values.max_group, freeze=values.freeze, enqueued=enqueued)
 
+    profile = None if values.latency in ("auto", "off") else load_profile(values.latency)
+    source = resolve_source(values.model)
+
+    def check_config(config: PretrainedConfig) -> None:
+        build_space(read_num_layers(config))
+        if profile is not None:
+            check_profile_geometry(profile, config)
+
+    def check_new_config(config: PretrainedConfig) -> None:
+        check_config(config)
+        check_seq_len(values.seq_len, config)
+
     def check_new_study() -> None:
         check_text_source(values.data, split="proxy")
         check_text_source(values.heldout or values.data, split="heldout")
-        alias = find_alias(values.model)
-        if alias is not None:  # the layers of any other model are counted when it is loaded
-            build_space(alias.num_layers)
+        config = read_config(source, trust_remote_code=values.trust_remote_code)
+        if config is not None:
+            check_new_config(config)
 
-    profile = None if values.latency in ("auto", "off") else load_profile(values.latency)
-    source = resolve_source(values.model)
     if fresh:  # before anything is moved
         check_new_study()
     slug = slug_of_model(values.model)
@@ -161,7 +173,13 @@ def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
         elif not fresh:
             refuse_orphaned_results(store, out)
             check_new_study()
-        loaded = load_for_search(source, device=device, dtype=values.dtype, trust_remote_code=values.trust_remote_code)
+        loaded = load_for_search(
+            source,
+            device=device,
+            dtype=values.dtype,
+            trust_remote_code=values.trust_remote_code,
+            check=check_new_config if recorded is None else check_config,
+        )
         space = build_space(loaded.identity.num_layers)
         _check_fingerprints(enqueued, loaded)
         if recorded is None:

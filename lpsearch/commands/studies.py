@@ -23,7 +23,7 @@ from lpsearch.models.sources import normalise_id
 from lpsearch.search import FIXED_SETTINGS, StoredWindows, StudyStore, compare_settings
 from lpsearch.search.database import is_writable
 from lpsearch.search.locks import HeldElsewhereError, hold_file_lock
-from lpsearch.search.storage_url import find_sqlite_path, parse_storage_url
+from lpsearch.search.storage_url import find_sqlite_path, parse_storage_url, refuse_memory
 
 if TYPE_CHECKING:
     import torch
@@ -81,13 +81,16 @@ def open_study_store(
         fresh: move an existing study aside first.
 
     Raises:
+        ConfigError: for a database in memory.
         StudyError: if the directory or the database cannot be used, or another process runs the study.
         ResumeError: if the directory holds a study of another name than the one asked for.
     """
+    url = _build_url(out) if storage is None else parse_storage_url(storage)
+    refuse_memory(url)
     _prepare_directory(out)
     if fresh:
         _move_aside(out)
-    with StudyStore(storage or _build_url(out), study_name=study or slug) as store, store.hold_lock():
+    with StudyStore(url, study_name=study or slug) as store, store.hold_lock():
         if fresh:
             store.move_aside()
         if storage is None:
@@ -124,6 +127,7 @@ def open_existing_study(
             f"{directory}: holds no study.db; give a directory that `lpsearch optimize` wrote, or --storage URL"
         )
     url = parse_storage_url(storage or _build_url(directory))
+    refuse_memory(url)
     path = find_sqlite_path(url)
     read_only = not annotates or (path is not None and not is_writable(path))
     with StudyStore(url, study_name=study or "", read_only=read_only) as store:

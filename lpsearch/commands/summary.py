@@ -16,7 +16,7 @@ from lpsearch.commands.tables import build_front_table
 from lpsearch.config import Metric
 from lpsearch.plan import LatencyMetrics
 from lpsearch.search import StudyResult, TrialResult
-from lpsearch.wording import name_count
+from lpsearch.wording import escape_controls, name_count
 
 if TYPE_CHECKING:
     from lpsearch.report import StudyReport
@@ -60,7 +60,7 @@ class SearchSummary:
         yield ""
         yield _wrap(self._explain_columns(), "dim")
         yield ""
-        yield Text(self._list_files())
+        yield _keep(self._list_files())
         if self.report is not None:
             yield from self._advise(self.report)
 
@@ -111,12 +111,12 @@ class SearchSummary:
             yield _wrap(f"  {pick.name:<9} {_describe_pick(report, pick)}", "")
         chosen = next((picks[name] for name in ("balanced", "free", "fast") if picks[name].index is not None), None)
         yield _wrap("Next:" if chosen is None else f"Next, with the {chosen.name} one:", "bold")
-        yield Text(f"  open {self.out / REPORT_NAME}")
+        yield _keep(f"  open {self.out / REPORT_NAME}")
         if chosen is None or chosen.index is None:
             return
         for command in list_commands(report, report.front[chosen.index]):
             if command.purpose in ("see the text it writes", "export a fused checkpoint"):
-                yield Text(f"  {command.line}")
+                yield _keep(f"  {command.line}")
 
 
 def _describe_pick(report: StudyReport, pick: Pick) -> str:
@@ -132,4 +132,9 @@ def _describe_pick(report: StudyReport, pick: Pick) -> str:
 
 def _wrap(line: str, style: str) -> Text:
     """Break prose between words; commands and paths are left to the terminal, so that they can be copied."""
-    return Text(line, style, no_wrap=False, overflow="fold")
+    return Text(escape_controls(line), style, no_wrap=False, overflow="fold")
+
+
+def _keep(line: str) -> Text:
+    """Leave a line with commands or paths as it is, but for control characters."""
+    return Text(escape_controls(line, in_one_line=True))

@@ -16,9 +16,9 @@ from lpsearch.models import needs_bos
 from lpsearch.wording import name_count
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["build_windows"]
+__all__ = ["build_windows", "check_seq_len"]
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,19 @@ def _check_sizes(num_windows: int, seq_len: int, model: PreTrainedModel | None) 
         raise DataError(f"--windows is {num_windows}; at least 1 is needed")
     if seq_len < 2:
         raise DataError(f"--seq-len is {seq_len}; at least 2 is needed, since the first token is not predicted")
-    longest = None if model is None else getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if model is not None:
+        check_seq_len(seq_len, model.config)
+
+
+def check_seq_len(seq_len: int, config: PretrainedConfig) -> None:
+    """Refuse windows that are longer than a model reads; its configuration says how much that is.
+
+    Raises:
+        DataError: if they are.
+    """
+    from lpsearch.models import find_max_positions  # which needs torch
+
+    longest = find_max_positions(config)
     if longest is not None and seq_len > longest:
         raise DataError(f"--seq-len is {seq_len}, but the model reads at most {longest} tokens; lower --seq-len")
 

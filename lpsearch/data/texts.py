@@ -78,7 +78,7 @@ class TextSource:
             SourceError: for a dataset that is gated or out of reach.
         """
         if self.kind == "file":
-            if not any(self._read_values()):
+            if not any(not isinstance(value, str) or value.strip() for value in self._read_values()):
                 raise DataError(f"{self.spec} holds no text; give a file or dataset that does")
             return
         import datasets

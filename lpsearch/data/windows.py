@@ -81,4 +81,6 @@ class Windows:
                 about = json.loads(str(archive["about"]))
                 return cls(archive["input_ids"], about["spec"], about["provenance"])
         except Exception as error:  # a damaged archive fails in many ways inside zipfile and numpy
-            raise StudyError(f"stored windows cannot be read ({error}); start the study again with --fresh") from None
+            raise StudyError(
+                f"stored windows cannot be read ({error}); begin the study anew with `lpsearch optimize --fresh`"
+            ) from None

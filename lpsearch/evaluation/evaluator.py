@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from lpsearch.data import Windows
-from lpsearch.errors import FamilyError, LpsearchError
+from lpsearch.errors import FamilyError, LpsearchError, describe_error
 from lpsearch.evaluation.losses import RAW, Variant, WindowLosses
 from lpsearch.evaluation.prefix_cache import CacheUsage, PrefixCache, choose_cache_bytes
 from lpsearch.evaluation.rungs import split_by_rung
@@ -135,7 +135,7 @@ class ModelEvaluator:
             try:
                 return self._evaluate(plan, window_indices, variant)
             except torch.OutOfMemoryError as error:
-                message = str(error).splitlines()[0]
+                message = describe_error(error)
             # Outside the handler, whose traceback holds on to the tensors of the failed forward.
             if not self._cache.halve():
                 raise LpsearchError(

@@ -44,7 +44,7 @@ class GroupCosts:
         if unknown:
             raise ConfigError(
                 f"the latency profile has no groups of {unknown[0]} layers (it has {', '.join(self.cost_ms)}); "
-                "measure again with a larger --max-group"
+                "measure again with `lpsearch profile --max-group`"
             )
         return self.overhead_ms + sum(count * self.cost_ms[kind] for kind, count in num_groups.items())
 

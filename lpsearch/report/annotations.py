@@ -27,7 +27,7 @@ from lpsearch.report.study import StudyReport
 from lpsearch.report.tables import Table, build_front_table
 from lpsearch.search import StudyStore, TrialResult
 from lpsearch.search.settings import list_study_options
-from lpsearch.wording import name_count
+from lpsearch.wording import escape_controls, name_count
 
 __all__ = ["ARTIFACTS_NAME", "FRONT_FIGURE_ID", "annotate_study"]
 
@@ -188,7 +188,7 @@ def _render_markdown(table: Table) -> list[str]:
 
 
 def _escape(text: str) -> str:
-    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", text)
+    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", escape_controls(text))
 
 
 # ---- Plan files ------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from lpsearch.report.study import StudyReport
 from lpsearch.report.tables import Table
 from lpsearch.report.theme import map_colours
 from lpsearch.search import TrialResult
+from lpsearch.wording import escape_html as escape
 from lpsearch.wording import name_count
 
 __all__ = ["PAGE_TOP", "PageParts", "build_html", "build_parts", "read_asset", "write_html"]

@@ -142,7 +142,8 @@ def load_report(store: StudyStore, directory: Path) -> StudyReport:
     if missing:
         raise StudyVersionError(
             f"{store.where}: the study {store.study_name!r} was written by another version of lpsearch: its record has "
-            f"no {', '.join(missing)}; read it with that version, or search again with --fresh, which moves it aside"
+            f"no {', '.join(missing)}; read it with that version, or search again with `lpsearch optimize --fresh`, "
+            "which moves it aside"
         )
     profile = parse_recorded_profile(store.load_latency_profile())
     latency_model = None if profile is None else LatencyModel(profile)

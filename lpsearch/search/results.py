@@ -297,7 +297,7 @@ def read_results(
             raise StudyVersionError(
                 f"{store.where}: the study {store.study_name!r} was written by another version of lpsearch: "
                 f"a trial lacks what this version reads ({error!r}); "
-                "read it with that version, or search again with --fresh, which moves it aside"
+                "read it with that version, or search again with `lpsearch optimize --fresh`, which moves it aside"
             ) from error
         results.setdefault(result.plan, result)
     if estimate_latency_ms is None:

@@ -312,12 +312,12 @@ class StudyStore:
         except ValueError as error:
             raise StudyError(
                 f"{self.where}: the {what} of study {self.study_name!r} cannot be read: {error}; restore a copy, or "
-                "begin a new study with --fresh"
+                "begin a new study with `lpsearch optimize --fresh`"
             ) from None
         if not isinstance(parsed, dict):
             raise StudyError(
                 f"{self.where}: the {what} of study {self.study_name!r} is damaged: expected a JSON object, got "
-                f"{type(parsed).__name__}; restore a copy, or begin a new study with --fresh"
+                f"{type(parsed).__name__}; restore a copy, or begin a new study with `lpsearch optimize --fresh`"
             )
         return parsed
 

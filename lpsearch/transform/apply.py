@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lpsearch.errors import ModelError, PlanError
 from lpsearch.models.families import (
@@ -35,7 +35,15 @@ from lpsearch.models.families import (
 from lpsearch.models.fingerprint import fingerprint_model, fingerprints_match
 from lpsearch.plan import Plan, check_supported
 
-__all__ = ["applied_plan", "apply_plan", "check_plan_model", "check_plan_numbers", "check_unplanned", "undo_plan"]
+__all__ = [
+    "applied_plan",
+    "apply_plan",
+    "check_plan_layers",
+    "check_plan_model",
+    "check_plan_numbers",
+    "check_unplanned",
+    "undo_plan",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +136,18 @@ def check_plan_model(plan: Plan, model: PreTrainedModel) -> None:
         fingerprint=fingerprint_model(model) if needed else "",
         name=type(model).__name__,
     )
+
+
+def check_plan_layers(plan: Plan, config: PretrainedConfig) -> None:
+    """Check that a plan is for as many layers as a configuration names, before there are weights to fingerprint.
+
+    Raises:
+        PlanError: saying which model the plan is for.
+    """
+    # A model that names no number is no decoder, which loading it says.
+    num_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", plan.num_layers)
+    fingerprint = "" if plan.metadata is None else plan.metadata.model.fingerprint  # taken to be right until then
+    check_plan_numbers(plan, num_layers=num_layers, fingerprint=fingerprint, name=config.model_type)
 
 
 def check_plan_numbers(plan: Plan, *, num_layers: int, fingerprint: str, name: str) -> None:
