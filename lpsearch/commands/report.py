@@ -12,6 +12,7 @@ import typer
 
 from lpsearch.commands.console import adopt_optuna_log
 from lpsearch.commands.options import DirectoryArgument, StorageOption, StudyOption
+from lpsearch.commands.outputs import check_output_file
 from lpsearch.errors import UsageError
 
 if TYPE_CHECKING:
@@ -40,8 +41,7 @@ def report(
     started = time.perf_counter()
     target = directory / REPORT_NAME if out is None else out
     with open_existing_study(directory, storage=storage, study=study) as store:
-        if target.is_dir() or not target.parent.is_dir():
-            raise UsageError(f"{target}: not a file in a directory that exists; name another with --out")
+        check_output_file(target)
         found = load_report(store, directory)
     num_bytes = write_html(found, target)
     return {
