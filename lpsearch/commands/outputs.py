@@ -11,20 +11,22 @@ __all__ = ["check_output_file", "prepare_directory"]
 
 
 def check_output_file(path: Path, *, option: str = "--out") -> None:
-    """Make the directory of a file that is written later, and refuse what cannot be written.
+    """Refuse a file that is to be written later and cannot be.
 
     Args:
         path: the file; one that is there will be replaced.
         option: that names it.
 
     Raises:
-        UsageError: if the path is something other than a file.
+        UsageError: if the path is something other than a file, or its directory does not exist.
         LpsearchError: if no file can be written there.
     """
     if path.is_dir():
         raise UsageError(f"{option} {path}: is a directory; name a file in it")
     if path.exists() and not path.is_file():
         raise UsageError(f"{option} {path}: is not a regular file, and would be replaced by one; name another")
+    if not path.parent.is_dir():
+        raise UsageError(f"{option} {path}: not a file in a directory that exists; make it, or name another place")
     prepare_directory(path.parent, option=option, file_name=path.name)
 
 

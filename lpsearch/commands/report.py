@@ -35,6 +35,7 @@ def report(
 ) -> dict[str, Any]:
     """Write a study's report, finished or not, as one HTML file that needs no network."""
     from lpsearch.commands.studies import open_existing_study
+    from lpsearch.latency.profile import describe_profile_error
     from lpsearch.report import load_report, write_html
 
     adopt_optuna_log()
@@ -43,6 +44,9 @@ def report(
     with open_existing_study(directory, storage=storage, study=study) as store:
         check_output_file(target)
         found = load_report(store, directory)
+    warning = describe_profile_error(found.latency_error, name=f"{directory}: the latency profile of the study")
+    if warning is not None:
+        logger.warning("%s", warning)
     num_bytes = write_html(found, target)
     return {
         "report": str(target),

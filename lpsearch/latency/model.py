@@ -117,6 +117,7 @@ class LatencyModel:
             device=profile.device if profile.num_ranks == 1 else f"{profile.num_ranks} x {profile.device}",
             runtime=profile.runtime,
             versions=profile.versions,
+            mean_error=self.workload.mean_error,
         )
 
 

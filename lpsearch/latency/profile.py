@@ -27,6 +27,7 @@ __all__ = [
     "ProfileGeometry",
     "WorkloadProfile",
     "check_profile_geometry",
+    "describe_estimate",
     "describe_profile_error",
     "load_profile",
     "parse_recorded_profile",
@@ -244,6 +245,12 @@ def describe_profile_error(mean_error: float | None, *, name: str) -> str | None
         f"{name}: estimates of latency were {mean_error:.0%} off on depths that they were not fitted to, so a speed-up "
         "may be as far off; measure again by `lpsearch profile` where nothing else runs, for more --seconds"
     )
+
+
+def describe_estimate(mean_error: float | None) -> str:
+    """Say beside a time or a speed-up that it is estimated, and how far off that may be where it is far off."""
+    is_quiet = mean_error is None or mean_error <= LARGEST_QUIET_ERROR
+    return "estimated" if is_quiet else f"estimated, {mean_error:.0%} off where it was checked"
 
 
 def parse_recorded_profile(document: Mapping[str, Any] | None) -> LatencyProfile | None:
