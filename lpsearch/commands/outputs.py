@@ -21,12 +21,15 @@ def check_output_file(path: Path, *, option: str = "--out") -> None:
         UsageError: if the path is something other than a file, or its directory does not exist.
         LpsearchError: if no file can be written there.
     """
-    if path.is_dir():
-        raise UsageError(f"{option} {path}: is a directory; name a file in it")
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{option} {path}: is not a regular file, and would be replaced by one; name another")
-    if not path.parent.is_dir():
-        raise UsageError(f"{option} {path}: not a file in a directory that exists; make it, or name another place")
+    try:
+        if path.is_dir():
+            raise UsageError(f"{option} {path}: is a directory; name a file in it")
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{option} {path}: is not a regular file, and would be replaced by one; name another")
+        if not path.parent.is_dir():
+            raise UsageError(f"{option} {path}: not a file in a directory that exists; make it, or name another place")
+    except OSError as error:  # a name longer than any file has, or a directory that may not be read
+        raise LpsearchError(f"{option} {path}: cannot be written ({error}); name another place") from None
     prepare_directory(path.parent, option=option, file_name=path.name)
 
 

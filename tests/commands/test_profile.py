@@ -68,7 +68,8 @@ def test_the_default_context_is_what_the_model_reads(run_lpsearch: Run, argument
         ("file/profile.json", 2, "not a file in a directory that exists"),
         ("nowhere/profile.json", 2, "not a file in a directory that exists"),
         ("directory", 2, "is a directory; name a file in it"),
-        (f"{'x' * 250}.json", 1, "cannot be written"),
+        (f"{'x' * 250}.json", 1, "cannot be written"),  # too long for the temporary file beside it
+        (f"{'x' * 300}.json", 1, "cannot be written"),
     ],
 )
 def test_a_place_that_cannot_be_written_is_refused_before_it_measures(
