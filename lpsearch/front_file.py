@@ -45,7 +45,7 @@ class FrontPoint(BaseModel):
         trial: number of its trial.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     plan: str
     num_joins: int
@@ -87,10 +87,12 @@ class FrontFile(BaseModel):
         baseline_nll: of the unmodified model on the proxy windows, nats per token.
         proxy_tokens: tokens behind the proxy losses of all finished plans.
         heldout_tokens: tokens behind the held-out losses of the front.
+        latency_error: mean relative error of the latency model on depths that it was not fitted to; None where that is
+            not known.
         front: the unmodified model, then the plans that no other beats, fewest joins first.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     schema_version: Literal[1]
     study: str
@@ -102,6 +104,7 @@ class FrontFile(BaseModel):
     baseline_nll: float
     proxy_tokens: int
     heldout_tokens: int
+    latency_error: float | None = None
     front: tuple[FrontPoint, ...]
 
 

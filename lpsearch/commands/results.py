@@ -58,6 +58,7 @@ def build_front_file(
     objective: Objective,
     metric: Metric,
     result: StudyResult,
+    latency_error: float | None = None,
 ) -> FrontFile:
     """Build the content of ``front.json``.
 
@@ -68,6 +69,7 @@ def build_front_file(
         objective: what was traded against the loss.
         metric: the loss that was searched.
         result: what the study has evaluated.
+        latency_error: mean relative error of the latency model on depths that it was not fitted to.
     """
     return FrontFile(
         schema_version=FRONT_SCHEMA_VERSION,
@@ -80,6 +82,7 @@ def build_front_file(
         baseline_nll=front[0].loss.nll,
         proxy_tokens=result.proxy_tokens,
         heldout_tokens=sum(found.heldout.num_tokens for found in front if found.heldout is not None),
+        latency_error=latency_error,
         front=tuple(map(_build_point, front)),
     )
 

@@ -7,6 +7,7 @@ the database before it is used, so a search may be interrupted at any step.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -190,7 +191,12 @@ def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
         latency_model = None
         if values.latency != "off":
             latency_model = get_latency_model(
-                store, loaded.model, profile=profile, objective=values.objective, max_group=values.max_group
+                store,
+                loaded.model,
+                profile=profile,
+                profile_name=str(values.latency),
+                objective=values.objective,
+                max_group=values.max_group,
             )
         yield _Run(
             values=values,
@@ -278,8 +284,10 @@ def _warn_of_odd_baseline(store: StudyStore, evaluator: ModelEvaluator, loaded: 
     from lpsearch.models import check_baseline_nll
 
     with show_steps("evaluating the unmodified model"):
-        losses = evaluate_stored_plan(store, evaluator, Plan.baseline(loaded.identity.num_layers)).losses
-    windows = evaluator.windows
+        stored = evaluate_stored_plan(store, evaluator, Plan.baseline(loaded.identity.num_layers))
+    losses, windows = stored.losses, evaluator.windows
+    if not stored.num_new_tokens and not all(map(math.isfinite, losses.nll_nats_per_token)):
+        return  # what is wrong is in the study, which is refused
     if windows.spec == "self":  # sampled at temperature 1, which is harder to predict than people's text
         return
     texts = loaded.tokenizer.batch_decode(windows.input_ids, skip_special_tokens=True)
@@ -322,6 +330,7 @@ def _write_front(run: _Run, result: StudyResult) -> tuple[list[TrialResult], Fro
         objective=run.values.objective,
         metric=run.values.metric,
         result=result,
+        latency_error=None if model is None else model.workload.mean_error,
     )
     write_front(
         run.out,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from sqlalchemy.engine import URL
 
 from lpsearch.commands.loading import settle_dtype
+from lpsearch.commands.outputs import prepare_directory
 from lpsearch.commands.steps import show_steps
 from lpsearch.config import OptimizeConfig, ResolvedConfig, Split, check_latency
 from lpsearch.errors import ResumeError, StudyError, UsageError
@@ -82,6 +83,7 @@ def open_study_store(
 
     Raises:
         ConfigError: for a database in memory.
+        LpsearchError: if the directory cannot be written.
         StudyError: if the directory or the database cannot be used, or another process runs the study.
         ResumeError: if the directory holds a study of another name than the one asked for.
     """
@@ -272,15 +274,11 @@ def _prepare_directory(out: Path) -> None:
     """Make the directory of a study, and check that it can be written and has room.
 
     Raises:
-        StudyError: if not.
+        LpsearchError: if it cannot be written.
+        StudyError: if it has no room.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out) as probe:
-            probe.write(b"\0" * 4096)
-        free_bytes = shutil.disk_usage(out).free
-    except OSError as error:
-        raise StudyError(f"{out}: cannot be written ({error}); choose another directory with --out") from None
+    prepare_directory(out)
+    free_bytes = shutil.disk_usage(out).free
     if free_bytes < _NEEDED_BYTES:
         raise StudyError(
             f"{out}: {free_bytes >> 20} MiB free, a study needs {_NEEDED_BYTES >> 20} MiB; "

@@ -14,6 +14,7 @@ from lpsearch.commands.report import REPORT_NAME
 from lpsearch.commands.steps import format_seconds
 from lpsearch.commands.tables import build_front_table
 from lpsearch.config import Metric
+from lpsearch.latency.profile import describe_estimate
 from lpsearch.plan import LatencyMetrics
 from lpsearch.search import StudyResult, TrialResult
 from lpsearch.wording import escape_controls, name_count
@@ -88,8 +89,9 @@ class SearchSummary:
             lines = [delta, f"held out: {unseen}"]
         if self.latency is not None:
             lines.append(
-                f"speed-up: estimated for decoding, batch {self.latency.batch_size}, {self.latency.context_len:,} "
-                f"cached tokens, {self.latency.dtype} on {self.latency.device}; each group fused into one wide layer."
+                f"speed-up: {describe_estimate(self.latency.mean_error)}, for decoding, batch "
+                f"{self.latency.batch_size}, {self.latency.context_len:,} cached tokens, {self.latency.dtype} on "
+                f"{self.latency.device}; each group fused into one wide layer."
             )
         return "\n".join(lines)
 
@@ -125,7 +127,7 @@ def _describe_pick(report: StudyReport, pick: Pick) -> str:
         return f"{limit}: no plan with a join has so little"
     result = report.front[pick.index]
     words = [name_count(result.num_joins, "join"), f"{result.depth_reduction:.1%} less depth"]
-    words += [] if result.speedup is None else [f"{result.speedup:.3f}x"]
+    words += [] if result.speedup is None else [f"{result.speedup:.3f}x {describe_estimate(report.latency_error)}"]
     words += [f"{'loses' if report.metric == 'nll' else 'kl'} {result.get_reported_cost(report.metric):.3f}"]
     return f"{limit}: {', '.join(words)}  {result.plan_file or ''}".rstrip()
 

@@ -83,6 +83,8 @@ class LatencyMetrics(FileModel):
         device: device that was measured.
         runtime: what executed the step, e.g. ``transformers eager, fused layers``.
         versions: package versions at the measurement.
+        mean_error: mean relative error of the model's estimates on depths that it was not fitted to; None where that is
+            not known.
     """
 
     kind: Literal["measured", "estimated"]
@@ -95,6 +97,7 @@ class LatencyMetrics(FileModel):
     device: str
     runtime: str
     versions: dict[str, str]
+    mean_error: float | None = Field(default=None, ge=0)
 
 
 class PlanMetrics(FileModel):

@@ -20,6 +20,7 @@ import plotly.graph_objects as go
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.storages import BaseStorage
 
+from lpsearch.latency.profile import describe_estimate
 from lpsearch.report.advice import list_commands
 from lpsearch.report.figures import build_front_figure, describe_groups
 from lpsearch.report.front_columns import format_loss
@@ -174,7 +175,8 @@ def _describe_result(report: StudyReport, result: TrialResult) -> str:
         lines.append(f"- held out: {format_loss(heldout, metric)} nats per token")
     lines.append(f"- perplexity: {result.perplexity:.3f}")
     if result.speedup is not None:
-        lines.append(f"- time of a step: {result.latency_ms:.3f} ms, {result.speedup:.3f}x (estimated)")
+        estimated = describe_estimate(report.latency_error)
+        lines.append(f"- time of a step: {result.latency_ms:.3f} ms, {result.speedup:.3f}x ({estimated})")
     commands = list_commands(report, result)
     if commands:
         rows = [line for command in commands for line in (f"# {command.purpose}", command.line)]

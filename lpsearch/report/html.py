@@ -12,6 +12,7 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
+from lpsearch.latency.profile import describe_estimate, describe_profile_error
 from lpsearch.report.advice import Pick, list_commands, pick_plans
 from lpsearch.report.charts import Chart, build_charts
 from lpsearch.report.figures import describe_groups
@@ -209,12 +210,14 @@ def _render_head(report: StudyReport) -> str:
             " (emulated)" if profile.emulated else ""
         )
     items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
-    unfinished = (
+    notes = (
         ""
         if report.is_current
         else "<p class='note'>This study is under way or was interrupted: the report shows what is there. "
         "Run the same <code>lpsearch optimize</code> again to resume it and to write the plan files of this front.</p>"
     )
+    warning = describe_profile_error(report.latency_error, name="Latency profile")
+    notes += "" if warning is None else f"<p class='note'>{escape(warning)}.</p>"
     links = [("front", "Front"), ("next", "What next"), ("layers", "Layers"), ("joins", "Joins"), ("search", "Search")]
     links += [("latency", "Latency")] if report.latency_model is not None else []
     nav = "".join(f'<a href="#{name}">{label}</a>' for name, label in links)
@@ -222,7 +225,7 @@ def _render_head(report: StudyReport) -> str:
         f"<header><div class='bar'><h1>{escape(report.name)}</h1>"
         '<button type="button" id="theme" hidden>Dark</button></div>'
         f"<p class='sub'>Which layers of {escape(str(settings.get('model', 'the model')))} can run in parallel, and "
-        f"what that costs</p><dl class='facts'>{items}</dl>{unfinished}<nav aria-label='Sections'>{nav}</nav></header>"
+        f"what that costs</p><dl class='facts'>{items}</dl>{notes}<nav aria-label='Sections'>{nav}</nav></header>"
     )
 
 
@@ -245,15 +248,15 @@ def _render_front(report: StudyReport, charts: dict[str, Chart]) -> str:
 
 
 def _render_plan(report: StudyReport, index: int, result: TrialResult) -> str:
-    metric = report.metric
+    metric, estimated = report.metric, describe_estimate(report.latency_error)
     rows = {
         "joins": f"{result.num_joins} of {report.num_layers - 1}",
         "depth": f"{result.plan.depth} of {report.num_layers} ({result.depth_reduction:.1%} less)",
         "loss": format_loss(result.loss, metric),
         "held out": format_loss(result.get_heldout(metric), metric),
         "perplexity": f"{result.perplexity:.3f}",
-        "time of a step": "" if result.latency_ms is None else f"{result.latency_ms:.3f} ms (estimated)",
-        "speed-up": "" if result.speedup is None else f"{result.speedup:.3f}x (estimated)",
+        "time of a step": "" if result.latency_ms is None else f"{result.latency_ms:.3f} ms ({estimated})",
+        "speed-up": "" if result.speedup is None else f"{result.speedup:.3f}x ({estimated})",
         "found by": f"{result.origin}, trial {result.trial}",
         "layers together": describe_groups(result.plan),
     }
@@ -312,7 +315,7 @@ def _render_pick(report: StudyReport, pick: Pick) -> str:
             f"<p>No plan with a join loses so little.{least}</p></article>"
         )
     result = report.front[pick.index]
-    speed = "" if result.speedup is None else f", {result.speedup:.3f}x estimated"
+    speed = "" if result.speedup is None else f", {result.speedup:.3f}x {describe_estimate(report.latency_error)}"
     lost = "lost" if report.metric == "nll" else "of KL divergence"
     return (
         f"<article class='card' data-pick='{pick.name}'><h3>{pick.name}</h3><p class='small'>{rule}</p>"

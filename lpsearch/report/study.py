@@ -106,6 +106,11 @@ class StudyReport:
         return self.baseline.latency_ms is not None
 
     @property
+    def latency_error(self) -> float | None:
+        """Mean relative error of the latency model on depths that it was not fitted to; None where not known."""
+        return None if self.latency_model is None else self.latency_model.workload.mean_error
+
+    @property
     def proxy_tokens(self) -> int:
         """Tokens behind the losses of all finished plans."""
         return sum(result.proxy_tokens for result in self.results)

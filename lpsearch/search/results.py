@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -276,7 +276,7 @@ def read_results(
         estimate_latency_ms: time of a plan by the study's latest latency profile; None takes what stands on the trials.
 
     Raises:
-        StudyError: if there is no such study or its database fails.
+        StudyError: if there is no such study, its database fails, or it holds no finite loss of the unmodified model.
         StudyVersionError: if a trial lacks what this version reads.
     """
     with store.translate_errors():
@@ -300,12 +300,25 @@ def read_results(
                 "read it with that version, or search again with `lpsearch optimize --fresh`, which moves it aside"
             ) from error
         results.setdefault(result.plan, result)
+    _check_baseline(results, store)
     if estimate_latency_ms is None:
         latencies = {plan: result.latency_ms for plan, result in results.items()}
     else:
         latencies = {plan: estimate_latency_ms(plan) for plan in results}
     baseline_ms = latencies.get(Plan.baseline(next(iter(results)).num_layers))
     return [set_latency(result, latencies[plan], baseline_ms) for plan, result in results.items()]
+
+
+def _check_baseline(results: Mapping[Plan, TrialResult], store: StudyStore) -> None:
+    """Refuse a study whose unmodified model has no finite loss, since every other loss is relative to it."""
+    for result in results.values():
+        is_baseline = result.plan == Plan.baseline(result.plan.num_layers)
+        if is_baseline and not math.isfinite(result.loss.nll):
+            raise StudyError(
+                f"{store.where}: trial {result.trial}, the unmodified model, has no finite loss in the study "
+                f"{store.study_name!r}, so nothing can be compared with it; restore a copy, or begin a new study with "
+                "--fresh, which moves it aside"
+            )
 
 
 class _ResultReader:

@@ -76,7 +76,10 @@ class StudyStore:
         self._study_id: int | None = None
         self.lock = StudyLock(self.url, lambda: self.study_name, self.begin_transaction)
         self.losses = LossStore(
-            begin_transaction=self.begin_transaction, get_study_id=lambda: self.study_id, lock=self.lock
+            begin_transaction=self.begin_transaction,
+            get_study_id=lambda: self.study_id,
+            where=self.where,
+            lock=self.lock,
         )
 
     def __enter__(self) -> StudyStore:

@@ -328,7 +328,6 @@ _SAID_BY = {
     "evaluation": ["optimize", "evaluate"],
     "export": ["export"],
     "latency": ["optimize", "profile"],
-    "latency/measure.py": [],
     "latency/profile.py": ["optimize"],  # which reads it
     "latency/ranks": ["profile"],
     "models": ["optimize", "evaluate", "export", "generate", "profile", "plan validate"],
