@@ -1,7 +1,7 @@
 """Several kinds of text: how they are named and weighted, and which windows belong to which.
 
-Windows of several kinds are interleaved: of K kinds, windows k, k + K, k + 2K ... are those of kind k, and every kind has
-as many. So any number of whole rounds of K windows holds as much of each kind.
+Windows of several kinds are interleaved: of K kinds, windows k, k + K, k + 2K ... are those of kind k, and every kind
+has as many. So any number of whole rounds of K windows holds as much of each kind.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
@@ -196,8 +196,7 @@ def _render_head(report: StudyReport) -> str:
         "plans": f"{len(report.results)}" + (", all there are" if report.is_exact else ""),
         "layers": str(report.num_layers),
         "unmodified": f"{report.baseline.loss.nll:.4f} nats/token, perplexity {report.baseline.perplexity:.2f}",
-        "data": f"{settings.get('data', 'not recorded')}, {settings.get('windows', '?')} windows of "
-        f"{settings.get('seq_len', '?')} tokens",
+        "data": _describe_data(settings),
         "tokens evaluated": f"{report.proxy_tokens:,}",
         "sampler": str(settings.get("sampler", "not recorded")),
         "dtype": str(settings.get("dtype", "not recorded")),
@@ -224,6 +223,15 @@ def _render_head(report: StudyReport) -> str:
         f"<p class='sub'>Which layers of {escape(str(settings.get('model', 'the model')))} can run in parallel, and "
         f"what that costs</p><dl class='facts'>{items}</dl>{unfinished}<nav aria-label='Sections'>{nav}</nav></header>"
     )
+
+
+def _describe_data(settings: Mapping[str, Any]) -> str:
+    data = settings.get("data", "not recorded")
+    size = f"{settings.get('windows', '?')} windows of {settings.get('seq_len', '?')} tokens"
+    if isinstance(data, str):
+        return f"{data}, {size}"
+    judged = "the worst kind" if settings.get("worst_case") else "the mean"
+    return f"{' + '.join(data)}, {size} of each kind; plans are compared by {judged}"
 
 
 def _render_front(report: StudyReport, charts: dict[str, Chart]) -> str:

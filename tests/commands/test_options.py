@@ -19,8 +19,8 @@ from lpsearch.config import OptimizeConfig, resolve_config
 TYPED = {
     "model": ("m", "m"),
     "budget": ("7", 7),
-    "data": ("self", "self"),
-    "heldout": ("a.txt", "a.txt"),
+    "data": ("self@2", ("self@2",)),
+    "heldout": ("a.txt", ("a.txt",)),
     "windows": ("3", 3),
     "seq_len": ("64", 64),
     "max_group": ("4", 4),
@@ -54,11 +54,24 @@ def parse(*words: str) -> dict[str, Any]:
 
 def test_what_is_typed_arrives_as_the_configuration_has_it() -> None:
     words = [word for name, (text, _) in TYPED.items() for word in ("--" + name.replace("_", "-"), text)]
-    words += ["--enqueue", "a.json", "--enqueue", "b", "--unstaged", "--trust-remote-code", "--more", "6"]
+    words += [
+        "--enqueue",
+        "a.json",
+        "--enqueue",
+        "b",
+        "--data",
+        "b.txt",
+        "--unstaged",
+        "--worst-case",
+        "--trust-remote-code",
+        "--more",
+        "6",
+    ]
     given = parse(*words)
     assert given.pop("more") == 6
     expected = {name: value for name, (_, value) in TYPED.items()}
     expected |= {"enqueue": (Path("a.json"), Path("b")), "staged": False, "trust_remote_code": True}
+    expected |= {"data": ("self@2", "b.txt"), "worst_case": True}
     assert given.keys() == expected.keys() == OptimizeConfig.model_fields.keys()
     assert resolve_config(command_line=given).values == OptimizeConfig(**expected)
 
