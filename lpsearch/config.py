@@ -63,8 +63,7 @@ class OptimizeConfig(BaseModel):
     data: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=("wikitext2",),
         min_length=1,
-        description="text to search on: wikitext2, a hub dataset, a text/jsonl/parquet file, or self; "
-        "may be repeated for several kinds of text, each with a weight in the mean",
+        description="text to search on: wikitext2, a hub dataset, a text/jsonl/parquet file, or self; may be repeated",
         json_schema_extra={"metavar": "SPEC[@WEIGHT]"},
     )
     heldout: tuple[Annotated[str, Field(min_length=1)], ...] = Field(

@@ -85,7 +85,8 @@ def _build_parameter(name: str) -> inspect.Parameter:
     if isinstance(default, bool):
         shown = name if default else None
     else:
-        shown = ", ".join(map(str, default)) if isinstance(default, tuple) else default and str(default)
+        shown = ", ".join(map(str, default if isinstance(default, tuple) else (default,)))
+        shown = None if default is None else shown or None
     typed = _name_typed(field.annotation) | None
     option = _describe(name, show_default=shown or False)
     return inspect.Parameter(
