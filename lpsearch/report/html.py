@@ -17,6 +17,7 @@ from lpsearch.report.advice import Pick, list_commands, pick_plans
 from lpsearch.report.charts import Chart, build_charts
 from lpsearch.report.figures import describe_groups
 from lpsearch.report.front_columns import format_loss
+from lpsearch.report.kind_figure import describe_kind_losses
 from lpsearch.report.latency_figures import describe_workload
 from lpsearch.report.study import StudyReport
 from lpsearch.report.tables import Table
@@ -75,6 +76,9 @@ def build_parts(report: StudyReport) -> PageParts:
             _render_head(report),
             '<main id="main">',
             _render_front(report, charts),
+            _render_section("kinds", "Loss by kind of text", _explain_kinds(report), [charts["kinds"]])
+            if "kinds" in charts
+            else "",
             _render_advice(report),
             _render_section("layers", "Which layers pair", _EXPLAIN["layers"], [charts["layers"]]),
             _render_joins(charts),
@@ -215,6 +219,7 @@ def _render_head(report: StudyReport) -> str:
         "Run the same <code>lpsearch optimize</code> again to resume it and to write the plan files of this front.</p>"
     )
     links = [("front", "Front"), ("next", "What next"), ("layers", "Layers"), ("joins", "Joins"), ("search", "Search")]
+    links[1:1] = [("kinds", "Kinds")] if report.has_kinds else []
     links += [("latency", "Latency")] if report.latency_model is not None else []
     nav = "".join(f'<a href="#{name}">{label}</a>' for name, label in links)
     return (
@@ -259,13 +264,16 @@ def _render_plan(report: StudyReport, index: int, result: TrialResult) -> str:
         "depth": f"{result.plan.depth} of {report.num_layers} ({result.depth_reduction:.1%} less)",
         "loss": format_loss(result.loss, metric),
         "held out": format_loss(result.get_heldout(metric), metric),
+        **describe_kind_losses(report, result),
         "perplexity": f"{result.perplexity:.3f}",
         "time of a step": "" if result.latency_ms is None else f"{result.latency_ms:.3f} ms (estimated)",
         "speed-up": "" if result.speedup is None else f"{result.speedup:.3f}x (estimated)",
         "found by": f"{result.origin}, trial {result.trial}",
         "layers together": describe_groups(result.plan),
     }
-    items = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in rows.items() if value)
+    items = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in rows.items() if value
+    )
     return (
         f"<article id='plan-{index}' data-plan='{index}' data-trial='{result.trial}'><dl>{items}</dl>"
         f"{_render_commands(report, result)}</article>"
@@ -355,6 +363,14 @@ def _render_latency(report: StudyReport, charts: dict[str, Chart]) -> str:
         for name in ("fit", "breakdown")
     )
     return f"<section id='latency'><h2>Latency model</h2><div class='pair'>{parts}</div></section>"
+
+
+def _explain_kinds(report: StudyReport) -> str:
+    judged = "the loss on the worst kind" if report.is_worst_case else "the mean over the kinds, by their weights"
+    return (
+        f"What each plan of the front loses on each kind of text. Plans were judged by {judged}. What costs little on "
+        "one kind may cost much on another, so look at the kind that you serve."
+    )
 
 
 def _explain_progress(report: StudyReport) -> str:
