@@ -27,10 +27,10 @@ def list_kinds(losses: Sequence[Loss | None]) -> list[str]:
 def describe_kind_losses(report: StudyReport, result: TrialResult) -> dict[str, str]:
     """Return a plan's losses on each kind of text in words; empty where there is only one kind."""
     kinds, is_heldout = choose_kind_losses([result])
-    suffix = ", held out" if is_heldout else ""
+    suffix = " (held out)" if is_heldout else ""
     names = name_kinds([part.kind.spec for part in kinds[0]])
     return {
-        f"on {name}{suffix}": format_loss(part.loss, report.metric) for name, part in zip(names, kinds[0], strict=True)
+        f"on {name}": format_loss(part.loss, report.metric) + suffix for name, part in zip(names, kinds[0], strict=True)
     }
 
 
@@ -76,7 +76,12 @@ def _add_kind(
         if loss is not None and loss.by_kind
     ]
     shown.sort(key=lambda item: item[0].depth_reduction)
-    marker = {"color": colour, "size": 7, "symbol": "circle" if dash else "diamond-open", "line": {"width": 2}}
+    marker = {
+        "color": colour,
+        "size": 7,
+        "symbol": "circle" if dash else "diamond-open",
+        "line": {"color": colour, "width": 2},
+    }
     figure.add_scatter(
         x=[100 * result.depth_reduction for result, _ in shown],
         y=[loss.get_cost(report.metric) for _, loss in shown],
@@ -92,7 +97,7 @@ def _add_kind(
         ],
         mode="lines+markers" if dash else "markers",
         line={"color": colour, "width": 1.5, "dash": dash or "solid"},
-        marker=marker,
+        marker={"color": colour, "size": 7, "symbol": symbol, "line": rim},
         name=name,
         hovertemplate="%{y:.4f} nats<br>%{text}<extra>%{fullData.name}</extra>",
     )

@@ -52,8 +52,8 @@ def test_the_page_names_the_kinds_and_how_plans_are_judged(make_study: MakeStudy
         assert words in body
     result = report.front[-1]
     value = format_loss(result.heldout.by_kind[1].loss, "nll")
-    assert f"<dt>on &lt;code&gt;.py, held out</dt><dd>{value}</dd>" in body
-    assert f"- on \\<code\\>.py, held out: {value}" in _describe_result(report, result)
+    assert f"<dt>on &lt;code&gt;.py</dt><dd>{value} (held out)</dd>" in body
+    assert f"- on \\<code\\>.py: {value} (held out)" in _describe_result(report, result)
 
 
 def test_a_terminal_shows_the_kinds_where_there_is_room(make_study: MakeStudy) -> None:
