@@ -76,12 +76,7 @@ def _add_kind(
         if loss is not None and loss.by_kind
     ]
     shown.sort(key=lambda item: item[0].depth_reduction)
-    marker = {
-        "color": colour,
-        "size": 7,
-        "symbol": "circle" if dash else "diamond-open",
-        "line": {"color": colour, "width": 2},
-    }
+    symbol, rim = "circle" if dash else "diamond-open", {"color": colour, "width": 2}
     figure.add_scatter(
         x=[100 * result.depth_reduction for result, _ in shown],
         y=[loss.get_cost(report.metric) for _, loss in shown],
