@@ -86,7 +86,7 @@ def build_front_file(
         model=model,
         objective=objective,
         metric=metric,
-        worst_case=front[0].loss.is_worst_case,
+        worst_case=_is_worst_case(front[0]),
         trials=len(result.results),
         exact=result.exact,
         baseline_nll=front[0].loss.nll,
@@ -223,10 +223,15 @@ def _list_plan_files(out: Path) -> set[str]:
     return set() if file is None else {f"plans/{Path(point.plan).name}" for point in file.front}
 
 
+def _is_worst_case(result: TrialResult) -> bool:
+    """Say whether plans were compared by their worst kind of text on either split; of one kind there is no worst."""
+    return any(loss is not None and loss.is_worst_case for loss in (result.loss, result.heldout))
+
+
 def _build_point(result: TrialResult, metric: Metric) -> FrontPoint:
     assert result.plan_file is not None
     judged, judged_heldout = (
-        None if found is None or not found.is_worst_case else finite_or_none(found.get_cost(metric))
+        finite_or_none(found.get_cost(metric)) if found is not None and _is_worst_case(result) else None
         for found in (result.loss, result.heldout)
     )
     loss, nll, kl = result.loss, result.get_heldout("nll"), result.get_heldout("kl")

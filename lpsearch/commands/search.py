@@ -143,6 +143,8 @@ def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
     def check_new_study() -> None:
         check_text_kinds(values.data, split="proxy")
         check_text_kinds(values.heldout or values.data, split="heldout")
+        if values.worst_case and max(len(values.data), len(values.heldout)) == 1:
+            logger.warning("--worst-case changes nothing where there is one kind of text; give --data several times")
         alias = find_alias(values.model)
         if alias is not None:  # the layers of any other model are counted when it is loaded
             build_space(alias.num_layers)

@@ -124,9 +124,20 @@ def test_evaluate_repeats_the_losses_by_kind(
 
 
 def test_held_out_text_has_kinds_of_its_own(run_lpsearch: Run, arguments: list, code_file: Path) -> None:
-    outcome = run_lpsearch(*arguments, "--heldout", code_file)
+    outcome = run_lpsearch(*arguments, "--heldout", code_file, "--worst-case")
     assert outcome.exit_code == 0, outcome.stderr
-    assert all(len(point["by_kind"]) == 2 and not point["heldout_by_kind"] for point in outcome.document["front"])
+    for point in outcome.document["front"]:
+        assert (len(point["by_kind"]), point["heldout_by_kind"]) == (2, [])
+        assert point["heldout_worst_kind_loss"] == point["heldout_delta_nll"], "one kind is its own worst"
+
+
+def test_the_worst_of_one_kind_is_a_mistake_that_is_said(
+    run_lpsearch: Run, arguments: list, text_file: Path, code_file: Path
+) -> None:
+    at = arguments.index("--data")
+    outcome = run_lpsearch(*arguments[:at], "--data", text_file, *arguments[at + 4 :], "--worst-case", "--budget", 2)
+    assert "--worst-case changes nothing" in outcome.stderr
+    assert "worst_kind_loss" not in outcome.document["front"][0]
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def search_formula(
         front = build_front(read_results(store), metric=metric, objective=objective)
         assert [record.plan for record in front] == [record.plan for record in result.front]
         if heldout:
-            unseen = SyntheticEvaluator(NUM_LAYERS, num_windows=6)
+            unseen = SyntheticEvaluator(NUM_LAYERS, num_windows=6 if kinds else 5)
             for record in front:
                 evaluate_stored_plan(store, unseen, record.plan, split="heldout")
         if files:
