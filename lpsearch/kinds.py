@@ -87,7 +87,8 @@ def name_kinds(specs: Sequence[str]) -> list[str]:
     """Return short names for the heads of columns: of a path as many of its last parts as tell it from the others."""
     names = []
     for spec in specs:
-        parts = PurePath(spec).parts if PurePath(spec).is_absolute() else (spec,)
+        path = PurePath(spec)
+        parts = path.parts if path.is_absolute() or path.suffix else (spec,)
         others = [other for other in specs if other != spec]
         shown = (str(PurePath(*parts[-count:])) for count in range(1, len(parts) + 1))
         names.append(next((name for name in shown if not any(_ends_with(other, name) for other in others)), spec))

@@ -56,5 +56,13 @@ def test_kinds_are_described_together() -> None:
 
 
 def test_names_are_as_short_as_they_can_be() -> None:
-    specs = ["wikitext2:validation", "/data/code/a.txt", "/data/prose/a.txt", "/data/b.txt", "owner/set"]
-    assert name_kinds(specs) == ["wikitext2:validation", "code/a.txt", "prose/a.txt", "b.txt", "owner/set"]
+    specs = [
+        "wikitext2:validation",
+        "/data/code/a.txt",
+        "/data/prose/a.txt",
+        "/data/b.txt",
+        "d/e.csv:text",
+        "owner/set",
+    ]
+    names = ["wikitext2:validation", "code/a.txt", "prose/a.txt", "b.txt", "e.csv:text", "owner/set"]
+    assert name_kinds(specs) == names

@@ -103,14 +103,16 @@ class SearchSummary:
             return []
         loss = self.front[0].loss
         if loss.is_worst_case:
-            judged = "the largest of these losses"
+            judged = "the loss on the worst kind"
         elif loss.by_kind:
             weights = ", ".join(f"{weight:.0%}" for weight in normalise_weights([part.kind for part in loss.by_kind]))
-            judged = f"their mean, weighted {weights}"
+            judged = f"the mean over the kinds, weighted {weights}"
         else:
-            judged = "that on the one kind searched on"
+            judged = "the loss on the one kind that was searched on"
         where = "on windows that the search never saw" if is_heldout else "on the search's windows"
-        return [f"on ...: the loss on one kind of text, {where}. The loss that was searched is {judged}."]
+        return [
+            f"on ...: the loss on one kind of text, {where}. Plans were compared by {judged}, on the search's windows."
+        ]
 
     def _list_files(self) -> str:
         names = ["front.json", "plans/"]
