@@ -282,3 +282,31 @@ def test_a_study_of_one_kind_records_nothing_new(store):
     run_study(evaluator=evaluator, space=PlanSpace(18), budget=3, store=store, kinds=KINDS[:1])
     assert "kinds" not in store.load_settings()
     assert all(not found.loss.by_kind for found in read_results(store))
+
+
+class FailingTable(TwoKindTable):
+    """Is interrupted at one of its calls."""
+
+    def __init__(self, fail_at: int) -> None:
+        super().__init__()
+        self.num_left = fail_at
+
+    def evaluate_windows(self, plan: Plan, window_indices) -> WindowLosses:
+        self.num_left -= 1
+        if self.num_left < 0:
+            raise KeyboardInterrupt
+        return super().evaluate_windows(plan, window_indices)
+
+
+def test_an_interrupted_search_goes_on_as_if_it_had_not_been(tmp_path):
+    options = {"space": PlanSpace(18), "budget": 25, "kinds": KINDS_OF_TABLE, "worst_case": True}
+    found = {}
+    for name in ("whole", "interrupted"):
+        with StudyStore(f"sqlite:///{tmp_path / name}.db", study_name="demo") as store:
+            store.save_settings({})
+            if name == "interrupted":
+                with pytest.raises(KeyboardInterrupt):
+                    run_study(evaluator=FailingTable(20), store=store, **options)
+            result = run_study(evaluator=TwoKindTable(), store=store, **options)
+            found[name] = {point.plan: (point.loss, point.state) for point in result.results}
+    assert found["interrupted"] == found["whole"]
