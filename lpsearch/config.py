@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -60,24 +60,28 @@ class OptimizeConfig(BaseModel):
         json_schema_extra={"metavar": "MODEL"},
     )
     budget: int = Field(default=200, ge=1, description="distinct finished plans in total, baseline included")
-    data: str = Field(
-        default="wikitext2",
+    data: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=("wikitext2",),
         min_length=1,
-        description="windows to search on: wikitext2, a hub dataset, self, or a file: text, json(l), csv, tsv, parquet,"
-        " also compressed",
-        json_schema_extra={"metavar": "SPEC"},
+        description="text to search on: wikitext2, a hub dataset, self, or a file: text, json(l), csv, tsv, parquet,"
+        " also compressed; may be repeated",
+        json_schema_extra={"metavar": "SPEC[@WEIGHT]"},
     )
-    heldout: str | None = Field(
-        default=None,
-        min_length=1,
-        description="windows to check the front on; default: what goes with --data",
-        json_schema_extra={"metavar": "SPEC"},
+    heldout: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(),
+        description="text to check the front on; may be repeated; default: what goes with each --data",
+        json_schema_extra={"metavar": "SPEC[@WEIGHT]"},
     )
-    windows: int = Field(default=16, ge=1, description="evaluation windows")
+    windows: int = Field(default=16, ge=1, description="evaluation windows of each kind of text")
     seq_len: int = Field(default=2048, ge=2, description="tokens in a window")
     max_group: int = Field(default=2, ge=2, description="most layers in a group")
     metric: Metric = Field(
         default="nll", description="loss that is searched: nll on the data, or kl to the unmodified model"
+    )
+    worst_case: bool = Field(
+        default=False,
+        description="search by the loss on the worst kind of text, not by the mean over the kinds",
+        json_schema_extra={"flags": "--worst-case"},
     )
     objective: Objective = Field(default="depth", description="what is traded against the loss")
     sampler: Literal["pairset", "evolution", "nsga2", "tpe", "random", "window"] = Field(
@@ -136,6 +140,11 @@ class OptimizeConfig(BaseModel):
         if value == "" or (isinstance(value, list | tuple) and "" in value):
             raise ValueError("a path is empty; the current directory is '.'")
         return value
+
+    @field_validator("data", "heldout", mode="before")
+    @classmethod
+    def _take_one_text(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @field_validator("freeze", mode="before")
     @classmethod

@@ -127,7 +127,8 @@ def _build_parameter(name: str) -> inspect.Parameter:
     if isinstance(default, bool):
         shown = name if default else None
     else:
-        shown = str(default) if default not in (None, ()) else None
+        shown = ", ".join(map(str, default if isinstance(default, tuple) else (default,)))
+        shown = None if default is None else shown or None
     typed = _name_typed(field.annotation) | None
     option = _describe(name, show_default=shown or False)
     return inspect.Parameter(
@@ -139,10 +140,11 @@ def _build_parameter(name: str) -> inspect.Parameter:
 
 
 def _name_typed(annotation: Any) -> Any:
-    """Return what a value is typed as: several paths one by one, several layers as one word that the field parses."""
+    """Return what a value is typed as: paths and texts one by one, several layers as one word that the field parses."""
     if get_origin(annotation) is tuple:
-        item, _ = get_args(annotation)
-        return list[Path] if item is Path else str
+        item = get_args(annotation)[0]
+        item = item.__origin__ if get_origin(item) is Annotated else item
+        return str if item is int else list[item]  # type: ignore[valid-type]
     if get_origin(annotation) is Literal:
         return annotation
     kinds = [kind for kind in get_args(annotation) if kind is not NoneType]

@@ -33,7 +33,7 @@ from lpsearch.commands.studies import (
 )
 from lpsearch.commands.summary import SearchSummary
 from lpsearch.config import OptimizeConfig, ResolvedConfig, Split, slug_of_model
-from lpsearch.data import Windows, check_seq_len, check_text_source
+from lpsearch.data import Windows, check_seq_len, check_text_kinds
 from lpsearch.errors import PlanError
 from lpsearch.front_file import FrontFile
 from lpsearch.latency.profile import check_profile_geometry, load_profile
@@ -156,8 +156,10 @@ def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
         check_seq_len(values.seq_len, config)
 
     def check_new_study() -> None:
-        check_text_source(values.data, split="proxy")
-        check_text_source(values.heldout or values.data, split="heldout")
+        check_text_kinds(values.data, split="proxy")
+        check_text_kinds(values.heldout or values.data, split="heldout")
+        if values.worst_case and max(len(values.data), len(values.heldout)) == 1:
+            logger.warning("--worst-case changes nothing where there is one kind of text; give --data several times")
         config = read_config(source, trust_remote_code=values.trust_remote_code)
         if config is not None:
             check_new_config(config)
@@ -274,6 +276,8 @@ def _evaluate_plans(run: _Run) -> StudyResult:
             enqueue=run.enqueued,
             timeout_s=values.timeout,
             staged=values.staged,
+            kinds=run.windows["proxy"].kinds,
+            worst_case=values.worst_case,
             on_trial=progress.on_trial,
             on_evaluation=progress.on_evaluation,
         )
@@ -285,19 +289,21 @@ def _warn_of_odd_baseline(store: StudyStore, evaluator: ModelEvaluator, loaded: 
 
     with show_steps("evaluating the unmodified model"):
         stored = evaluate_stored_plan(store, evaluator, Plan.baseline(loaded.identity.num_layers))
-    losses, windows = stored.losses, evaluator.windows
+    losses = stored.losses
     if not stored.num_new_tokens and not all(map(math.isfinite, losses.nll_nats_per_token)):
         return  # what is wrong is in the study, which is refused
-    if windows.spec == "self":  # sampled at temperature 1, which is harder to predict than people's text
-        return
-    texts = loaded.tokenizer.batch_decode(windows.input_ids, skip_special_tokens=True)
-    warning = check_baseline_nll(
-        sum(losses.nll_nats_per_token) / windows.num_windows,
-        num_tokens=windows.num_windows * losses.tokens_per_window,
-        num_bytes=sum(len(text.encode()) for text in texts),
-    )
-    if warning is not None:
-        logger.warning("%s", warning)
+    kinds = evaluator.windows.split_kinds()
+    for index, windows in enumerate(kinds):
+        if windows.spec == "self":  # sampled at temperature 1, which is harder to predict than people's text
+            continue
+        texts = loaded.tokenizer.batch_decode(windows.input_ids, skip_special_tokens=True)
+        warning = check_baseline_nll(
+            sum(losses.nll_nats_per_token[index :: len(kinds)]) / windows.num_windows,
+            num_tokens=windows.num_windows * losses.tokens_per_window,
+            num_bytes=sum(len(text.encode()) for text in texts),
+        )
+        if warning is not None:
+            logger.warning("%s%s", f"{windows.spec}: " if len(kinds) > 1 else "", warning)
 
 
 def _evaluate_heldout(run: _Run, front: Sequence[TrialResult]) -> None:

@@ -14,8 +14,10 @@ from lpsearch.commands.report import REPORT_NAME
 from lpsearch.commands.steps import format_seconds
 from lpsearch.commands.tables import build_front_table
 from lpsearch.config import Metric
+from lpsearch.kinds import normalise_weights
 from lpsearch.latency.profile import describe_estimate
 from lpsearch.plan import LatencyMetrics
+from lpsearch.report.front_columns import choose_kind_losses
 from lpsearch.search import StudyResult, TrialResult
 from lpsearch.wording import escape_controls, name_count
 
@@ -87,6 +89,7 @@ class SearchSummary:
             ]
         else:
             lines = [delta, f"held out: {unseen}"]
+        lines += self._explain_kinds()
         if self.latency is not None:
             lines.append(
                 f"speed-up: {describe_estimate(self.latency.mean_error)}, for decoding, batch "
@@ -94,6 +97,24 @@ class SearchSummary:
                 f"{self.latency.device}; each group fused into one wide layer."
             )
         return "\n".join(lines)
+
+    def _explain_kinds(self) -> list[str]:
+        """Say what losses of several kinds of text are; nothing where there is one kind."""
+        (parts, *_), is_heldout = choose_kind_losses(self.front)
+        if not parts:
+            return []
+        loss = self.front[0].loss
+        if loss.is_worst_case:
+            judged = "the loss on the worst kind"
+        elif loss.by_kind:
+            weights = ", ".join(f"{weight:.0%}" for weight in normalise_weights([part.kind for part in loss.by_kind]))
+            judged = f"the mean over the kinds, weighted {weights}"
+        else:
+            judged = "the loss on the one kind that was searched on"
+        where = "on windows that the search never saw" if is_heldout else "on the search's windows"
+        return [
+            f"on ...: the loss on one kind of text, {where}. Plans were compared by {judged}, on the search's windows."
+        ]
 
     def _list_files(self) -> str:
         names = ["front.json", "plans/"]

@@ -158,7 +158,7 @@ class ModelEvaluator:
 
     def _split(self, window_indices: Sequence[int]) -> Iterator[list[int]]:
         """Yield the batches; none crosses a rung, so a search in stages runs the batches of a whole evaluation."""
-        for rung in split_by_rung(window_indices, self.num_windows):
+        for rung in split_by_rung(window_indices, self.num_windows, len(self._windows.kinds)):
             for start in range(0, len(rung), self._batch_size):
                 yield rung[start : start + self._batch_size]
 

@@ -263,7 +263,8 @@ def _count_fitting_layers(
     mend = (
         f"what fits is {tokens} tokens over all sequences, e.g. batch {batch_size} with context {tokens // batch_size}"
         if tokens > batch_size
-        else "not even the weights fit: use more GPUs (`lpsearch profile --tp`), or search without times (`lpsearch optimize --latency off`)"
+        else "not even the weights fit: use more GPUs (`lpsearch profile --tp`), or search without times "
+        "(`lpsearch optimize --latency off`)"
     )
     raise LpsearchError(
         f"not enough memory to measure latency: {least} layers with batch {batch_size} and {capacity} tokens need "

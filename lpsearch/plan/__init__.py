@@ -18,6 +18,7 @@ from lpsearch.plan.file import (
 )
 from lpsearch.plan.groups import Group, Plan, check_supported
 from lpsearch.plan.metadata import (
+    KindMetrics,
     LatencyMetrics,
     ModelIdentity,
     PlanMetadata,
@@ -30,6 +31,7 @@ __all__ = [
     "PLAN_SCHEMA_VERSION",
     "RECOVERED_PLAN_NAME",
     "Group",
+    "KindMetrics",
     "LatencyMetrics",
     "ModelIdentity",
     "Plan",

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = [
     "FileModel",
+    "KindMetrics",
     "LatencyMetrics",
     "ModelIdentity",
     "PlanMetadata",
@@ -39,8 +40,38 @@ class ModelIdentity(FileModel):
     fingerprint: str
 
 
+class KindMetrics(FileModel):
+    """Loss of a plan on one of several kinds of text, paired with the unmodified model on the same windows.
+
+    Attributes:
+        data: the data specification.
+        weight: weight of the kind in the mean over kinds, relative to those of the others.
+        nll: mean negative log-likelihood in nats per token.
+        delta_nll: ``nll`` minus the unmodified model's, in nats per token.
+        delta_nll_se: standard error of ``delta_nll`` over windows, in nats per token; None for one window.
+        perplexity: ``exp(nll)``.
+        kl_nats_per_token: mean KL(base || plan) over the vocabulary; None unless it was measured.
+        kl_se: standard error of it over windows; None for one window.
+        windows: number of windows.
+        num_tokens: tokens whose loss was counted.
+    """
+
+    data: str
+    weight: float = Field(gt=0)
+    nll: float
+    delta_nll: float
+    delta_nll_se: float | None
+    perplexity: float
+    kl_nats_per_token: float | None = None
+    kl_se: float | None = None
+    windows: int = Field(gt=0)
+    num_tokens: int = Field(gt=0)
+
+
 class ProxyMetrics(FileModel):
     """Loss of a plan over fixed windows, paired with the unmodified model on the same windows.
+
+    Of several kinds of text, the losses are weighted means over the kinds.
 
     Attributes:
         nll: mean negative log-likelihood in nats per token.
@@ -48,7 +79,8 @@ class ProxyMetrics(FileModel):
         delta_nll_se: standard error of ``delta_nll`` over windows, in nats per token; None for one window.
         perplexity: ``exp(nll)``.
         kl_nats_per_token: mean KL(base || plan) over the vocabulary; None unless it was measured.
-        data: the data specification, e.g. ``wikitext2:validation``.
+        by_kind: the same of each kind of text, where there are several.
+        data: the data specification, e.g. ``wikitext2:validation``; of several kinds all of them, to be read.
         windows: number of windows.
         seq_len: tokens in a window.
         num_tokens: tokens whose loss was counted.
@@ -61,6 +93,7 @@ class ProxyMetrics(FileModel):
     delta_nll_se: float | None
     perplexity: float
     kl_nats_per_token: float | None = None
+    by_kind: tuple[KindMetrics, ...] = ()
     data: str
     windows: int = Field(gt=0)
     seq_len: int = Field(gt=1)

@@ -24,6 +24,7 @@ from lpsearch.latency.profile import describe_estimate
 from lpsearch.report.advice import list_commands
 from lpsearch.report.figures import build_front_figure, describe_groups
 from lpsearch.report.front_columns import format_loss
+from lpsearch.report.kind_figure import describe_kind_losses
 from lpsearch.report.study import StudyReport
 from lpsearch.report.tables import Table, build_front_table
 from lpsearch.search import StudyStore, TrialResult
@@ -173,6 +174,7 @@ def _describe_result(report: StudyReport, result: TrialResult) -> str:
     ]
     if heldout is not None:
         lines.append(f"- held out: {format_loss(heldout, metric)} nats per token")
+    lines += [f"- {_escape(name)}: {value}" for name, value in describe_kind_losses(report, result).items()]
     lines.append(f"- perplexity: {result.perplexity:.3f}")
     if result.speedup is not None:
         estimated = describe_estimate(report.latency_error)

@@ -91,6 +91,16 @@ class StudyReport:
         return objective
 
     @property
+    def is_worst_case(self) -> bool:
+        """Whether plans were compared by their worst kind of text."""
+        return self.baseline.loss.is_worst_case
+
+    @property
+    def has_kinds(self) -> bool:
+        """Whether losses are known on several kinds of text."""
+        return any(loss is not None and loss.by_kind for loss in (self.baseline.loss, self.baseline.heldout))
+
+    @property
     def baseline(self) -> TrialResult:
         """The unmodified model."""
         return self.front[0]

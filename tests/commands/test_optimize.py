@@ -160,7 +160,7 @@ def test_resuming_keeps_what_the_study_was_begun_with(run_lpsearch: Run, argumen
         ("--max-group", 3, "--max-group was 2, now 3"),
         ("--metric", "kl", "--metric was nll, now kl"),
         ("--dtype", "bfloat16", "--dtype was float32, now bfloat16"),
-        ("--data", "self", "now self"),
+        ("--data", "self", 'squares.txt", "self"]'),  # one more kind of text
         ("--heldout", "self", "--heldout was null, now self"),
         ("--study", "another", "holds the study 'tiny-llama0', not 'another'"),
     ],
