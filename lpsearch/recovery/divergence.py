@@ -90,7 +90,7 @@ def sum_losses(
     chunk_len = _choose_chunk_len(hidden_states.device, vocab_size, chunk_bytes)
     kl = torch.zeros((), dtype=torch.float64, device=hidden_states.device)
     nll = torch.zeros_like(kl)
-    flat_targets = targets.flatten().split(chunk_len)
+    flat_targets = torch.split(targets.flatten(), chunk_len)
     for (rows, base_rows), chosen in zip(
         _chunks(hidden_states, base_hidden_states, chunk_len), flat_targets, strict=True
     ):
@@ -144,7 +144,7 @@ def _choose_chunk_len(device: torch.device, vocab_size: int, chunk_bytes: int | 
 def _chunks(hidden_states: Tensor, base_hidden_states: Tensor, chunk_len: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield rows of both, (chunk, hidden)."""
     rows, base_rows = hidden_states.flatten(0, -2), base_hidden_states.flatten(0, -2)
-    return zip(rows.split(chunk_len), base_rows.split(chunk_len), strict=True)
+    return zip(torch.split(rows, chunk_len), torch.split(base_rows, chunk_len), strict=True)
 
 
 def _log_probs(logits: Tensor) -> Tensor:

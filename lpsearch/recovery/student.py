@@ -144,8 +144,8 @@ def build_student(
     check_unplanned(model)
     names = name_trained(model, plan, train)
     shared = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
-    copied = copy.deepcopy(model, dict(shared))
-    apply_plan(copied, plan).eval()
+    copied: Any = apply_plan(copy.deepcopy(model, dict(shared)), plan)
+    copied.eval()
     dtypes = {name: parameter.dtype for name, parameter in copied.named_parameters()}
     for parameter in copied.parameters():
         parameter.data = parameter.data if frozen_dtype is None else parameter.data.to(frozen_dtype)
