@@ -145,7 +145,8 @@ class DistillLoop:
 
     def _check_device(self) -> None:
         expected = self._accelerator.device
-        if self._accelerator.num_processes > 1 and self._device != expected:
+        is_expected = self._device == expected or self._device.type == expected.type == "cpu"
+        if self._accelerator.num_processes > 1 and not is_expected:
             raise ModelError(
                 f"process {self._accelerator.process_index} has the model on {self._device}, expected {expected}; load "
                 "it on the process's own device"

@@ -122,9 +122,9 @@ class _Divergence(torch.autograd.Function):
             total += base_log_probs.sub_(log_probs).mul_(base_probs).sum() / num_tokens
             if gradient is not None:
                 # d KL / d logits = softmax(logits) - softmax(base logits)
-                difference = log_probs.exp_().sub_(base_probs).div_(num_tokens).to(logits.dtype)
+                difference = log_probs.exp_().sub_(base_probs).to(logits.dtype)
                 (rows_gradient,) = torch.autograd.grad(logits, entry, difference)
-                gradient[position : position + len(rows)] = rows_gradient
+                gradient[position : position + len(rows)] = rows_gradient / num_tokens
             position += len(rows)
         if gradient is not None:
             ctx.save_for_backward(gradient.view_as(hidden_states))
