@@ -294,6 +294,26 @@ def test_training_that_cannot_fit_is_refused_with_what_would(
     assert "try --micro-batch 2, --checkpointing, --lora 16" in message
 
 
+# ---- On a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_training_on_a_gpu_is_in_bfloat16_with_float32_masters(
+    model: PreTrainedModel, tmp_path: Path, dtype: torch.dtype, lora_rank: int | None
+) -> None:
+    # One micro batch, chosen by the memory that two windows take, and two of half the size.
+    settings = build_settings(num_tokens=40 * 8 * 16, micro_batch=None, lora_rank=lora_rank)
+    on_gpu = build_tiny_model("llama").to("cuda", dtype)
+    distilled = run(on_gpu, settings=settings, checkpoint_dir=tmp_path)
+    expected = run(model, settings=dataclasses.replace(settings, micro_batch=8))
+    assert {(weight.dtype, weight.device.type) for weight in distilled.weights.values()} == {(dtype, "cpu")}
+    assert distilled.recovered > 0.5 * expected.recovered > 0.05
+    state = load_file(next(tmp_path.glob("*/state.safetensors")))
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+
+
 # ---- Several processes -----------------------------------------------------------------------------------------------
 
 _PROCESS = """
