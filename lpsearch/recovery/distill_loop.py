@@ -82,8 +82,10 @@ class DistillLoop:
         self._weights, self._checkpoint_dir, self._on_progress = weights, checkpoint_dir, on_progress
         self._device = model.device
         handler = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+        # One process needs no backend, and Accelerate takes back no device that it chose before in the process.
+        needs_gloo = self._device.type == "cpu" and torch.distributed.is_torchelastic_launched()
         self._accelerator = Accelerator(
-            cpu=self._device.type == "cpu", mixed_precision="no", device_placement=False, kwargs_handlers=[handler]
+            cpu=needs_gloo, mixed_precision="no", device_placement=False, kwargs_handlers=[handler]
         )
         self._check_device()
         processes: int = self._accelerator.num_processes
@@ -308,6 +310,7 @@ class DistillLoop:
                 state.best_step,
             )
         self._accelerator.wait_for_everyone()
+        self._accelerator.free_memory()
         originals = dict(self._base.named_parameters())
         candidates = {**self._weights, **self._best} if self._accelerator.is_main_process else {}
         weights = {name: weight.to("cpu", originals[name].dtype) for name, weight in candidates.items()}

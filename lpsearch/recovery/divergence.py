@@ -122,7 +122,7 @@ class _Divergence(torch.autograd.Function):
             total += base_log_probs.sub_(log_probs).mul_(base_probs).sum() / num_tokens
             if gradient is not None:
                 # d KL / d logits = softmax(logits) - softmax(base logits)
-                difference = log_probs.exp_().sub_(base_probs).to(logits.dtype)
+                difference = torch.sub(log_probs.exp_(), base_probs, out=torch.empty_like(logits))
                 (rows_gradient,) = torch.autograd.grad(logits, entry, difference)
                 gradient[position : position + len(rows)] = rows_gradient / num_tokens
             position += len(rows)

@@ -303,7 +303,6 @@ def test_training_that_cannot_fit_is_refused_with_what_would(
 def test_training_on_a_gpu_is_in_bfloat16_with_float32_masters(
     model: PreTrainedModel, tmp_path: Path, dtype: torch.dtype, lora_rank: int | None
 ) -> None:
-    # One micro batch, chosen by the memory that two windows take, and two of half the size.
     settings = build_settings(num_tokens=40 * 8 * 16, micro_batch=None, lora_rank=lora_rank)
     on_gpu = build_tiny_model("llama").to("cuda", dtype)
     distilled = run(on_gpu, settings=settings, checkpoint_dir=tmp_path)
