@@ -270,6 +270,12 @@ def test_a_plan_without_groups_and_a_planned_model_are_refused(model: PreTrained
         run(model)
 
 
+def test_adapters_without_peft_name_the_extra(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)  # as where it is not installed
+    with pytest.raises(UsageError, match=r"--lora needs PEFT; install it with: pip install 'lpsearch\[recover\]'"):
+        run(model, settings=build_settings(lora_rank=2))
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"num_tokens": 0}, {"micro_batch": 0}, {"learning_rate": math.nan}, {"warmup_share": 2.0}, {"train": "x"}],
