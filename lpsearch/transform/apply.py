@@ -14,9 +14,10 @@ input, after its last slot they are its output. A model runs one forward at a ti
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -197,6 +198,8 @@ class _LayerGroup:
 
     blocks: tuple[DecoderBlock, ...]
     kept: list[dict[str, Any]] = field(default_factory=list)
+    checkpoint: Callable[..., Tensor] | None = None  # in a forward with gradient checkpointing
+    checkpointing_layers: list[nn.Module] = field(default_factory=list)
 
     def visit(self, position: int, hidden_states: Tensor, layer_kwargs: dict[str, Any]) -> Tensor:
         """Keep the arguments of one slot, or at the last slot run the group.
@@ -211,7 +214,6 @@ class _LayerGroup:
         """
         if position == 0:
             self.kept.clear()
-            self._refuse_checkpointing()
         if len(self.kept) != position:
             raise RuntimeError(
                 f"slot {position} of a group of {len(self.blocks)} layers ran after {len(self.kept)} of its slots; "
@@ -221,16 +223,29 @@ class _LayerGroup:
         if position < len(self.blocks) - 1:
             return hidden_states
         kept, self.kept = self.kept, []
-        return run_group(self.blocks, hidden_states, kept)
+        if self.checkpoint is None:
+            return run_group(self.blocks, hidden_states, kept)
+        # As transformers does: the recomputation would write to a cache again.
+        kept = [{name: None if name == "past_key_values" else value for name, value in k.items()} for k in kept]
+        return self.checkpoint(partial(run_group, self.blocks, layer_kwargs=kept), hidden_states)
 
-    def _refuse_checkpointing(self) -> None:
-        # It recomputes each layer by itself in the backward pass, last layer first; a slot cannot be.
+    def enter(self) -> None:
+        """Begin a forward: with gradient checkpointing, the group is recomputed as a whole and not slot by slot."""
+        self.leave()  # an exception that is no Exception calls no hooks on its way out
         for block in self.blocks:
-            if block.layer.training and getattr(block.layer, "gradient_checkpointing", False):
-                raise ModelError(
-                    "gradient checkpointing is on, and it would recompute the layers of a group one by one; expected "
-                    "it off for training under a plan: call model.gradient_checkpointing_disable()"
-                )
+            layer: Any = block.layer
+            if layer.training and getattr(layer, "gradient_checkpointing", False):
+                self.checkpoint = layer._gradient_checkpointing_func
+                self.checkpointing_layers.append(layer)
+                layer.gradient_checkpointing = False
+
+    def leave(self) -> None:
+        """End a forward, also one that an exception broke off."""
+        self.kept.clear()
+        self.checkpoint = None
+        for layer in self.checkpointing_layers:
+            layer.gradient_checkpointing = True  # type: ignore[assignment]  # nn.Module types attributes as tensors
+        self.checkpointing_layers.clear()
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,7 +254,7 @@ class _Application:
 
     plan: Plan
     groups: tuple[_LayerGroup, ...]
-    forget_handle: RemovableHandle
+    handles: tuple[RemovableHandle, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,14 +273,25 @@ class _Slot:
 
 
 @dataclass(frozen=True, eq=False)
-class _Forget:
+class _Enter:
+    """Forward pre-hook of the decoder."""
+
+    groups: tuple[_LayerGroup, ...]
+
+    def __call__(self, decoder: nn.Module, args: tuple[Any, ...]) -> None:
+        for group in self.groups:
+            group.enter()
+
+
+@dataclass(frozen=True, eq=False)
+class _Leave:
     """Forward hook of the decoder that drops what a forward broken off by an exception left behind."""
 
     groups: tuple[_LayerGroup, ...]
 
     def __call__(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         for group in self.groups:
-            group.kept.clear()
+            group.leave()
 
 
 def _find_application(model: PreTrainedModel) -> _Application | None:
@@ -294,7 +320,10 @@ def _replace_application(model: PreTrainedModel, plan: Plan | None) -> None:
     layers = get_decoder_layers(model)
     standing = _find_application(model)
     if standing is not None:
-        standing.forget_handle.remove()
+        for handle in standing.handles:
+            handle.remove()
+        for group in standing.groups:
+            group.leave()
         for layer in layers:
             if isinstance(layer.__dict__.get("forward"), _Slot):
                 del layer.forward
@@ -302,8 +331,12 @@ def _replace_application(model: PreTrainedModel, plan: Plan | None) -> None:
         return
     blocks = build_blocks(model)
     groups = tuple(_LayerGroup(tuple(blocks[i] for i in group)) for group in plan.groups if len(group) > 1)
-    handle = get_decoder(model).register_forward_hook(_Forget(groups), always_call=True)
-    application = _Application(plan, groups, handle)
+    decoder = get_decoder(model)
+    handles = (
+        decoder.register_forward_pre_hook(_Enter(groups)),
+        decoder.register_forward_hook(_Leave(groups), always_call=True),
+    )
+    application = _Application(plan, groups, handles)
     for group in groups:
         for position, block in enumerate(group.blocks):
             block.layer.__dict__["forward"] = _Slot(application, group, position)

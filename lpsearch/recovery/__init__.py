@@ -1,0 +1,1 @@
+"""Winning back what a plan loses: closed-form refits and distilling."""
