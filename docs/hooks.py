@@ -272,10 +272,14 @@ def build_families() -> str:
     from lpsearch.models.traits import FAMILIES, read_traits
 
     rows = ["| model type | search and run | fuse and export | latency as wide layers |\n|---|---|---|---|"]
-    for family in FAMILIES:
-        traits = read_traits(AutoConfig.for_model(family))
-        columns = ["yes" if obstacle is None else "" for obstacle in (traits.fusing_obstacle, traits.runtime_obstacle)]
-        rows.append(f"| `{family}` | yes | {' | '.join(columns)} |")
+    for family, entry in FAMILIES.items():
+        option = entry.block.parallel if isinstance(entry.block.parallel, str) else None
+        for values in [{}] if option is None else [{option: True}, {option: False}]:
+            traits = read_traits(AutoConfig.for_model(family, **values))
+            obstacles = (traits.fusing_obstacle, traits.runtime_obstacle)
+            columns = ["yes" if obstacle is None else "" for obstacle in obstacles]
+            name = f"`{family}`" + "".join(f", `{option}: {json.dumps(value)}`" for option, value in values.items())
+            rows.append(f"| {name} | yes | {' | '.join(columns)} |")
     return "\n".join(rows)
 
 

@@ -69,12 +69,16 @@ def test_every_group_of_commands_is_listed(hooks: ModuleType) -> None:
 def test_families_are_those_of_the_code(hooks: ModuleType) -> None:
     from lpsearch.models.traits import FAMILIES
 
-    rows = re.findall(r"^\| `(\w+)` \| yes \| (yes)? *\| (yes)? *\|$", hooks.build_families(), re.MULTILINE)
-    assert [row[0] for row in rows] == list(FAMILIES)
-    by_name = {row[0]: row[1:] for row in rows}
+    rows = re.findall(r"^\| (`.+`) \| yes \| (yes)? *\| (yes)? *\|$", hooks.build_families(), re.MULTILINE)
+    names = [re.findall(r"`([^`]+)`", row[0]) for row in rows]
+    assert list(dict.fromkeys(name[0] for name in names)) == list(FAMILIES)
+    by_name = {", ".join(name): row[1:] for name, row in zip(names, rows, strict=True)}
+    assert len(by_name) == len(rows)
     assert by_name["llama"] == ("yes", "yes")
     assert by_name["starcoder2"] == ("yes", "")
     assert by_name["mixtral"] == ("", "")
+    assert by_name["gpt_neox, use_parallel_residual: true"] == ("", "")
+    assert by_name["gpt_neox, use_parallel_residual: false"] == ("yes", "")
 
 
 def test_every_field_of_the_plan_file_is_described(hooks: ModuleType) -> None:

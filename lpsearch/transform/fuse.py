@@ -67,7 +67,8 @@ def fuse_plan(model: _Model, plan: Plan) -> _Model:
     decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
     base_layers, decoder.layers = list(decoder.layers), nn.ModuleList()
     is_training = base_layers[0].training
-    tensors = name_tensors(base_layers)
+    prefix = read_traits(base_config).family.decoder
+    tensors = name_tensors(base_layers, decoder=prefix)
     base_layers.clear()
     weights = InterleavedWeights(base_config, fused_config, tensors.get)
     with torch.device("meta"):
@@ -75,8 +76,8 @@ def fuse_plan(model: _Model, plan: Plan) -> _Model:
     for group in plan.groups:
         for slot, members in enumerate(fused_config.lpsearch["slots"]):
             if members[0] in group:
-                _fill_layer(layers[slot], f"model.layers.{slot}.", weights, like=next(iter(tensors.values())))
-        used = tuple(f"model.layers.{layer_idx}." for layer_idx in group)
+                _fill_layer(layers[slot], f"{prefix}.layers.{slot}.", weights, like=next(iter(tensors.values())))
+        used = tuple(f"{prefix}.layers.{layer_idx}." for layer_idx in group)
         for name in [name for name in tensors if name.startswith(used)]:
             del tensors[name]
     decoder.layers = layers.train(is_training)

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from lpsearch.models.traits import LAYER_LISTS, read_traits
+from lpsearch.models.traits import LAYER_LISTS, Family, read_traits
 from lpsearch.plan import Plan
 from lpsearch.transform import modeling_lpsearch as modeling
 
@@ -34,7 +34,8 @@ def build_fused_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig
         group = group_of[members[0]]
         if len(members) > 1:
             overrides["num_attention_heads"] = len(members) * traits.num_heads
-            overrides["num_key_value_heads"] = len(members) * traits.num_kv_heads
+            if hasattr(config, "num_key_value_heads"):
+                overrides["num_key_value_heads"] = len(members) * traits.num_kv_heads
         if len(group) > 1 and (slot + 1 == len(slots) or slots[slot + 1][0] not in group):
             overrides["intermediate_size"] = len(group) * traits.intermediate_size
             if traits.family.norm_kind == "layer":  # the bias of a norm becomes one of the projections behind it
@@ -63,6 +64,9 @@ def build_fused_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig
         "per_layer_config": per_layer_config,
         "lpsearch": {
             "stem": stem,
+            "layer": traits.family.layer,
+            "attention": block.attention,
+            "widened": _list_attention_modules(traits.family) if traits.family.splits_hidden_size else None,
             "groups": [list(group) for group in plan.groups],
             "slots": [list(slot) for slot in slots],
             "attention_norm": block.attention_norm,
@@ -75,3 +79,9 @@ def build_fused_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig
     fused: PretrainedConfig = getattr(modeling, names["Config"])(**fields)
     fused._attn_implementation = config._attn_implementation
     return fused
+
+
+def _list_attention_modules(family: Family) -> list[str]:
+    """Return the linear modules of the attention by their names within it, the output's last."""
+    parent = f"{family.block.attention}."
+    return [module.removeprefix(parent) for module in family.projections if module.startswith(parent)]

@@ -36,14 +36,19 @@ _TensorKind = Literal["weight", "bias"]
 _FOLDED_ELEMENTS = 1 << 20
 """Elements of a weight that are in float32 at a time while a norm is folded into it."""
 
-_LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_LAYER_NAME = re.compile(r"\w+\.layers\.(\d+)\.(.+)")
 _MEMBER_NAME = re.compile(r"(.+)\.(\d+)\.(\w+)")
 
 
-def name_tensors(layers: Iterable[nn.Module]) -> dict[str, nn.Parameter]:
-    """Return the parameters of decoder layers by their names in the state dict of a language model."""
+def name_tensors(layers: Iterable[nn.Module], *, decoder: str = "model") -> dict[str, nn.Parameter]:
+    """Return the parameters of decoder layers by their names in the state dict of a language model.
+
+    Args:
+        layers: all of them.
+        decoder: name of the decoder in the language model.
+    """
     return {
-        f"model.layers.{layer_idx}.{name}": parameter
+        f"{decoder}.layers.{layer_idx}.{name}": parameter
         for layer_idx, layer in enumerate(layers)
         for name, parameter in layer.named_parameters()
     }
@@ -63,13 +68,13 @@ class MemberWeights:
 
     def get(self, layer: int, name: str) -> Tensor:
         """Return a tensor that a layer is known to have, by its name within the layer."""
-        tensor = self.read(f"model.layers.{layer}.{name}")
+        tensor = self.find(layer, name)
         assert tensor is not None, (layer, name)
         return tensor
 
     def find(self, layer: int, name: str) -> Tensor | None:
         """Return a tensor by its name within a layer; None if the layer has none of this name."""
-        return self.read(f"model.layers.{layer}.{name}")
+        return self.read(f"{self.traits.family.decoder}.layers.{layer}.{name}")
 
     def read_norm(self, layer: int, name: str) -> Tensor:
         """Return what a norm multiplies by, in float32."""
@@ -90,10 +95,25 @@ class MemberWeights:
             One tensor a projection; biases into which something was folded in float32, and what nothing was folded
             into as stored; none for biases that there are not.
         """
-        projections, block = self.traits.family.projections[module], self.traits.family.block
-        tensor = self.find(layer, f"{module}.{kind}")
+        tensor = self.fold_module(layer, module, kind, dtype)
+        if tensor is None:
+            return ()
+        projections, traits = self.traits.family.projections[module], self.traits
         if projections[0] in OUTPUTS:
-            return () if tensor is None else (tensor,)
+            return (tensor,)
+        if traits.family.packs_rows_by_head(module):
+            heads = torch.unflatten(tensor, 0, (traits.num_heads, len(projections), traits.head_dim))
+            return tuple(rows.flatten(0, 1) for rows in heads.unbind(1))
+        return torch.split(tensor, [traits.projection_sizes[projection] for projection in projections])
+
+    def fold_module(
+        self, layer: int, module: str, kind: _TensorKind, dtype: torch.dtype = torch.float32
+    ) -> Tensor | None:
+        """Return what :meth:`fold` does before it is split by projection; None for a bias that there is not."""
+        block = self.traits.family.block
+        tensor = self.find(layer, f"{module}.{kind}")
+        if self.traits.family.projections[module][0] in OUTPUTS:
+            return tensor
         norm = block.attention_norm if module.startswith(f"{block.attention}.") else block.mlp_norm
         norm_bias = None if norm is None else self.find(layer, f"{norm}.bias")
         if kind == "weight" and norm is not None and tensor is not None:
@@ -101,9 +121,7 @@ class MemberWeights:
         elif kind == "bias" and norm_bias is not None:
             moved = self.get(layer, f"{module}.weight").float() @ norm_bias.float()
             tensor = moved if tensor is None else moved + tensor.float()
-        if tensor is None:
-            return ()
-        return torch.split(tensor, [self.traits.projection_sizes[projection] for projection in projections])
+        return tensor
 
 
 class InterleavedWeights:
@@ -161,9 +179,17 @@ class InterleavedWeights:
         else:
             num_turns = count_mlp_blocks(self._traits.intermediate_size) if self._traits.has_post_norms else 1
         members = (
-            self._members.fold(layer, module, "weight" if kind == "weight" else "bias", dtype) for layer in layers
+            self._fold_blocks(layer, module, "weight" if kind == "weight" else "bias", dtype) for layer in layers
         )
         return _take_turns(members, len(layers), num_turns, dim=1 if is_output else 0, dtype=dtype)
+
+    def _fold_blocks(self, layer: int, module: str, kind: _TensorKind, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Return what takes turns in a linear module: its projections, or all at once where each head packs its own."""
+        if not self._traits.family.packs_rows_by_head(module):
+            return self._members.fold(layer, module, kind, dtype)
+        tensor = self._members.fold_module(layer, module, kind, dtype)
+        assert tensor is not None, (layer, module, kind)
+        return (tensor,)
 
     def _add_biases(self, layers: Sequence[int], name: str) -> Tensor:
         """Add the biases of output projections, those that there are."""

@@ -7,13 +7,17 @@ Every family's model, attention and MLP are those of transformers, unchanged: a 
 own decoder layer, built for m times the heads, key-value heads and intermediate size. The configuration says so in
 ``per_layer_config``, by cache slot, and says in ``lpsearch`` what else this file must know:
 
-* ``stem``: what the names of the family's classes in transformers begin with, e.g. ``Llama`` or ``Gemma3Text``.
+* ``stem``: what the names of the family's classes in transformers begin with, e.g. ``Llama`` or ``Gemma3Text``, and
+  ``layer``: what that of the decoder layer ends with.
 * ``groups``: for each group its layers in the base model. Their attention outputs are added to the residual stream at
   once, then their MLP outputs.
 * ``slots``: the layers that attend alike within a group share a cache slot, and ``model.layers`` has one entry a slot.
   Most groups are one slot. In a group of several (sliding and full attention, with and without rotary embedding), the
   last slot is the layer; those before it only attend, and hand what they found on beside the hidden states.
-* ``attention_norm``: the submodule that norms what the attention reads, or null.
+* ``attention``: the submodule that attends, and ``attention_norm``: the one that norms what it reads, or null.
+* ``widened``: the linear modules of an attention whose heads share the hidden size, whatever ``head_dim`` says
+  (GPT-NeoX), the output's last. It is built for a hidden size m times as large and reads and writes the model's. Null
+  for an attention that has a head size of its own.
 * ``post_norms``: the submodules that norm what attention and MLP give, or null.
 * ``qk_norm_axis``: which axis of what the norms of queries and keys get has the heads, counted from the end; the last
   where they take all heads at once; null without such norms.
@@ -189,7 +193,7 @@ def build_layers(config: Any) -> nn.ModuleList:
     names = config.lpsearch
     stem: str = names["stem"]
     modeling = sys.modules[getattr(transformers, f"{stem}Model").__module__]
-    layer_class = getattr(modeling, f"{stem.removesuffix('Text')}DecoderLayer")
+    layer_class = getattr(modeling, f"{stem.removesuffix('Text')}{names.get('layer', 'DecoderLayer')}")
     overrides = {int(slot): values for slot, values in (config.to_dict().get("per_layer_config") or {}).items()}
     group_of = {layer: tuple(group) for group in names["groups"] for layer in group}
     layers: list[nn.Module] = []
@@ -197,6 +201,8 @@ def build_layers(config: Any) -> nn.ModuleList:
         group = group_of[members[0]]
         layer = layer_class(LayerConfig(config, overrides[slot]) if slot in overrides else config, slot)
         layer.hidden_size = config.hidden_size
+        if names.get("widened") and len(members) > 1:
+            _widen_attention(layer, names, LayerConfig(config, overrides[slot]), slot, num_members=len(members))
         _give_members_their_own(layer, names, num_members=len(members), num_grouped=len(group))
         if len(members) < len(group):
             side_by_side = names["post_norms"] is not None
@@ -211,9 +217,26 @@ def build_layers(config: Any) -> nn.ModuleList:
     return nn.ModuleList(layers)
 
 
+def _widen_attention(layer: Any, names: dict[str, Any], config: LayerConfig, slot: int, *, num_members: int) -> None:
+    """Give a layer the attention of a model that is m times as wide, between hidden states of the model's own size."""
+    hidden_size = config.hidden_size
+    wide_config = LayerConfig(config, {"hidden_size": num_members * hidden_size})
+    attention = type(layer.get_submodule(names["attention"]))(wide_config, slot)
+    attention.config = config
+    *inputs, output = names["widened"]
+    for name in (*inputs, output):
+        stock: Any = getattr(attention, name)
+        width = (stock.in_features, hidden_size) if name == output else (hidden_size, stock.out_features)
+        setattr(attention, name, nn.Linear(*width, bias=stock.bias is not None))
+    setattr(layer, names["attention"], attention)
+
+
 def _give_members_their_own(layer: Any, names: dict[str, Any], *, num_members: int, num_grouped: int) -> None:
     """Replace the modules of a wide layer that may not mix its members by one a member."""
-    attention, axis = layer.self_attn, names["qk_norm_axis"]
+    axis = names["qk_norm_axis"]
+    if axis is None and names["post_norms"] is None:
+        return
+    attention = layer.self_attn
     head_dim = attention.head_dim
     query_block = attention.num_key_value_groups  # query heads of one key-value head
     if num_members > 1 and axis is not None:
@@ -335,8 +358,9 @@ def _build_classes(stem: str) -> dict[str, type[Any]]:
         def __init__(self, config: Any) -> None:
             with _without_layers(config):
                 super().__init__(config)
-            self.model.layers = build_layers(config)
-            _plan_members(self.model, config)
+            decoder: Any = self.get_decoder()
+            decoder.layers = build_layers(config)
+            _plan_members(decoder, config)
             self.post_init()
 
         def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -190,6 +190,19 @@ def test_weights_under_other_names_are_loaded_whole(tmp_path: Path) -> None:
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
 
 
+def test_a_head_under_its_former_name_is_exported(tmp_path: Path) -> None:
+    model = build_tiny_model("gpt_neox_sequential", vocab_size=512)
+    model.save_pretrained(tmp_path / "base")
+    write_byte_tokenizer(tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    weights["embed_out.weight"] = weights.pop("lm_head.weight", weights.get("embed_out.weight"))
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    expected = compute_planned_logits(model, MIXED)
+    export_source(resolve_source(str(tmp_path / "base")), MIXED, tmp_path / "out")
+    loaded, _ = load_exported(tmp_path / "out", device="cpu", dtype=torch.float32)
+    assert relative_difference(compute_logits(loaded), expected) < FLOAT32_FUSED
+
+
 def check_that_the_loaded_model_is_exported(source: Path, out: Path) -> None:
     """Compare an exported directory with the plan on the model as transformers loads it."""
     model = LlamaForCausalLM.from_pretrained(source).eval()

@@ -19,12 +19,11 @@ from tests.tiny_models import FUSED_FAMILIES, RUNTIME_FAMILIES, SLIDING_WINDOW, 
 NOT_FUSED = {
     "cohere": "its attention and MLP read the same input",
     "gpt_neox": "its attention and MLP read the same input",
-    "gpt_neox_sequential": "queries, keys and values of each head stand together in one projection",
     "phi": "its attention and MLP read the same input",
     "mixtral": "its MLP is a mixture of experts",
     "qwen3_moe": "its MLP is a mixture of experts",
 }
-NOT_IN_RUNTIME = NOT_FUSED | {"starcoder2": "its norms are not RMSNorms"}
+NOT_IN_RUNTIME = NOT_FUSED | dict.fromkeys(("gpt_neox_sequential", "starcoder2"), "its norms are not RMSNorms")
 
 
 def test_every_entry_has_a_tiny_model_that_the_tests_run_over() -> None:
@@ -35,7 +34,7 @@ def test_every_entry_has_a_tiny_model_that_the_tests_run_over() -> None:
 def test_what_is_not_fused_or_not_computed_has_its_reason() -> None:
     assert set(FUSED_FAMILIES) == set(TINY_FAMILIES) - set(NOT_FUSED)
     assert set(RUNTIME_FAMILIES) == set(TINY_FAMILIES) - set(NOT_IN_RUNTIME)
-    assert set(list_fusible_families()) == set(FUSED_FAMILIES)
+    assert set(list_fusible_families()) == {build_tiny_config(family).model_type for family in FUSED_FAMILIES}
     for family, reason in NOT_FUSED.items():
         with pytest.raises(
             FamilyError, match=rf"^model type \w+ cannot be fused into wide layers: {reason}; fused are"
@@ -44,6 +43,11 @@ def test_what_is_not_fused_or_not_computed_has_its_reason() -> None:
     for family, reason in NOT_IN_RUNTIME.items():
         with pytest.raises(FamilyError, match=rf"^model type \w+: the runtime computes .*, and {reason}; "):
             read_traits(build_tiny_config(family)).check_runtime()
+
+
+def test_a_refusal_says_with_which_option_the_family_is_fused() -> None:
+    with pytest.raises(FamilyError, match=r"gpt_neox cannot .* gpt_neox \(without use_parallel_residual\), granite, "):
+        read_traits(build_tiny_config("gpt_neox")).check_fusing()
 
 
 def test_a_family_without_an_entry_has_its_shape_and_is_refused_the_rest() -> None:

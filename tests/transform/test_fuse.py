@@ -29,11 +29,12 @@ BIASES = {
     "llama": {"attention_bias": True, "mlp_bias": True},
     "gemma2": {"attention_bias": True},
     "gemma3_text": {"attention_bias": True},
+    "gpt_neox_sequential": {"attention_bias": False},  # while its norms have a bias all the same
     "granite": {"attention_bias": True, "mlp_bias": True},
     "olmo2": {"attention_bias": True},
     "qwen3": {"attention_bias": True},
     "smollm3": {"attention_bias": True, "mlp_bias": True},
-    "starcoder2": {"use_bias": False},  # while its norms have a bias all the same
+    "starcoder2": {"use_bias": False},  # likewise
 }
 
 
@@ -298,6 +299,14 @@ def test_what_is_not_understood_to_the_bottom_is_refused_and_left_alone(change: 
     assert all(torch.equal(tensor, values[name]) for name, tensor in model.state_dict().items())
     assert type(model).__name__ == "LlamaForCausalLM"
     assert not (tmp_path / "out").exists()
+
+
+def test_a_change_is_found_under_the_names_of_another_family() -> None:
+    model: Any = build_tiny_model("gpt_neox_sequential")
+    model.gpt_neox.layers[2].attention.query_key_value.register_forward_hook(_scale_output)
+    with pytest.raises(ModelError, match=r"gpt_neox\.layers\.2\.attention\.query_key_value has a forward hook"):
+        fuse_plan(model, MIXED)
+    assert len(get_decoder_layers(model)) == 6
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")  # its name before transformers 5.23

@@ -19,7 +19,7 @@ from tests.tolerances import FLOAT32_LOGITS
 PLAN = Plan.from_groups([[0], [1, 2], [3], [4, 5]])
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "llama", "olmo2", "qwen3", "smollm3"])
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt_neox_sequential", "llama", "olmo2", "qwen3", "smollm3"])
 def test_a_decode_step_is_one_graph(family):
     model = fuse_plan(build_tiny_model(family), PLAN)
     prompt = torch.randint(3, 90, (1, 8), generator=torch.Generator().manual_seed(0))

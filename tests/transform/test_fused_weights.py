@@ -11,7 +11,7 @@ from torch import Tensor
 from lpsearch.models.families import get_decoder_layers
 from lpsearch.models.traits import read_traits
 from lpsearch.transform.fused_config import build_fused_config
-from lpsearch.transform.fused_weights import InterleavedWeights, StackedWeights, name_tensors
+from lpsearch.transform.fused_weights import InterleavedWeights, MemberWeights, StackedWeights, name_tensors
 from tests.fusing import MIXED
 from tests.tiny_models import RUNTIME_FAMILIES, build_tiny_model
 
@@ -19,6 +19,20 @@ from tests.tiny_models import RUNTIME_FAMILIES, build_tiny_model
 def sort_rows(tensor: Tensor) -> Tensor:
     """Return the rows of a matrix in an order of their own, so that two layouts of them compare."""
     return tensor[torch.argsort(tensor[:, 0])]
+
+
+def test_rows_packed_by_head_are_told_apart() -> None:
+    model = build_tiny_model("gpt_neox_sequential")
+    traits = read_traits(model.config)
+    layer = get_decoder_layers(model)[1]
+    norm, packed = layer.input_layernorm, layer.attention.query_key_value
+    members = MemberWeights(traits, name_tensors(get_decoder_layers(model), decoder="gpt_neox").get)
+    weights, biases = (members.fold(1, "attention.query_key_value", kind) for kind in ("weight", "bias"))
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    normed = torch.nn.functional.layer_norm(x, (32,), eps=norm.eps)
+    heads = packed(norm(x)).view(5, 4, 3 * 8)  # as transformers' attention splits them
+    for weight, bias, expected in zip(weights, biases, heads.chunk(3, dim=-1), strict=True):
+        torch.testing.assert_close(normed @ weight.T + bias, expected.flatten(1))
 
 
 @pytest.mark.parametrize("family", RUNTIME_FAMILIES)

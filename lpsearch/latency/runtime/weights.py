@@ -86,7 +86,8 @@ def fuse_model(
         num_ranks: ranks that share the model.
     """
     decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
-    stacked = StackedWeights(traits, name_tensors(decoder.layers).get, rank=rank, num_ranks=num_ranks)
+    tensors = name_tensors(decoder.layers, decoder=traits.family.decoder)
+    stacked = StackedWeights(traits, tensors.get, rank=rank, num_ranks=num_ranks)
     layers = [
         stacked.compute(group).map_tensors(lambda tensor: tensor.to(model.dtype).contiguous()) for group in plan.groups
     ]

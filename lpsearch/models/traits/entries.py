@@ -19,6 +19,8 @@ _ATTENTION: _Packing = {f"self_attn.{part}_proj": (part,) for part in ("q", "k",
 _PACKED_ATTENTION: _Packing = {"self_attn.qkv_proj": ("q", "k", "v"), "self_attn.o_proj": ("o",)}
 _GATED_MLP: _Packing = {f"mlp.{part}_proj": (part,) for part in ("gate", "up", "down")}
 _PACKED_MLP: _Packing = {"mlp.gate_up_proj": ("gate", "up"), "mlp.down_proj": ("down",)}
+_NEOX_ATTENTION: _Packing = {"attention.query_key_value": ("q", "k", "v"), "attention.dense": ("o",)}
+_NEOX_MLP: _Packing = {"mlp.dense_h_to_4h": ("up",), "mlp.dense_4h_to_h": ("down",)}
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class BlockForm:
         mlp_norm: the norm before the MLP, N'_k; without one it reads the residual stream itself.
         mlp_post_norm: the norm of the MLP's output.
         mlp_dropout: the dropout of the MLP's output.
-        parallel: whether both branches read the layer's input. A ``use_parallel_residual`` overrules it.
+        parallel: whether both branches read the layer's input; ``use_parallel_residual`` where the configuration's
+            option of this name says so.
     """
 
     attention: str = "self_attn"
@@ -43,7 +46,7 @@ class BlockForm:
     mlp_norm: str | None = "post_attention_layernorm"
     mlp_post_norm: str | None = None
     mlp_dropout: str | None = None
-    parallel: bool = False
+    parallel: bool | Literal["use_parallel_residual"] = False
 
     @property
     def attention_post(self) -> tuple[str, ...]:
@@ -71,9 +74,14 @@ class Family:
     Attributes:
         stem: what the names of its classes in transformers begin with, e.g. ``Llama`` for ``LlamaConfig``. A "Text" at
             its end is not in the names of the language model and the decoder layer.
+        decoder: name of the decoder in the language model, with which the names of its tensors begin.
+        layer: what the name of the decoder layer's class ends with.
         block: which submodule of a decoder layer plays which part.
         projections: for each linear module of a layer the projections whose rows it stacks. A plain MLP has no
             ``gate``.
+        packs_by_head: whether a projection of queries, keys and values has those of the first head, then those of the
+            second, rather than all queries first.
+        splits_hidden_size: whether the heads share the hidden size, whatever head size the configuration says.
         norm_kind: ``rms``, or ``layer`` with a bias.
         norm_offset: added to every norm weight: 1 for Gemma, whose norms multiply by 1 + w.
         qk_norm_axis: axis of what the norms of queries and keys get that has the heads: -2 before the transpose, -3
@@ -90,8 +98,12 @@ class Family:
     """
 
     stem: str
+    decoder: str = "model"
+    layer: str = "DecoderLayer"
     block: BlockForm = BlockForm()
     projections: _Packing = field(default_factory=lambda: {**_ATTENTION, **_GATED_MLP}, hash=False)
+    packs_by_head: bool = False
+    splits_hidden_size: bool = False
     norm_kind: Literal["rms", "layer"] = "rms"
     norm_offset: float = 0.0
     qk_norm_axis: Literal[-1, -2, -3] | None = None
@@ -108,6 +120,10 @@ class Family:
     def language_model(self) -> str:
         """Name of the language model's class in transformers, e.g. ``LlamaForCausalLM``."""
         return f"{self.stem.removesuffix('Text')}ForCausalLM"
+
+    def packs_rows_by_head(self, module: str) -> bool:
+        """Say whether a linear module has queries, keys and values of the first head, then those of the second."""
+        return self.packs_by_head and self.projections[module][0] == "q"
 
     def find_fusing_obstacle(self, *, is_parallel: bool) -> str | None:
         """Say why a group of such layers cannot be one wide layer; None if it can."""
@@ -155,13 +171,19 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt_neox": Family(
         stem="GPTNeoX",
+        decoder="gpt_neox",
+        layer="Layer",
         block=BlockForm(
             attention="attention",
             attention_dropout="post_attention_dropout",
             mlp_dropout="post_mlp_dropout",
-            parallel=True,
+            parallel="use_parallel_residual",
         ),
-        obstacle="queries, keys and values of each head stand together in one projection",
+        projections={**_NEOX_ATTENTION, **_NEOX_MLP},
+        packs_by_head=True,
+        splits_hidden_size=True,
+        norm_kind="layer",
+        mlp_bias=True,
     ),
     "granite": Family(stem="Granite", vllm=("granite", "Granite")),
     "llama": Family(stem="Llama", vllm=("llama", "Llama")),
@@ -213,9 +235,9 @@ UNKNOWN = Family(
 
 
 def list_fusible_families() -> tuple[str, ...]:
-    """Return the model types whose groups can be fused into wide layers."""
+    """Return the model types whose groups can be fused into wide layers, with some or all configurations."""
     return tuple(
         model_type
         for model_type, family in FAMILIES.items()
-        if family.find_fusing_obstacle(is_parallel=family.block.parallel) is None
+        if family.find_fusing_obstacle(is_parallel=family.block.parallel is True) is None
     )

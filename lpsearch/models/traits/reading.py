@@ -159,9 +159,11 @@ class FamilyTraits:
             FamilyError: with the reason.
         """
         if self.fusing_obstacle is not None:
+            options = {name: FAMILIES[name].block.parallel for name in list_fusible_families()}
+            fused = [name + (f" (without {option})" if option else "") for name, option in options.items()]
             raise FamilyError(
                 f"model type {self.config.model_type} cannot be fused into wide layers: {self.fusing_obstacle}; fused "
-                f"are {', '.join(list_fusible_families())}. A plan of any other family runs with `apply_plan`, which "
+                f"are {', '.join(fused)}. A plan of any other family runs with `apply_plan`, which "
                 "`lpsearch generate` and `lpsearch evaluate` use"
             )
 
