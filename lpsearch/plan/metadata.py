@@ -15,6 +15,8 @@ __all__ = [
     "PlanMetrics",
     "Provenance",
     "ProxyMetrics",
+    "RecoveredLoss",
+    "Recovery",
 ]
 
 
@@ -141,6 +143,63 @@ class PlanMetrics(FileModel):
     latency: LatencyMetrics | None = None
 
 
+class RecoveredLoss(FileModel):
+    """What a repair won back on one kind of text, on windows that it was not fitted to.
+
+    Attributes:
+        data: the data specification, e.g. ``wikitext2:test``.
+        windows: number of windows.
+        seq_len: tokens in a window.
+        num_tokens: tokens whose loss was counted.
+        untouched_delta_nll: what the plan costs without the repair, in nats per token.
+        delta_nll: what it costs with it, in nats per token.
+        delta_nll_se: standard error of ``delta_nll`` over windows; None for one window.
+    """
+
+    data: str
+    windows: int = Field(gt=0)
+    seq_len: int = Field(gt=1)
+    num_tokens: int = Field(gt=0)
+    untouched_delta_nll: float
+    delta_nll: float
+    delta_nll_se: float | None
+
+    @property
+    def recovered_share(self) -> float | None:
+        """Share of the loss that was won back; None where the plan lost nothing."""
+        return 1 - self.delta_nll / self.untouched_delta_nll if self.untouched_delta_nll > 0 else None
+
+
+class Recovery(FileModel):
+    """How the weights that belong to a plan were repaired.
+
+    Attributes:
+        method: ``refit`` in closed form, or ``distill`` by training.
+        data: the texts that it was fitted to.
+        num_tokens: tokens of them that were used, each as often as it was used.
+        steps: steps of training; None for a refit.
+        seconds: wall time.
+        settings: what else decided the result, by option.
+        losses: what it won back, by kind of text.
+        fingerprint: of the repaired model; see :func:`lpsearch.models.fingerprint_model`.
+        dtype: dtype of the weights while they were repaired.
+        device: device that did it.
+        versions: package versions that did it.
+    """
+
+    method: Literal["refit", "distill"]
+    data: tuple[str, ...]
+    num_tokens: int = Field(gt=0)
+    steps: int | None = None
+    seconds: float = Field(ge=0)
+    settings: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
+    losses: tuple[RecoveredLoss, ...] = ()
+    fingerprint: str
+    dtype: str
+    device: str
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
 class Provenance(FileModel):
     """Where a plan comes from.
 
@@ -150,6 +209,7 @@ class Provenance(FileModel):
         seed: seed of the study.
         versions: package versions that produced it.
         created_at: ISO 8601 time, UTC.
+        recovery: how its weights were repaired; None for a plan of the unmodified weights.
     """
 
     study: str | None = None
@@ -157,6 +217,7 @@ class Provenance(FileModel):
     seed: int | None = None
     versions: dict[str, str] = Field(default_factory=dict)
     created_at: str | None = None
+    recovery: Recovery | None = None
 
 
 class PlanMetadata(FileModel):

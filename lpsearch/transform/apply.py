@@ -171,10 +171,19 @@ def check_plan_numbers(plan: Plan, *, num_layers: int, fingerprint: str, name: s
             f"{subject} its groups cover {plan.num_layers} layers and this model ({name}) has {num_layers}; load the "
             "model that it was made for, or search a plan for this one"
         )
-    if meant_for is not None and not fingerprints_match(fingerprint, meant_for.fingerprint):
+    if plan.metadata is None or meant_for is None:
+        return
+    recovery = plan.metadata.provenance.recovery
+    expected = meant_for.fingerprint if recovery is None else recovery.fingerprint
+    if not fingerprints_match(fingerprint, expected):
+        if recovery is not None and fingerprints_match(fingerprint, meant_for.fingerprint):
+            raise PlanError(
+                f"the plan belongs to repaired weights, and this model ({name}) has the unmodified ones of "
+                f"{meant_for.id}; give it the weights with lpsearch.apply_recovery, or take plan.without_recovery()"
+            )
         raise PlanError(
             f"{subject} this model ({name}) has other weights or another geometry: its fingerprint is {fingerprint}, "
-            f"expected {meant_for.fingerprint}; load {meant_for.id}"
+            f"expected {expected}; load {meant_for.id}"
             f"{f' at revision {meant_for.revision}' if meant_for.revision else ''}, or search a plan for this model"
         )
 
