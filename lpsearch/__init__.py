@@ -13,6 +13,7 @@ from lpsearch.versions import __version__ as __version__
 if TYPE_CHECKING:
     from lpsearch.export import export_checkpoint
     from lpsearch.plan import Plan, load_plan, save_plan
+    from lpsearch.recovery import apply_recovery
     from lpsearch.search import run_study
     from lpsearch.transform import applied_plan, apply_plan, fuse_plan, undo_plan
 
@@ -20,6 +21,7 @@ __all__ = [
     "Plan",
     "applied_plan",
     "apply_plan",
+    "apply_recovery",
     "export_checkpoint",
     "fuse_plan",
     "load_plan",
@@ -32,6 +34,7 @@ _MODULE_OF = {
     "Plan": "lpsearch.plan",
     "applied_plan": "lpsearch.transform",
     "apply_plan": "lpsearch.transform",
+    "apply_recovery": "lpsearch.recovery",
     "export_checkpoint": "lpsearch.export",
     "fuse_plan": "lpsearch.transform",
     "load_plan": "lpsearch.plan",

@@ -26,6 +26,7 @@ from lpsearch.commands.models import models
 from lpsearch.commands.optimize import optimize
 from lpsearch.commands.options import JsonOption, QuietOption, refuse_empty, refuse_empty_paths, set_parameters
 from lpsearch.commands.profile import profile
+from lpsearch.commands.recover import recover
 from lpsearch.commands.report import report
 from lpsearch.errors import UsageError
 
@@ -121,7 +122,7 @@ def _add_shared_options(call: _Call, quiet: bool, json: bool) -> _Call:
 
 
 app = _build_app(
-    [optimize, evaluate, export, generate, profile, report, dashboard, models],
+    [optimize, evaluate, recover, export, generate, profile, report, dashboard, models],
     name="lpsearch",
     add_completion=False,
     pretty_exceptions_enable=False,

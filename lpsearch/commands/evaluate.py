@@ -12,11 +12,13 @@ from lpsearch.commands.options import DeviceOption, DtypeOption, ModelOption, Pl
 from lpsearch.commands.steps import show_steps
 from lpsearch.config import Metric, Split
 from lpsearch.kinds import TextKind, parse_kinds, write_kind
-from lpsearch.plan import Plan, ProxyMetrics, load_plan
+from lpsearch.plan import Plan, ProxyMetrics, find_recovered_weights, load_plan
 
 if TYPE_CHECKING:
     from lpsearch.data import Windows
+    from lpsearch.evaluation import WindowLosses
     from lpsearch.models import LoadedModel
+    from lpsearch.search import Loss
 
 __all__ = ["evaluate"]
 
@@ -45,15 +47,18 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a plan's loss against the unmodified model on any data, of one kind or several.
 
-    What is not given is taken from the plan file, so that a plan alone repeats the values in it.
+    What is not given is taken from the plan file, so that a plan alone repeats the values in it. Of a directory that
+    recover wrote, the loss is that with the repaired weights, and untouched_delta_nll what the plan costs without them.
     """
     from lpsearch.commands.results import build_proxy_metrics
     from lpsearch.data import check_seq_len, check_text_kinds
     from lpsearch.evaluation import ModelEvaluator
     from lpsearch.evaluation.losses import PlanLosses
+    from lpsearch.recovery import read_recovery, swapped_weights
     from lpsearch.search.results import compute_loss
 
     plan = load_plan(plan_path)
+    find_recovered_weights(plan, plan_path)  # which must be there, before anything is loaded
     metadata = plan.metadata
     assert metadata is not None  # a plan file has it
     measured = getattr(metadata.metrics, split) or metadata.metrics.proxy
@@ -84,16 +89,24 @@ def evaluate(
     )
     evaluator = ModelEvaluator(model=loaded.model, windows=built, metric=metric)
     window_indices = range(built.num_windows)
+    weights = read_recovery(loaded.model, plan, plan_path)
     with show_steps("evaluating the unmodified model and the plan") as on_step:
         base_losses = evaluator.evaluate_windows(Plan.baseline(plan.num_layers), window_indices)
-        on_step(1, 2)
-        losses = evaluator.evaluate_windows(plan, window_indices)
-    loss = compute_loss(
-        PlanLosses.build(built.num_windows, window_indices, losses),
-        PlanLosses.build(built.num_windows, window_indices, base_losses),
-        metric=metric,
-        kinds=built.kinds,
-    )
+        on_step(1, 3)
+        losses = evaluator.evaluate_windows(plan.without_recovery(), window_indices)
+        on_step(2, 3)
+        with swapped_weights(loaded.model, weights):
+            repaired_losses = evaluator.evaluate_windows(plan, window_indices, variant="repaired") if weights else None
+
+    def compare(found: WindowLosses) -> Loss:
+        return compute_loss(
+            PlanLosses.build(built.num_windows, window_indices, found),
+            PlanLosses.build(built.num_windows, window_indices, base_losses),
+            metric=metric,
+            kinds=built.kinds,
+        )
+
+    loss = compare(losses if repaired_losses is None else repaired_losses)
     metrics = build_proxy_metrics(
         loss,
         windows=built,
@@ -106,6 +119,7 @@ def evaluate(
         "num_joins": plan.num_joins,
         "depth_reduction": plan.depth_reduction,
         "baseline_nll": metrics.nll - metrics.delta_nll,
+        "untouched_delta_nll": compare(losses).delta_nll if weights else None,
         **metrics.model_dump(mode="json"),
     }
 

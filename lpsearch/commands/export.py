@@ -13,7 +13,8 @@ from lpsearch.commands.loading import resolve_source_of_plan
 from lpsearch.commands.options import ModelOption, PlanArgument
 from lpsearch.commands.steps import show_steps
 from lpsearch.config import Dtype
-from lpsearch.plan import load_plan
+from lpsearch.plan import find_recovered_weights, load_plan
+from lpsearch.staging import check_target
 
 __all__ = ["export"]
 
@@ -27,12 +28,14 @@ def export(
     """Write a checkpoint with fused layers, which transformers and vLLM load without lpsearch."""
     import torch
 
-    from lpsearch.export import check_target, export_source, read_dtype
+    from lpsearch.export import export_source, read_dtype
     from lpsearch.models.traits import read_traits
+    from lpsearch.recovery import load_recovered_weights
     from lpsearch.transform import check_plan_layers
 
     plan = load_plan(plan_path)
     assert plan.metadata is not None  # a plan file has it
+    weights_file = find_recovered_weights(plan, plan_path)
     source = resolve_source_of_plan(plan, model)
     check_target(directory)
     config = read_config(source)
@@ -46,6 +49,7 @@ def export(
             plan,
             directory,
             dtype=None if dtype == "auto" else getattr(torch, dtype),
+            weights=None if weights_file is None else load_recovered_weights(weights_file),
             on_progress=on_progress,
         )
     return {

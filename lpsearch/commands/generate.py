@@ -14,7 +14,7 @@ from lpsearch.commands.loading import describe_device, load_model_of_plan, resol
 from lpsearch.commands.options import DeviceOption, DtypeOption, ModelOption, TrustOption
 from lpsearch.commands.steps import show_steps
 from lpsearch.errors import UsageError
-from lpsearch.plan import load_plan
+from lpsearch.plan import find_recovered_weights, load_plan
 from lpsearch.wording import name_count
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def generate(
         )
 
     from lpsearch.export import is_exported, load_exported
+    from lpsearch.recovery import read_recovery, swapped_weights
     from lpsearch.transform import applied_plan
 
     if is_exported(plan_path):
@@ -78,8 +79,10 @@ def generate(
             loaded = load_base()
             result["base"] = continue_prompt(loaded.model, loaded.tokenizer, "base")
         return result
+    find_recovered_weights(plan, plan_path)  # which must be there, before anything is loaded
     loaded = load_base()
-    with applied_plan(loaded.model, plan):
+    weights = read_recovery(loaded.model, plan, plan_path)
+    with swapped_weights(loaded.model, weights), applied_plan(loaded.model, plan):
         result.update(continue_prompt(loaded.model, loaded.tokenizer, "plan"))
     if compare:
         result["base"] = continue_prompt(loaded.model, loaded.tokenizer, "base")

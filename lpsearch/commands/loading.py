@@ -110,7 +110,7 @@ def load_model_of_plan(
     """Load the model that a plan is for.
 
     Args:
-        plan: a plan read from a file.
+        plan: a plan read from a file; of one whose weights were repaired, the unmodified model is loaded.
         model: what to load instead of the model that the plan names, e.g. a local copy of it.
         device: where to.
         dtype: of the weights.
@@ -147,7 +147,7 @@ def load_model_of_plan(
             trust_remote_code=trust_remote_code,
             before_weights=check_before_weights,
         )
-    check_plan_model(plan, loaded.model)
+    check_plan_model(plan.without_recovery(), loaded.model)
     return loaded
 
 

@@ -138,7 +138,7 @@ def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
     """Check what was asked for, open the study and load what it needs; see :func:`search` for what raises."""
     values = config.values
     device = resolve_device(values.device)
-    enqueued = {path: load_plan(path) for path in values.enqueue}
+    enqueued = {path: load_plan(path).without_recovery() for path in values.enqueue}
 
     def build_space(num_layers: int) -> PlanSpace:
         return _build_space(num_layers, max_group=values.max_group, freeze=values.freeze, enqueued=enqueued)

@@ -63,8 +63,8 @@ def write_card(path: Path, *, plan: Plan, config: Any, licence: str | None, noti
         f"The decoder layers of {base}{f' ({identity.revision})' if identity.revision else ''} were grouped by "
         f"lpsearch {__version__}: its {plan.num_layers} layers run as {plan.depth} groups, one after another "
         f"({plan.depth_reduction:.1%} less depth). The layers of a group read the same hidden states and their outputs "
-        "are summed, so that a group is one wide layer. No weight was retrained: weights were joined, and norms folded "
-        f"into them in float32; the result is stored in {str(config.dtype).removeprefix('torch.')}.",
+        f"are summed, so that a group is one wide layer. {_describe_recovery(plan)} Weights were joined, and norms "
+        f"folded into them in float32; the result is stored in {str(config.dtype).removeprefix('torch.')}.",
         f"Layers together: {', '.join(f'{group[0]} to {group[-1]}' for group in joined) or 'none'}.",
         *_describe_metrics(plan),
         _LOAD.rstrip(),
@@ -72,6 +72,21 @@ def write_card(path: Path, *, plan: Plan, config: Any, licence: str | None, noti
         f"The plan is `plan.json` in this directory:\n\n```json\n{json.dumps(plan.to_lists())}\n```",
     ]
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _describe_recovery(plan: Plan) -> str:
+    """Say whether the weights are the base model's own."""
+    assert plan.metadata is not None
+    recovery = plan.metadata.provenance.recovery
+    if recovery is None:
+        return "No weight was retrained."
+    how = "refitted in closed form" if recovery.method == "refit" else f"distilled in {recovery.steps} steps"
+    losses = "; ".join(
+        f"{loss.data}: {loss.delta_nll:+.4f} nats/token against the base model, {loss.untouched_delta_nll:+.4f} before"
+        for loss in recovery.losses
+    )
+    text = f" on {', '.join(recovery.data)}"
+    return f"Weights were {how}{text}{f' ({losses}). What was measured below is from before' if losses else ''}."
 
 
 def _describe_metrics(plan: Plan) -> list[str]:

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lpsearch.errors import LpsearchError, UsageError
+from lpsearch.errors import LpsearchError, ModelError
 from lpsearch.export.base import BaseModel, open_model, open_source
 from lpsearch.export.card import write_card
 from lpsearch.export.shards import INDEX_NAME, Shard, TensorSpec, list_shards, write_shard
 from lpsearch.models import ModelSource
 from lpsearch.models.quiet import quiet_transformers
+from lpsearch.models.traits import read_traits
 from lpsearch.plan import RECOVERED_PLAN_NAME, ModelIdentity, Plan, PlanMetadata, save_plan, write_json
+from lpsearch.staging import check_target, staged
 from lpsearch.transform import check_plan_layers, check_plan_numbers
 from lpsearch.transform import modeling_lpsearch as modeling
 from lpsearch.transform.fused_config import build_fused_config
 from lpsearch.transform.fused_weights import InterleavedWeights
 
-__all__ = ["check_target", "export_checkpoint", "export_source"]
+__all__ = ["export_checkpoint", "export_source"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +72,7 @@ def export_checkpoint(
         LpsearchError: if the disk has too little room.
 
     Example:
-        >>> import tempfile
-        >>> import lpsearch
+        >>>         >>> import lpsearch
         >>> from transformers import AutoModelForCausalLM, LlamaConfig
         >>> config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4)
         >>> model = AutoModelForCausalLM.from_config(config)  # usually: from_pretrained(...)
@@ -95,6 +95,7 @@ def export_source(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    weights: Mapping[str, Tensor] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
     """Write the same directory from a model that is not in memory, reading and writing tensor by tensor.
@@ -106,6 +107,8 @@ def export_source(
         directory: as for :func:`export_checkpoint`.
         dtype: as for :func:`export_checkpoint`; None for what the weights are stored in.
         max_shard_bytes: largest safetensors file.
+        weights: repaired weights of the decoder layers that stand in place of the model's, by their names in a
+            recovered directory (``layers.3.mlp.down_proj.weight``).
         on_progress: called with tensors written and tensors in all.
 
     Returns:
@@ -126,7 +129,33 @@ def export_source(
         check_plan_layers(plan, config)
 
     base = open_source(source, before_weights=check)
+    if weights:
+        base = _replace_weights(base, plan, weights)
     return _write_directory(base, plan, target, dtype, max_shard_bytes, on_progress)
+
+
+def _replace_weights(base: BaseModel, plan: Plan, weights: Mapping[str, Tensor]) -> BaseModel:
+    """Let repaired weights stand in place of the model's.
+
+    Raises:
+        PlanError: if the plan is for another model.
+        ModelError: if the model has no such weights.
+    """
+    identity = base.identity
+    check_plan_numbers(
+        plan.without_recovery(), num_layers=identity.num_layers, fingerprint=identity.fingerprint, name=identity.id
+    )
+    decoder = read_traits(base.config).family.decoder
+    replaced = {f"{decoder}.{name}": tensor for name, tensor in weights.items()}
+    for name, tensor in replaced.items():
+        present = base.read(name)
+        if present is None or present.shape != tensor.shape:
+            found = "none" if present is None else f"one of shape {tuple(present.shape)}"
+            raise ModelError(f"{name}: repaired is one of shape {tuple(tensor.shape)}, and {identity.id} has {found}")
+    recovery = plan.metadata.provenance.recovery if plan.metadata is not None else None
+    if recovery is not None:
+        identity = identity.model_copy(update={"fingerprint": recovery.fingerprint})
+    return replace(base, identity=identity, read=lambda name: replaced[name] if name in replaced else base.read(name))
 
 
 def _write_directory(
@@ -147,7 +176,7 @@ def _write_directory(
     shards = list_shards(_list_tensors(config), max_shard_bytes=max_shard_bytes)
     _check_disk(target, sum(shard.num_bytes for shard in shards) + _OTHER_FILES_BYTES)
     plan = _complete_plan(plan, base.identity)
-    with _staged(target) as staging:
+    with staged(target) as staging:
         _write_weights(staging, shards, InterleavedWeights(base.config, config, base.read), on_progress)
         with quiet_transformers():
             config.save_pretrained(staging)  # with the modelling code
@@ -200,19 +229,6 @@ def _complete_plan(plan: Plan, identity: ModelIdentity) -> Plan:
     return plan if plan.metadata is not None else Plan(plan.groups, PlanMetadata(model=identity))
 
 
-def check_target(target: Path) -> None:
-    """Refuse a target that is there and is anything but an empty directory.
-
-    Raises:
-        UsageError: if it is.
-    """
-    if target.is_dir():
-        if any(target.iterdir()):
-            raise UsageError(f"{target} is not empty; name a new directory, or empty this one")
-    elif target.exists() or target.is_symlink():
-        raise UsageError(f"{target} is a file; name a new directory")
-
-
 def _check_disk(target: Path, needed_bytes: int) -> None:
     """Refuse a disk without room for the checkpoint.
 
@@ -226,16 +242,3 @@ def _check_disk(target: Path, needed_bytes: int) -> None:
             f"{target}: the checkpoint needs {needed_bytes / 1e9:.2f} GB and {free_bytes / 1e9:.2f} GB are free; free "
             "some space, name a directory on another disk, or write it in bfloat16 (--dtype bfloat16)"
         )
-
-
-@contextmanager
-def _staged(target: Path) -> Iterator[Path]:
-    """Fill a directory that then appears under its final name in one step, or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    try:
-        yield staging
-        staging.chmod(0o755)
-        staging.rename(target)  # which replaces an empty directory
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

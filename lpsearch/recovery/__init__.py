@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from lpsearch.recovery.directory import apply_recovery, save_recovered
+from lpsearch.recovery.directory import apply_recovery, load_recovered_weights, read_recovery, save_recovered
 from lpsearch.recovery.refit import Refit, Refitter, swapped_weights
 
-__all__ = ["Refit", "Refitter", "apply_recovery", "save_recovered", "swapped_weights"]
+__all__ = [
+    "Refit",
+    "Refitter",
+    "apply_recovery",
+    "load_recovered_weights",
+    "read_recovery",
+    "save_recovered",
+    "swapped_weights",
+]

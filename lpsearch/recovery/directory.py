@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lpsearch.errors import ModelError, PlanError, UsageError, describe_error
+from lpsearch.errors import ModelError, PlanError, describe_error
 from lpsearch.models.families import get_decoder_layers
 from lpsearch.models.fingerprint import fingerprint_model, fingerprints_match
 from lpsearch.plan import (
@@ -33,8 +30,11 @@ from lpsearch.plan import (
     load_plan,
     save_plan,
 )
+from lpsearch.recovery.refit import swapped_weights
+from lpsearch.staging import check_target, staged
+from lpsearch.transform import check_plan_model
 
-__all__ = ["apply_recovery", "check_target", "load_recovered_weights", "name_parameters", "save_recovered"]
+__all__ = ["apply_recovery", "load_recovered_weights", "name_parameters", "read_recovery", "save_recovered"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,19 +46,6 @@ def name_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for layer_idx, layer in enumerate(get_decoder_layers(model))
         for name, parameter in layer.named_parameters()
     }
-
-
-def check_target(directory: Path) -> None:
-    """Refuse a directory that is there and is anything but empty.
-
-    Raises:
-        UsageError: if it is.
-    """
-    if directory.is_dir():
-        if any(directory.iterdir()):
-            raise UsageError(f"{directory} is not empty; name a new directory, or empty this one")
-    elif directory.exists() or directory.is_symlink():
-        raise UsageError(f"{directory} is a file; name a new directory")
 
 
 def save_recovered(
@@ -87,15 +74,9 @@ def save_recovered(
     tensors = {names[id(parameters[name])]: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     provenance = plan.metadata.provenance.model_copy(update={"recovery": recovery})
     repaired = replace(plan, metadata=plan.metadata.model_copy(update={"provenance": provenance}))
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.absolute().parent))
-    try:
+    with staged(target) as staging:
         save_file(tensors, staging / RECOVERED_WEIGHTS_NAME, metadata={"format": "pt"})
         save_plan(repaired, staging / RECOVERED_PLAN_NAME)
-        staging.chmod(0o755)
-        staging.rename(target)  # which replaces an empty directory
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def load_recovered_weights(file: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -114,48 +95,67 @@ def load_recovered_weights(file: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise ModelError(f"{file} is damaged: {describe_error(error)}; run `lpsearch recover` again") from error
 
 
-@torch.no_grad()
+def read_recovery(model: PreTrainedModel, plan: Plan, path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read the repaired weights that belong to a plan, for :func:`~lpsearch.recovery.swapped_weights`.
+
+    Args:
+        model: the unmodified model, on any device and in any dtype; it is not changed.
+        plan: what :func:`lpsearch.plan.load_plan` read.
+        path: where from.
+
+    Returns:
+        By the parameters' names in the model, in its dtype and on its device; empty for a plan whose weights were never
+        repaired.
+
+    Raises:
+        PlanError: if the weights are missing, or the plan is for another model.
+        ModelError: if the weights are damaged, or are not those of the plan beside them.
+    """
+    file = find_recovered_weights(plan, path)
+    if file is None:
+        return {}
+    assert plan.metadata is not None
+    assert plan.metadata.provenance.recovery is not None
+    check_plan_model(plan.without_recovery(), model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parameters = name_parameters(model)
+    weights = {}
+    for name, tensor in load_recovered_weights(file).items():
+        parameter = parameters.get(name)
+        if parameter is None or parameter.shape != tensor.shape:
+            found = "none of this name" if parameter is None else f"one of shape {tuple(parameter.shape)}"
+            raise ModelError(f"{file}: {name} has shape {tuple(tensor.shape)}, and the model has {found}")
+        weights[names[id(parameter)]] = tensor.to(parameter.device, parameter.dtype)
+    with swapped_weights(model, weights):
+        repaired = fingerprint_model(model)
+    expected = plan.metadata.provenance.recovery.fingerprint
+    if not fingerprints_match(repaired, expected):
+        raise ModelError(
+            f"{file}: with these weights the model's fingerprint is {repaired}, expected {expected}: they are not "
+            f"those of the {RECOVERED_PLAN_NAME} beside them; run `lpsearch recover` again"
+        )
+    return weights
+
+
 def apply_recovery(model: PreTrainedModel, directory: str | Path) -> Plan:
-    """Give a model the repaired weights of a directory that ``recover`` wrote, in place.
+    """Give a model the repaired weights of a directory that ``lpsearch recover`` wrote, in place.
 
     Args:
         model: the unmodified model, on any device and in any dtype.
         directory: with the plan and its weights.
 
     Returns:
-        The plan, for ``apply_plan``, ``fuse_plan`` or ``export_checkpoint``. A plan whose weights were never repaired
-        is returned as it is, and the model is left alone.
+        The plan, for ``apply_plan``, ``fuse_plan`` or ``export_checkpoint``. Where its weights were never repaired, the
+        model is left alone.
 
     Raises:
-        PlanError: if there is no plan, or it is for another model.
-        ModelError: if the weights are damaged, or are not those of the model's layers.
+        PlanError: if there is no plan, its weights are missing, or it is for another model.
+        ModelError: if the weights are damaged, or are not those of the plan beside them.
     """
     plan = load_plan(directory)
-    file = find_recovered_weights(plan, directory)
-    if file is None:
-        return plan
-    assert plan.metadata is not None
-    assert plan.metadata.provenance.recovery is not None
-    identity = plan.metadata.model
-    found = fingerprint_model(model)
-    if not fingerprints_match(found, identity.fingerprint):
-        raise PlanError(
-            f"{directory}: the repaired weights are for {identity.id}, and this model ({type(model).__name__}) has "
-            f"other weights or another geometry: its fingerprint is {found}, expected {identity.fingerprint}"
-        )
-    parameters = name_parameters(model)
-    weights = load_recovered_weights(file)
-    for name, tensor in weights.items():
-        if name not in parameters or parameters[name].shape != tensor.shape:
-            shape = tuple(parameters[name].shape) if name in parameters else "none of this name"
-            raise ModelError(f"{file}: {name} has shape {tuple(tensor.shape)}, and the model's is {shape}")
+    parameters = dict(model.named_parameters())
+    weights = read_recovery(model, plan, directory)
     for name, tensor in weights.items():
         parameters[name].data.copy_(tensor)
-    repaired = fingerprint_model(model)
-    if not fingerprints_match(repaired, plan.metadata.provenance.recovery.fingerprint):
-        raise ModelError(
-            f"{file}: with these weights the model's fingerprint is {repaired}, expected "
-            f"{plan.metadata.provenance.recovery.fingerprint}: they are not those of {RECOVERED_PLAN_NAME} beside them"
-        )
-    logger.info("%s: repaired %d weights", directory, len(weights))
+    logger.info("%s: %d weights are repaired", directory, len(weights))
     return plan

@@ -15,19 +15,21 @@ out: the fit is of first order, and what follows is fitted to what the norm real
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lpsearch.data import Windows
-from lpsearch.errors import FamilyError
+from lpsearch.errors import DataError, LpsearchError, PlanError
 from lpsearch.models.families import DecoderBlock, build_blocks, check_family, run_group
-from lpsearch.models.traits import FamilyTraits, read_traits
+from lpsearch.models.traits import read_traits
 from lpsearch.plan import Group, Plan
 from lpsearch.recovery.ridge import Gram, fit_ridge
 from lpsearch.recovery.walk import Entry, enter_decoder
@@ -44,6 +46,9 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 VALIDATION_EVERY = 5
 """One window in so many is for choosing the ridge."""
+
+_SUMS_HELD = 5
+"""Matrices of inputs by inputs that are held at once: sums to fit and to validate, a copy, its factor, and the work."""
 
 _OUTPUT_NAMES = {"attention": ("o_proj", "dense", "out_proj"), "mlp": ("down_proj", "c_proj", "fc2", "dense_4h_to_h")}
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
@@ -176,9 +181,12 @@ class Refitter:
             on_progress: called with groups done and groups in all.
 
         Raises:
-            PlanError: if the plan is for another model.
+            PlanError: if the plan is for another model, or joins no layers.
+            DataError: if there are fewer tokens than inputs of a group's projections.
+            LpsearchError: if the device has too little memory for the sums.
         """
         check_plan_model(plan, self._model)
+        self._check_amount(plan)
         weights: dict[str, Tensor] = {}
         products: list[FittedProduct] = []
         total = len(plan.groups) * self._num_passes
@@ -205,19 +213,45 @@ class Refitter:
                     on_progress(num_pass * len(plan.groups) + position + 1, total)
         return Refit(weights, tuple(products), self._list_unfitted(plan))
 
-    def _enter(
-        self, windows: Windows, window_weights: Sequence[float] | None, batch_size: int
-    ) -> list[_Batch]:
+    def _enter(self, windows: Windows, window_weights: Sequence[float] | None, batch_size: int) -> list[_Batch]:
         weights = torch.ones(windows.num_windows) if window_weights is None else torch.tensor(window_weights)
         is_validation = torch.arange(windows.num_windows) % VALIDATION_EVERY == VALIDATION_EVERY - 1
         batches = []
         for flag in (False, True):
-            for chosen in (is_validation == flag).nonzero()[:, 0].split(batch_size):
+            for chosen in torch.split((is_validation == flag).nonzero()[:, 0], batch_size):
                 if len(chosen):
                     input_ids = torch.from_numpy(windows.input_ids[chosen.numpy()]).long().to(self._model.device)
                     entry = enter_decoder(self._model, input_ids)
                     batches.append(_Batch(entry, weights[chosen].to(self._model.device), flag))
         return batches
+
+    def _check_amount(self, plan: Plan) -> None:
+        """Refuse a plan with nothing to fit, and text or memory that is too little for its widest product."""
+        joined = [group for group in plan.groups if len(group) > 1]
+        if not joined:
+            raise PlanError("the plan joins no layers, so there is nothing to refit; give a plan with groups")
+        stages: tuple[Stage, ...] = ("attention", "mlp")
+        widths = []
+        for group, stage in itertools.product(joined, stages):
+            outputs = [self._find_output(self._blocks[layer], stage)[1] for layer in group]
+            widths.append(sum(output.linear.in_features for output in outputs if output is not None))
+        widest = max(widths)
+        seq_len = self._batches[0].entry.hidden_states.shape[1]
+        num_fitted = sum(len(batch.token_weights) * seq_len for batch in self._batches if not batch.is_validation)
+        if num_fitted < widest:
+            needed = -(-widest * VALIDATION_EVERY // ((VALIDATION_EVERY - 1) * seq_len))
+            raise DataError(
+                f"{num_fitted} tokens to fit are too few for the {widest} inputs of a group's projections; give at "
+                f"least {needed} windows of {seq_len} tokens in all (--windows), better ten times as many"
+            )
+        needed_bytes = _SUMS_HELD * 8 * widest**2
+        device = self._model.device
+        free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        if needed_bytes > free_bytes:
+            raise LpsearchError(
+                f"{device}: the fit needs {needed_bytes / 1e9:.1f} GB for sums over {widest} inputs, and "
+                f"{free_bytes / 1e9:.1f} GB are free; use a larger device or --device cpu, or a plan of smaller groups"
+            )
 
     def _run_layers(self, group: Group, batch: _Batch, hidden_states: Tensor) -> Tensor:
         """Run the members one after another, as the unmodified model does."""
@@ -267,7 +301,7 @@ class Refitter:
     def _add(self, outputs: Sequence[_Output], change: Tensor, weights: dict[str, Tensor]) -> None:
         """Add a change of the stacked weight, (inputs, hidden), to the members' weights and biases."""
         sizes = [output.linear.in_features + (output.linear.bias is not None) for output in outputs]
-        for output, part in zip(outputs, change.split(sizes), strict=True):
+        for output, part in zip(outputs, torch.split(change, sizes), strict=True):
             if output.scale is not None:
                 scale = output.scale.double()
                 is_small = scale.abs() < _MIN_SCALE * scale.abs().max()
@@ -278,7 +312,7 @@ class Refitter:
                 rows = rows[:, :-1]
             self._change(output.linear.weight, rows, weights)
 
-    def _change(self, parameter: nn.Parameter, change: Tensor, weights: dict[str, Tensor]) -> None:
+    def _change(self, parameter: Tensor, change: Tensor, weights: dict[str, Tensor]) -> None:
         name = self._names[id(parameter)]
         present = weights.get(name, parameter.data)
         weights[name] = (present.double() + change).to(parameter.dtype)
@@ -298,7 +332,9 @@ class Refitter:
             post: Any = getattr(block.layer, norm)
             scale, eps = post.weight.data.float() + self._traits.norm_offset, self._traits.norm_eps
         if multiplier != 1.0:
-            scale = (torch.ones(linear.out_features, device=linear.weight.device) if scale is None else scale) * multiplier
+            scale = (
+                torch.ones(linear.out_features, device=linear.weight.device) if scale is None else scale
+            ) * multiplier
         return f"{branch}.{name}", _Output(linear, scale, eps)
 
     def _list_unfitted(self, plan: Plan) -> tuple[str, ...]:
