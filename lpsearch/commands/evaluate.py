@@ -6,9 +6,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lpsearch.commands.console import Answer
 from lpsearch.commands.loading import describe_device, load_model_of_plan, resolve_device, resolve_dtype
 from lpsearch.commands.options import DeviceOption, DtypeOption, ModelOption, PlanArgument, TrustOption
 from lpsearch.commands.steps import show_steps
+from lpsearch.commands.tasks import (
+    BatchSizeOption,
+    ChatTemplateOption,
+    LimitOption,
+    NumFewshotOption,
+    TaskPathOption,
+    TasksOption,
+    list_variants,
+    prepare_tasks,
+)
 from lpsearch.config import Metric, Split
 from lpsearch.plan import Plan, ProxyMetrics, load_plan
 
@@ -37,8 +48,14 @@ def evaluate(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     trust_remote_code: TrustOption = False,
-) -> dict[str, Any]:
-    """Measure a plan's loss against the unmodified model on any data.
+    tasks: TasksOption = None,
+    task_path: TaskPathOption = None,
+    num_fewshot: NumFewshotOption = None,
+    limit: LimitOption = None,
+    batch_size: BatchSizeOption = 8,
+    apply_chat_template: ChatTemplateOption = False,
+) -> dict[str, Any] | Answer:
+    """Measure a plan's loss against the unmodified model on any data, and its scores on downstream tasks.
 
     What is not given is taken from the plan file, so that a plan alone repeats the values in it.
     """
@@ -59,9 +76,19 @@ def evaluate(
     target = resolve_device(device)
     chosen_dtype = resolve_dtype(measured.dtype if dtype == "auto" and measured is not None else dtype, target)
     check_text_source(data, split=split)
+    task_run = prepare_tasks(
+        tasks,
+        task_path=task_path,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        batch_size=batch_size,
+        apply_chat_template=apply_chat_template,
+    )
     loaded = load_model_of_plan(
         plan, model=model, device=target, dtype=chosen_dtype, trust_remote_code=trust_remote_code
     )
+    if task_run is not None:
+        task_run.check(loaded)
     built = _build_windows(
         data,
         loaded,
@@ -88,7 +115,7 @@ def evaluate(
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         device_name=describe_device(target),
     )
-    return {
+    document = {
         "plan": str(plan_path),
         "model": loaded.identity.id,
         "num_joins": plan.num_joins,
@@ -96,6 +123,10 @@ def evaluate(
         "baseline_nll": metrics.nll - metrics.delta_nll,
         **metrics.model_dump(mode="json"),
     }
+    if task_run is None:
+        return document
+    table = task_run.score(loaded, list_variants(loaded, plan))
+    return Answer({**document, **table.build_document()}, table)
 
 
 def _build_windows(
