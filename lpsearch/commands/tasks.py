@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -63,6 +64,9 @@ ChatTemplateOption = Annotated[
     bool,
     typer.Option("--apply-chat-template", help="ask in the model's chat template, as instruct models expect"),
 ]
+
+_UNBOUNDED = 10_000
+"""Columns in which any table fits; what it takes of them is its own width."""
 
 _GENERATIVE_SUGGESTION = "gsm8k"
 
@@ -209,28 +213,33 @@ class TaskTable:
         }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Lay the scores out to the width of the console: the differences give way, then the metrics' names."""
-        for leave_out in ((), ("difference",), ("difference", "metric"), ("difference", "metric", "documents")):
-            table = self._build_table(leave_out)
-            if console.measure(table).minimum <= options.max_width:
-                break
+        """Lay the scores out to the width of the console.
+
+        The differences give way, then the metrics' names and the documents; where that is not enough, each variant has
+        a line of its own.
+        """
+        left_out = [(), ("difference",), ("difference", "metric"), ("difference", "metric", "documents")]
+        tables = [*map(self._build_table, left_out), self._build_narrow_table()]
+        unbounded = options.update(width=_UNBOUNDED)
+        fitting = (table for table in tables if Measurement.get(console, unbounded, table).maximum <= options.max_width)
+        table = next(fitting, tables[-1])
         yield ""
         yield table
         yield ""
-        yield Text(self._explain(), "dim", overflow="fold")
+        yield Text(self._explain(), "dim", no_wrap=False, overflow="fold")
 
     def _describe(self, result: TaskResult) -> dict[str, Any]:
-        document = dataclasses.asdict(result.metric)
+        scores: dict[str, dict[str, float | None]] = {}
         for name, score in result.scores.items():
-            document[name] = {"value": _finite(score.value), "standard_error": score.standard_error}
+            scores[name] = {"value": _finite(score.value), "standard_error": score.standard_error}
             if name in result.deltas:
-                document[name] |= {
+                scores[name] |= {
                     "delta": _finite(result.deltas[name]),
                     "delta_standard_error": result.delta_ses[name],
                     "retained": result.retained[name],
                 }
-        document["retained_of"] = "score above chance" if result.metric.chance is not None else "score"
-        return document
+        retained_of = "score" if result.metric.chance is None else "score above chance"
+        return {**dataclasses.asdict(result.metric), "retained_of": retained_of, "scores": scores}
 
     def _build_table(self, leave_out: Sequence[str]) -> Table:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
@@ -245,6 +254,17 @@ class TaskTable:
         for result in self._list_rows():
             cells = self._build_cells(result)
             table.add_row(*(cells[column] for column in shown))
+        return table
+
+    def _build_narrow_table(self) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        for name in ("task", "", "score", "retained"):
+            table.add_column(name, justify="left" if name in ("task", "") else "right", no_wrap=True)
+        for result in self._list_rows():
+            cells = self._build_cells(result)
+            for name in self.variants:
+                task = result.metric.task if name == self.variants[0] else ""
+                table.add_row(task, name, cells[name], cells.get(f"{name} retained", ""))
         return table
 
     def _list_rows(self) -> list[TaskResult]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from lpsearch.models import load_model, resolve_source
 from lpsearch.plan import Plan, PlanMetadata, save_plan
@@ -65,17 +67,19 @@ def test_losses_and_scores_stand_side_by_side(evaluate: Run, task_dir: Path) -> 
     ]
     for task in tasks:
         assert task["num_documents"] == (20 if task["task"] == CHOICES else 4)
-        assert task["plan"]["delta"] == pytest.approx(task["plan"]["value"] - task["base"]["value"])
-        assert task["base"].keys() == {"value", "standard_error"}
-        assert task["plan"].keys() == {"value", "standard_error", "delta", "delta_standard_error", "retained"}
+        base, plan = task["scores"]["base"], task["scores"]["plan"]
+        assert plan["delta"] == pytest.approx(plan["value"] - base["value"])
+        assert base.keys() == {"value", "standard_error"}
+        assert plan.keys() == {"value", "standard_error", "delta", "delta_standard_error", "retained"}
     assert [task["retained_of"] for task in tasks] == ["score above chance"] * 2 + ["score"]
     assert (settings["limit"], settings["batch_size"], settings["apply_chat_template"]) == (20, 3, False)
     header, shown = (line for line in outcome.stderr.splitlines() if line.startswith(("task ", CHOICES)))
     assert header.split() == ["task", "metric", "documents", "base", "plan", "difference", "retained"]
-    main = tasks[1]
+    main = tasks[1]["scores"]
     assert f"{main['base']['value']:.3f} ±{main['base']['standard_error']:.3f}" in shown
     assert f"{main['plan']['delta']:+.3f} ±{main['plan']['delta_standard_error']:.3f}" in shown
     assert "WARNING" not in outcome.stderr
+    assert " ".join(outcome.stderr.split()).endswith("empty where it is not clearly above that.")
 
 
 @needs_harness
@@ -83,6 +87,35 @@ def test_a_task_that_has_the_model_write_is_recommended_once(evaluate: Run, task
     outcome = evaluate("--tasks", CHOICES, "--task-path", task_dir, "--limit", 2)
     assert outcome.exit_code == 0, outcome.stderr
     assert outcome.stderr.count("gsm8k") == 1
+
+
+@needs_harness
+@pytest.mark.parametrize("width", range(50, 150, 10))
+def test_the_table_fits_the_terminal(tmp_path: Path, width: int) -> None:
+    from lpsearch.commands.tasks import TaskTable, prepare_tasks
+    from lpsearch.evaluation.task_scores import Score, compare_scores
+    from tests.evaluation.test_task_scores import METRIC
+
+    write_choices(tmp_path)
+    run = prepare_tasks(
+        CHOICES,
+        task_path=tmp_path,
+        num_fewshot=None,
+        limit=None,
+        batch_size=8,
+        apply_chat_template=False,
+    )
+    assert run is not None
+    scores = {"base": Score(0.7, 0.01), "plan": Score(0.5, 0.01), "refit": Score(0.6, 0.01)}
+    table = TaskTable([compare_scores(METRIC, scores)], tuple(scores), run, 1.0)
+    stream = io.StringIO()
+    Console(file=stream, width=width).print(table, soft_wrap=True)
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    row = next(line for line in lines if line.startswith("arc"))
+    for shown in ("0.700 ±0.010", "0.500 ±0.010", "56%", "0.600 ±0.010", "78%"):
+        assert shown in (row if width >= 80 else stream.getvalue()), "numbers are whole"
+    assert ("-0.200" in row) == (width >= 120)
 
 
 @needs_harness
