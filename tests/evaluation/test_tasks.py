@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -172,11 +173,14 @@ def test_the_model_and_tokenizer_are_left_as_they_were(
     with torch.no_grad():
         before = model(ids).logits
     suite = load_tasks([CHOICES, WORDS], task_path=tasks)
-    generator = torch.get_rng_state()
+    torch.manual_seed(7)
+    random.seed(7)
+    states = torch.get_rng_state(), random.getstate()
     evaluate_tasks(suite, model=model, tokenizer=tokenizer, variants=planned(model), limit=3)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, before)
-    assert torch.equal(torch.get_rng_state(), generator)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
     assert tokenizer.pad_token is None
     assert "tie_weights" not in model.__dict__
 
