@@ -28,6 +28,7 @@ from lpsearch.evaluation.task_scores import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["check_chat_template", "evaluate_tasks"]
@@ -147,7 +148,7 @@ def _run_harness(lm: Any, suite: TaskSuite, name: str, *, limit: int | None, app
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=FEWSHOT_SEED)  # every variant sees the same examples
     try:
-        with _seeded(FEWSHOT_SEED):
+        with _seeded(FEWSHOT_SEED, lm.device):
             results = evaluate(
                 lm,
                 loaded,
@@ -167,13 +168,13 @@ def _run_harness(lm: Any, suite: TaskSuite, name: str, *, limit: int | None, app
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed the generators that tasks draw from, and leave them as they were."""
     import numpy as np
     import torch
 
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
@@ -228,6 +229,8 @@ def _choose_main(metrics: Sequence[str]) -> int:
 
 def _read_values(samples: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], tuple[float, ...]]:
     """Return the documents' values by metric and filter, in the documents' order; of numbers alone."""
+    import numpy as np
+
     found: dict[tuple[str, str], list[tuple[int, Any]]] = {}
     for sample in samples:
         for metric in sample["metrics"]:
@@ -235,7 +238,7 @@ def _read_values(samples: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], 
     return {
         key: tuple(float(value) for _, value in sorted(items, key=lambda item: item[0]))
         for key, items in found.items()
-        if all(isinstance(value, (numbers.Real, bool)) for _, value in items)
+        if all(isinstance(value, (numbers.Real, np.bool_)) for _, value in items)
     }
 
 

@@ -282,14 +282,16 @@ def test_accuracy_that_a_task_computes_by_itself_has_no_known_chance(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     write_choices(tmp_path)
-    (tmp_path / "own.py").write_text("def score(doc, results):\n    return {'acc': 0.5}\n")
+    own = "import numpy\n\n\ndef score(doc, results):\n    return {'acc': numpy.bool_('of 1' in doc['question'])}\n"
+    (tmp_path / "own.py").write_text(own)
     config = json.loads((tmp_path / f"{CHOICES}.yaml").read_text())
     config["metric_list"] = config["metric_list"][:1]
     text = json.dumps(config)[:-1] + ', "process_results": !function own.score}'
     (tmp_path / f"{CHOICES}.yaml").write_text(text)
     suite = load_tasks([CHOICES], task_path=tmp_path)
     (result,) = evaluate_tasks(suite, model=model, tokenizer=tokenizer, variants=planned(model))
-    assert result.scores["base"].value == 0.5
+    assert result.scores["base"].value == pytest.approx(11 / 30, abs=FLOAT64_MEAN)
+    assert sum(get_values(result)["base"]) == 11
     assert result.metric.chance is None
 
 
