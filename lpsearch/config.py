@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -60,22 +60,28 @@ class OptimizeConfig(BaseModel):
         json_schema_extra={"metavar": "MODEL"},
     )
     budget: int = Field(default=200, ge=1, description="distinct finished plans in total, baseline included")
-    data: str = Field(
-        default="wikitext2",
+    data: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=("wikitext2",),
         min_length=1,
-        description="windows to search on: wikitext2, a hub dataset, a text/jsonl/parquet file, or self",
-        json_schema_extra={"metavar": "SPEC"},
+        description="text to search on: wikitext2, a hub dataset, self, or a file: text, json(l), csv, tsv, parquet,"
+        " also compressed; may be repeated",
+        json_schema_extra={"metavar": "SPEC[@WEIGHT]"},
     )
-    heldout: str | None = Field(
-        default=None,
-        description="windows to check the front on; default: what goes with --data",
-        json_schema_extra={"metavar": "SPEC"},
+    heldout: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(),
+        description="text to check the front on; may be repeated; default: what goes with each --data",
+        json_schema_extra={"metavar": "SPEC[@WEIGHT]"},
     )
-    windows: int = Field(default=16, ge=1, description="evaluation windows")
+    windows: int = Field(default=16, ge=1, description="evaluation windows of each kind of text")
     seq_len: int = Field(default=2048, ge=2, description="tokens in a window")
     max_group: int = Field(default=2, ge=2, description="most layers in a group")
     metric: Metric = Field(
         default="nll", description="loss that is searched: nll on the data, or kl to the unmodified model"
+    )
+    worst_case: bool = Field(
+        default=False,
+        description="search by the loss on the worst kind of text, not by the mean over the kinds",
+        json_schema_extra={"flags": "--worst-case"},
     )
     objective: Objective = Field(default="depth", description="what is traded against the loss")
     sampler: Literal["pairset", "evolution", "nsga2", "tpe", "random", "window"] = Field(
@@ -97,7 +103,9 @@ class OptimizeConfig(BaseModel):
         description="auto measures on the device, off does not; or a file that `lpsearch profile` wrote",
         json_schema_extra={"metavar": "auto|off|PROFILE.json"},
     )
-    study: str | None = Field(default=None, description="name of the Optuna study; default: that of the model")
+    study: str | None = Field(
+        default=None, min_length=1, description="name of the Optuna study; default: that of the model"
+    )
     out: Path | None = Field(
         default=None,
         description="directory of everything written; default: studies/MODEL",
@@ -125,6 +133,18 @@ class OptimizeConfig(BaseModel):
         description="run the model's own Python code from the hub",
         json_schema_extra={"flags": "--trust-remote-code"},
     )
+
+    @field_validator("out", "enqueue", mode="before")
+    @classmethod
+    def _refuse_empty_path(cls, value: Any) -> Any:
+        if value == "" or (isinstance(value, list | tuple) and "" in value):
+            raise ValueError("a path is empty; the current directory is '.'")
+        return value
+
+    @field_validator("data", "heldout", mode="before")
+    @classmethod
+    def _take_one_text(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @field_validator("freeze", mode="before")
     @classmethod

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from lpsearch.config import Metric, Objective
 from lpsearch.errors import StudyError, StudyVersionError
 from lpsearch.json_file import load_json
-from lpsearch.plan import ModelIdentity
+from lpsearch.plan import KindMetrics, ModelIdentity
 
 __all__ = ["FRONT_NAME", "FRONT_SCHEMA_VERSION", "FrontFile", "FrontPoint", "load_front_file"]
 
@@ -25,6 +25,8 @@ FRONT_SCHEMA_VERSION: Literal[1] = 1
 class FrontPoint(BaseModel):
     """A plan of the front. Losses are in nats per token; None where they were not measured or not finite.
 
+    Of several kinds of text, losses are weighted means over the kinds.
+
     Attributes:
         plan: its plan file, relative to the study's directory.
         num_joins: its joins; 0 is the unmodified model.
@@ -37,6 +39,10 @@ class FrontPoint(BaseModel):
         kl_se: standard error of it over windows.
         heldout_kl_nats_per_token: the same on the held-out windows.
         heldout_kl_se: standard error of it over windows.
+        worst_kind_loss: the loss that was searched where that is the worst kind's; None where it is the mean.
+        heldout_worst_kind_loss: the same on the held-out windows.
+        by_kind: losses on each kind of text of the proxy windows, where there are several.
+        heldout_by_kind: losses on each kind of text of the held-out windows, where there are several.
         perplexity: exp of the negative log-likelihood on the proxy windows.
         latency_ms: estimated time per output token; None with latency off.
         speedup: estimated time of the unmodified model over that of the plan; None with latency off.
@@ -45,7 +51,7 @@ class FrontPoint(BaseModel):
         trial: number of its trial.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     plan: str
     num_joins: int
@@ -58,6 +64,10 @@ class FrontPoint(BaseModel):
     kl_se: float | None = None
     heldout_kl_nats_per_token: float | None = None
     heldout_kl_se: float | None = None
+    worst_kind_loss: float | None = None
+    heldout_worst_kind_loss: float | None = None
+    by_kind: tuple[KindMetrics, ...] = ()
+    heldout_by_kind: tuple[KindMetrics, ...] = ()
     perplexity: float
     latency_ms: float | None
     speedup: float | None
@@ -67,6 +77,8 @@ class FrontPoint(BaseModel):
 
     def get_reported_cost(self, metric: Metric) -> float:
         """Return its loss: held out where that is known."""
+        if self.worst_kind_loss is not None:
+            return self.worst_kind_loss if self.heldout_worst_kind_loss is None else self.heldout_worst_kind_loss
         if metric == "nll":
             return self.delta_nll if self.heldout_delta_nll is None else self.heldout_delta_nll
         cost = self.kl_nats_per_token if self.heldout_kl_nats_per_token is None else self.heldout_kl_nats_per_token
@@ -82,26 +94,31 @@ class FrontFile(BaseModel):
         model: the model.
         objective: what was traded against the loss.
         metric: the loss that was searched; None in files of older versions, which do not say.
+        worst_case: plans were compared by the loss on their worst kind of text, not by the mean.
         trials: finished plans of the study.
         exact: every plan of the space is finished.
         baseline_nll: of the unmodified model on the proxy windows, nats per token.
         proxy_tokens: tokens behind the proxy losses of all finished plans.
         heldout_tokens: tokens behind the held-out losses of the front.
+        latency_error: mean relative error of the latency model on depths that it was not fitted to; None where that is
+            not known.
         front: the unmodified model, then the plans that no other beats, fewest joins first.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     schema_version: Literal[1]
     study: str
     model: ModelIdentity
     objective: Objective = "depth"
     metric: Metric | None = None
+    worst_case: bool = False
     trials: int
     exact: bool
     baseline_nll: float
     proxy_tokens: int
     heldout_tokens: int
+    latency_error: float | None = None
     front: tuple[FrontPoint, ...]
 
 

@@ -30,13 +30,17 @@ def parse_json(text: str) -> Any:
     """Parse a JSON document.
 
     Raises:
-        ValueError: for anything but JSON, a key that is given twice in an object, numbers of thousands of digits, or
-            lists that are nested too deeply.
+        ValueError: for anything but JSON, ``NaN`` and ``Infinity`` included, a key that is given twice in an object,
+            numbers of thousands of digits, or lists that are nested too deeply.
     """
     try:
-        return json.loads(text, object_pairs_hook=_build_object)
+        return json.loads(text, object_pairs_hook=_build_object, parse_constant=_refuse_constant)
     except RecursionError:
         raise ValueError("its lists or objects are nested too deeply") from None
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number in JSON")
 
 
 def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,10 +1,39 @@
-"""How plans, values and counts are written for people, on a terminal as in reports."""
+"""How plans, values, counts and foreign text are written for people, on a terminal as in reports."""
 
 from __future__ import annotations
 
+import html
+import re
+
 from lpsearch.plan import Plan
 
-__all__ = ["describe_layers", "format_value", "name_count"]
+__all__ = ["describe_layers", "escape_controls", "escape_html", "format_value", "name_count"]
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_LINE_END = re.compile("[\n\u2028\u2029]")
+
+
+def escape_controls(text: str, *, in_one_line: bool = False) -> str:
+    r"""Show the control characters of a text as such, e.g. ``\x1b`` for ESC, so that no terminal obeys them.
+
+    Those are the sets C0 and C1, and what reorders a line (bidirectional embeddings, overrides and isolates; Boucher
+    and Anderson, "Trojan Source", arXiv 2111.00169). A tab stays.
+
+    Args:
+        text: may come from a file, a model or another program.
+        in_one_line: show line ends too; otherwise they stay.
+    """
+    escaped = _CONTROL.sub(_escape, text)
+    return _LINE_END.sub(_escape, escaped) if in_one_line else escaped
+
+
+def escape_html(text: str) -> str:
+    """Return a text as HTML that shows it; a browser, too, obeys what reorders a line."""
+    return html.escape(escape_controls(text))
+
+
+def _escape(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape").decode("ascii")
 
 
 def describe_layers(plan: Plan) -> str:

@@ -39,6 +39,7 @@ if not __package__:  # run as a file: the package of the scripts is found from t
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lpsearch.commands.loading import describe_device, resolve_device
+from lpsearch.commands.outputs import check_output_file
 from lpsearch.config import parse_layer_list
 from lpsearch.data import Windows
 from lpsearch.errors import ConfigError, LpsearchError
@@ -292,8 +293,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
-    if options.out.suffix != ".npz" or not options.out.parent.is_dir():
-        raise ConfigError(f"--out {options.out}: name an .npz file in a directory that exists")
+    if options.out.suffix != ".npz":
+        raise ConfigError(f"--out {options.out}: name an .npz file")
+    check_output_file(options.out)
     device = resolve_device(options.device)
     loaded = load_model(resolve_source(options.model), device=device, dtype=getattr(torch, options.dtype))
     space = _build_space(options, loaded.identity.num_layers)

@@ -202,7 +202,8 @@ def draw_front(rows: Sequence[dict[str, Any]], study: StudyReport, path: Path) -
 def describe(study: StudyReport) -> str:
     """Say what was searched, and what the bars are."""
     settings = study.settings
-    text = "text that the model wrote" if settings["data"] == "self" else settings["data"]
+    data = [settings["data"]] if isinstance(settings["data"], str) else settings["data"]
+    text = " + ".join("text that the model wrote" if spec == "self" else spec for spec in data)
     tokens = f"{settings['windows']} x {settings['seq_len']} tokens of {text}"
     return f"{study.name}: {len(study.results)} plans, {tokens}\nbars: ± a standard error over windows"
 

@@ -42,6 +42,7 @@ if not __package__:  # run as a file: the package of the scripts is found from t
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lpsearch.commands.loading import describe_device, resolve_device
+from lpsearch.commands.outputs import check_output_file
 from lpsearch.data import Windows
 from lpsearch.errors import ConfigError, LpsearchError
 from lpsearch.evaluation import ModelEvaluator
@@ -260,8 +261,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         max_groups = [int(part) for part in options.max_groups.split(",")]
     except ValueError:
         raise ConfigError(f"--max-groups {options.max_groups}: give numbers with commas between") from None
-    if not options.out.parent.is_dir():
-        raise ConfigError(f"--out {options.out}: name a file in a directory that exists")
+    check_output_file(options.out)
     device = resolve_device(options.device)
     loaded = load_model(resolve_source(options.model), device=device, dtype=getattr(torch, options.dtype))
     search, heldout_windows = (

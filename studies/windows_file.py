@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lpsearch.commands.outputs import check_output_file
 from lpsearch.data import Windows, build_windows
 from lpsearch.errors import ConfigError, DataError, LpsearchError
 from lpsearch.models import LoadedModel, load_model, resolve_source
@@ -109,8 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
-    if options.out.suffix != ".npz" or not options.out.parent.is_dir():
-        raise ConfigError(f"--out {options.out}: name an .npz file in a directory that exists")
+    if options.out.suffix != ".npz":
+        raise ConfigError(f"--out {options.out}: name an .npz file")
+    check_output_file(options.out)
     loaded = load_model(resolve_source(options.model), device="cpu", dtype=torch.float32)
     windows = build_windows(
         options.data,

@@ -20,14 +20,14 @@ def test_command_line_beats_file_beats_preset_beats_default(tmp_path: Path) -> N
     assert resolved.values.seed == 9  # command line
     assert resolved.values.windows == 5  # file, although the preset names it too
     assert resolved.values.max_group == 3
-    assert resolved.values.data == "self"  # preset
+    assert resolved.values.data == ("self",)  # preset
     assert resolved.values.budget == OptimizeConfig.model_fields["budget"].default
     assert resolved.explicit == {"model", "seed", "windows", "max_group"}
 
 
 def test_a_model_without_a_preset_takes_the_defaults() -> None:
     resolved = resolve_config(command_line={"model": "llama2-7b", "budget": 200})
-    assert (resolved.values.data, resolved.values.windows, resolved.values.seq_len) == ("wikitext2", 16, 2048)
+    assert (resolved.values.data, resolved.values.windows, resolved.values.seq_len) == (("wikitext2",), 16, 2048)
     assert load_preset("../presets/smollm2-135m") == {}
 
 
@@ -68,3 +68,18 @@ def test_slugs() -> None:
     assert slug_of_model("llama2-7b") == "llama2-7b"
     assert slug_of_model("meta-llama/Llama-2-7b-hf") == "Llama-2-7b-hf"
     assert slug_of_model("some/dir/Model.Q4_1.gguf") == "Model.Q4_1"
+
+
+def test_one_text_may_be_named_without_a_list(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('data = "a.txt"\nheldout = ["b.txt", "c.txt@2"]\nworst-case = true\n', encoding="utf-8")
+    values = resolve_config(command_line={"model": "m"}, config_file=file).values
+    assert (values.data, values.heldout, values.worst_case) == (("a.txt",), ("b.txt", "c.txt@2"), True)
+
+
+@pytest.mark.parametrize("data", ["[]", '""', '["a.txt", ""]', "3"])
+def test_data_that_names_no_text_is_refused(tmp_path: Path, data: str) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(f"data = {data}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="--data"):
+        resolve_config(command_line={"model": "m"}, config_file=file)

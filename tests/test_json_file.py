@@ -17,6 +17,7 @@ HOSTILE = {
     "nested": "[" * 1_000_000 + "]" * 1_000_000,
     "digits": '{"schema_version": ' + "9" * 5_000 + "}",
     "twice": '{"schema_version": 1, "groups": [[0]], "groups": [[0, 1]]}',
+    "constant": '{"schema_version": NaN}',
     "cut": '{"schema_version": 1, "groups": [[0',
     "latin": b'{"schema_version": "caf\xe9"}',
 }

@@ -7,7 +7,6 @@ import json
 import threading
 import time
 from dataclasses import dataclass
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from lpsearch.report import StudyReport, load_report
 from lpsearch.report.html import PAGE_TOP, build_parts, read_asset
 from lpsearch.search import StudyStore
 from lpsearch.search.storage_url import find_sqlite_path
+from lpsearch.wording import escape_html as escape
 from lpsearch.wording import name_count
 
 __all__ = ["LiveStudy", "Snapshot"]

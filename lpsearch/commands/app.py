@@ -24,7 +24,7 @@ from lpsearch.commands.export import export
 from lpsearch.commands.generate import generate
 from lpsearch.commands.models import models
 from lpsearch.commands.optimize import optimize
-from lpsearch.commands.options import JsonOption, QuietOption, set_parameters
+from lpsearch.commands.options import JsonOption, QuietOption, refuse_empty, refuse_empty_paths, set_parameters
 from lpsearch.commands.profile import profile
 from lpsearch.commands.report import report
 from lpsearch.errors import UsageError
@@ -40,11 +40,13 @@ class _Call:
         run: does what it says.
         quiet: on stderr, warnings and errors only.
         json: on stderr, one JSON object a line and nothing else.
+        has_out: the command has an option ``--out``.
     """
 
     run: Callable[[], Any]
     quiet: bool = False
     json: bool = False
+    has_out: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """
     prepare_streams()
     call = _parse(sys.argv[1:] if argv is None else list(argv))
-    run_command(call.run, quiet=call.quiet, as_json=call.json)
+    run_command(call.run, quiet=call.quiet, as_json=call.json, has_out=call.has_out)
 
 
 def _parse(arguments: Sequence[str]) -> _Call:
@@ -98,13 +100,18 @@ def _defer(command: Callable[..., Any]) -> Callable[..., _Call]:
 
     @functools.wraps(command)
     def parse(*, quiet: bool, json: bool, **arguments: Any) -> _Call:
-        return _Call(functools.partial(command, **arguments), quiet=quiet, json=json)
+        def run() -> Any:
+            refuse_empty(arguments)
+            return command(**arguments)
+
+        return _Call(run, quiet=quiet, json=json, has_out="out" in arguments)
 
     shared = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
         for name, annotation in {"quiet": QuietOption, "json": JsonOption}.items()
     ]
-    set_parameters(parse, [*inspect.signature(command, eval_str=True).parameters.values(), *shared])
+    own = map(refuse_empty_paths, inspect.signature(command, eval_str=True).parameters.values())
+    set_parameters(parse, [*own, *shared])
     return parse
 
 

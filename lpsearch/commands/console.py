@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import logging
 import os
 import signal
@@ -25,12 +24,22 @@ from rich.console import Console, RenderableType
 from lpsearch.commands.lines import (
     ConsoleHandler,
     JsonFormatter,
+    LineFormatter,
     LineHandler,
     StderrConsole,
+    dump_json_line,
     give_up_stream,
     log_stray_lines,
 )
-from lpsearch.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, LpsearchError, mask_urls
+from lpsearch.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    LpsearchError,
+    describe_error,
+    mask_urls,
+)
 
 __all__ = ["Answer", "Output", "adopt_optuna_log", "get_output", "prepare_streams", "run_command"]
 
@@ -87,18 +96,21 @@ def adopt_optuna_log() -> None:
     logging.getLogger("optuna").handlers[:] = logging.getLogger("lpsearch").handlers
 
 
-def run_command(command: Callable[[], Any], *, quiet: bool = False, as_json: bool = False) -> NoReturn:
+def run_command(
+    command: Callable[[], Any], *, quiet: bool = False, as_json: bool = False, has_out: bool = False
+) -> NoReturn:
     """Run a command to its end: print its JSON object, or its error, and exit with the design's code.
 
     Args:
         command: returns an :class:`Answer`, the JSON object of the last line, or an exit code (after ``--help``).
         quiet: on stderr, warnings and errors only.
         as_json: on stderr, one JSON object a line and nothing else.
+        has_out: the command has an option ``--out``, for its errors to name.
     """
     signal.signal(signal.SIGTERM, _interrupt)
     with _speak(quiet=quiet, as_json=as_json):
         try:
-            exit_code = _run(command)
+            exit_code = _run(command, has_out=has_out)
         except KeyboardInterrupt:  # again, or while the JSON line waits for a reader
             exit_code = EXIT_INTERRUPTED
     sys.exit(exit_code)
@@ -135,7 +147,7 @@ def _speak(*, quiet: bool, as_json: bool) -> Iterator[None]:
         handler = ConsoleHandler(console)
     else:
         handler = LineHandler(sys.stderr)
-        handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(levelname)s %(message)s"))
+        handler.setFormatter(JsonFormatter() if as_json else LineFormatter("%(levelname)s %(message)s"))
     package = logging.getLogger("lpsearch")
     package.handlers[:] = [handler]
     package.setLevel(logging.WARNING if quiet else logging.INFO)
@@ -151,7 +163,7 @@ def _speak(*, quiet: bool, as_json: bool) -> Iterator[None]:
         _OUTPUT.reset(token)
 
 
-def _run(command: Callable[[], Any]) -> int:
+def _run(command: Callable[[], Any], *, has_out: bool) -> int:
     try:
         result = command()
         if result == EXIT_INTERRUPTED:  # newer versions of typer turn Ctrl-C into this
@@ -159,7 +171,8 @@ def _run(command: Callable[[], Any]) -> int:
     except LpsearchError as error:
         return _fail(type(error).__name__, str(error), error.exit_code)
     except _ParserError as error:
-        return _fail("UsageError", error.format_message() or "name a command; --help lists them", EXIT_USAGE)
+        message = " ".join(error.format_message().split())  # some are laid out in lines
+        return _fail("UsageError", message or "name a command; --help lists them", EXIT_USAGE)
     except (KeyboardInterrupt, typer.Abort):
         return _fail(
             "Interrupted",
@@ -167,12 +180,13 @@ def _run(command: Callable[[], Any]) -> int:
             EXIT_INTERRUPTED,
         )
     except OSError as error:
+        elsewhere = "choose a place that can be written" + " with --out" * has_out
         mend = {
             errno.ENOSPC: "free some space",
             errno.EDQUOT: "free some space",
-            errno.EACCES: "choose a place that can be written with --out",
-            errno.EROFS: "choose a place that can be written with --out",
-            errno.EPERM: "choose a place that can be written with --out",
+            errno.EACCES: elsewhere,
+            errno.EROFS: elsewhere,
+            errno.EPERM: elsewhere,
         }.get(error.errno or 0)
         if mend is None:
             logger.exception("unexpected failure")
@@ -180,7 +194,8 @@ def _run(command: Callable[[], Any]) -> int:
     except Exception as error:
         if _is_out_of_memory(error):
             message = (
-                f"out of memory: {error}; lower --windows or --seq-len, or choose a smaller --dtype or a larger device"
+                f"out of memory: {describe_error(error)}; take shorter windows, a smaller dtype or a device with more "
+                "memory"
             )
             return _fail("OutOfMemory", message, EXIT_FAILED)
         logger.exception("unexpected failure; please report it with the lines above")
@@ -226,7 +241,7 @@ def _fail(kind: str, message: str, exit_code: int) -> int:
 def _print_json(document: Mapping[str, Any]) -> int:
     """Print the last line of stdout; return the exit code, which tells where it cannot be written."""
     try:
-        sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
+        sys.stdout.write(dump_json_line(document) + "\n")
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has left
         give_up_stream(sys.stdout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,6 +22,7 @@ from lpsearch.commands.tasks import (
     prepare_tasks,
 )
 from lpsearch.config import Metric, Split
+from lpsearch.kinds import TextKind, parse_kinds, write_kind
 from lpsearch.plan import Plan, ProxyMetrics, load_plan
 
 if TYPE_CHECKING:
@@ -38,9 +40,12 @@ def evaluate(
     plan_path: PlanArgument,
     model: ModelOption = None,
     data: Annotated[
-        str | None, typer.Option(help="as for optimize; default: as in the plan file", metavar="SPEC")
+        list[str] | None,
+        typer.Option(help="as for optimize; may be repeated; default: as in the plan file", metavar="SPEC[@WEIGHT]"),
     ] = None,
-    windows: Annotated[int | None, typer.Option(help="evaluation windows; default: as in the plan file", min=1)] = None,
+    windows: Annotated[
+        int | None, typer.Option(help="windows of each kind of text; default: as in the plan file", min=1)
+    ] = None,
     seq_len: Annotated[int | None, typer.Option(help="tokens in a window; default: as in the plan file", min=2)] = None,
     metric: Annotated[Metric, typer.Option(help="kl also measures the divergence from the unmodified model")] = "nll",
     split: Annotated[Split, typer.Option(help="windows that a search uses, or those held out from it")] = "heldout",
@@ -55,12 +60,12 @@ def evaluate(
     batch_size: BatchSizeOption = 8,
     apply_chat_template: ChatTemplateOption = False,
 ) -> dict[str, Any] | Answer:
-    """Measure a plan's loss against the unmodified model on any data, and its scores on downstream tasks.
+    """Measure a plan's loss on any data, of one kind or several, and its scores on downstream tasks.
 
     What is not given is taken from the plan file, so that a plan alone repeats the values in it.
     """
     from lpsearch.commands.results import build_proxy_metrics
-    from lpsearch.data import check_text_source
+    from lpsearch.data import check_seq_len, check_text_kinds
     from lpsearch.evaluation import ModelEvaluator
     from lpsearch.evaluation.losses import PlanLosses
     from lpsearch.search.results import compute_loss
@@ -69,13 +74,14 @@ def evaluate(
     metadata = plan.metadata
     assert metadata is not None  # a plan file has it
     measured = getattr(metadata.metrics, split) or metadata.metrics.proxy
-    data = data or (_DEFAULT_DATA if measured is None else measured.data)
-    num_windows = windows or (_DEFAULT_WINDOWS if measured is None else measured.windows)
+    recorded = [TextKind(_DEFAULT_DATA)] if measured is None else _list_kinds(measured)
+    data = data or list(map(write_kind, recorded))
+    num_windows = windows or (_DEFAULT_WINDOWS if measured is None else measured.windows // len(recorded))
     seq_len = seq_len or (_DEFAULT_SEQ_LEN if measured is None else measured.seq_len)
     seed = (metadata.provenance.seed or 0) if seed is None else seed
     target = resolve_device(device)
     chosen_dtype = resolve_dtype(measured.dtype if dtype == "auto" and measured is not None else dtype, target)
-    check_text_source(data, split=split)
+    check_text_kinds(data, split=split)
     task_run = prepare_tasks(
         tasks,
         task_path=task_path,
@@ -85,12 +91,17 @@ def evaluate(
         apply_chat_template=apply_chat_template,
     )
     loaded = load_model_of_plan(
-        plan, model=model, device=target, dtype=chosen_dtype, trust_remote_code=trust_remote_code
+        plan,
+        model=model,
+        device=target,
+        dtype=chosen_dtype,
+        trust_remote_code=trust_remote_code,
+        check=lambda config: check_seq_len(seq_len, config),
     )
     if task_run is not None:
         task_run.check(loaded)
     built = _build_windows(
-        data,
+        parse_kinds(data),
         loaded,
         num_windows=num_windows,
         seq_len=seq_len,
@@ -99,15 +110,16 @@ def evaluate(
         searched=metadata.metrics.proxy,
     )
     evaluator = ModelEvaluator(model=loaded.model, windows=built, metric=metric)
-    window_indices = range(num_windows)
+    window_indices = range(built.num_windows)
     with show_steps("evaluating the unmodified model and the plan") as on_step:
         base_losses = evaluator.evaluate_windows(Plan.baseline(plan.num_layers), window_indices)
         on_step(1, 2)
         losses = evaluator.evaluate_windows(plan, window_indices)
     loss = compute_loss(
-        PlanLosses.build(num_windows, window_indices, losses),
-        PlanLosses.build(num_windows, window_indices, base_losses),
+        PlanLosses.build(built.num_windows, window_indices, losses),
+        PlanLosses.build(built.num_windows, window_indices, base_losses),
         metric=metric,
+        kinds=built.kinds,
     )
     metrics = build_proxy_metrics(
         loss,
@@ -125,12 +137,12 @@ def evaluate(
     }
     if task_run is None:
         return document
-    table = task_run.score(loaded, list_variants(loaded, plan))
+    table = task_run.score(loaded, list_variants(loaded.model, plan, plan_path))
     return Answer({**document, **table.build_document()}, table)
 
 
 def _build_windows(
-    data: str,
+    kinds: Sequence[TextKind],
     loaded: LoadedModel,
     *,
     num_windows: int,
@@ -140,12 +152,14 @@ def _build_windows(
     searched: ProxyMetrics | None,
 ) -> Windows:
     """Build the windows. Held-out ones of the text that the plan was searched on come after the search's own."""
-    from lpsearch.data import build_windows, is_same_text
+    from lpsearch.data import build_mixed_windows, is_same_text
 
-    def build(split: Split, num_windows: int, seq_len: int, after: Windows | None = None) -> Windows:
+    def build(
+        kinds: Sequence[TextKind], split: Split, num_windows: int, seq_len: int, after: Windows | None = None
+    ) -> Windows:
         with show_steps("preparing windows") as on_progress:
-            return build_windows(
-                data,
+            return build_mixed_windows(
+                kinds,
                 tokenizer=loaded.tokenizer,
                 num_windows=num_windows,
                 seq_len=seq_len,
@@ -157,6 +171,14 @@ def _build_windows(
             )
 
     after = None
-    if split == "heldout" and searched is not None and is_same_text(searched.data, data, split=split):
-        after = build("proxy", searched.windows, searched.seq_len)
-    return build(split, num_windows, seq_len, after)
+    if split == "heldout" and searched is not None:
+        former = _list_kinds(searched)
+        again = [old for old in former if any(is_same_text(old.spec, kind.spec, split=split) for kind in kinds)]
+        if again:
+            after = build(again, "proxy", searched.windows // len(former), searched.seq_len)
+    return build(kinds, split, num_windows, seq_len, after)
+
+
+def _list_kinds(measured: ProxyMetrics) -> list[TextKind]:
+    """Return the kinds of text that were measured."""
+    return [TextKind(part.data, part.weight) for part in measured.by_kind] or [TextKind(measured.data)]

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lpsearch.commands.checks import read_config
 from lpsearch.commands.loading import resolve_source_of_plan
 from lpsearch.commands.options import ModelOption, PlanArgument
 from lpsearch.commands.steps import show_steps
@@ -26,11 +27,18 @@ def export(
     """Write a checkpoint with fused layers, which transformers and vLLM load without lpsearch."""
     import torch
 
-    from lpsearch.export import export_source, read_dtype
+    from lpsearch.export import check_target, export_source, read_dtype
+    from lpsearch.models.traits import read_traits
+    from lpsearch.transform import check_plan_layers
 
     plan = load_plan(plan_path)
     assert plan.metadata is not None  # a plan file has it
     source = resolve_source_of_plan(plan, model)
+    check_target(directory)
+    config = read_config(source)
+    if config is not None:  # before anything is fetched
+        check_plan_layers(plan, config)
+        read_traits(config).check_fusing()
     started = time.perf_counter()
     with show_steps("writing") as on_progress:
         export_source(

@@ -15,9 +15,10 @@ from lpsearch.commands.options import DeviceOption, DtypeOption, ModelOption, Tr
 from lpsearch.commands.steps import show_steps
 from lpsearch.errors import UsageError
 from lpsearch.plan import load_plan
+from lpsearch.wording import name_count
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from lpsearch.models import LoadedModel
 
@@ -51,9 +52,18 @@ def generate(
         logger.info("%s: %d tokens, %.2f tokens/s", name, answer["new_tokens"], answer["tokens_per_s"])
         return answer
 
+    def check(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        _check_prompt(config, tokenizer, prompt=prompt, max_new_tokens=max_new_tokens)
+
     def load_base() -> LoadedModel:
         return load_model_of_plan(
-            plan, model=model, device=target, dtype=chosen_dtype, trust_remote_code=trust_remote_code
+            plan,
+            model=model,
+            device=target,
+            dtype=chosen_dtype,
+            trust_remote_code=trust_remote_code,
+            check=lambda config: _check_room(config, max_new_tokens=max_new_tokens),
+            check_tokenizer=check,
         )
 
     from lpsearch.export import is_exported, load_exported
@@ -61,7 +71,7 @@ def generate(
 
     if is_exported(plan_path):
         with show_steps(f"loading {plan_path} on {describe_device(target)}"):
-            fused, tokenizer = load_exported(plan_path, device=target, dtype=chosen_dtype)
+            fused, tokenizer = load_exported(plan_path, device=target, dtype=chosen_dtype, before_weights=check)
         result.update(continue_prompt(fused, tokenizer, "fused"))
         del fused
         if compare:
@@ -74,6 +84,48 @@ def generate(
     if compare:
         result["base"] = continue_prompt(loaded.model, loaded.tokenizer, "base")
     return result
+
+
+def _check_room(config: PretrainedConfig, *, max_new_tokens: int) -> None:
+    """Refuse to generate more tokens than a model reads, whatever the prompt.
+
+    Raises:
+        UsageError: saying how much fits.
+    """
+    from lpsearch.models import find_max_positions
+
+    longest = find_max_positions(config)
+    if longest is not None and max_new_tokens >= longest:
+        raise UsageError(
+            f"--max-new-tokens is {max_new_tokens}, but the model reads at most {longest} tokens with the prompt; give "
+            f"{longest - 1} or less"
+        )
+
+
+def _check_prompt(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, *, prompt: str, max_new_tokens: int
+) -> None:
+    """Refuse a prompt that is nothing to continue, or that leaves too little room for what is to be generated.
+
+    Raises:
+        UsageError: saying how much fits.
+    """
+    from lpsearch.models import find_max_positions
+
+    num_tokens = len(tokenizer(prompt, verbose=False).input_ids)
+    if not num_tokens:
+        raise UsageError(
+            f"--prompt: the tokenizer of this model makes no token of {prompt!r}; give some text to continue"
+        )
+    longest = find_max_positions(config)
+    if longest is None or num_tokens + max_new_tokens <= longest:
+        return
+    room = longest - num_tokens
+    mend = f"give --max-new-tokens {room} or less, or a shorter --prompt" if room > 0 else "give a shorter --prompt"
+    raise UsageError(
+        f"--prompt has {name_count(num_tokens, 'token')} and --max-new-tokens asks for {max_new_tokens} more, but the "
+        f"model reads at most {longest} tokens in all; {mend}"
+    )
 
 
 def _continue_prompt(

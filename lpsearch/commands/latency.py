@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lpsearch.commands.steps import show_steps
 from lpsearch.config import Objective
 from lpsearch.errors import ConfigError, FamilyError, ResumeError
-from lpsearch.latency.profile import LatencyProfile, parse_recorded_profile
+from lpsearch.latency.profile import LatencyProfile, describe_profile_error, parse_recorded_profile
 from lpsearch.plan import Plan
 from lpsearch.search import StudyStore
 
@@ -27,10 +27,21 @@ def get_latency_model(
     model: PreTrainedModel,
     *,
     profile: LatencyProfile | None,
+    profile_name: str,
     objective: Objective,
     max_group: int,
 ) -> LatencyModel | None:
     """Return the latency model of a study: of the given profile, of its own record, or measured now and recorded.
+
+    A profile whose estimates are far off is used with a warning.
+
+    Args:
+        store: the study's database.
+        model: the model.
+        profile: the one that ``--latency`` names; None without.
+        profile_name: what ``--latency`` is.
+        objective: of the study.
+        max_group: largest group of a plan.
 
     Returns:
         None for a family that cannot be measured, where latency is not the objective.
@@ -42,6 +53,7 @@ def get_latency_model(
     from lpsearch.latency import LatencyModel, check_profile_geometry, measure_or_reuse_profile
 
     recorded = parse_recorded_profile(store.load_latency_profile())
+    name = f"--latency {profile_name}"
     if profile is not None:
         check_profile_geometry(profile, model.config)
         if recorded is not None and objective == "latency" and profile != recorded:
@@ -50,8 +62,9 @@ def get_latency_model(
                 "with new ones; leave --latency out, or begin a study with --fresh"
             )
     elif recorded is not None and _covers(LatencyModel(recorded), max_group):
-        return LatencyModel(recorded)
+        profile, name = recorded, f"{store.where}: the latency profile of the study"
     else:
+        name = "the latency profile measured on this device"
         try:
             with show_steps("measuring latency") as on_step:
                 profile = measure_or_reuse_profile(
@@ -68,7 +81,11 @@ def get_latency_model(
             return None
     if profile != recorded:
         store.save_latency_profile(profile.model_dump(mode="json"))
-    return LatencyModel(profile)
+    latency_model = LatencyModel(profile)
+    warning = describe_profile_error(latency_model.workload.mean_error, name=name)
+    if warning is not None:
+        logger.warning("%s", warning)
+    return latency_model
 
 
 def _covers(latency_model: LatencyModel, max_group: int) -> bool:

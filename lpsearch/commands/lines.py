@@ -1,4 +1,4 @@
-"""Log lines on stderr: for a terminal, and as JSON for a program."""
+"""Log lines on stderr: for a terminal, and as JSON for a program. No control character of a text reaches either."""
 
 from __future__ import annotations
 
@@ -8,15 +8,27 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from datetime import UTC, datetime
-from typing import IO, TextIO
+from typing import IO, Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.text import Text
 
-__all__ = ["ConsoleHandler", "JsonFormatter", "LineHandler", "StderrConsole", "give_up_stream", "log_stray_lines"]
+from lpsearch.wording import escape_controls
+
+__all__ = [
+    "ConsoleHandler",
+    "JsonFormatter",
+    "LineFormatter",
+    "LineHandler",
+    "StderrConsole",
+    "dump_json_line",
+    "give_up_stream",
+    "log_stray_lines",
+]
 
 
 class ConsoleHandler(logging.Handler):
@@ -24,6 +36,7 @@ class ConsoleHandler(logging.Handler):
 
     def __init__(self, console: Console) -> None:
         super().__init__()
+        self.setFormatter(LineFormatter())
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -51,7 +64,20 @@ class LineHandler(logging.StreamHandler[TextIO]):
 
 
 class StderrConsole(Console):
-    """A console whose reader may leave: from then on it prints nothing, and the command continues."""
+    """A console that shows control characters of texts as such, and whose reader may leave.
+
+    When the reader has left it prints nothing, and the command continues.
+    """
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Lay out a renderable; its texts pass here one by one, the cells of tables included."""
+        if isinstance(renderable, Text):
+            renderable = _escape_text(renderable)
+        return super().render(renderable, options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Make a text of a string; rich itself would drop some control characters."""
+        return super().render_str(escape_controls(text), **options)
 
     def on_broken_pipe(self) -> None:
         """Print nothing more; rich's own console would close stdout and end the process."""
@@ -66,6 +92,31 @@ def give_up_stream(stream: IO[str]) -> None:
         devnull = os.open(os.devnull, os.O_WRONLY)
         os.dup2(devnull, target)
         os.close(devnull)
+
+
+def _escape_text(text: Text) -> Text:
+    """Return a text as it is shown; one that holds control characters has one style throughout."""
+    shown = escape_controls(text.plain)
+    if shown == text.plain:
+        return text
+    return Text(shown, text.style, justify=text.justify, overflow=text.overflow, no_wrap=text.no_wrap, end=text.end)
+
+
+def dump_json_line(document: Mapping[str, Any]) -> str:
+    """Write a document as one line of ASCII without control characters, DEL included, which JSON allows."""
+    return json.dumps(document, allow_nan=False).replace("\x7f", "\\u007f")
+
+
+class LineFormatter(logging.Formatter):
+    """Writes a record as one line, so that no text can forge another; below it the traceback, if it has one."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name is that of logging
+        """Return the line."""
+        return escape_controls(super().formatMessage(record), in_one_line=True)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line and the traceback."""
+        return escape_controls(super().format(record))
 
 
 class JsonFormatter(logging.Formatter):
@@ -83,7 +134,7 @@ class JsonFormatter(logging.Formatter):
             document["progress"] = record.progress
         if record.exc_info:
             document["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(document, allow_nan=False)
+        return dump_json_line(document)
 
 
 @contextmanager

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from lpsearch.commands.checks import read_config
 from lpsearch.commands.steps import show_steps
-from lpsearch.errors import ConfigError
+from lpsearch.errors import ConfigError, describe_error
 from lpsearch.plan import Plan
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from lpsearch.data import Windows
     from lpsearch.models import LoadedModel, ModelSource
+    from lpsearch.models.conversion import WeightlessCheck
 
 __all__ = [
     "describe_device",
@@ -32,6 +35,10 @@ _WEIGHTS_SHARE = 0.7
 """Share of the free memory that weights may take during the check of a dtype; activations take the rest."""
 
 
+def _accept(*parts: object) -> None:
+    """Refuse nothing."""
+
+
 def resolve_device(name: str) -> torch.device:
     """Return the device that a name means; ``auto`` is the first GPU if there is one.
 
@@ -46,8 +53,9 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"--device {name}: not a device of this machine ({reason}); try cpu or auto") from None
+        raise ConfigError(
+            f"--device {name}: not a device of this machine ({describe_error(error)}); try cpu or auto"
+        ) from None
     return device
 
 
@@ -90,7 +98,14 @@ def resolve_source_of_plan(plan: Plan, model: str | None) -> ModelSource:
 
 
 def load_model_of_plan(
-    plan: Plan, *, model: str | None, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
+    plan: Plan,
+    *,
+    model: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    check: Callable[[PretrainedConfig], None] = _accept,
+    check_tokenizer: WeightlessCheck = _accept,
 ) -> LoadedModel:
     """Load the model that a plan is for.
 
@@ -100,6 +115,8 @@ def load_model_of_plan(
         device: where to.
         dtype: of the weights.
         trust_remote_code: run the model's own Python code from the hub.
+        check: refuses a configuration, as soon as it is known.
+        check_tokenizer: refuses a configuration with its tokenizer, before the weights are read.
 
     Raises:
         PlanError: if the plan is for another model.
@@ -107,16 +124,41 @@ def load_model_of_plan(
         SourceError: if it cannot be fetched.
     """
     from lpsearch.models import load_model
-    from lpsearch.transform import check_plan_model
+    from lpsearch.transform import check_plan_layers, check_plan_model
 
     source = resolve_source_of_plan(plan, model)
+
+    def check_config(config: PretrainedConfig) -> None:
+        check_plan_layers(plan, config)
+        check(config)
+
+    def check_before_weights(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        check_config(config)
+        check_tokenizer(config, tokenizer)
+
+    config = read_config(source, trust_remote_code=trust_remote_code)
+    if config is not None:  # before anything is fetched
+        check_config(config)
     with show_steps(f"loading {source.id} on {describe_device(device)}"):
-        loaded = load_model(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        loaded = load_model(
+            source,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            before_weights=check_before_weights,
+        )
     check_plan_model(plan, loaded.model)
     return loaded
 
 
-def load_for_search(source: ModelSource, *, device: torch.device, dtype: str, trust_remote_code: bool) -> LoadedModel:
+def load_for_search(
+    source: ModelSource,
+    *,
+    device: torch.device,
+    dtype: str,
+    trust_remote_code: bool,
+    check: Callable[[PretrainedConfig], None] = _accept,
+) -> LoadedModel:
     """Load a model in the dtype of a search, or in float32 where an automatic dtype must first be checked against it.
 
     Args:
@@ -124,6 +166,7 @@ def load_for_search(source: ModelSource, *, device: torch.device, dtype: str, tr
         device: where to.
         dtype: name of the dtype, or ``auto``.
         trust_remote_code: run the model's own Python code from the hub.
+        check: refuses a configuration, before the weights are read.
 
     Raises:
         ModelError: if there is no such model.
@@ -138,7 +181,13 @@ def load_for_search(source: ModelSource, *, device: torch.device, dtype: str, tr
     if dtype == "auto" and loaded_dtype != torch.float32 and not trust_remote_code and _fits_in_float32(source, device):
         loaded_dtype = torch.float32
     with show_steps(f"loading {source.id} on {describe_device(device)}"):
-        return load_model(source, device=device, dtype=loaded_dtype, trust_remote_code=trust_remote_code)
+        return load_model(
+            source,
+            device=device,
+            dtype=loaded_dtype,
+            trust_remote_code=trust_remote_code,
+            before_weights=lambda config, tokenizer: check(config),
+        )
 
 
 def settle_dtype(model: PreTrainedModel, *, dtype: str, device: torch.device, windows: Windows) -> str:

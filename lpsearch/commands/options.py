@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import typer
 
 from lpsearch.config import Dtype, OptimizeConfig
+from lpsearch.errors import UsageError
 
 __all__ = [
     "DeviceOption",
@@ -24,11 +26,16 @@ __all__ = [
     "StorageOption",
     "StudyOption",
     "TrustOption",
+    "refuse_empty",
+    "refuse_empty_paths",
     "set_parameters",
     "with_config_options",
 ]
 
 _Result = TypeVar("_Result")
+
+_MAY_BE_EMPTY = {"freeze", "prompt"}
+"""Options whose empty value means something, as no layers at all, or which their command refuses in its own words."""
 
 
 def _describe(name: str, **details: Any) -> Any:
@@ -71,6 +78,41 @@ def with_config_options(command: Callable[..., _Result]) -> Callable[..., _Resul
     return call
 
 
+def refuse_empty_paths(parameter: inspect.Parameter) -> inspect.Parameter:
+    """Have the parser of a parameter refuse an empty path, which Python takes for the current directory."""
+    named, *details = get_args(parameter.annotation) if get_origin(parameter.annotation) is Annotated else (None,)
+    if not _holds_path(named):
+        return parameter
+    details = [copy.copy(detail) for detail in details]
+    for detail in details:
+        detail.parser = _parse_path
+    return parameter.replace(annotation=Annotated[named, *details])
+
+
+def _holds_path(annotation: Any) -> bool:
+    return annotation is Path or any(map(_holds_path, get_args(annotation)))
+
+
+def _parse_path(text: str) -> Path:
+    if not text:
+        raise typer.BadParameter("it is empty; name a file or a directory, the current one is '.'")
+    return Path(text)
+
+
+def refuse_empty(arguments: Mapping[str, Any]) -> None:
+    """Refuse an option that was given without a value, as ``--study ""``, instead of taking its default.
+
+    Args:
+        arguments: the values by the names of their parameters.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    for name, value in arguments.items():
+        if value == "" and name not in _MAY_BE_EMPTY:
+            raise UsageError(f"--{name.replace('_', '-')} is empty; give a value, or leave the option out")
+
+
 def set_parameters(function: Callable[..., Any], parameters: Iterable[inspect.Parameter]) -> None:
     """Have a function that takes any keyword say which it takes, where typer looks for it."""
     parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
@@ -85,7 +127,8 @@ def _build_parameter(name: str) -> inspect.Parameter:
     if isinstance(default, bool):
         shown = name if default else None
     else:
-        shown = str(default) if default not in (None, ()) else None
+        shown = ", ".join(map(str, default if isinstance(default, tuple) else (default,)))
+        shown = None if default is None else shown or None
     typed = _name_typed(field.annotation) | None
     option = _describe(name, show_default=shown or False)
     return inspect.Parameter(
@@ -97,10 +140,11 @@ def _build_parameter(name: str) -> inspect.Parameter:
 
 
 def _name_typed(annotation: Any) -> Any:
-    """Return what a value is typed as: several paths one by one, several layers as one word that the field parses."""
+    """Return what a value is typed as: paths and texts one by one, several layers as one word that the field parses."""
     if get_origin(annotation) is tuple:
-        item, _ = get_args(annotation)
-        return list[Path] if item is Path else str
+        item = get_args(annotation)[0]
+        item = item.__origin__ if get_origin(item) is Annotated else item
+        return str if item is int else list[item]  # type: ignore[valid-type]
     if get_origin(annotation) is Literal:
         return annotation
     kinds = [kind for kind in get_args(annotation) if kind is not NoneType]

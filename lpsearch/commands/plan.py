@@ -12,6 +12,7 @@ import typer
 from lpsearch.commands.options import ModelOption, PlanArgument
 from lpsearch.errors import StudyError, UsageError
 from lpsearch.front_file import FRONT_NAME, load_front_file
+from lpsearch.latency.profile import describe_profile_error
 from lpsearch.picking import pick_plan
 from lpsearch.plan import build_plan_document, build_plan_schema, load_plan
 
@@ -22,7 +23,11 @@ logger = logging.getLogger(__name__)
 
 def show(plan_path: PlanArgument) -> dict[str, Any]:
     """Print a plan: its groups, its model and what was measured."""
-    return build_plan_document(load_plan(plan_path))
+    plan = load_plan(plan_path)
+    assert plan.metadata is not None  # a plan file has it
+    latency = plan.metadata.metrics.latency
+    _warn_of_latency(None if latency is None else latency.mean_error, plan_path)
+    return build_plan_document(plan)
 
 
 def validate(plan_path: PlanArgument, model: ModelOption = None) -> dict[str, Any]:
@@ -31,10 +36,20 @@ def validate(plan_path: PlanArgument, model: ModelOption = None) -> dict[str, An
     if model is not None:
         import torch
 
+        from lpsearch.commands.checks import read_config
         from lpsearch.models import load_model, resolve_source
-        from lpsearch.transform import check_plan_model
+        from lpsearch.transform import check_plan_layers, check_plan_model
 
-        loaded = load_model(resolve_source(model), device="cpu", dtype=torch.float32)
+        source = resolve_source(model)
+        config = read_config(source)
+        if config is not None:  # before anything is fetched
+            check_plan_layers(plan, config)
+        loaded = load_model(
+            source,
+            device="cpu",
+            dtype=torch.float32,
+            before_weights=lambda config, tokenizer: check_plan_layers(plan, config),
+        )
         check_plan_model(plan, loaded.model)
     return {"plan": str(plan_path), "valid": True, "num_layers": plan.num_layers, "depth": plan.depth, "model": model}
 
@@ -75,7 +90,7 @@ def pick(
         raise UsageError(f"{study_dir}: no such directory; give one that `lpsearch optimize` wrote")
     file = load_front_file(study_dir)
     if file is None:
-        raise StudyError(f"{study_dir / FRONT_NAME}: not there; run `lpsearch optimize` with --out {study_dir} first")
+        raise StudyError(f"{study_dir / FRONT_NAME}: not there; run `lpsearch optimize --out {study_dir}` first")
     if file.metric is None and any(point.kl_nats_per_token is not None for point in file.front):
         logger.warning(
             "%s: written by an older lpsearch, without held-out divergences, so the added nll decides; run the same "
@@ -94,7 +109,15 @@ def pick(
         raise UsageError(f"no plan of {study_dir} meets that; its front: {json.dumps(front)}")
     if file.front[index].num_joins == 0:
         logger.warning("no plan of %s with a join meets that; this is the unmodified model", study_dir)
+    _warn_of_latency(file.latency_error, study_dir / FRONT_NAME)
     return {**front[index], "plan": str(study_dir / file.front[index].plan)}
+
+
+def _warn_of_latency(mean_error: float | None, path: Path) -> None:
+    """Warn where the speed-ups in a file come from a latency profile that is far off."""
+    warning = describe_profile_error(mean_error, name=str(path))
+    if warning is not None:
+        logger.warning("%s", warning)
 
 
 def schema() -> dict[str, Any]:

@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lpsearch.commands.checks import read_num_layers
 from lpsearch.commands.console import Answer
 from lpsearch.commands.loading import resolve_device, resolve_dtype
 from lpsearch.commands.options import DeviceOption, DtypeOption, ModelOption
+from lpsearch.commands.outputs import check_output_file
 from lpsearch.commands.steps import show_steps
 from lpsearch.errors import ConfigError
 from lpsearch.plan import Plan
+from lpsearch.wording import name_count
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from transformers import PretrainedConfig
 
-    from lpsearch.latency import LatencyProfile
+    from lpsearch.latency import LatencyProfile, Workload
+    from lpsearch.latency.profile import WorkloadProfile
 
 __all__ = ["profile"]
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_CONTEXT = 1024
+_MAX_DIGITS = 12
+"""Of a number of sequences or tokens; no machine holds more."""
 
 
 def profile(
     model: ModelOption = None,
-    out: Annotated[Path, typer.Option(help="profile file to write")] = Path("profile.json"),
+    out: Annotated[Path, typer.Option(help="profile file to write", metavar="FILE")] = Path("profile.json"),
     batch: Annotated[str, typer.Option(help="sequences decoded together, e.g. 1,16,64")] = "1",
-    context: Annotated[str, typer.Option(help="cached tokens of each sequence, e.g. 1024,4096")] = "1024",
+    context: Annotated[
+        str | None,
+        typer.Option(
+            help="cached tokens of each sequence, e.g. 1024,4096",
+            show_default="1024, or as many as the model reads",
+        ),
+    ] = None,
     prefill: Annotated[str | None, typer.Option(help="tokens of prompts to time as well, e.g. 2048")] = None,
     max_group: Annotated[int, typer.Option(help="most layers in a group", min=2)] = 2,
     device: DeviceOption = "auto",
@@ -39,53 +59,110 @@ def profile(
     seconds: Annotated[float, typer.Option(help="about how long each workload is timed", min=0)] = 15.0,
 ) -> Answer | dict[str, Any]:
     """Measure the latency of a model's shape at a few depths; needs no weights for a known alias."""
-    batch_sizes = _parse_counts(batch, option="--batch", least=1)
-    context_lens = _parse_counts(context, option="--context", least=0)
-    prefill_lens = _parse_counts(prefill, option="--prefill", least=1) if prefill else ()
     if model is None:
         raise ConfigError("no model was named; give --model ALIAS (`lpsearch models` lists them), a hub id or a path")
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out {out}: its directory does not exist; make it first")
     if (emulate_tp is None) != (all_reduce_us is None):
         raise ConfigError("--emulate-tp and --all-reduce-us go together: how many GPUs, and what a sum over them takes")
     if emulate_tp is not None and tp != 1:
         raise ConfigError("--tp measures real GPUs and --emulate-tp estimates; give one of them")
-    from lpsearch.latency import (
-        LatencyModel,
-        Workload,
-        emulate_profile_on_ranks,
-        measure_profile,
-        measure_profile_on_ranks,
-        save_profile,
+    requested = _Requested(
+        batch_sizes=_parse_counts(batch, option="--batch", least=1),
+        context_lens=None if context is None else _parse_counts(context, option="--context", least=0),
+        prefill_lens=() if prefill is None else _parse_counts(prefill, option="--prefill", least=1),
     )
+    check_output_file(out)
+    from lpsearch.latency import save_profile
     from lpsearch.models import load_geometry
 
     target = resolve_device(device)
     config = load_geometry(model)
-    workloads = [Workload("decode", batch, tokens) for batch in batch_sizes for tokens in context_lens]
-    workloads += [Workload("prefill", 1, tokens) for tokens in prefill_lens]
-    options: dict[str, Any] = {
-        "device": target,
-        "dtype": resolve_dtype(dtype, target),
-        "workloads": workloads,
-        "max_group": max_group,
-        "budget_s": seconds,
-    }
-    with show_steps(f"measuring {len(workloads)} workloads") as on_step:
-        options["on_progress"] = lambda share: on_step(round(1000 * share), 1000)
-        measured: LatencyProfile | None
-        if emulate_tp is not None and all_reduce_us is not None:
-            measured = emulate_profile_on_ranks(config, num_ranks=emulate_tp, all_reduce_us=all_reduce_us, **options)
-        elif tp > 1:
-            measured = measure_profile_on_ranks(config, num_ranks=tp, **options)
-        else:
-            measured = measure_profile(config, **options)
+    num_layers = read_num_layers(config)
+    if max_group > max(2, num_layers):
+        raise ConfigError(f"--max-group is {max_group}; the model has only {num_layers} layers")
+    measured = _measure(
+        config,
+        num_ranks=tp,
+        emulated_ranks=emulate_tp,
+        all_reduce_us=all_reduce_us,
+        device=target,
+        dtype=resolve_dtype(dtype, target),
+        workloads=requested.list_workloads(config),
+        max_group=max_group,
+        budget_s=seconds,
+    )
     if measured is None:  # a rank of torchrun that is not the first
         return {"profile": None}
     save_profile(measured, out)
+    _warn_of_errors(measured, out)
+    return Answer(_build_document(measured, out, max_group), _build_table(measured, max_group))
+
+
+@dataclass(frozen=True)
+class _Requested:
+    """The numbers whose combinations are measured; no ``context_lens`` is the default."""
+
+    batch_sizes: tuple[int, ...]
+    context_lens: tuple[int, ...] | None
+    prefill_lens: tuple[int, ...]
+
+    def list_workloads(self, config: PretrainedConfig) -> list[Workload]:
+        """Return every batch with every context, then the prompts.
+
+        Raises:
+            ConfigError: for more tokens than the model reads.
+        """
+        from lpsearch.latency.workload import Workload, check_workloads, limit_context
+
+        context_lens = self.context_lens or (limit_context(config, _DEFAULT_CONTEXT),)
+        workloads = [Workload("decode", batch, tokens) for batch in self.batch_sizes for tokens in context_lens]
+        workloads += [Workload("prefill", 1, tokens) for tokens in self.prefill_lens]
+        check_workloads(config, workloads)
+        return workloads
+
+
+def _measure(
+    config: PretrainedConfig,
+    *,
+    num_ranks: int,
+    emulated_ranks: int | None,
+    all_reduce_us: float | None,
+    workloads: Sequence[Workload],
+    **options: Any,
+) -> LatencyProfile | None:
+    """Measure on one device, on ranks, or on one of several that are not there.
+
+    Returns:
+        The profile; None on all ranks of ``torchrun`` but the first.
+    """
+    from lpsearch.latency import emulate_profile_on_ranks, measure_profile, measure_profile_on_ranks
+
+    options["workloads"] = workloads
+    with show_steps(f"measuring {name_count(len(workloads), 'workload')}") as on_step:
+        options["on_progress"] = lambda share: on_step(round(1000 * share), 1000)
+        if emulated_ranks is not None and all_reduce_us is not None:
+            return emulate_profile_on_ranks(config, num_ranks=emulated_ranks, all_reduce_us=all_reduce_us, **options)
+        if num_ranks > 1:
+            return measure_profile_on_ranks(config, num_ranks=num_ranks, **options)
+        return measure_profile(config, **options)
+
+
+def _warn_of_errors(measured: LatencyProfile, out: Path) -> None:
+    """Warn of the worst workload whose estimates are far off."""
+    from lpsearch.latency.profile import describe_profile_error
+
+    worst = max(measured.workloads, key=lambda workload: workload.mean_error or 0.0)
+    warning = describe_profile_error(worst.mean_error, name=f"{out}, {_name_workload(worst)}")
+    if warning is not None:
+        logger.warning("%s", warning)
+
+
+def _build_document(measured: LatencyProfile, out: Path, max_group: int) -> dict[str, Any]:
+    """Build the last line of stdout; the times are those of the first workload."""
+    from lpsearch.latency import LatencyModel
+
     latency_model = LatencyModel(measured)
     deepest = _deepest(measured, max_group)
-    document = {
+    return {
         "profile": str(out),
         "device": measured.device,
         "num_ranks": measured.num_ranks,
@@ -93,12 +170,11 @@ def profile(
         "dtype": measured.dtype,
         "runtime": measured.runtime,
         "workloads": len(measured.workloads),
-        "baseline_latency_ms": latency_model.estimate_latency_ms(Plan.baseline(deepest.num_layers)),
+        "baseline_latency_ms": next(iter(latency_model.estimate_unmodified_ms().values())),
         "least_depth": deepest.depth,
         "least_depth_latency_ms": latency_model.estimate_latency_ms(deepest),
         "check_error": max((w.check_error for w in measured.workloads if w.check_error is not None), default=None),
     }
-    return Answer(document, _build_table(measured, max_group))
 
 
 def _parse_counts(text: str, *, option: str, least: int) -> tuple[int, ...]:
@@ -113,7 +189,8 @@ def _parse_counts(text: str, *, option: str, least: int) -> tuple[int, ...]:
         ConfigError: for anything else.
     """
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) >= least for part in parts):
+    are_numbers = all(part.isascii() and part.isdigit() and len(part) <= _MAX_DIGITS for part in parts)
+    if not are_numbers or any(int(part) < least for part in parts):
         raise ConfigError(f"{option} {text}: expected whole numbers from {least} between commas, e.g. 1,16,64")
     return tuple(dict.fromkeys(int(part) for part in parts))
 
@@ -121,6 +198,10 @@ def _parse_counts(text: str, *, option: str, least: int) -> tuple[int, ...]:
 def _deepest(measured: LatencyProfile, max_group: int) -> Plan:
     num_layers = measured.geometry.num_layers
     return Plan.from_groups(range(i, min(i + max_group, num_layers)) for i in range(0, num_layers, max_group))
+
+
+def _name_workload(workload: WorkloadProfile) -> str:
+    return f"{workload.kind} {workload.batch_size} x {workload.context_len}"
 
 
 def _build_table(measured: LatencyProfile, max_group: int) -> Table:
@@ -137,11 +218,12 @@ def _build_table(measured: LatencyProfile, max_group: int) -> Table:
         table.add_column(column, justify="left" if column == "workload" else "right")
     deepest = _deepest(measured, max_group)
     for index, workload in enumerate(measured.workloads):
-        time_ms = LatencyModel(measured, index).estimate_latency_ms(deepest)
-        base = ", ".join(f"{mode} {ms:.2f}" for mode, ms in workload.unmodified_ms.items())
-        gains = ", ".join(f"{mode} {ms / time_ms:.2f}x" for mode, ms in workload.unmodified_ms.items())
+        latency_model = LatencyModel(measured, index)
+        time_ms = latency_model.estimate_latency_ms(deepest)
+        unmodified_ms = latency_model.estimate_unmodified_ms()
+        base = ", ".join(f"{mode} {ms:.2f}" for mode, ms in unmodified_ms.items())
+        gains = ", ".join(f"{mode} {ms / time_ms:.2f}x" for mode, ms in unmodified_ms.items())
         error = "" if workload.check_error is None else f"{workload.check_error:.1%}"
         speed = "" if workload.achieved_gb_per_s is None else f"{workload.achieved_gb_per_s:.0f}"
-        name = f"{workload.kind} {workload.batch_size} x {workload.context_len}"
-        table.add_row(name, base, str(deepest.depth), f"{time_ms:.2f}", gains, error, speed)
+        table.add_row(_name_workload(workload), base, str(deepest.depth), f"{time_ms:.2f}", gains, error, speed)
     return table

@@ -12,6 +12,7 @@ import typer
 
 from lpsearch.commands.console import adopt_optuna_log
 from lpsearch.commands.options import DirectoryArgument, StorageOption, StudyOption
+from lpsearch.commands.outputs import check_output_file
 from lpsearch.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,15 +35,18 @@ def report(
 ) -> dict[str, Any]:
     """Write a study's report, finished or not, as one HTML file that needs no network."""
     from lpsearch.commands.studies import open_existing_study
+    from lpsearch.latency.profile import describe_profile_error
     from lpsearch.report import load_report, write_html
 
     adopt_optuna_log()
     started = time.perf_counter()
     target = directory / REPORT_NAME if out is None else out
     with open_existing_study(directory, storage=storage, study=study) as store:
-        if target.is_dir() or not target.parent.is_dir():
-            raise UsageError(f"{target}: not a file in a directory that exists; name another with --out")
+        check_output_file(target)
         found = load_report(store, directory)
+    warning = describe_profile_error(found.latency_error, name=f"{directory}: the latency profile of the study")
+    if warning is not None:
+        logger.warning("%s", warning)
     num_bytes = write_html(found, target)
     return {
         "report": str(target),

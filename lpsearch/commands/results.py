@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 from lpsearch.config import Metric, Objective, Split
 from lpsearch.errors import LpsearchError, StudyError
 from lpsearch.front_file import FRONT_NAME, FRONT_SCHEMA_VERSION, FrontFile, FrontPoint, load_front_file
-from lpsearch.plan import ModelIdentity, PlanMetadata, PlanMetrics, Provenance, ProxyMetrics, save_plan, write_json
+from lpsearch.plan import (
+    KindMetrics,
+    ModelIdentity,
+    PlanMetadata,
+    PlanMetrics,
+    Provenance,
+    ProxyMetrics,
+    save_plan,
+    write_json,
+)
 from lpsearch.search import Loss, StudyResult, TrialResult
 from lpsearch.search.results import finite_or_none
 from lpsearch.versions import read_versions
@@ -35,6 +44,8 @@ _SUMMARY_FIELDS = {
     "speedup",
 }
 _KL_FIELDS = {"kl_nats_per_token", "heldout_kl_nats_per_token"}
+_KIND_FIELDS = {"by_kind", "heldout_by_kind"}
+_WORST_CASE_FIELDS = {"worst_kind_loss", "heldout_worst_kind_loss"}
 
 
 def name_plan_files(front: Sequence[TrialResult]) -> list[TrialResult]:
@@ -58,6 +69,7 @@ def build_front_file(
     objective: Objective,
     metric: Metric,
     result: StudyResult,
+    latency_error: float | None = None,
 ) -> FrontFile:
     """Build the content of ``front.json``.
 
@@ -68,6 +80,7 @@ def build_front_file(
         objective: what was traded against the loss.
         metric: the loss that was searched.
         result: what the study has evaluated.
+        latency_error: mean relative error of the latency model on depths that it was not fitted to.
     """
     return FrontFile(
         schema_version=FRONT_SCHEMA_VERSION,
@@ -75,12 +88,14 @@ def build_front_file(
         model=model,
         objective=objective,
         metric=metric,
+        worst_case=_is_worst_case(front[0]),
         trials=len(result.results),
         exact=result.exact,
         baseline_nll=front[0].loss.nll,
         proxy_tokens=result.proxy_tokens,
         heldout_tokens=sum(found.heldout.num_tokens for found in front if found.heldout is not None),
-        front=tuple(map(_build_point, front)),
+        latency_error=latency_error,
+        front=tuple(_build_point(found, metric) for found in front),
     )
 
 
@@ -139,9 +154,11 @@ def write_front(
 def build_summary(file: FrontFile, out: Path) -> dict[str, Any]:
     """Build the JSON object that ends the command: study, out, trials, baseline_nll, front.
 
-    The plans of a search by divergence have that too.
+    The plans of a search by divergence have that too, and on several kinds of text the losses by kind.
     """
     fields = _SUMMARY_FIELDS | _KL_FIELDS if file.metric == "kl" else _SUMMARY_FIELDS
+    fields = fields | _KIND_FIELDS if any(point.by_kind or point.heldout_by_kind for point in file.front) else fields
+    fields = fields | _WORST_CASE_FIELDS if file.worst_case else fields
     return {
         "study": file.study,
         "out": str(out),
@@ -171,12 +188,32 @@ def build_proxy_metrics(loss: Loss, *, windows: Windows, dtype: str, device_name
         delta_nll_se=loss.delta_nll_se,
         perplexity=loss.perplexity,
         kl_nats_per_token=finite_or_none(loss.kl_nats_per_token),
+        by_kind=_build_kind_metrics(loss),
         data=windows.spec,
         windows=loss.num_windows,
         seq_len=windows.seq_len,
         num_tokens=loss.num_tokens,
         dtype=dtype,
         device=device_name,
+    )
+
+
+def _build_kind_metrics(loss: Loss | None) -> tuple[KindMetrics, ...]:
+    """Build the entries for the losses by kind, which are finite since their mean is."""
+    return tuple(
+        KindMetrics(
+            data=part.kind.spec,
+            weight=part.kind.weight,
+            nll=part.loss.nll,
+            delta_nll=part.loss.delta_nll,
+            delta_nll_se=part.loss.delta_nll_se,
+            perplexity=part.loss.perplexity,
+            kl_nats_per_token=finite_or_none(part.loss.kl_nats_per_token),
+            kl_se=finite_or_none(part.loss.kl_se),
+            windows=part.loss.num_windows,
+            num_tokens=part.loss.num_tokens,
+        )
+        for part in (() if loss is None else loss.by_kind)
     )
 
 
@@ -189,8 +226,17 @@ def _list_plan_files(out: Path) -> set[str]:
     return set() if file is None else {f"plans/{Path(point.plan).name}" for point in file.front}
 
 
-def _build_point(result: TrialResult) -> FrontPoint:
+def _is_worst_case(result: TrialResult) -> bool:
+    """Say whether plans were compared by their worst kind of text on either split; of one kind there is no worst."""
+    return any(loss is not None and loss.is_worst_case for loss in (result.loss, result.heldout))
+
+
+def _build_point(result: TrialResult, metric: Metric) -> FrontPoint:
     assert result.plan_file is not None
+    judged, judged_heldout = (
+        finite_or_none(found.get_cost(metric)) if found is not None and _is_worst_case(result) else None
+        for found in (result.loss, result.heldout)
+    )
     loss, nll, kl = result.loss, result.get_heldout("nll"), result.get_heldout("kl")
     return FrontPoint(
         plan=result.plan_file,
@@ -204,6 +250,10 @@ def _build_point(result: TrialResult) -> FrontPoint:
         kl_se=finite_or_none(loss.kl_se),
         heldout_kl_nats_per_token=None if kl is None else kl.kl_nats_per_token,
         heldout_kl_se=None if kl is None else kl.kl_se,
+        worst_kind_loss=judged,
+        heldout_worst_kind_loss=judged_heldout,
+        by_kind=_build_kind_metrics(loss),
+        heldout_by_kind=_build_kind_metrics(nll),
         perplexity=loss.perplexity,
         latency_ms=result.latency_ms,
         speedup=result.speedup,

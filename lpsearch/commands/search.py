@@ -7,6 +7,7 @@ the database before it is used, so a search may be interrupted at any step.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lpsearch.commands.checks import read_config, read_num_layers
 from lpsearch.commands.console import Answer, adopt_optuna_log
 from lpsearch.commands.latency import get_latency_model
 from lpsearch.commands.loading import describe_device, load_for_search, resolve_device
@@ -31,12 +33,11 @@ from lpsearch.commands.studies import (
 )
 from lpsearch.commands.summary import SearchSummary
 from lpsearch.config import OptimizeConfig, ResolvedConfig, Split, slug_of_model
-from lpsearch.data import Windows, check_text_source
+from lpsearch.data import Windows, check_seq_len, check_text_kinds
 from lpsearch.errors import PlanError
 from lpsearch.front_file import FrontFile
-from lpsearch.latency.profile import load_profile
+from lpsearch.latency.profile import check_profile_geometry, load_profile
 from lpsearch.models import resolve_source
-from lpsearch.models.aliases import find_alias
 from lpsearch.plan import Plan, load_plan
 from lpsearch.search import (
     PlanSpace,
@@ -51,6 +52,8 @@ from lpsearch.search.results import set_latency
 from lpsearch.search.settings import has_own_database
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from lpsearch.evaluation import ModelEvaluator
     from lpsearch.latency import LatencyModel
     from lpsearch.models import LoadedModel
@@ -140,15 +143,27 @@ def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
     def build_space(num_layers: int) -> PlanSpace:
         return _build_space(num_layers, max_group=values.max_group, freeze=values.freeze, enqueued=enqueued)
 
-    def check_new_study() -> None:
-        check_text_source(values.data, split="proxy")
-        check_text_source(values.heldout or values.data, split="heldout")
-        alias = find_alias(values.model)
-        if alias is not None:  # the layers of any other model are counted when it is loaded
-            build_space(alias.num_layers)
-
     profile = None if values.latency in ("auto", "off") else load_profile(values.latency)
     source = resolve_source(values.model)
+
+    def check_config(config: PretrainedConfig) -> None:
+        build_space(read_num_layers(config))
+        if profile is not None:
+            check_profile_geometry(profile, config)
+
+    def check_new_config(config: PretrainedConfig) -> None:
+        check_config(config)
+        check_seq_len(values.seq_len, config)
+
+    def check_new_study() -> None:
+        check_text_kinds(values.data, split="proxy")
+        check_text_kinds(values.heldout or values.data, split="heldout")
+        if values.worst_case and max(len(values.data), len(values.heldout)) == 1:
+            logger.warning("--worst-case changes nothing where there is one kind of text; give --data several times")
+        config = read_config(source, trust_remote_code=values.trust_remote_code)
+        if config is not None:
+            check_new_config(config)
+
     if fresh:  # before anything is moved
         check_new_study()
     slug = slug_of_model(values.model)
@@ -161,7 +176,13 @@ def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
         elif not fresh:
             refuse_orphaned_results(store, out)
             check_new_study()
-        loaded = load_for_search(source, device=device, dtype=values.dtype, trust_remote_code=values.trust_remote_code)
+        loaded = load_for_search(
+            source,
+            device=device,
+            dtype=values.dtype,
+            trust_remote_code=values.trust_remote_code,
+            check=check_new_config if recorded is None else check_config,
+        )
         space = build_space(loaded.identity.num_layers)
         _check_fingerprints(enqueued, loaded)
         if recorded is None:
@@ -172,7 +193,12 @@ def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
         latency_model = None
         if values.latency != "off":
             latency_model = get_latency_model(
-                store, loaded.model, profile=profile, objective=values.objective, max_group=values.max_group
+                store,
+                loaded.model,
+                profile=profile,
+                profile_name=str(values.latency),
+                objective=values.objective,
+                max_group=values.max_group,
             )
         yield _Run(
             values=values,
@@ -250,6 +276,8 @@ def _evaluate_plans(run: _Run) -> StudyResult:
             enqueue=run.enqueued,
             timeout_s=values.timeout,
             staged=values.staged,
+            kinds=run.windows["proxy"].kinds,
+            worst_case=values.worst_case,
             on_trial=progress.on_trial,
             on_evaluation=progress.on_evaluation,
         )
@@ -260,18 +288,22 @@ def _warn_of_odd_baseline(store: StudyStore, evaluator: ModelEvaluator, loaded: 
     from lpsearch.models import check_baseline_nll
 
     with show_steps("evaluating the unmodified model"):
-        losses = evaluate_stored_plan(store, evaluator, Plan.baseline(loaded.identity.num_layers)).losses
-    windows = evaluator.windows
-    if windows.spec == "self":  # sampled at temperature 1, which is harder to predict than people's text
-        return
-    texts = loaded.tokenizer.batch_decode(windows.input_ids, skip_special_tokens=True)
-    warning = check_baseline_nll(
-        sum(losses.nll_nats_per_token) / windows.num_windows,
-        num_tokens=windows.num_windows * losses.tokens_per_window,
-        num_bytes=sum(len(text.encode()) for text in texts),
-    )
-    if warning is not None:
-        logger.warning("%s", warning)
+        stored = evaluate_stored_plan(store, evaluator, Plan.baseline(loaded.identity.num_layers))
+    losses = stored.losses
+    if not stored.num_new_tokens and not all(map(math.isfinite, losses.nll_nats_per_token)):
+        return  # what is wrong is in the study, which is refused
+    kinds = evaluator.windows.split_kinds()
+    for index, windows in enumerate(kinds):
+        if windows.spec == "self":  # sampled at temperature 1, which is harder to predict than people's text
+            continue
+        texts = loaded.tokenizer.batch_decode(windows.input_ids, skip_special_tokens=True)
+        warning = check_baseline_nll(
+            sum(losses.nll_nats_per_token[index :: len(kinds)]) / windows.num_windows,
+            num_tokens=windows.num_windows * losses.tokens_per_window,
+            num_bytes=sum(len(text.encode()) for text in texts),
+        )
+        if warning is not None:
+            logger.warning("%s%s", f"{windows.spec}: " if len(kinds) > 1 else "", warning)
 
 
 def _evaluate_heldout(run: _Run, front: Sequence[TrialResult]) -> None:
@@ -304,6 +336,7 @@ def _write_front(run: _Run, result: StudyResult) -> tuple[list[TrialResult], Fro
         objective=run.values.objective,
         metric=run.values.metric,
         result=result,
+        latency_error=None if model is None else model.workload.mean_error,
     )
     write_front(
         run.out,

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lpsearch.commands.console import get_output
+from lpsearch.wording import escape_controls
 
 __all__ = ["LINE_INTERVAL_S", "NARROW", "build_bar", "choose_width", "clip", "draw", "format_seconds", "show_steps"]
 
@@ -129,13 +130,13 @@ def build_bar(
     grid.add_column(no_wrap=True, justify="right")
     grid.add_column(no_wrap=True)
     bar = ProgressBar(total=None if share is None else 1.0, completed=share or 0.0, pulse=share is None)
-    grid.add_row(Text(label, "bold"), bar, count, times)
+    grid.add_row(Text(escape_controls(label, in_one_line=True), "bold"), bar, count, times)
     return grid
 
 
 def clip(line: str, style: str, width: int) -> Text:
     """Cut a line to so many columns."""
-    text = Text(line, style, no_wrap=True)
+    text = Text(escape_controls(line, in_one_line=True), style, no_wrap=True)
     text.truncate(width, overflow="ellipsis")
     return text
 

@@ -14,16 +14,19 @@ from typing import TYPE_CHECKING, Any, get_args
 from sqlalchemy.engine import URL
 
 from lpsearch.commands.loading import settle_dtype
+from lpsearch.commands.outputs import prepare_directory
 from lpsearch.commands.steps import show_steps
 from lpsearch.config import OptimizeConfig, ResolvedConfig, Split, check_latency
 from lpsearch.errors import ResumeError, StudyError, UsageError
 from lpsearch.front_file import FRONT_NAME, load_front_file
+from lpsearch.kinds import parse_kinds
 from lpsearch.models import ModelSource
 from lpsearch.models.sources import normalise_id
 from lpsearch.search import FIXED_SETTINGS, StoredWindows, StudyStore, compare_settings
 from lpsearch.search.database import is_writable
+from lpsearch.search.kinds import read_kinds, write_kinds
 from lpsearch.search.locks import HeldElsewhereError, hold_file_lock
-from lpsearch.search.storage_url import find_sqlite_path, parse_storage_url
+from lpsearch.search.storage_url import find_sqlite_path, parse_storage_url, refuse_memory
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +60,7 @@ RECORDED_OPTIONS = (
     "seq_len",
     "max_group",
     "metric",
+    "worst_case",
     "objective",
     "sampler",
     "seed",
@@ -81,13 +85,17 @@ def open_study_store(
         fresh: move an existing study aside first.
 
     Raises:
+        ConfigError: for a database in memory.
+        LpsearchError: if the directory cannot be written.
         StudyError: if the directory or the database cannot be used, or another process runs the study.
         ResumeError: if the directory holds a study of another name than the one asked for.
     """
+    url = _build_url(out) if storage is None else parse_storage_url(storage)
+    refuse_memory(url)
     _prepare_directory(out)
     if fresh:
         _move_aside(out)
-    with StudyStore(storage or _build_url(out), study_name=study or slug) as store, store.hold_lock():
+    with StudyStore(url, study_name=study or slug) as store, store.hold_lock():
         if fresh:
             store.move_aside()
         if storage is None:
@@ -124,6 +132,7 @@ def open_existing_study(
             f"{directory}: holds no study.db; give a directory that `lpsearch optimize` wrote, or --storage URL"
         )
     url = parse_storage_url(storage or _build_url(directory))
+    refuse_memory(url)
     path = find_sqlite_path(url)
     read_only = not annotates or (path is not None and not is_writable(path))
     with StudyStore(url, study_name=study or "", read_only=read_only) as store:
@@ -158,7 +167,7 @@ def follow_record(
         ResumeError: for a setting that was named and differs.
         ConfigError: for settings that do not go together.
     """
-    from lpsearch.data import name_text
+    from lpsearch.data import name_texts
 
     values = config.values
     requested = {name: getattr(values, name) for name in FIXED_SETTINGS if name in config.explicit}
@@ -166,17 +175,20 @@ def follow_record(
         del requested["dtype"]
     if "sampler" in config.explicit:
         requested["sampler"] = values.sampler
-    begun_with = {**recorded, "model": normalise_id(recorded["model"])}
+    begun_with = {"worst_case": False, **recorded, "model": normalise_id(recorded["model"])}
     for name in ("data", "heldout"):
         for settings in (begun_with, requested):
             if settings.get(name):
-                settings[name] = name_text(settings[name])
+                settings[name] = name_texts(settings[name], in_order=False)
     compare_settings(begun_with, {**requested, "model": source.id})
     if "seed" in config.explicit and values.seed != recorded["seed"]:
         logger.warning("the study keeps the seed that it was begun with, %d", recorded["seed"])
     kept = {*RECORDED_OPTIONS} - config.explicit | {"dtype", "seed"}  # these were settled when the study was begun
     updates = {name: recorded[name] for name in kept if name in recorded}
     updates["freeze"] = tuple(updates.get("freeze", values.freeze))
+    for name in ("data", "heldout"):
+        if name in updates:  # studies of one kind of text record it as a string
+            updates[name] = (updates[name],) if isinstance(updates[name], str) else tuple(updates[name] or ())
     followed = values.model_copy(update=updates)
     check_latency(followed)
     return followed, ModelSource.from_dict(recorded["source"])
@@ -193,14 +205,14 @@ def begin_study(
         loaded: the model, which is cast to the dtype.
         device: where the model is.
     """
-    from lpsearch.data import build_windows, name_text
+    from lpsearch.data import build_mixed_windows, name_texts
     from lpsearch.models import fingerprint_parts
 
     windows: dict[Split, Windows] = {}
     for split in _SPLITS:
         with show_steps(f"preparing {split} windows") as on_progress:
-            windows[split] = build_windows(
-                (options["heldout"] if split == "heldout" else None) or options["data"],
+            windows[split] = build_mixed_windows(
+                parse_kinds((options["heldout"] if split == "heldout" else None) or options["data"]),
                 tokenizer=loaded.tokenizer,
                 num_windows=options["windows"],
                 seq_len=options["seq_len"],
@@ -212,10 +224,11 @@ def begin_study(
             )
     dtype = settle_dtype(loaded.model, dtype=options["dtype"], device=device, windows=windows["proxy"])
     model = {"model": loaded.source.id, "source": loaded.source.to_dict(), **_identify(loaded)}
-    texts = {name: name_text(options[name]) for name in ("data", "heldout") if options[name]}
+    texts = {name: name_texts(options[name]) if options[name] else None for name in ("data", "heldout")}
+    kinds = write_kinds({split: built.kinds for split, built in windows.items()})
     stored = {split: StoredWindows(built.input_ids, built.spec) for split, built in windows.items()}
     parts = fingerprint_parts(loaded.model, loaded.tokenizer)
-    store.begin({**options, **texts, **model, "parts": parts, "dtype": dtype}, stored)
+    store.begin({**options, **texts, **kinds, **model, "parts": parts, "dtype": dtype}, stored)
     return windows
 
 
@@ -232,7 +245,11 @@ def resume_study(store: StudyStore, recorded: Mapping[str, Any], loaded: LoadedM
     check_parts(recorded.get("parts", {}), fingerprint_parts(loaded.model, loaded.tokenizer), name=loaded.source.id)
     compare_settings(recorded, _identify(loaded))
     stored = {split: store.load_windows(split) for split in _SPLITS}
-    windows = {split: Windows(kept.input_ids, kept.spec) for split, kept in stored.items() if kept is not None}
+    windows = {
+        split: Windows(kept.input_ids, kept.spec, kinds=read_kinds(recorded, split))
+        for split, kept in stored.items()
+        if kept is not None
+    }
     if len(windows) < len(_SPLITS):
         raise StudyError(f"{store.where}: the study has lost its windows; restore a copy, or begin one with --fresh")
     return windows
@@ -268,15 +285,11 @@ def _prepare_directory(out: Path) -> None:
     """Make the directory of a study, and check that it can be written and has room.
 
     Raises:
-        StudyError: if not.
+        LpsearchError: if it cannot be written.
+        StudyError: if it has no room.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out) as probe:
-            probe.write(b"\0" * 4096)
-        free_bytes = shutil.disk_usage(out).free
-    except OSError as error:
-        raise StudyError(f"{out}: cannot be written ({error}); choose another directory with --out") from None
+    prepare_directory(out)
+    free_bytes = shutil.disk_usage(out).free
     if free_bytes < _NEEDED_BYTES:
         raise StudyError(
             f"{out}: {free_bytes >> 20} MiB free, a study needs {_NEEDED_BYTES >> 20} MiB; "

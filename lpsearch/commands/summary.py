@@ -14,9 +14,12 @@ from lpsearch.commands.report import REPORT_NAME
 from lpsearch.commands.steps import format_seconds
 from lpsearch.commands.tables import build_front_table
 from lpsearch.config import Metric
+from lpsearch.kinds import normalise_weights
+from lpsearch.latency.profile import describe_estimate
 from lpsearch.plan import LatencyMetrics
+from lpsearch.report.front_columns import choose_kind_losses
 from lpsearch.search import StudyResult, TrialResult
-from lpsearch.wording import name_count
+from lpsearch.wording import escape_controls, name_count
 
 if TYPE_CHECKING:
     from lpsearch.report import StudyReport
@@ -60,7 +63,7 @@ class SearchSummary:
         yield ""
         yield _wrap(self._explain_columns(), "dim")
         yield ""
-        yield Text(self._list_files())
+        yield _keep(self._list_files())
         if self.report is not None:
             yield from self._advise(self.report)
 
@@ -86,12 +89,32 @@ class SearchSummary:
             ]
         else:
             lines = [delta, f"held out: {unseen}"]
+        lines += self._explain_kinds()
         if self.latency is not None:
             lines.append(
-                f"speed-up: estimated for decoding, batch {self.latency.batch_size}, {self.latency.context_len:,} "
-                f"cached tokens, {self.latency.dtype} on {self.latency.device}; each group fused into one wide layer."
+                f"speed-up: {describe_estimate(self.latency.mean_error)}, for decoding, batch "
+                f"{self.latency.batch_size}, {self.latency.context_len:,} cached tokens, {self.latency.dtype} on "
+                f"{self.latency.device}; each group fused into one wide layer."
             )
         return "\n".join(lines)
+
+    def _explain_kinds(self) -> list[str]:
+        """Say what losses of several kinds of text are; nothing where there is one kind."""
+        (parts, *_), is_heldout = choose_kind_losses(self.front)
+        if not parts:
+            return []
+        loss = self.front[0].loss
+        if loss.is_worst_case:
+            judged = "the loss on the worst kind"
+        elif loss.by_kind:
+            weights = ", ".join(f"{weight:.0%}" for weight in normalise_weights([part.kind for part in loss.by_kind]))
+            judged = f"the mean over the kinds, weighted {weights}"
+        else:
+            judged = "the loss on the one kind that was searched on"
+        where = "on windows that the search never saw" if is_heldout else "on the search's windows"
+        return [
+            f"on ...: the loss on one kind of text, {where}. Plans were compared by {judged}, on the search's windows."
+        ]
 
     def _list_files(self) -> str:
         names = ["front.json", "plans/"]
@@ -111,12 +134,12 @@ class SearchSummary:
             yield _wrap(f"  {pick.name:<9} {_describe_pick(report, pick)}", "")
         chosen = next((picks[name] for name in ("balanced", "free", "fast") if picks[name].index is not None), None)
         yield _wrap("Next:" if chosen is None else f"Next, with the {chosen.name} one:", "bold")
-        yield Text(f"  open {self.out / REPORT_NAME}")
+        yield _keep(f"  open {self.out / REPORT_NAME}")
         if chosen is None or chosen.index is None:
             return
         for command in list_commands(report, report.front[chosen.index]):
             if command.purpose in ("see the text it writes", "export a fused checkpoint"):
-                yield Text(f"  {command.line}")
+                yield _keep(f"  {command.line}")
 
 
 def _describe_pick(report: StudyReport, pick: Pick) -> str:
@@ -125,11 +148,16 @@ def _describe_pick(report: StudyReport, pick: Pick) -> str:
         return f"{limit}: no plan with a join has so little"
     result = report.front[pick.index]
     words = [name_count(result.num_joins, "join"), f"{result.depth_reduction:.1%} less depth"]
-    words += [] if result.speedup is None else [f"{result.speedup:.3f}x"]
+    words += [] if result.speedup is None else [f"{result.speedup:.3f}x {describe_estimate(report.latency_error)}"]
     words += [f"{'loses' if report.metric == 'nll' else 'kl'} {result.get_reported_cost(report.metric):.3f}"]
     return f"{limit}: {', '.join(words)}  {result.plan_file or ''}".rstrip()
 
 
 def _wrap(line: str, style: str) -> Text:
     """Break prose between words; commands and paths are left to the terminal, so that they can be copied."""
-    return Text(line, style, no_wrap=False, overflow="fold")
+    return Text(escape_controls(line), style, no_wrap=False, overflow="fold")
+
+
+def _keep(line: str) -> Text:
+    """Leave a line with commands or paths as it is, but for control characters."""
+    return Text(escape_controls(line, in_one_line=True))

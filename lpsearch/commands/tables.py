@@ -40,6 +40,9 @@ _RANKS = {
 }
 """Which columns give way: those of the highest rank first; those of rank 0 stay."""
 
+_KIND_RANK = 2
+"""Of the losses by kind of text."""
+
 
 @dataclass(frozen=True)
 class _Column:
@@ -72,8 +75,9 @@ def build_front_table(
 
     Args:
         front: the baseline and the points of the front.
-        width: columns of the terminal. Perplexity, time, speed-up, layers and depth give way, in this order.
-        is_brief: one line a plan, without held-out loss, perplexity and time.
+        width: columns of the terminal. Perplexity, time, speed-up and losses by kind, layers and depth give way, in
+            this order.
+        is_brief: one line a plan, without held-out loss, losses by kind, perplexity and time.
         newest: the plan to point out.
     """
     columns = _build_columns(front, is_brief=is_brief)
@@ -115,10 +119,10 @@ def _build_columns(front: Sequence[TrialResult], *, is_brief: bool) -> list[_Col
         "ms": "ms/token",
         **({"loss": "delta nll"} if metric == "nll" else {"loss": "kl", "held out": "held-out kl"}),
     }
-    cells = list_front_columns(front, metric=metric, digits=3, sign=" ±")
+    cells = list_front_columns(front, metric=metric, digits=3, sign=" ±", by_kind=not is_brief)
     if is_brief or not any(cells["held out"]):
         del cells["held out"]
-    columns = [_Column(names.get(name, name), column, _RANKS[name]) for name, column in cells.items()]
+    columns = [_Column(names.get(name, name), column, _RANKS.get(name, _KIND_RANK)) for name, column in cells.items()]
     return [column for column in columns if not is_brief or column.rank < 3]
 
 

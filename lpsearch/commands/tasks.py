@@ -6,8 +6,8 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,10 +21,12 @@ from rich.text import Text
 
 from lpsearch.commands.steps import format_seconds, show_steps
 from lpsearch.errors import UsageError
-from lpsearch.plan import Plan
+from lpsearch.plan import Plan, find_recovered_weights
 from lpsearch.wording import format_value, name_count
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from lpsearch.evaluation.harness import TaskSuite
     from lpsearch.evaluation.task_scores import TaskResult
     from lpsearch.models import LoadedModel
@@ -175,11 +177,48 @@ def prepare_tasks(
     return TaskRun(suite, num_fewshot, limit, batch_size, apply_chat_template)
 
 
-def list_variants(loaded: LoadedModel, plan: Plan) -> dict[str, Variant]:
-    """Return the unmodified model and the plan, as :meth:`TaskRun.score` takes them."""
+def list_variants(model: PreTrainedModel, plan: Plan, plan_path: Path) -> dict[str, Variant]:
+    """Return what is scored: the model as it is, under the plan, and with weights that were repaired for it, if any.
+
+    Args:
+        model: the unmodified model.
+        plan: what was read from ``plan_path``.
+        plan_path: the plan file, or the directory that ``recover`` wrote.
+
+    Raises:
+        PlanError: if the plan was repaired and its weights are not beside it.
+    """
     from lpsearch.transform import applied_plan
 
-    return {"base": nullcontext, "plan": lambda: applied_plan(loaded.model, plan)}
+    variants: dict[str, Variant] = {
+        "base": nullcontext,
+        "plan": lambda: applied_plan(model, plan.without_recovery()),
+    }
+    weights_file = find_recovered_weights(plan, plan_path)
+    if weights_file is not None:
+        variants["repaired"] = lambda: _repaired(model, plan, weights_file)
+    return variants
+
+
+@contextmanager
+def _repaired(model: PreTrainedModel, plan: Plan, weights_file: Path) -> Iterator[None]:
+    """Run a model under a plan with its repaired weights; afterwards it has its own again, bit for bit."""
+    from lpsearch.recovery import apply_recovery
+    from lpsearch.recovery.directory import load_recovered_weights, name_parameters
+    from lpsearch.transform import applied_plan
+
+    repaired = load_recovered_weights(weights_file)
+    parameters = {name: parameter for name, parameter in name_parameters(model).items() if name in repaired}
+    originals = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for parameter in parameters.values():
+            parameter.data = parameter.data.clone()
+        apply_recovery(model, weights_file.parent)
+        with applied_plan(model, plan):
+            yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = originals[name]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,13 +12,14 @@ from lpsearch.config import Split
 from lpsearch.data.texts import is_same_text, replace_surrogates, resolve_text, undo_wikitext_marks
 from lpsearch.data.windows import Windows
 from lpsearch.errors import DataError, ModelError
+from lpsearch.kinds import TextKind
 from lpsearch.models import needs_bos
 from lpsearch.wording import name_count
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["build_windows"]
+__all__ = ["build_mixed_windows", "build_windows", "check_seq_len"]
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +79,9 @@ def build_windows(
             on_progress=on_progress,
         )
     source = resolve_text(spec, split=split)
-    first = 0
-    if after is not None and is_same_text(after.spec, source.spec, split=split):
-        first = int(after.provenance["stop_token"])
+    used = [] if after is None else after.split_kinds()
+    stops = [int(p.provenance["stop_token"]) for p in used if is_same_text(p.spec, source.spec, split=split)]
+    first = max(stops, default=0)
     prefix = [tokenizer.bos_token_id] if needs_bos(tokenizer) else []
     stop = first + num_windows * (seq_len - len(prefix))
     tokens = _tokenize_start(source.read_pieces(tokenizer), tokenizer=tokenizer, num_tokens=stop, spec=source.spec)
@@ -99,12 +100,71 @@ def build_windows(
     return windows
 
 
+def build_mixed_windows(
+    kinds: Sequence[TextKind],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    num_windows: int,
+    seq_len: int,
+    split: Split = "proxy",
+    seed: int = 0,
+    model: PreTrainedModel | None = None,
+    after: Windows | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Windows:
+    """Build windows of several kinds of text, interleaved; see :func:`build_windows`.
+
+    Args:
+        kinds: specifications and weights, at least one; one kind gives what :func:`build_windows` gives.
+        num_windows: number of windows of each kind.
+        tokenizer: the model's tokenizer.
+        seq_len: tokens in a window.
+        split: ``proxy`` to search on, ``heldout`` to report on.
+        seed: seed of ``self``.
+        model: the unmodified model.
+        after: windows that must not be overlapped.
+        on_progress: called with steps done and steps in all while ``self`` is sampled.
+
+    Raises:
+        DataError: as :func:`build_windows`.
+        ModelError: as :func:`build_windows`.
+        SourceError: as :func:`build_windows`.
+    """
+    parts = [
+        build_windows(
+            kind.spec,
+            tokenizer=tokenizer,
+            num_windows=num_windows,
+            seq_len=seq_len,
+            split=split,
+            seed=seed,
+            model=model,
+            after=after,
+            on_progress=on_progress,
+        )
+        for kind in kinds
+    ]
+    return Windows.interleave(parts, [kind.weight for kind in kinds])
+
+
 def _check_sizes(num_windows: int, seq_len: int, model: PreTrainedModel | None) -> None:
     if num_windows < 1:
         raise DataError(f"--windows is {num_windows}; at least 1 is needed")
     if seq_len < 2:
         raise DataError(f"--seq-len is {seq_len}; at least 2 is needed, since the first token is not predicted")
-    longest = None if model is None else getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if model is not None:
+        check_seq_len(seq_len, model.config)
+
+
+def check_seq_len(seq_len: int, config: PretrainedConfig) -> None:
+    """Refuse windows that are longer than a model reads; its configuration says how much that is.
+
+    Raises:
+        DataError: if they are.
+    """
+    from lpsearch.models import find_max_positions  # which needs torch
+
+    longest = find_max_positions(config)
     if longest is not None and seq_len > longest:
         raise DataError(f"--seq-len is {seq_len}, but the model reads at most {longest} tokens; lower --seq-len")
 

@@ -6,7 +6,7 @@ A text is an iterator of pieces whose concatenation is the text, so that a large
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,15 +16,18 @@ from lpsearch.data.columns import join_documents
 from lpsearch.data.files import KNOWN_SUFFIXES, is_plain_text, read_values
 from lpsearch.data.hub import WIKITEXT_ID, check_hub_reachable, read_hub_values
 from lpsearch.errors import DataError
+from lpsearch.kinds import TextKind, parse_kinds, write_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "TextSource",
+    "check_text_kinds",
     "check_text_source",
     "is_same_text",
     "name_text",
+    "name_texts",
     "replace_surrogates",
     "resolve_text",
     "undo_wikitext_marks",
@@ -78,7 +81,7 @@ class TextSource:
             SourceError: for a dataset that is gated or out of reach.
         """
         if self.kind == "file":
-            if not any(self._read_values()):
+            if not any(not isinstance(value, str) or value.strip() for value in self._read_values()):
                 raise DataError(f"{self.spec} holds no text; give a file or dataset that does")
             return
         import datasets
@@ -160,6 +163,27 @@ def name_text(spec: str) -> str:
     return path if source.column is None else f"{path}:{source.column}"
 
 
+def name_texts(texts: str | Sequence[str], *, in_order: bool = True) -> str | list[str]:
+    """Return one spelling of specifications with their weights; of a single one just that, as it needs no weight.
+
+    Args:
+        texts: each ``SPEC`` or ``SPEC@WEIGHT``; a string is a single specification without a weight, however it looks.
+        in_order: keep order and weights as they are; False sorts them, and divides the weights by the least, so that
+            equal mixtures are equal.
+    """
+    if isinstance(texts, str):
+        return name_text(texts)
+    kinds = [TextKind(name_text(kind.spec), kind.weight) for kind in parse_kinds(texts)]
+    if len(kinds) == 1:
+        return kinds[0].spec
+    if not in_order:
+        least = min(kind.weight for kind in kinds)
+        kinds = sorted(
+            (TextKind(kind.spec, float(f"{kind.weight / least:.9g}")) for kind in kinds), key=lambda kind: kind.spec
+        )
+    return [write_kind(kind) for kind in kinds]
+
+
 def is_same_text(first: str, second: str, *, split: Split) -> bool:
     """Say whether two specifications may name one text; what only one of them says may be what the other finds."""
     if "self" in (first, second):
@@ -178,6 +202,22 @@ def check_text_source(spec: str, *, split: Split) -> None:
     """
     if spec != "self":
         resolve_text(spec, split=split).check()
+
+
+def check_text_kinds(texts: Sequence[str], *, split: Split) -> None:
+    """Check soon that specifications with or without a weight name different texts that are there.
+
+    Raises:
+        DataError: as :func:`check_text_source`, for a weight that is not positive, or a text that is named twice.
+        SourceError: for a dataset that is gated or out of reach.
+    """
+    kinds = parse_kinds(texts)
+    for kind in kinds:
+        check_text_source(kind.spec, split=split)
+    names = [name_text(kind.spec) for kind in kinds]
+    for kind, name in zip(kinds, names, strict=True):
+        if names.count(name) > 1:
+            raise DataError(f"{kind.spec} is named {names.count(name)} times; name it once, with a weight: {name}@2")
 
 
 def undo_wikitext_marks(text: str) -> str:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 
 from lpsearch.data import Windows
-from lpsearch.errors import FamilyError, LpsearchError
+from lpsearch.errors import LpsearchError, describe_error
+from lpsearch.evaluation.head import OutputHead, run_decoder
 from lpsearch.evaluation.losses import RAW, Variant, WindowLosses
 from lpsearch.evaluation.prefix_cache import CacheUsage, PrefixCache, choose_cache_bytes
 from lpsearch.evaluation.rungs import split_by_rung
@@ -21,13 +20,11 @@ from lpsearch.transform import applied_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-    from transformers.modeling_outputs import BaseModelOutputWithPast
 
 __all__ = ["ModelEvaluator"]
 
 _LOGIT_CHUNK_BYTES = 64 << 20
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
-_CHECKED_TOKENS = 8
 
 
 class ModelEvaluator:
@@ -74,7 +71,8 @@ class ModelEvaluator:
         batch_tokens = _BATCH_TOKENS.get(model.device.type, _BATCH_TOKENS["cpu"])
         self._batch_size = batch_size or max(1, batch_tokens // windows.seq_len)
         self._base_hidden_states: dict[int, torch.Tensor] = {}  # by window, each (seq - 1, hidden)
-        self._check_head()
+        with torch.inference_mode():
+            self._head = OutputHead(model, self._input_ids([0]))
         if cache_bytes is None:
             cache_bytes = choose_cache_bytes(model.device, location=cache_location)
         self._cache = PrefixCache(model=model, budget_bytes=cache_bytes, location=cache_location)
@@ -135,7 +133,7 @@ class ModelEvaluator:
             try:
                 return self._evaluate(plan, window_indices, variant)
             except torch.OutOfMemoryError as error:
-                message = str(error).splitlines()[0]
+                message = describe_error(error)
             # Outside the handler, whose traceback holds on to the tensors of the failed forward.
             if not self._cache.halve():
                 raise LpsearchError(
@@ -158,7 +156,7 @@ class ModelEvaluator:
 
     def _split(self, window_indices: Sequence[int]) -> Iterator[list[int]]:
         """Yield the batches; none crosses a rung, so a search in stages runs the batches of a whole evaluation."""
-        for rung in split_by_rung(window_indices, self.num_windows):
+        for rung in split_by_rung(window_indices, self.num_windows, len(self._windows.kinds)):
             for start in range(0, len(rung), self._batch_size):
                 yield rung[start : start + self._batch_size]
 
@@ -181,7 +179,7 @@ class ModelEvaluator:
         """
         input_ids = self._input_ids(window_indices)
         with self._cache.shortcut(plan, window_indices, seq_len=self._windows.seq_len, variant=variant):
-            return cast(torch.Tensor, _run_decoder(self._model, input_ids).last_hidden_state)[:, :-1]
+            return run_decoder(self._model, input_ids)[:, :-1]
 
     def _input_ids(self, window_indices: Sequence[int]) -> torch.Tensor:
         rows = self._windows.input_ids[list(window_indices)]
@@ -196,7 +194,7 @@ class ModelEvaluator:
         """
         targets = self._input_ids([window_index])[0, 1:]  # (seq - 1,)
         base = self._base_hidden_states[window_index] if self._metric == "kl" else None
-        chunk_len = max(1, _LOGIT_CHUNK_BYTES // (4 * self._vocab_size))
+        chunk_len = max(1, _LOGIT_CHUNK_BYTES // (4 * self._head.vocab_size))
         nll_sum = torch.zeros((), dtype=torch.float64, device=targets.device)
         kl_sum = torch.zeros_like(nll_sum)
         for start in range(0, len(targets), chunk_len):
@@ -211,67 +209,4 @@ class ModelEvaluator:
 
     def _compute_log_probs(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return float32 log-probabilities ``(positions, vocab)`` of last hidden states ``(positions, hidden)``."""
-        logits = _run_head(self._model, self._decoder_output, hidden_states[None])[0]
-        return F.log_softmax(logits, dim=-1, dtype=torch.float32)
-
-    @torch.inference_mode()
-    def _check_head(self) -> None:
-        """Learn the decoder's kind of output, and refuse a family whose head needs more than its hidden states."""
-        input_ids = self._input_ids([0])[:, :_CHECKED_TOKENS]
-        expected = self._model(input_ids=input_ids, use_cache=False).logits
-        self._decoder_output = _run_decoder(self._model, input_ids)
-        logits = _run_head(
-            self._model, self._decoder_output, cast(torch.Tensor, self._decoder_output.last_hidden_state)
-        )
-        self._vocab_size = int(expected.shape[-1])
-        if not torch.equal(logits.isnan(), expected.isnan()) or not torch.allclose(
-            logits.float(), expected.float(), rtol=1e-2, atol=1e-2, equal_nan=True
-        ):
-            raise FamilyError(
-                f"{type(self._model).__name__}: its output head gives other logits when it is run apart from its "
-                "layers, so lpsearch cannot evaluate it; supported families are listed in the README"
-            )
-
-
-def _run_decoder(model: PreTrainedModel, input_ids: torch.Tensor) -> BaseModelOutputWithPast:
-    """Run embedding, layers and final norm on ``input_ids`` ``(batch, seq)``."""
-    return cast("BaseModelOutputWithPast", model.base_model(input_ids=input_ids, use_cache=False))
-
-
-def _run_head(
-    model: PreTrainedModel, decoder_output: BaseModelOutputWithPast, hidden_states: torch.Tensor
-) -> torch.Tensor:
-    """Run the output head alone, with whatever the family does to its logits (soft-capping, scaling).
-
-    Args:
-        model: the causal language model.
-        decoder_output: an output of its decoder, whose other fields stay as they are.
-        hidden_states: last hidden states, ``(batch, seq, hidden)``.
-
-    Returns:
-        Logits, ``(batch, seq, vocab)``, in the model's dtype.
-    """
-    output = dataclasses.replace(cast(Any, decoder_output), last_hidden_state=hidden_states)
-    placeholder = torch.zeros(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)
-    with _decoder_returning(model, output):
-        return cast(torch.Tensor, model(input_ids=placeholder, use_cache=False).logits)
-
-
-@contextmanager
-def _decoder_returning(model: PreTrainedModel, output: BaseModelOutputWithPast) -> Iterator[None]:
-    """Let the model's decoder return ``output`` without running.
-
-    Every causal language model of transformers is a decoder, ``base_model``, and a few lines of its own that turn
-    hidden states into logits. Replacing the decoder runs those lines, rather than a copy of them a family.
-    """
-    decoder: Any = model.base_model
-    had_own_forward = "forward" in decoder.__dict__  # e.g. set by accelerate
-    own_forward = decoder.__dict__.get("forward")
-    decoder.forward = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        if had_own_forward:
-            decoder.forward = own_forward
-        else:
-            del decoder.forward
+        return F.log_softmax(self._head(hidden_states[None])[0], dim=-1, dtype=torch.float32)

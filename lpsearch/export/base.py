@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 
 from lpsearch.export.shards import DTYPES, SafetensorsReader
 from lpsearch.models import ModelSource, fingerprint_model, get_decoder_layers, load_model
+from lpsearch.models.conversion import WeightlessCheck
 from lpsearch.models.geometry import load_config
 from lpsearch.models.image_text import extract_language_model, find_text_config
 from lpsearch.models.loading import fetch_directory, refuse_quantised
@@ -90,7 +91,7 @@ def open_model(model: PreTrainedModel, *, identity: ModelIdentity | None = None)
     )
 
 
-def open_source(source: ModelSource) -> BaseModel:
+def open_source(source: ModelSource, *, before_weights: WeightlessCheck | None = None) -> BaseModel:
     """Open a model to export it, as the search loads it.
 
     Transformers says what the model is: which files count, what is tied, what has to be converted. Its tensors are
@@ -100,6 +101,7 @@ def open_source(source: ModelSource) -> BaseModel:
 
     Args:
         source: a directory, a hub repository, a packaged model or a GGUF file; the last is dequantised into memory.
+        before_weights: as for :func:`~lpsearch.models.load_model`.
 
     Raises:
         FamilyError: if the family cannot be fused.
@@ -107,7 +109,7 @@ def open_source(source: ModelSource) -> BaseModel:
         SourceError: if it exists but cannot be fetched now.
     """
     if source.kind == "gguf":
-        loaded = load_model(source, device="cpu", dtype=torch.float32)
+        loaded = load_model(source, device="cpu", dtype=torch.float32, before_weights=before_weights)
         directory = Path(source.id).parent
         base = open_model(loaded.model, identity=loaded.identity)
         return replace(base, tokenizer=loaded.tokenizer, notices=_find_notices(directory))
@@ -115,7 +117,7 @@ def open_source(source: ModelSource) -> BaseModel:
     config = load_config(directory)
     refuse_quantised(directory, config)
     read_traits(find_text_config(config)).check_fusing()
-    loaded = load_model(source, device="cpu", dtype=_find_dtype(directory))
+    loaded = load_model(source, device="cpu", dtype=_find_dtype(directory), before_weights=before_weights)
     stored = SafetensorsReader(directory)
     converted = {
         name: tensor for name, tensor in loaded.model.state_dict().items() if not _is_stored(tensor, stored.read(name))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lpsearch.plan import Plan, ProxyMetrics
+from lpsearch.plan import KindMetrics, Plan, ProxyMetrics
 from lpsearch.versions import __version__
 
 __all__ = ["write_card"]
@@ -79,9 +79,10 @@ def _describe_metrics(plan: Plan) -> list[str]:
     assert plan.metadata is not None
     metrics = plan.metadata.metrics
     rows = [
-        _describe_loss(name, loss)
+        row
         for name, loss in (("searched on", metrics.proxy), ("held out", metrics.heldout))
         if loss is not None
+        for row in _describe_loss(name, loss)
     ]
     parts = ["## Measured"]
     if rows:
@@ -96,10 +97,15 @@ def _describe_metrics(plan: Plan) -> list[str]:
     return [*parts, "Nothing; the plan was made by hand."] if len(parts) == 1 else parts
 
 
-def _describe_loss(name: str, loss: ProxyMetrics) -> str:
-    error = "" if loss.delta_nll_se is None else f" ± {loss.delta_nll_se:.4f}"
-    size = f"{name}: {loss.windows} of {loss.seq_len} tokens, {loss.dtype}"
-    return f"| {size} | {loss.data} | {loss.nll:.4f} | {loss.delta_nll:+.4f}{error} | {loss.perplexity:.2f} |"
+def _describe_loss(name: str, loss: ProxyMetrics) -> list[str]:
+    """Return a row, and one for each of several kinds of text."""
+    rows = []
+    parts: list[ProxyMetrics | KindMetrics] = [loss, *loss.by_kind]
+    for part in parts:
+        error = "" if part.delta_nll_se is None else f" ± {part.delta_nll_se:.4f}"
+        size = f"{name}: {part.windows} of {loss.seq_len} tokens, {loss.dtype}"
+        rows.append(f"| {size} | {part.data} | {part.nll:.4f} | {part.delta_nll:+.4f}{error} | {part.perplexity:.2f} |")
+    return rows
 
 
 def _describe_licence(licence: str | None, notices: Sequence[Path]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lpsearch.errors import LpsearchError, UsageError
 from lpsearch.export.base import BaseModel, open_model, open_source
@@ -21,12 +21,12 @@ from lpsearch.export.shards import INDEX_NAME, Shard, TensorSpec, list_shards, w
 from lpsearch.models import ModelSource
 from lpsearch.models.quiet import quiet_transformers
 from lpsearch.plan import RECOVERED_PLAN_NAME, ModelIdentity, Plan, PlanMetadata, save_plan, write_json
-from lpsearch.transform import check_plan_numbers
+from lpsearch.transform import check_plan_layers, check_plan_numbers
 from lpsearch.transform import modeling_lpsearch as modeling
 from lpsearch.transform.fused_config import build_fused_config
 from lpsearch.transform.fused_weights import InterleavedWeights
 
-__all__ = ["export_checkpoint", "export_source"]
+__all__ = ["check_target", "export_checkpoint", "export_source"]
 
 logger = logging.getLogger(__name__)
 
@@ -120,8 +120,13 @@ def export_source(
         LpsearchError: if the disk has too little room.
     """
     target = Path(directory)
-    _check_target(target)  # before anything is fetched
-    return _write_directory(open_source(source), plan, target, dtype, max_shard_bytes, on_progress)
+    check_target(target)  # before anything is fetched
+
+    def check(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        check_plan_layers(plan, config)
+
+    base = open_source(source, before_weights=check)
+    return _write_directory(base, plan, target, dtype, max_shard_bytes, on_progress)
 
 
 def _write_directory(
@@ -133,7 +138,7 @@ def _write_directory(
     on_progress: Callable[[int, int], None],
 ) -> Path:
     """Check everything, then write a temporary directory beside the target and rename it."""
-    _check_target(target)
+    check_target(target)
     check_plan_numbers(
         plan, num_layers=base.identity.num_layers, fingerprint=base.identity.fingerprint, name=base.identity.id
     )
@@ -195,7 +200,7 @@ def _complete_plan(plan: Plan, identity: ModelIdentity) -> Plan:
     return plan if plan.metadata is not None else Plan(plan.groups, PlanMetadata(model=identity))
 
 
-def _check_target(target: Path) -> None:
+def check_target(target: Path) -> None:
     """Refuse a target that is there and is anything but an empty directory.
 
     Raises:

@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lpsearch.errors import ModelError, describe_error
+from lpsearch.errors import LpsearchError, ModelError, describe_error
+from lpsearch.models.conversion import WeightlessCheck
 from lpsearch.models.quiet import quiet_transformers
 from lpsearch.models.stored_weights import check_loading
 from lpsearch.transform import modeling_lpsearch as modeling
@@ -29,9 +30,19 @@ def read_dtype(directory: Path) -> str:
 
 
 def load_exported(
-    directory: Path, *, device: torch.device | str, dtype: torch.dtype
+    directory: Path,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    before_weights: WeightlessCheck | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load an exported directory, in evaluation mode and without gradients, and its tokenizer.
+
+    Args:
+        directory: that :func:`~lpsearch.export.export_checkpoint` wrote.
+        device: where the weights go.
+        dtype: what the weights are cast to.
+        before_weights: as for :func:`~lpsearch.models.load_model`.
 
     Raises:
         ModelError: if it is not one, or is damaged or incomplete.
@@ -44,8 +55,12 @@ def load_exported(
         config_class: Any = getattr(modeling, modeling.class_name(stem, "Config"))
         with quiet_transformers():
             config = config_class.from_pretrained(directory)
-            model, info = model_class.from_pretrained(directory, config=config, dtype=dtype, output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(directory, config=config)
+            if before_weights is not None:
+                before_weights(config, tokenizer)
+            model, info = model_class.from_pretrained(directory, config=config, dtype=dtype, output_loading_info=True)
+    except LpsearchError:
+        raise
     except (SafetensorError, AttributeError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{directory}: cannot be loaded: {describe_error(error)}; export it again") from error
     check_loading(directory, info)

@@ -242,7 +242,7 @@ def _build_skeleton(config: PretrainedConfig, *, device: torch.device, dtype: to
         except ValueError as error:
             raise FamilyError(
                 f"transformers cannot build a {config.model_type} model from its configuration to time it: {error}; "
-                "use --latency off"
+                "`lpsearch optimize --latency off` searches without its times"
             ) from None
     return cast("PreTrainedModel", model.eval().requires_grad_(False))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
@@ -23,7 +24,7 @@ from lpsearch.latency.profile import LatencyProfile, MeasuredPoint, ProfileGeome
 from lpsearch.latency.runtime.steps import RuntimeSteps
 from lpsearch.latency.sums import OneRank, Ranks
 from lpsearch.latency.timing import MIN_BLOCKS, StepTiming, measure_interleaved
-from lpsearch.latency.workload import StepBuilder, Workload
+from lpsearch.latency.workload import StepBuilder, Workload, check_workloads, limit_context
 from lpsearch.models.traits import read_traits
 from lpsearch.versions import read_versions
 
@@ -65,10 +66,9 @@ def measure_profile(
         config: the model's configuration.
         device: device to measure.
         dtype: dtype of weights and cache.
-        workloads: what to measure, shortened to what the model reads; None for decoding ``batch_size`` sequences with
-            ``context_len`` tokens.
+        workloads: what to measure; None for decoding ``batch_size`` sequences with ``context_len`` tokens.
         batch_size: sequences decoded together.
-        context_len: cached tokens of each.
+        context_len: cached tokens of each, or as many as the model reads if these are fewer.
         max_group: largest group to measure.
         budget_s: about how long the timed part of each workload takes.
         usable_bytes: memory to use on each rank; None for most of what is free.
@@ -79,16 +79,14 @@ def measure_profile(
     Raises:
         FamilyError: if transformers cannot build the model from its configuration, or for prompts of a family that the
             runtime does not compute.
-        ConfigError: if the ranks do not divide the model.
+        ConfigError: if the ranks do not divide the model, or for more tokens than it reads.
         LpsearchError: if not even a few layers fit into memory.
     """
     device = torch.device(device)
     traits = read_traits(config)
     geometry = ProfileGeometry.from_config(config)
-    workloads = workloads or [Workload("decode", batch_size, context_len)]
-    longest = getattr(traits.config, "max_position_embeddings", None)
-    if longest is not None:
-        workloads = list(dict.fromkeys(workload.shorten(longest) for workload in workloads))
+    workloads = workloads or [Workload("decode", batch_size, limit_context(config, context_len))]
+    check_workloads(config, workloads)
     measured = []
     for index, workload in enumerate(workloads):
 
@@ -166,7 +164,14 @@ def _measure_workload(
         min_blocks=MIN_BLOCKS if device.type == "cuda" else _MIN_CPU_BLOCKS,
         on_progress=on_progress,
     )
-    unmodified_ms = {mode: timings[0].median_ms}
+    points = [_build_point(d.count_groups(geometry), d.use, t) for d, t in zip(depths, timings, strict=True)]
+    fitted = [point for point in points if point.use == "fit"]
+    costs = fit_group_costs([point.num_groups for point in fitted], [point.median_ms for point in fitted])
+    errors = [abs(costs.estimate_latency_ms(p.num_groups) / p.median_ms - 1) for p in points if p.use == "check"]
+    if num_layers < geometry.num_layers:  # what ran is shallower than the model
+        unmodified_ms = {mode: costs.estimate_latency_ms(_count_layers(geometry))}
+    else:
+        unmodified_ms = {mode: timings[0].median_ms}
     if other_modes and num_layers == geometry.num_layers:
         others = measure_interleaved(
             [builder.build(depths[0].plan, depths[0].layers, other).run for other in other_modes],
@@ -176,10 +181,6 @@ def _measure_workload(
             min_blocks=_MIN_UNMODIFIED_BLOCKS,
         )
         unmodified_ms |= {other: timing.median_ms for other, timing in zip(other_modes, others, strict=True)}
-    points = [_build_point(d.count_groups(geometry), d.use, t) for d, t in zip(depths, timings, strict=True)]
-    fitted = [point for point in points if point.use == "fit"]
-    costs = fit_group_costs([point.num_groups for point in fitted], [point.median_ms for point in fitted])
-    errors = [abs(costs.estimate_latency_ms(p.num_groups) / p.median_ms - 1) for p in points if p.use == "check"]
     read_bytes = steps[0].read_bytes
     return WorkloadProfile(
         kind=workload.kind,
@@ -196,6 +197,11 @@ def _measure_workload(
         unmodified_ms=unmodified_ms,
         achieved_gb_per_s=None if read_bytes is None else read_bytes / timings[0].median_ms / 1e6,
     )
+
+
+def _count_layers(geometry: ProfileGeometry) -> Counter[str]:
+    """Return the number of groups of each kind of the unmodified model."""
+    return Counter(geometry.describe_group([layer_idx]) for layer_idx in range(geometry.num_layers))
 
 
 def _add_up_members(costs: GroupCosts, geometry: ProfileGeometry, max_group: int) -> dict[str, float]:
@@ -257,7 +263,8 @@ def _count_fitting_layers(
     mend = (
         f"what fits is {tokens} tokens over all sequences, e.g. batch {batch_size} with context {tokens // batch_size}"
         if tokens > batch_size
-        else "not even the weights fit: use more ranks (--tp), or --latency off"
+        else "not even the weights fit: use more GPUs (`lpsearch profile --tp`), or search without times "
+        "(`lpsearch optimize --latency off`)"
     )
     raise LpsearchError(
         f"not enough memory to measure latency: {least} layers with batch {batch_size} and {capacity} tokens need "

@@ -44,7 +44,7 @@ class GroupCosts:
         if unknown:
             raise ConfigError(
                 f"the latency profile has no groups of {unknown[0]} layers (it has {', '.join(self.cost_ms)}); "
-                "measure again with a larger --max-group"
+                "measure again with `lpsearch profile --max-group`"
             )
         return self.overhead_ms + sum(count * self.cost_ms[kind] for kind, count in num_groups.items())
 
@@ -70,7 +70,8 @@ class LatencyModel:
         """Estimate a plan's time in milliseconds: TPOT of a decode workload, TTFT of a prefill.
 
         Raises:
-            ConfigError: for a group larger than those measured, or another number of layers.
+            ConfigError: for a group larger than those measured, another number of layers, or costs by which the plan
+                takes no time.
         """
         geometry = self.profile.geometry
         if plan.num_layers != geometry.num_layers:
@@ -79,11 +80,28 @@ class LatencyModel:
                 f"{plan.num_layers}; measure this model"
             )
         costs = GroupCosts(self.workload.overhead_ms, self.workload.cost_ms)
-        return costs.estimate_latency_ms(Counter(geometry.describe_group(group.layers) for group in plan.groups))
+        time_ms = costs.estimate_latency_ms(Counter(geometry.describe_group(group.layers) for group in plan.groups))
+        if time_ms <= 0:
+            raise ConfigError("by the costs of the latency profile a plan takes no time; measure again, for longer")
+        return time_ms
 
     def estimate_speedup(self, plan: Plan) -> float:
         """Estimate by what factor the plan's step is faster than the unmodified model's under the same runtime."""
         return self.estimate_latency_ms(Plan.baseline(plan.num_layers)) / self.estimate_latency_ms(plan)
+
+    def estimate_unmodified_ms(self) -> dict[str, float]:
+        """Return the time of the unmodified model by each way of running it, in milliseconds.
+
+        That of the way which the costs are of is estimated by these costs, as every plan's is, so that a speed-up
+        compares like with like, and holds for the whole model where fewer layers were measured. It comes first. The
+        others are measured.
+        """
+        num_layers = self.profile.geometry.num_layers
+        estimated = self.estimate_latency_ms(Plan.baseline(num_layers))
+        mode, *others = self.workload.unmodified_ms or ("unmodified",)
+        if self.workload.num_layers_measured < num_layers:
+            others = []
+        return {mode: estimated} | {other: self.workload.unmodified_ms[other] for other in others}
 
     def build_metrics(self, plan: Plan) -> LatencyMetrics:
         """Build the entry of a plan file."""
@@ -99,6 +117,7 @@ class LatencyModel:
             device=profile.device if profile.num_ranks == 1 else f"{profile.num_ranks} x {profile.device}",
             runtime=profile.runtime,
             versions=profile.versions,
+            mean_error=self.workload.mean_error,
         )
 
 

@@ -9,9 +9,9 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lpsearch.errors import ConfigError
 from lpsearch.json_file import load_json
@@ -27,6 +27,8 @@ __all__ = [
     "ProfileGeometry",
     "WorkloadProfile",
     "check_profile_geometry",
+    "describe_estimate",
+    "describe_profile_error",
     "load_profile",
     "parse_recorded_profile",
     "save_profile",
@@ -36,6 +38,13 @@ logger = logging.getLogger(__name__)
 
 PROFILE_SCHEMA_VERSION = 2
 """Version of the profile file's form; raised when a reader of the old form could misread the new one."""
+
+
+LARGEST_QUIET_ERROR = 0.05
+"""Mean error of a profile's estimates above which everything that uses them says so. Well-run GPUs stay below 0.002."""
+
+_TimeMs = Annotated[float, Field(gt=0)]
+_CostMs = Annotated[float, Field(ge=0)]
 
 
 class _FileModel(BaseModel):
@@ -97,7 +106,7 @@ class MeasuredPoint(_FileModel):
         num_samples: blocks timed.
     """
 
-    num_groups: dict[str, int]
+    num_groups: dict[str, Annotated[int, Field(ge=0)]] = Field(min_length=1)
     use: Literal["fit", "check"]
     median_ms: float = Field(gt=0)
     p10_ms: float = Field(gt=0)
@@ -117,11 +126,12 @@ class WorkloadProfile(_FileModel):
         all_reduce_us: time of one sum, of each kind that was tried.
         points: the measurements.
         overhead_ms: fitted time of embedding, head and everything else that no layer causes.
-        cost_ms: fitted time of one group, by its kind.
+        cost_ms: fitted time of one group, by its kind; 0 where it is lost in the noise.
         check_error: largest relative error on points that were not fitted to; None without such a point.
         check_mean_error: their mean relative error.
         unmodified_ms: time of the unmodified model by how it is run: ``eager``, ``graph`` (captured) and ``compiled``
-            (fused and captured, which the costs are of); on a CPU ``eager`` alone.
+            (fused and captured, which the costs are of); on a CPU ``eager`` alone. Where fewer layers were built, the
+            one that the costs are of, by these costs.
         achieved_gb_per_s: bytes that the unmodified model's step must read on one GPU over its time; None for prefill.
     """
 
@@ -130,14 +140,19 @@ class WorkloadProfile(_FileModel):
     context_len: int = Field(ge=0)
     num_layers_measured: int = Field(gt=0)
     all_reduce: str = "none"
-    all_reduce_us: dict[str, float] = Field(default_factory=dict)
+    all_reduce_us: dict[str, _CostMs] = Field(default_factory=dict)
     points: tuple[MeasuredPoint, ...] = Field(min_length=1)
     overhead_ms: float = Field(ge=0)
-    cost_ms: dict[str, float] = Field(min_length=1)
+    cost_ms: dict[str, _CostMs] = Field(min_length=1)
     check_error: float | None = Field(default=None, ge=0)
     check_mean_error: float | None = Field(default=None, ge=0)
-    unmodified_ms: dict[str, float] = Field(default_factory=dict)
+    unmodified_ms: dict[str, _TimeMs] = Field(default_factory=dict)
     achieved_gb_per_s: float | None = Field(default=None, gt=0)
+
+    @property
+    def mean_error(self) -> float | None:
+        """Mean relative error of the estimates on points that were not fitted to; None where it is not known."""
+        return self.check_error if self.check_mean_error is None else self.check_mean_error
 
 
 class LatencyProfile(_FileModel):
@@ -169,6 +184,18 @@ class LatencyProfile(_FileModel):
     workloads: tuple[WorkloadProfile, ...] = Field(min_length=1)
     created_at: str
 
+    @model_validator(mode="after")
+    def _check_unmodified(self) -> Self:
+        """Refuse costs by which the unmodified model takes no time, since every speed-up is relative to it."""
+        kinds = {self.geometry.describe_group([layer_idx]) for layer_idx in range(self.geometry.num_layers)}
+        for index, workload in enumerate(self.workloads):
+            missing = sorted(kinds - {*workload.cost_ms})
+            if missing:
+                raise ValueError(f"workloads.{index}.cost_ms has no cost of {missing[0]!r}, a layer of the model alone")
+            if workload.overhead_ms + sum(workload.cost_ms[kind] for kind in kinds) <= 0:
+                raise ValueError(f"workloads.{index}: by its costs the unmodified model takes no time")
+        return self
+
 
 def load_profile(path: str | os.PathLike[str]) -> LatencyProfile:
     """Read a profile file.
@@ -195,18 +222,48 @@ def load_profile(path: str | os.PathLike[str]) -> LatencyProfile:
         return LatencyProfile.model_validate(document)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"--latency {file}: not a latency profile: {place}: {first['msg']}; measure again") from None
+        raise ConfigError(f"--latency {file}: not a latency profile: {_describe(first)}; measure again") from None
+
+
+def _describe(finding: Mapping[str, Any]) -> str:
+    """Say what pydantic found, and where."""
+    place = ".".join(str(part) for part in finding["loc"])
+    said = str(finding["msg"]).removeprefix("Value error, ")
+    return f"{place}: {said}" if place else said
+
+
+def describe_profile_error(mean_error: float | None, *, name: str) -> str | None:
+    """Say that a profile's estimates are far off; None where they are not, or where nobody knows.
+
+    Args:
+        mean_error: mean relative error of the estimates on depths that they were not fitted to.
+        name: of the profile, or of what its estimates stand in.
+    """
+    if mean_error is None or mean_error <= LARGEST_QUIET_ERROR:
+        return None
+    return (
+        f"{name}: estimates of latency were {mean_error:.0%} off on depths that they were not fitted to, so a speed-up "
+        "may be as far off; measure again by `lpsearch profile` where nothing else runs, for more --seconds"
+    )
+
+
+def describe_estimate(mean_error: float | None) -> str:
+    """Say beside a time or a speed-up that it is estimated, and how far off that may be where it is far off."""
+    is_quiet = mean_error is None or mean_error <= LARGEST_QUIET_ERROR
+    return "estimated" if is_quiet else f"estimated, {mean_error:.0%} off where it was checked"
 
 
 def parse_recorded_profile(document: Mapping[str, Any] | None) -> LatencyProfile | None:
-    """Read the profile that a study keeps; None, with a warning, if another version wrote it."""
+    """Read the profile that a study keeps; None, with a warning, if another version wrote it or it is damaged."""
     if document is None:
         return None
     try:
         return LatencyProfile.model_validate(document)
-    except ValidationError:
-        logger.warning("the study's latency profile is of another version and is left aside")
+    except ValidationError as error:
+        logger.warning(
+            "the study's latency profile is damaged or of another version, and is left aside: %s",
+            _describe(error.errors(include_url=False)[0]),
+        )
         return None
 
 

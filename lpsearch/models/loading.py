@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lpsearch.errors import LpsearchError, ModelError, describe_error
-from lpsearch.models.conversion import fetch_converted_package, read_gguf
+from lpsearch.models.conversion import WeightlessCheck, fetch_converted_package, read_gguf
 from lpsearch.models.families import get_decoder
 from lpsearch.models.fingerprint import fingerprint_model
-from lpsearch.models.geometry import load_config
+from lpsearch.models.geometry import load_config, take_language_model
 from lpsearch.models.hub import fetch_snapshot
 from lpsearch.models.image_text import choose_auto_class, extract_language_model
 from lpsearch.models.quiet import quiet_transformers
@@ -68,7 +68,12 @@ class LoadedModel:
 
 
 def load_model(
-    source: ModelSource, *, device: torch.device | str, dtype: torch.dtype, trust_remote_code: bool = False
+    source: ModelSource,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    before_weights: WeightlessCheck | None = None,
 ) -> LoadedModel:
     """Load a model and its tokenizer.
 
@@ -80,6 +85,9 @@ def load_model(
         device: where the weights go.
         dtype: what the weights are cast to.
         trust_remote_code: run the modelling code of the model's own repository.
+        before_weights: called with the configuration, that of the language model inside an image-text model, and the
+            tokenizer before the weights are read, which takes
+            longest; what it raises ends the loading.
 
     Raises:
         ModelError: if the model does not exist, is quantised, incomplete or unusable, or its weights have other shapes
@@ -92,14 +100,18 @@ def load_model(
     with _explain_failures(source):
         if source.kind == "gguf":
             path = _existing(source)
-            model, tokenizer = read_gguf(path, dtype=dtype)
+            model, tokenizer = read_gguf(path, dtype=dtype, before_weights=before_weights)
             torch.nn.Module.to(model, device)
         else:
             directory = fetch_directory(source, trust_remote_code=trust_remote_code)
             if source.kind == "hub":
                 source = replace(source, revision=directory.name)
             model, tokenizer = _read_directory(
-                directory, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+                directory,
+                device=device,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                before_weights=before_weights,
             )
     model.requires_grad_(False)
     model.train(False)
@@ -144,16 +156,23 @@ def _existing(source: ModelSource) -> Path:
 
 
 def _read_directory(
-    directory: Path, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
+    directory: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    before_weights: WeightlessCheck | None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Read the weights and the tokenizer in a model directory; the weights last, since they take longest."""
     config = load_config(directory, trust_remote_code=trust_remote_code)
     refuse_other_tasks(directory, config)
     refuse_quantised(directory, config)
     refuse_unlike_layers(directory, config)
+    tokenizer = _read_tokenizer(directory, trust_remote_code=trust_remote_code)
+    if before_weights is not None:
+        before_weights(take_language_model(config), tokenizer)
     stored = read_stored_tensors(directory)
     refuse_unscaled(directory, stored)
-    tokenizer = _read_tokenizer(directory, trust_remote_code=trust_remote_code)
     with quiet_transformers() as warnings:
         try:
             loaded: Any = choose_auto_class(config).from_pretrained(
@@ -241,8 +260,8 @@ def _explain_failures(source: ModelSource) -> Iterator[None]:
     except (MemoryError, OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         if _is_out_of_memory(error):
             raise LpsearchError(
-                f"{source.id} does not fit into memory ({describe_error(error)}); use --dtype bfloat16, a device with "
-                "more memory, or a smaller model"
+                f"{source.id} does not fit into memory ({describe_error(error)}); use the dtype bfloat16, a device "
+                "with more memory, or a smaller model"
             ) from error
         if "trust_remote_code" in str(error):
             raise describe_custom_code(Path(source.id), "config.json") from error

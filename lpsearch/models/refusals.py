@@ -139,7 +139,7 @@ def describe_custom_code(directory: Path, name: str) -> ModelError:
     """Make the error of a repository whose own code would have to run."""
     return ModelError(
         f"{directory}: the model comes with Python code of its own (auto_map in {name}), which lpsearch runs only with "
-        "--trust-remote-code; read the code first (`optimize`, `evaluate` and `generate` have the option, the other "
+        "`--trust-remote-code`; read the code first (`optimize`, `evaluate` and `generate` have the option, the other "
         "commands do not take such a model)"
     )
 

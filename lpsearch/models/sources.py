@@ -82,13 +82,13 @@ def resolve_source(spec: str, *, revision: str | None = None) -> ModelSource:
     if alias is not None:
         if alias.kind == "package" and revision not in (None, alias.revision):
             raise ModelError(
-                f"--model {spec} is the package {alias.id} {alias.revision}; revision {revision!r} of it is not known, "
+                f"{spec} is the package {alias.id} {alias.revision}; revision {revision!r} of it is not known, "
                 "leave the revision out"
             )
         return ModelSource(kind=alias.kind, id=alias.id, revision=revision or alias.revision)
     if _looks_like_path(spec):
         if revision is not None:
-            raise ModelError(f"--model {spec} is a local path, which has no revision {revision!r}; leave it out")
+            raise ModelError(f"{spec} is a local path, which has no revision {revision!r}; leave it out")
         return _resolve_path(spec)
     if _HUB_ID.fullmatch(spec):
         return ModelSource(kind="hub", id=spec, revision=revision or "main")

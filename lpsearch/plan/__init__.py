@@ -9,8 +9,10 @@ from __future__ import annotations
 from lpsearch.plan.file import (
     PLAN_SCHEMA_VERSION,
     RECOVERED_PLAN_NAME,
+    RECOVERED_WEIGHTS_NAME,
     build_plan_document,
     build_plan_schema,
+    find_recovered_weights,
     load_plan,
     parse_plan,
     save_plan,
@@ -18,18 +20,23 @@ from lpsearch.plan.file import (
 )
 from lpsearch.plan.groups import Group, Plan, check_supported
 from lpsearch.plan.metadata import (
+    KindMetrics,
     LatencyMetrics,
     ModelIdentity,
     PlanMetadata,
     PlanMetrics,
     Provenance,
     ProxyMetrics,
+    RecoveredLoss,
+    Recovery,
 )
 
 __all__ = [
     "PLAN_SCHEMA_VERSION",
     "RECOVERED_PLAN_NAME",
+    "RECOVERED_WEIGHTS_NAME",
     "Group",
+    "KindMetrics",
     "LatencyMetrics",
     "ModelIdentity",
     "Plan",
@@ -37,9 +44,12 @@ __all__ = [
     "PlanMetrics",
     "Provenance",
     "ProxyMetrics",
+    "RecoveredLoss",
+    "Recovery",
     "build_plan_document",
     "build_plan_schema",
     "check_supported",
+    "find_recovered_weights",
     "load_plan",
     "parse_plan",
     "save_plan",

@@ -20,8 +20,10 @@ from lpsearch.plan.metadata import FileModel, ModelIdentity, PlanMetadata, PlanM
 __all__ = [
     "PLAN_SCHEMA_VERSION",
     "RECOVERED_PLAN_NAME",
+    "RECOVERED_WEIGHTS_NAME",
     "build_plan_document",
     "build_plan_schema",
+    "find_recovered_weights",
     "load_plan",
     "parse_plan",
     "save_plan",
@@ -36,6 +38,9 @@ Version 1 has no ``dropped``, and is read for ever.
 
 RECOVERED_PLAN_NAME = "plan.json"
 """Name of the plan file inside a directory that ``recover`` or ``export`` wrote."""
+
+RECOVERED_WEIGHTS_NAME = "recovered.safetensors"
+"""Name of the weights beside the plan file that ``recover`` wrote: those that differ from the unmodified model's."""
 
 
 class DroppedBranches(FileModel):
@@ -146,6 +151,29 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     except ValueError as error:
         raise PlanError(f"{file}: not JSON: {error}") from None
     return parse_plan(document, where=str(file))
+
+
+def find_recovered_weights(plan: Plan, path: str | os.PathLike[str]) -> Path | None:
+    """Return the repaired weights that belong to a plan file; None for a plan of the unmodified weights.
+
+    Args:
+        plan: what :func:`load_plan` read.
+        path: where from.
+
+    Raises:
+        PlanError: if the plan was repaired and the weights are not beside it.
+    """
+    if plan.metadata is None or plan.metadata.provenance.recovery is None:
+        return None
+    file = Path(path)
+    directory = file if file.is_dir() else file.parent
+    weights = directory / RECOVERED_WEIGHTS_NAME
+    if not weights.is_file():
+        raise PlanError(
+            f"{file}: the plan's weights were repaired ({plan.metadata.provenance.recovery.method}), and there is no "
+            f"{RECOVERED_WEIGHTS_NAME} beside it; name the directory that `lpsearch recover` wrote"
+        )
+    return weights
 
 
 def build_plan_document(plan: Plan) -> dict[str, Any]:

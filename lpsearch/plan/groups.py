@@ -153,6 +153,13 @@ class Plan:
                 groups.append([layer_idx])
         return cls(tuple(map(Group.whole, groups)))
 
+    def without_recovery(self) -> Plan:
+        """Return the plan as it is for the unmodified weights."""
+        if self.metadata is None or self.metadata.provenance.recovery is None:
+            return self
+        provenance = self.metadata.provenance.model_copy(update={"recovery": None})
+        return dataclasses.replace(self, metadata=self.metadata.model_copy(update={"provenance": provenance}))
+
     @classmethod
     def from_key(cls, key: str) -> Plan:
         """Build the plan of a :attr:`key`."""

@@ -8,12 +8,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = [
     "FileModel",
+    "KindMetrics",
     "LatencyMetrics",
     "ModelIdentity",
     "PlanMetadata",
     "PlanMetrics",
     "Provenance",
     "ProxyMetrics",
+    "RecoveredLoss",
+    "Recovery",
 ]
 
 
@@ -39,8 +42,38 @@ class ModelIdentity(FileModel):
     fingerprint: str
 
 
+class KindMetrics(FileModel):
+    """Loss of a plan on one of several kinds of text, paired with the unmodified model on the same windows.
+
+    Attributes:
+        data: the data specification.
+        weight: weight of the kind in the mean over kinds, relative to those of the others.
+        nll: mean negative log-likelihood in nats per token.
+        delta_nll: ``nll`` minus the unmodified model's, in nats per token.
+        delta_nll_se: standard error of ``delta_nll`` over windows, in nats per token; None for one window.
+        perplexity: ``exp(nll)``.
+        kl_nats_per_token: mean KL(base || plan) over the vocabulary; None unless it was measured.
+        kl_se: standard error of it over windows; None for one window.
+        windows: number of windows.
+        num_tokens: tokens whose loss was counted.
+    """
+
+    data: str
+    weight: float = Field(gt=0)
+    nll: float
+    delta_nll: float
+    delta_nll_se: float | None
+    perplexity: float
+    kl_nats_per_token: float | None = None
+    kl_se: float | None = None
+    windows: int = Field(gt=0)
+    num_tokens: int = Field(gt=0)
+
+
 class ProxyMetrics(FileModel):
     """Loss of a plan over fixed windows, paired with the unmodified model on the same windows.
+
+    Of several kinds of text, the losses are weighted means over the kinds.
 
     Attributes:
         nll: mean negative log-likelihood in nats per token.
@@ -48,7 +81,8 @@ class ProxyMetrics(FileModel):
         delta_nll_se: standard error of ``delta_nll`` over windows, in nats per token; None for one window.
         perplexity: ``exp(nll)``.
         kl_nats_per_token: mean KL(base || plan) over the vocabulary; None unless it was measured.
-        data: the data specification, e.g. ``wikitext2:validation``.
+        by_kind: the same of each kind of text, where there are several.
+        data: the data specification, e.g. ``wikitext2:validation``; of several kinds all of them, to be read.
         windows: number of windows.
         seq_len: tokens in a window.
         num_tokens: tokens whose loss was counted.
@@ -61,6 +95,7 @@ class ProxyMetrics(FileModel):
     delta_nll_se: float | None
     perplexity: float
     kl_nats_per_token: float | None = None
+    by_kind: tuple[KindMetrics, ...] = ()
     data: str
     windows: int = Field(gt=0)
     seq_len: int = Field(gt=1)
@@ -83,6 +118,8 @@ class LatencyMetrics(FileModel):
         device: device that was measured.
         runtime: what executed the step, e.g. ``transformers eager, fused layers``.
         versions: package versions at the measurement.
+        mean_error: mean relative error of the model's estimates on depths that it was not fitted to; None where that is
+            not known.
     """
 
     kind: Literal["measured", "estimated"]
@@ -95,6 +132,7 @@ class LatencyMetrics(FileModel):
     device: str
     runtime: str
     versions: dict[str, str]
+    mean_error: float | None = Field(default=None, ge=0)
 
 
 class PlanMetrics(FileModel):
@@ -103,6 +141,63 @@ class PlanMetrics(FileModel):
     proxy: ProxyMetrics | None = None
     heldout: ProxyMetrics | None = None
     latency: LatencyMetrics | None = None
+
+
+class RecoveredLoss(FileModel):
+    """What a repair won back on one kind of text, on windows that it was not fitted to.
+
+    Attributes:
+        data: the data specification, e.g. ``wikitext2:test``.
+        windows: number of windows.
+        seq_len: tokens in a window.
+        num_tokens: tokens whose loss was counted.
+        untouched_delta_nll: what the plan costs without the repair, in nats per token.
+        delta_nll: what it costs with it, in nats per token.
+        delta_nll_se: standard error of ``delta_nll`` over windows; None for one window.
+    """
+
+    data: str
+    windows: int = Field(gt=0)
+    seq_len: int = Field(gt=1)
+    num_tokens: int = Field(gt=0)
+    untouched_delta_nll: float
+    delta_nll: float
+    delta_nll_se: float | None
+
+    @property
+    def recovered_share(self) -> float | None:
+        """Share of the loss that was won back; None where the plan lost nothing."""
+        return 1 - self.delta_nll / self.untouched_delta_nll if self.untouched_delta_nll > 0 else None
+
+
+class Recovery(FileModel):
+    """How the weights that belong to a plan were repaired.
+
+    Attributes:
+        method: ``refit`` in closed form, or ``distill`` by training.
+        data: the texts that it was fitted to.
+        num_tokens: tokens of them that were used, each as often as it was used.
+        steps: steps of training; None for a refit.
+        seconds: wall time.
+        settings: what else decided the result, by option.
+        losses: what it won back, by kind of text.
+        fingerprint: of the repaired model; see :func:`lpsearch.models.fingerprint_model`.
+        dtype: dtype of the weights while they were repaired.
+        device: device that did it.
+        versions: package versions that did it.
+    """
+
+    method: Literal["refit", "distill"]
+    data: tuple[str, ...]
+    num_tokens: int = Field(gt=0)
+    steps: int | None = None
+    seconds: float = Field(ge=0)
+    settings: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
+    losses: tuple[RecoveredLoss, ...] = ()
+    fingerprint: str
+    dtype: str
+    device: str
+    versions: dict[str, str] = Field(default_factory=dict)
 
 
 class Provenance(FileModel):
@@ -114,6 +209,7 @@ class Provenance(FileModel):
         seed: seed of the study.
         versions: package versions that produced it.
         created_at: ISO 8601 time, UTC.
+        recovery: how its weights were repaired; None for a plan of the unmodified weights.
     """
 
     study: str | None = None
@@ -121,6 +217,7 @@ class Provenance(FileModel):
     seed: int | None = None
     versions: dict[str, str] = Field(default_factory=dict)
     created_at: str | None = None
+    recovery: Recovery | None = None
 
 
 class PlanMetadata(FileModel):

@@ -72,7 +72,8 @@ def list_commands(report: StudyReport, result: TrialResult) -> tuple[Command, ..
     data = settings.get("heldout") or settings.get("data")
     evaluate = ["lpsearch", "evaluate", plan]
     if data is not None:
-        evaluate += ["--data", str(data), "--windows", str(settings["windows"]), "--seq-len", str(settings["seq_len"])]
+        evaluate += [word for text in ([data] if isinstance(data, str) else data) for word in ("--data", str(text))]
+        evaluate += ["--windows", str(settings["windows"]), "--seq-len", str(settings["seq_len"])]
     lines = {
         "repeat the held-out loss": evaluate,
         "see the text it writes": ["lpsearch", "generate", plan, "--prompt", "The capital of France is", "--compare"],

@@ -20,14 +20,16 @@ import plotly.graph_objects as go
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.storages import BaseStorage
 
+from lpsearch.latency.profile import describe_estimate
 from lpsearch.report.advice import list_commands
 from lpsearch.report.figures import build_front_figure, describe_groups
 from lpsearch.report.front_columns import format_loss
+from lpsearch.report.kind_figure import describe_kind_losses
 from lpsearch.report.study import StudyReport
 from lpsearch.report.tables import Table, build_front_table
 from lpsearch.search import StudyStore, TrialResult
 from lpsearch.search.settings import list_study_options
-from lpsearch.wording import name_count
+from lpsearch.wording import escape_controls, name_count
 
 __all__ = ["ARTIFACTS_NAME", "FRONT_FIGURE_ID", "annotate_study"]
 
@@ -172,9 +174,11 @@ def _describe_result(report: StudyReport, result: TrialResult) -> str:
     ]
     if heldout is not None:
         lines.append(f"- held out: {format_loss(heldout, metric)} nats per token")
+    lines += [f"- {_escape(name)}: {value}" for name, value in describe_kind_losses(report, result).items()]
     lines.append(f"- perplexity: {result.perplexity:.3f}")
     if result.speedup is not None:
-        lines.append(f"- time of a step: {result.latency_ms:.3f} ms, {result.speedup:.3f}x (estimated)")
+        estimated = describe_estimate(report.latency_error)
+        lines.append(f"- time of a step: {result.latency_ms:.3f} ms, {result.speedup:.3f}x ({estimated})")
     commands = list_commands(report, result)
     if commands:
         rows = [line for command in commands for line in (f"# {command.purpose}", command.line)]
@@ -188,7 +192,7 @@ def _render_markdown(table: Table) -> list[str]:
 
 
 def _escape(text: str) -> str:
-    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", text)
+    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", escape_controls(text))
 
 
 # ---- Plan files ------------------------------------------------------------------------------------------------------

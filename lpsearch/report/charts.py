@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 
 from lpsearch.report.figures import build_front_figure, build_layers_figure
+from lpsearch.report.kind_figure import build_kinds_figure
 from lpsearch.report.latency_figures import build_breakdown_figure, build_fit_figure, describe_workload
 from lpsearch.report.search_figures import build_effects_figure, build_interactions_figure, build_progress_figure
 from lpsearch.report.study import StudyReport
@@ -18,6 +19,7 @@ from lpsearch.report.tables import (
     build_fit_table,
     build_front_table,
     build_interactions_table,
+    build_kinds_table,
     build_layers_table,
     build_progress_table,
 )
@@ -47,14 +49,20 @@ class Chart:
 def build_charts(report: StudyReport) -> dict[str, Chart]:
     """Build every chart that the study has data for."""
     savings = {"depth": "depth removed", "latency": "time of a step"} if report.has_latency else {"depth": "depth"}
-    losses = {"delta": "nats" if report.metric == "nll" else "KL", "perplexity": "perplexity"}
+    losses = {"delta": "nats" if report.metric == "nll" else "KL"}
+    if not report.is_worst_case:  # which is no perplexity
+        losses["perplexity"] = "perplexity"
+
+    def name_choice(saving: str, loss: str) -> str:
+        return " ".join([saving] * (len(savings) > 1) + [loss] * (len(losses) > 1))
+
     charts = [
         Chart(
             "front",
             "Loss of every plan against what it saves; the front is the line of the best ones.",
             [choice for choice in (("against", savings), ("loss as", losses)) if len(choice[1]) > 1],
             {
-                " ".join([saving] * (len(savings) > 1) + [loss]): build_front_figure(report, saving=saving, loss=loss)  # type: ignore[arg-type]
+                name_choice(saving, loss): build_front_figure(report, saving=saving, loss=loss)  # type: ignore[arg-type]
                 for saving in savings
                 for loss in losses
             },
@@ -75,6 +83,9 @@ def build_charts(report: StudyReport) -> dict[str, Chart]:
             build_progress_table(report),
         ),
     ]
+    if report.has_kinds:
+        summary = "Loss of each plan of the front on each kind of text."
+        charts.append(Chart("kinds", summary, [], {"": build_kinds_figure(report)}, build_kinds_table(report)))
     if report.effects is not None:
         for name, summary, build, tabulate in (
             ("effects", "Loss of each join alone.", build_effects_figure, build_effects_table),

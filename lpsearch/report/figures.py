@@ -41,7 +41,8 @@ def name_loss(report: StudyReport, loss: Loss = "delta") -> str:
     """Return what an axis of losses is called."""
     if loss == "perplexity":
         return "perplexity"
-    return "loss added (nats per token)" if report.metric == "nll" else "KL to the unmodified model (nats per token)"
+    name = "loss added" if report.metric == "nll" else "KL to the unmodified model"
+    return f"{name}{' on the worst kind' if report.is_worst_case else ''} (nats per token)"
 
 
 def get_saving_value(result: TrialResult, saving: Saving) -> float | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lpsearch.config import Metric
-from lpsearch.search import Loss, TrialResult
+from lpsearch.kinds import name_kinds
+from lpsearch.search import KindLoss, Loss, TrialResult
 from lpsearch.wording import format_value
 
-__all__ = ["format_loss", "list_front_columns"]
+__all__ = ["choose_kind_losses", "format_loss", "list_front_columns"]
 
 
 def format_loss(loss: Loss | None, metric: Metric, *, digits: int = 4, sign: str = " ± ") -> str:
@@ -18,8 +19,20 @@ def format_loss(loss: Loss | None, metric: Metric, *, digits: int = 4, sign: str
     return format_value(loss.get_cost(metric), loss.get_cost_se(metric), digits=digits, sign=sign)
 
 
+def choose_kind_losses(front: Sequence[TrialResult]) -> tuple[list[tuple[KindLoss, ...]], bool]:
+    """Return the losses by kind of text that a user is told: held out where those of all plans are known.
+
+    Returns:
+        For each plan one loss a kind, none where there is only one kind; and whether they are held out.
+    """
+    heldout = [() if result.heldout is None else result.heldout.by_kind for result in front]
+    if all(heldout):
+        return heldout, True
+    return [result.loss.by_kind for result in front], False
+
+
 def list_front_columns(
-    front: Sequence[TrialResult], *, metric: Metric, digits: int = 4, sign: str = " ± "
+    front: Sequence[TrialResult], *, metric: Metric, digits: int = 4, sign: str = " ± ", by_kind: bool = True
 ) -> dict[str, list[str]]:
     """List what a table of a front says, column by column, one cell a plan; empty where a value is not known.
 
@@ -28,10 +41,11 @@ def list_front_columns(
         metric: the loss that was searched.
         digits: digits of losses; perplexity and times have one less.
         sign: between a loss and its standard error.
+        by_kind: list the losses by kind of text, where there are several.
 
     Returns:
-        ``joins``, ``less depth``, ``loss``, ``held out``, ``delta nll`` where that is not the loss, ``perplexity``, and
-        ``ms`` and ``speed-up`` where times are known.
+        ``joins``, ``less depth``, ``loss``, ``held out``, ``on KIND`` for each of several kinds of text, ``delta nll``
+        where that is not the loss, ``perplexity``, and ``ms`` and ``speed-up`` where times are known.
     """
 
     def write(loss: Loss | None, metric: Metric = metric) -> str:
@@ -43,6 +57,10 @@ def list_front_columns(
         "loss": [write(result.loss) for result in front],
         "held out": [write(result.get_heldout(metric)) for result in front],
     }
+    if by_kind:
+        kinds, _ = choose_kind_losses(front)
+        for index, name in enumerate(name_kinds([part.kind.spec for part in kinds[0]])):
+            columns[f"on {name}"] = [write(parts[index].loss) for parts in kinds]
     if metric == "kl":
         columns["delta nll"] = [write(result.loss, "nll") for result in front]
     columns["perplexity"] = [f"{result.perplexity:.{digits - 1}f}" for result in front]

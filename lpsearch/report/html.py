@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from plotly.offline import get_plotlyjs
 
+from lpsearch.latency.profile import describe_estimate, describe_profile_error
 from lpsearch.report.advice import Pick, list_commands, pick_plans
 from lpsearch.report.charts import Chart, build_charts
 from lpsearch.report.figures import describe_groups
 from lpsearch.report.front_columns import format_loss
+from lpsearch.report.kind_figure import describe_kind_losses
 from lpsearch.report.latency_figures import describe_workload
 from lpsearch.report.study import StudyReport
 from lpsearch.report.tables import Table
 from lpsearch.report.theme import map_colours
 from lpsearch.search import TrialResult
+from lpsearch.wording import escape_html as escape
 from lpsearch.wording import name_count
 
 __all__ = ["PAGE_TOP", "PageParts", "build_html", "build_parts", "read_asset", "write_html"]
@@ -75,6 +77,9 @@ def build_parts(report: StudyReport) -> PageParts:
             _render_head(report),
             '<main id="main">',
             _render_front(report, charts),
+            _render_section("kinds", "Loss by kind of text", _explain_kinds(report), [charts["kinds"]])
+            if "kinds" in charts
+            else "",
             _render_advice(report),
             _render_section("layers", "Which layers pair", _EXPLAIN["layers"], [charts["layers"]]),
             _render_joins(charts),
@@ -196,8 +201,7 @@ def _render_head(report: StudyReport) -> str:
         "plans": f"{len(report.results)}" + (", all there are" if report.is_exact else ""),
         "layers": str(report.num_layers),
         "unmodified": f"{report.baseline.loss.nll:.4f} nats/token, perplexity {report.baseline.perplexity:.2f}",
-        "data": f"{settings.get('data', 'not recorded')}, {settings.get('windows', '?')} windows of "
-        f"{settings.get('seq_len', '?')} tokens",
+        "data": _describe_data(settings),
         "tokens evaluated": f"{report.proxy_tokens:,}",
         "sampler": str(settings.get("sampler", "not recorded")),
         "dtype": str(settings.get("dtype", "not recorded")),
@@ -209,21 +213,33 @@ def _render_head(report: StudyReport) -> str:
             " (emulated)" if profile.emulated else ""
         )
     items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
-    unfinished = (
+    notes = (
         ""
         if report.is_current
         else "<p class='note'>This study is under way or was interrupted: the report shows what is there. "
         "Run the same <code>lpsearch optimize</code> again to resume it and to write the plan files of this front.</p>"
     )
+    warning = describe_profile_error(report.latency_error, name="Latency profile")
+    notes += "" if warning is None else f"<p class='note'>{escape(warning)}.</p>"
     links = [("front", "Front"), ("next", "What next"), ("layers", "Layers"), ("joins", "Joins"), ("search", "Search")]
+    links[1:1] = [("kinds", "Kinds")] if report.has_kinds else []
     links += [("latency", "Latency")] if report.latency_model is not None else []
     nav = "".join(f'<a href="#{name}">{label}</a>' for name, label in links)
     return (
         f"<header><div class='bar'><h1>{escape(report.name)}</h1>"
         '<button type="button" id="theme" hidden>Dark</button></div>'
         f"<p class='sub'>Which layers of {escape(str(settings.get('model', 'the model')))} can run in parallel, and "
-        f"what that costs</p><dl class='facts'>{items}</dl>{unfinished}<nav aria-label='Sections'>{nav}</nav></header>"
+        f"what that costs</p><dl class='facts'>{items}</dl>{notes}<nav aria-label='Sections'>{nav}</nav></header>"
     )
+
+
+def _describe_data(settings: Mapping[str, Any]) -> str:
+    data = settings.get("data", "not recorded")
+    size = f"{settings.get('windows', '?')} windows of {settings.get('seq_len', '?')} tokens"
+    if isinstance(data, str):
+        return f"{data}, {size}"
+    judged = "the worst kind" if settings.get("worst_case") else "the mean"
+    return f"{' + '.join(data)}, {size} of each kind; plans are compared by {judged}"
 
 
 def _render_front(report: StudyReport, charts: dict[str, Chart]) -> str:
@@ -245,19 +261,22 @@ def _render_front(report: StudyReport, charts: dict[str, Chart]) -> str:
 
 
 def _render_plan(report: StudyReport, index: int, result: TrialResult) -> str:
-    metric = report.metric
+    metric, estimated = report.metric, describe_estimate(report.latency_error)
     rows = {
         "joins": f"{result.num_joins} of {report.num_layers - 1}",
         "depth": f"{result.plan.depth} of {report.num_layers} ({result.depth_reduction:.1%} less)",
         "loss": format_loss(result.loss, metric),
         "held out": format_loss(result.get_heldout(metric), metric),
+        **describe_kind_losses(report, result),
         "perplexity": f"{result.perplexity:.3f}",
-        "time of a step": "" if result.latency_ms is None else f"{result.latency_ms:.3f} ms (estimated)",
-        "speed-up": "" if result.speedup is None else f"{result.speedup:.3f}x (estimated)",
+        "time of a step": "" if result.latency_ms is None else f"{result.latency_ms:.3f} ms ({estimated})",
+        "speed-up": "" if result.speedup is None else f"{result.speedup:.3f}x ({estimated})",
         "found by": f"{result.origin}, trial {result.trial}",
         "layers together": describe_groups(result.plan),
     }
-    items = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in rows.items() if value)
+    items = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in rows.items() if value
+    )
     return (
         f"<article id='plan-{index}' data-plan='{index}' data-trial='{result.trial}'><dl>{items}</dl>"
         f"{_render_commands(report, result)}</article>"
@@ -312,7 +331,7 @@ def _render_pick(report: StudyReport, pick: Pick) -> str:
             f"<p>No plan with a join loses so little.{least}</p></article>"
         )
     result = report.front[pick.index]
-    speed = "" if result.speedup is None else f", {result.speedup:.3f}x estimated"
+    speed = "" if result.speedup is None else f", {result.speedup:.3f}x {describe_estimate(report.latency_error)}"
     lost = "lost" if report.metric == "nll" else "of KL divergence"
     return (
         f"<article class='card' data-pick='{pick.name}'><h3>{pick.name}</h3><p class='small'>{rule}</p>"
@@ -347,6 +366,14 @@ def _render_latency(report: StudyReport, charts: dict[str, Chart]) -> str:
         for name in ("fit", "breakdown")
     )
     return f"<section id='latency'><h2>Latency model</h2><div class='pair'>{parts}</div></section>"
+
+
+def _explain_kinds(report: StudyReport) -> str:
+    judged = "the loss on the worst kind" if report.is_worst_case else "the mean over the kinds, by their weights"
+    return (
+        f"What each plan of the front loses on each kind of text. Plans were judged by {judged}. What costs little on "
+        "one kind may cost much on another, so look at the kind that you serve."
+    )
 
 
 def _explain_progress(report: StudyReport) -> str:

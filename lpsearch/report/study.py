@@ -91,6 +91,16 @@ class StudyReport:
         return objective
 
     @property
+    def is_worst_case(self) -> bool:
+        """Whether plans were compared by their worst kind of text."""
+        return self.baseline.loss.is_worst_case
+
+    @property
+    def has_kinds(self) -> bool:
+        """Whether losses are known on several kinds of text."""
+        return any(loss is not None and loss.by_kind for loss in (self.baseline.loss, self.baseline.heldout))
+
+    @property
     def baseline(self) -> TrialResult:
         """The unmodified model."""
         return self.front[0]
@@ -104,6 +114,11 @@ class StudyReport:
     def has_latency(self) -> bool:
         """Whether times are known."""
         return self.baseline.latency_ms is not None
+
+    @property
+    def latency_error(self) -> float | None:
+        """Mean relative error of the latency model on depths that it was not fitted to; None where not known."""
+        return None if self.latency_model is None else self.latency_model.workload.mean_error
 
     @property
     def proxy_tokens(self) -> int:
@@ -142,7 +157,8 @@ def load_report(store: StudyStore, directory: Path) -> StudyReport:
     if missing:
         raise StudyVersionError(
             f"{store.where}: the study {store.study_name!r} was written by another version of lpsearch: its record has "
-            f"no {', '.join(missing)}; read it with that version, or search again with --fresh, which moves it aside"
+            f"no {', '.join(missing)}; read it with that version, or search again with `lpsearch optimize --fresh`, "
+            "which moves it aside"
         )
     profile = parse_recorded_profile(store.load_latency_profile())
     latency_model = None if profile is None else LatencyModel(profile)

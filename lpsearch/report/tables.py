@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from lpsearch.errors import ConfigError
 from lpsearch.report.figures import describe_groups
-from lpsearch.report.front_columns import list_front_columns
+from lpsearch.report.front_columns import format_loss, list_front_columns
+from lpsearch.report.kind_figure import list_kinds
 from lpsearch.report.latency_figures import (
     compute_breakdown,
     describe_kind,
@@ -25,6 +26,7 @@ __all__ = [
     "build_fit_table",
     "build_front_table",
     "build_interactions_table",
+    "build_kinds_table",
     "build_layers_table",
     "build_progress_table",
 ]
@@ -62,6 +64,21 @@ def build_front_table(report: StudyReport) -> Table:
     losses_named = "losses" if report.metric == "nll" else "KL divergences as losses,"
     rows = list(zip(*columns.values(), strict=True))
     return Table(f"The front; {losses_named} in nats per token", list(columns), rows, selects=True)
+
+
+def build_kinds_table(report: StudyReport) -> Table:
+    """List the losses by kind of text."""
+    columns = {"joins": [name_row(report, result) for result in report.front]}
+    for losses, suffix in (
+        ([result.loss for result in report.front], ""),
+        ([result.heldout for result in report.front], ", held out"),
+    ):
+        for index, name in enumerate(list_kinds(losses)):
+            columns[name + suffix] = [
+                "" if loss is None or not loss.by_kind else format_loss(loss.by_kind[index].loss, report.metric)
+                for loss in losses
+            ]
+    return Table("Loss by kind of text, in nats per token", list(columns), list(zip(*columns.values(), strict=True)))
 
 
 def build_layers_table(report: StudyReport) -> Table:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from lpsearch.search.front import build_front
 from lpsearch.search.pool import Pool, ThreadPool
 from lpsearch.search.racing import StoredEvaluation, evaluate_stored_plan
-from lpsearch.search.results import EvaluationUpdate, Loss, StudyResult, TrialResult, TrialUpdate, read_results
+from lpsearch.search.results import (
+    EvaluationUpdate,
+    KindLoss,
+    Loss,
+    StudyResult,
+    TrialResult,
+    TrialUpdate,
+    read_results,
+)
 from lpsearch.search.samplers import SAMPLER_NAMES, build_sampler
 from lpsearch.search.settings import FIXED_SETTINGS, compare_settings
 from lpsearch.search.space import PlanSpace
@@ -16,6 +24,7 @@ __all__ = [
     "FIXED_SETTINGS",
     "SAMPLER_NAMES",
     "EvaluationUpdate",
+    "KindLoss",
     "Loss",
     "PlanSpace",
     "Pool",

@@ -211,7 +211,7 @@ class Coordinator:
         if not math.isfinite(loss.nll):
             raise StudyError(
                 f"{self._trials.store.where}: the unmodified model's loss is not finite, so nothing can be compared "
-                "with it; check the model's weights, or try --dtype float32"
+                "with it; check the model's weights, or begin again with --fresh and --dtype float32"
             )
         if self._trials.metric == "kl" and not math.isfinite(loss.kl_nats_per_token or 0.0):
             raise ConfigError("metric kl needs an evaluator that measures KL to the unmodified model")

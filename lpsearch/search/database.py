@@ -214,14 +214,14 @@ def _create_tables(url: URL) -> None:
 def _check_sqlite_file(path: Path, *, read_only: bool) -> None:
     """Refuse a path that holds anything but a sound study, or where none can be made; writes nothing."""
     if not path.parent.is_dir():
-        raise StudyError(f"{path}: its directory does not exist; create it, or name another with --out or --storage")
+        raise StudyError(f"{path}: its directory does not exist; create it, or name another")
     if path.is_dir():
-        raise StudyError(f"{path}: a directory stands where the study's database belongs; name another with --out")
+        raise StudyError(f"{path}: a directory stands where the study's database belongs; name another place")
     if not read_only and not os.access(path.parent, os.W_OK):
-        raise StudyError(f"{path}: its directory is not writable; make it so, or name another with --out")
+        raise StudyError(f"{path}: its directory is not writable; make it so, or name another")
     if not path.exists() or path.stat().st_size == 0:
         return
-    mend = "it was left as it is; move it away (--fresh does), restore a copy, or name another directory with --out"
+    mend = "it was left as it is; move it away (`lpsearch optimize --fresh` does), restore a copy or name another place"
     try:
         with closing(_connect_sqlite(path.absolute(), read_only=True)) as connection:
             verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]

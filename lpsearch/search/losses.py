@@ -13,6 +13,7 @@ from typing import Any, Literal
 from sqlalchemy import Connection, Row, insert, select, update
 
 from lpsearch.config import Split
+from lpsearch.errors import StudyError
 from lpsearch.evaluation.losses import RAW, Variant, WindowLosses
 from lpsearch.plan import Plan
 from lpsearch.search import schema
@@ -43,6 +44,7 @@ class LossStore:
     Args:
         begin_transaction: begins a transaction on the study's database.
         get_study_id: returns the study's key in the tables, once it has begun.
+        where: name of the database, for messages.
         lock: the right to write the study, renewed with every evaluation.
     """
 
@@ -51,10 +53,12 @@ class LossStore:
         *,
         begin_transaction: Callable[[], AbstractContextManager[Connection]],
         get_study_id: Callable[[], int],
+        where: str,
         lock: StudyLock,
     ) -> None:
         self._begin_transaction = begin_transaction
         self._get_study_id = get_study_id
+        self._where = where
         self._lock = lock
 
     def record(
@@ -134,6 +138,9 @@ class LossStore:
             split: which windows.
             num_windows: look at windows 0 to ``num_windows - 1`` only; None at all of them.
             variant: what was done to the weights before.
+
+        Raises:
+            StudyError: for a loss that this project would not have kept.
         """
         table = schema.evaluations_table
         study_id = self._get_study_id()
@@ -143,10 +150,14 @@ class LossStore:
             if num_windows is not None:
                 chosen = chosen.where(table.c.window_idx < num_windows)
             rows = connection.execute(chosen.order_by(table.c.window_idx)).all()
-        return _read_losses(rows)
+        return self._read_losses(plan, rows)
 
     def load_plans(self, *, variant: Variant = RAW) -> dict[str, StoredPlan]:
-        """Return what is known of every plan of a variant, by the plan's compact JSON, in the order they came."""
+        """Return what is known of every plan of a variant, by the plan's compact JSON, in the order they came.
+
+        Raises:
+            StudyError: for a loss that this project would not have kept.
+        """
         plans, evaluations = schema.plans_table, schema.evaluations_table
         study_id = self._get_study_id()
         with self._begin_transaction() as connection:
@@ -158,8 +169,9 @@ class LossStore:
             ).all()
         loaded: dict[str, StoredPlan] = {}
         for (groups, state), of_plan in groupby(rows, key=lambda row: (row.groups, row.state)):
-            windows = {split: _read_losses(list(some)) for split, some in groupby(of_plan, key=lambda row: row.split)}
-            loaded[groups] = StoredPlan(state, windows)
+            plan = Plan.from_key(groups)
+            splits = groupby(of_plan, key=lambda row: row.split)
+            loaded[groups] = StoredPlan(state, {split: self._read_losses(plan, list(some)) for split, some in splits})
         return loaded
 
     def list_evaluated(self, *, num_windows: int, split: Split, variant: Variant = RAW) -> list[Plan]:
@@ -170,6 +182,24 @@ class LossStore:
             for key, stored in plans.items()
             if split in stored.windows and stored.windows[split][0][:num_windows] == list(range(num_windows))
         ]
+
+    def _read_losses(self, plan: Plan, rows: Sequence[Row[Any]]) -> tuple[list[int], WindowLosses]:
+        """Return the windows and losses of rows of evaluations, of one plan and split."""
+        for row in rows:
+            for value in (row.nll_nats_per_token, row.kl_nats_per_token):
+                if value is not None and not (isinstance(value, float) and math.isfinite(value)):
+                    raise StudyError(
+                        f"{self._where}: {_name_plan(plan)} has a loss of {value!r} on {row.split} window "
+                        f"{row.window_idx}, which no search keeps: the database was changed or is damaged; restore a "
+                        "copy, or begin a new study with --fresh, which moves it aside"
+                    )
+        has_kl = any(row.kl_nats_per_token is not None for row in rows)
+        losses = WindowLosses(
+            nll_nats_per_token=tuple(_number_or_nan(row.nll_nats_per_token) for row in rows),
+            kl_nats_per_token=tuple(_number_or_nan(row.kl_nats_per_token) for row in rows) if has_kl else None,
+            tokens_per_window=rows[0].num_tokens if rows else 0,
+        )
+        return [row.window_idx for row in rows], losses
 
     @staticmethod
     def _find_plan_id(connection: Connection, study_id: int, plan: Plan, variant: Variant) -> int | None:
@@ -184,15 +214,10 @@ def _hash_plan(plan: Plan, variant: Variant) -> str:
     return plan.digest if variant == RAW else hashlib.sha256(f"{variant}:{plan.key}".encode()).hexdigest()
 
 
-def _read_losses(rows: Sequence[Row[Any]]) -> tuple[list[int], WindowLosses]:
-    """Return the windows and losses of rows of evaluations, of one plan and split."""
-    has_kl = any(row.kl_nats_per_token is not None for row in rows)
-    losses = WindowLosses(
-        nll_nats_per_token=tuple(_number_or_nan(row.nll_nats_per_token) for row in rows),
-        kl_nats_per_token=tuple(_number_or_nan(row.kl_nats_per_token) for row in rows) if has_kl else None,
-        tokens_per_window=rows[0].num_tokens if rows else 0,
-    )
-    return [row.window_idx for row in rows], losses
+def _name_plan(plan: Plan) -> str:
+    if plan == Plan.baseline(plan.num_layers):
+        return "the unmodified model"
+    return f"the plan that joins {', '.join(map(str, plan.joins))}" if plan.joins else f"the plan {plan.key}"
 
 
 def _number_or_nan(value: float | None) -> float:

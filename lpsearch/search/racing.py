@@ -3,7 +3,7 @@
 A plan is first evaluated on the first rung of the windows (:mod:`lpsearch.evaluation.rungs`), and on the next one
 only until a plan that is known clearly beats it: its *rival*, the best plan known that saves at least as much. The two
 are compared on the windows that both have. Paired like this, what makes a window hard for every plan cancels, so few
-windows already tell many plans apart.
+windows already tell many plans apart. Of several kinds of text every rung holds as many windows of each.
 
 Racing is due to Maron and Moore (Hoeffding Races, NIPS 1993); comparing in pairs, block by block, is that of F-race
 (Birattari et al., A Racing Algorithm for Configuring Metaheuristics, GECCO 2002). Here a plan races the incumbent of
@@ -13,6 +13,7 @@ the front alone, and the bound is that of a t-test over a finite number of windo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,11 +23,13 @@ from scipy import stats
 from lpsearch.config import Split
 from lpsearch.evaluation.losses import Metric, PlanEvaluator, PlanLosses, WindowLosses
 from lpsearch.evaluation.rungs import split_by_rung
+from lpsearch.kinds import TextKind, normalise_weights
 from lpsearch.plan import Plan
-from lpsearch.search.results import Loss, State, compute_loss
+from lpsearch.search.cost import Loss, compute_loss, split_by_kind
+from lpsearch.search.losses import State
 from lpsearch.search.store import StudyStore
 
-__all__ = ["Racing", "StoredEvaluation", "evaluate_stored_plan", "is_beaten"]
+__all__ = ["Racing", "StoredEvaluation", "evaluate_stored_plan", "is_mean_beaten", "is_worst_kind_beaten"]
 
 FloatArray = NDArray[np.float64]
 
@@ -44,13 +47,27 @@ class Racing:
         num_windows: windows in total.
         metric: the loss that plans are compared by.
         staged: stop evaluating a plan that its rival beats; False has every plan evaluated on all windows.
+        kinds: the kinds of text whose windows are interleaved; none or one where all are alike.
+        worst_case: compare plans by their worst kind, not by their mean.
     """
 
-    def __init__(self, store: StudyStore, *, num_windows: int, metric: Metric, staged: bool) -> None:
+    def __init__(
+        self,
+        store: StudyStore,
+        *,
+        num_windows: int,
+        metric: Metric,
+        staged: bool,
+        kinds: Sequence[TextKind] = (),
+        worst_case: bool = False,
+    ) -> None:
         self._store = store
         self._num_windows = num_windows
         self._metric: Metric = metric
         self._staged = staged
+        self._kinds = tuple(kinds)
+        self._num_kinds = max(1, len(self._kinds))
+        self._worst_case = worst_case
         self._losses: dict[Plan, PlanLosses] = {}
         self._states: dict[Plan, State] = {}
 
@@ -70,7 +87,7 @@ class Racing:
             self._store.losses.record_state(plan, state)
             return []
         missing = np.flatnonzero(~self._get(plan).seen).tolist()
-        return split_by_rung(missing, self._num_windows)[0] if self._staged else missing
+        return split_by_rung(missing, self._num_windows, self._num_kinds)[0] if self._staged else missing
 
     def keep(self, plan: Plan, window_indices: list[int], losses: WindowLosses) -> None:
         """Keep losses of a plan on windows that it had none on.
@@ -90,7 +107,13 @@ class Racing:
 
     def compute_loss(self, plan: Plan) -> Loss:
         """Return the loss of a plan that has losses on some windows; the unmodified model has them on all."""
-        return compute_loss(self._get(plan), self._get(Plan.baseline(plan.num_layers)), metric=self._metric)
+        return compute_loss(
+            self._get(plan),
+            self._get(Plan.baseline(plan.num_layers)),
+            metric=self._metric,
+            kinds=self._kinds,
+            worst_case=self._worst_case,
+        )
 
     def _judge(self, plan: Plan, rival: Plan | None) -> State | None:
         """Return how the evaluation of a plan ended; None where it goes on."""
@@ -103,8 +126,22 @@ class Racing:
             return None
         if is_broken:
             return "broken"
-        rival_costs = self._get(rival).get_costs(self._metric, losses.seen)
-        return "stopped" if is_beaten(costs, rival_costs, num_windows=self._num_windows) else None
+        return "stopped" if self._is_beaten(losses, rival) else None
+
+    def _is_beaten(self, losses: PlanLosses, rival: Plan) -> bool:
+        """Compare a plan on its windows with a rival that has all windows."""
+        rival_losses = self._get(rival)
+        differences = [
+            losses.get_costs(self._metric, seen) - rival_losses.get_costs(self._metric, seen)
+            for seen in split_by_kind(losses.seen, self._num_kinds)
+        ]
+        num_windows = self._num_windows // self._num_kinds
+        if not self._worst_case or self._num_kinds == 1:
+            weights = normalise_weights(self._kinds) if self._kinds else (1.0,)
+            return is_mean_beaten(differences, weights=weights, num_windows=num_windows)
+        loss = self.compute_loss(rival)
+        offsets = [part.loss.get_cost(self._metric) - loss.get_cost(self._metric) for part in loss.by_kind]
+        return is_worst_kind_beaten(differences, offsets=offsets, num_windows=num_windows)
 
     def _get(self, plan: Plan) -> PlanLosses:
         if plan not in self._losses:
@@ -113,25 +150,59 @@ class Racing:
         return self._losses[plan]
 
 
-def is_beaten(costs: FloatArray, rival_costs: FloatArray, *, num_windows: int) -> bool:
+def is_mean_beaten(differences: Sequence[FloatArray], *, weights: Sequence[float], num_windows: int) -> bool:
     """Say whether a plan's mean cost over all windows is above its rival's, as far as some of the windows tell.
 
-    The windows seen are taken as drawn without replacement from all of them, so the standard error of the mean paired
-    difference has the factor ``sqrt(1 - seen / num_windows)``, and its quantiles are Student's (Cochran, Sampling
-    Techniques, sections 2.6 and 2.8).
+    The windows seen of a kind are taken as drawn without replacement from all of it, so the standard error of its mean
+    paired difference has the factor ``sqrt(1 - seen / num_windows)``, and its quantiles are Student's (Cochran,
+    Sampling Techniques, sections 2.6 and 2.8). The mean over kinds is a stratified one: its error is that of section
+    5.3, with the effective degrees of freedom of section 5.4 (Satterthwaite 1946).
 
     Args:
-        costs: (seen,) of the plan, nats per token.
-        rival_costs: (seen,) of its rival on the same windows.
-        num_windows: windows in total.
+        differences: of each kind of text, (seen,) costs of the plan minus those of its rival, nats per token.
+        weights: of the kinds; their sum is one.
+        num_windows: windows of a kind in total.
     """
-    seen = len(costs)
-    if seen < 2:
+    if any(len(difference) < 2 for difference in differences):
         return False
-    difference = costs - rival_costs
-    standard_error = float(difference.std(ddof=1)) * math.sqrt(1 / seen - 1 / num_windows)
-    quantile = float(stats.t.ppf(0.5 + CONFIDENCE / 2, seen - 1))
-    return bool(difference.mean() > quantile * standard_error)
+    means, errors = [], []
+    for weight, difference in zip(weights, differences, strict=True):
+        means.append(weight * float(difference.mean()))
+        errors.append(weight * _estimate_error(difference, num_windows))
+    standard_error = math.hypot(*errors)
+    degrees: float = len(differences[0]) - 1
+    if len(differences) > 1 and standard_error > 0:
+        shares = [(error / standard_error) ** 4 for error in errors]
+        degrees = 1 / math.fsum(share / (len(seen) - 1) for share, seen in zip(shares, differences, strict=True))
+    return math.fsum(means) > float(stats.t.ppf(0.5 + CONFIDENCE / 2, degrees)) * standard_error
+
+
+def is_worst_kind_beaten(differences: Sequence[FloatArray], *, offsets: Sequence[float], num_windows: int) -> bool:
+    """Say whether a plan's cost on its worst kind of text is above its rival's on that of the rival.
+
+    A plan has lost once it is clearly above the rival's worst cost on any kind. The rival's costs are known on all
+    windows, so on each kind the paired difference and the rival's own distance from its worst kind add up to the plan's
+    distance (a difference estimator: Cochran, section 7.2), and only the difference has an error. It is judged as in
+    :func:`is_mean_beaten`, at a level divided by the number of kinds (Bonferroni), so that more kinds do not stop more
+    plans that would have won.
+
+    Args:
+        differences: of each kind, (seen,) costs of the plan minus those of its rival, nats per token.
+        offsets: of each kind, the rival's mean cost on all windows minus that on its worst kind; at most 0.
+        num_windows: windows of a kind in total.
+    """
+    level = (1 - CONFIDENCE) / 2 / len(differences)
+    return any(
+        float(difference.mean()) + offset
+        > float(stats.t.ppf(1 - level, len(difference) - 1)) * _estimate_error(difference, num_windows)
+        for difference, offset in zip(differences, offsets, strict=True)
+        if len(difference) >= 2
+    )
+
+
+def _estimate_error(difference: FloatArray, num_windows: int) -> float:
+    """Return the standard error of the mean of (seen,) values of a finite number of windows."""
+    return float(difference.std(ddof=1)) * math.sqrt(1 / len(difference) - 1 / num_windows)
 
 
 @dataclass(frozen=True)

@@ -5,25 +5,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
-import numpy as np
 import optuna
-from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
 
 from lpsearch.config import Split
 from lpsearch.errors import StudyError, StudyVersionError
-from lpsearch.evaluation.losses import RAW, Metric, PlanLosses, Variant, compute_paired_delta
+from lpsearch.evaluation.losses import RAW, Metric, PlanLosses, Variant
 from lpsearch.plan import Plan
+from lpsearch.search.cost import KindLoss, Loss, compute_loss, compute_perplexity
+from lpsearch.search.kinds import read_kinds
 from lpsearch.search.losses import State, StoredPlan, finite_or_none
 from lpsearch.search.store import StudyStore
 
 __all__ = [
     "RAW",
     "EvaluationUpdate",
+    "KindLoss",
     "Loss",
     "Metric",
     "State",
@@ -38,45 +39,6 @@ __all__ = [
     "read_results",
     "set_latency",
 ]
-
-
-@dataclass(frozen=True)
-class Loss:
-    """Mean losses of one plan over one set of windows, paired with the unmodified model on the same windows.
-
-    Attributes:
-        nll: mean negative log-likelihood over all windows in nats per token; where the plan lacks some, the unmodified
-            model's plus ``delta_nll``. nan where a loss was not finite.
-        delta_nll: mean of the plan's loss minus the unmodified model's, over the windows that the plan has; nan where a
-            loss was not finite.
-        delta_nll_se: standard error of ``delta_nll`` over windows; None for a single window.
-        kl_nats_per_token: mean KL(base || plan) over the windows that the plan has; None unless it was measured.
-        kl_se: standard error of that mean over windows; None unless it was measured on several.
-        num_windows: windows behind these values.
-        num_tokens: tokens behind them.
-    """
-
-    nll: float
-    delta_nll: float
-    delta_nll_se: float | None
-    kl_nats_per_token: float | None
-    kl_se: float | None
-    num_windows: int
-    num_tokens: int
-
-    @property
-    def perplexity(self) -> float:
-        """``exp(nll)``; infinite where the loss was not finite."""
-        return compute_perplexity(self.nll)
-
-    def get_cost(self, metric: Metric) -> float:
-        """Return the loss that the search minimises: ``delta_nll``, or the KL divergence; inf if it is not finite."""
-        cost = self.delta_nll if metric == "nll" else self.kl_nats_per_token
-        return cost if cost is not None and math.isfinite(cost) else math.inf
-
-    def get_cost_se(self, metric: Metric) -> float | None:
-        """Return the standard error of :meth:`get_cost`."""
-        return self.delta_nll_se if metric == "nll" else self.kl_se
 
 
 @dataclass(frozen=True)
@@ -228,32 +190,6 @@ class StudyResult:
         return self.proxy_tokens / (len(self.results) * self.baseline.proxy_tokens)
 
 
-def compute_loss(losses: PlanLosses, base: PlanLosses, *, metric: Metric) -> Loss:
-    """Compute the mean losses of a plan.
-
-    Args:
-        losses: of the plan, on some windows.
-        base: of the unmodified model, on all windows.
-        metric: the loss that is searched: a divergence is then measured, even where it was finite on no window.
-    """
-    seen = losses.seen
-    num_windows = int(seen.sum())
-    delta, delta_se = _compare(losses.nll[seen], base.nll[seen])
-    kl, kl_se = (math.nan if metric == "kl" else None), None
-    if losses.kl is not None:
-        kl, kl_se = _compare(losses.kl[seen], np.zeros(num_windows))
-    is_whole = num_windows == len(seen)
-    return Loss(
-        nll=math.fsum(losses.nll) / num_windows if is_whole else float(base.nll.mean()) + delta,
-        delta_nll=delta,
-        delta_nll_se=delta_se,
-        kl_nats_per_token=kl,
-        kl_se=kl_se,
-        num_windows=num_windows,
-        num_tokens=num_windows * losses.tokens_per_window,
-    )
-
-
 def set_latency(result: TrialResult, latency_ms: float | None, baseline_ms: float | None) -> TrialResult:
     """Return a result with its time and speed-up.
 
@@ -276,7 +212,7 @@ def read_results(
         estimate_latency_ms: time of a plan by the study's latest latency profile; None takes what stands on the trials.
 
     Raises:
-        StudyError: if there is no such study or its database fails.
+        StudyError: if there is no such study, its database fails, or it holds no finite loss of the unmodified model.
         StudyVersionError: if a trial lacks what this version reads.
     """
     with store.translate_errors():
@@ -287,8 +223,7 @@ def read_results(
         trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not trials:
         return []
-    metric: Metric = (store.load_settings() or {}).get("metric", "nll")
-    reader = _ResultReader(store, metric)
+    reader = _ResultReader(store, store.load_settings() or {})
     results: dict[Plan, TrialResult] = {}
     for trial in trials:
         try:
@@ -297,9 +232,10 @@ def read_results(
             raise StudyVersionError(
                 f"{store.where}: the study {store.study_name!r} was written by another version of lpsearch: "
                 f"a trial lacks what this version reads ({error!r}); "
-                "read it with that version, or search again with --fresh, which moves it aside"
+                "read it with that version, or search again with `lpsearch optimize --fresh`, which moves it aside"
             ) from error
         results.setdefault(result.plan, result)
+    _check_baseline(results, store)
     if estimate_latency_ms is None:
         latencies = {plan: result.latency_ms for plan, result in results.items()}
     else:
@@ -308,11 +244,25 @@ def read_results(
     return [set_latency(result, latencies[plan], baseline_ms) for plan, result in results.items()]
 
 
+def _check_baseline(results: Mapping[Plan, TrialResult], store: StudyStore) -> None:
+    """Refuse a study whose unmodified model has no finite loss, since every other loss is relative to it."""
+    for result in results.values():
+        is_baseline = result.plan == Plan.baseline(result.plan.num_layers)
+        if is_baseline and not math.isfinite(result.loss.nll):
+            raise StudyError(
+                f"{store.where}: trial {result.trial}, the unmodified model, has no finite loss in the study "
+                f"{store.study_name!r}, so nothing can be compared with it; restore a copy, or begin a new study with "
+                "--fresh, which moves it aside"
+            )
+
+
 class _ResultReader:
     """Joins Optuna's trials with what the study's own tables know of their plans."""
 
-    def __init__(self, store: StudyStore, metric: Metric) -> None:
-        self._metric = metric
+    def __init__(self, store: StudyStore, settings: Mapping[str, Any]) -> None:
+        self._metric: Metric = settings.get("metric", "nll")
+        self._worst_case = bool(settings.get("worst_case", False))
+        self._kinds = {split: read_kinds(settings, split) for split in get_args(Split)}
         self._plans = store.losses.load_plans()
         self._plan_files = {
             json.dumps(point["groups"], separators=(",", ":")): str(point["plan"])
@@ -348,7 +298,9 @@ class _ResultReader:
         losses, base_losses = (PlanLosses.build(num_windows, *known.windows[split]) for known in (stored, base))
         if split == "heldout" and not losses.seen.all():
             return None
-        return compute_loss(losses, base_losses, metric=self._metric)
+        return compute_loss(
+            losses, base_losses, metric=self._metric, kinds=self._kinds[split], worst_case=self._worst_case
+        )
 
 
 def build_attributes(result: TrialResult) -> dict[str, Any]:
@@ -365,21 +317,9 @@ def build_attributes(result: TrialResult) -> dict[str, Any]:
     if loss.kl_nats_per_token is not None:
         attributes["kl_nats_per_token"] = finite_or_none(loss.kl_nats_per_token)
         attributes["kl_se"] = finite_or_none(loss.kl_se)
+    if loss.by_kind:
+        by_kind = {part.kind.spec: finite_or_none(part.loss.delta_nll) for part in loss.by_kind}
+        attributes["delta_nll_by_kind"] = json.dumps(by_kind)
     if result.latency_ms is not None:
         attributes["latency_ms"] = result.latency_ms
     return attributes
-
-
-def compute_perplexity(nll: float) -> float:
-    """Return ``exp(nll)``, infinite where that overflows or the loss is not a number."""
-    try:
-        return math.exp(nll) if not math.isnan(nll) else math.inf
-    except OverflowError:
-        return math.inf
-
-
-def _compare(losses: NDArray[np.float64], base_losses: NDArray[np.float64]) -> tuple[float, float | None]:
-    if not np.isfinite(losses).all():
-        return math.nan, None
-    paired = compute_paired_delta(losses.tolist(), base_losses.tolist())
-    return paired.delta, paired.standard_error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.study import StudyDirection
 
 from lpsearch.errors import ResumeError
+from lpsearch.kinds import TextKind, describe_kinds
 from lpsearch.search.front import Objective
+from lpsearch.search.kinds import read_kinds, write_kinds
 from lpsearch.search.results import Metric
 from lpsearch.search.space import PlanSpace
 from lpsearch.search.storage_url import find_sqlite_path
@@ -43,6 +45,7 @@ FIXED_SETTINGS = (
     "metric",
     "objective",
     "max_group",
+    "worst_case",
 )
 """Settings that define what a trial's values mean: changing one would mix values that cannot be compared."""
 
@@ -76,9 +79,21 @@ def compare_settings(recorded: Mapping[str, Any], requested: Mapping[str, Any]) 
 
 
 def record_settings(
-    store: StudyStore, space: PlanSpace, metric: Metric, objective: Objective, sampler: str, seed: int
+    store: StudyStore,
+    space: PlanSpace,
+    metric: Metric,
+    objective: Objective,
+    sampler: str,
+    seed: int,
+    *,
+    kinds: Sequence[TextKind] = (),
+    worst_case: bool = False,
 ) -> None:
-    """Begin the study, or check that this run may continue it; what the caller recorded stays."""
+    """Begin the study, or check that this run may continue it; what the caller recorded stays.
+
+    Raises:
+        ResumeError: if it may not.
+    """
     requested = {
         "num_layers": space.num_layers,
         "max_group": space.max_group,
@@ -86,11 +101,22 @@ def record_settings(
         "objective": objective,
         "sampler": sampler,
         "seed": seed,
+        "worst_case": worst_case,
+        **write_kinds({"proxy": kinds}),
     }
     recorded = store.load_settings() or {}
+    if "num_layers" in recorded:
+        recorded = {"worst_case": False, **recorded}  # studies that knew no kinds say nothing
+        _compare_kinds(read_kinds(recorded, "proxy"), kinds)
     compare_settings(recorded, requested)
     if not requested.keys() <= recorded.keys():
         store.save_settings({**requested, **recorded})
+
+
+def _compare_kinds(begun_with: Sequence[TextKind], now: Sequence[TextKind]) -> None:
+    shown = [describe_kinds(kinds) if len(kinds) > 1 else "one kind of text" for kinds in (begun_with, now)]
+    if shown[0] != shown[1]:
+        raise ResumeError(f"the study was begun with {shown[0]}, now {shown[1]}; its losses belong to the former")
 
 
 def open_study(store: StudyStore, metric: Metric, objective: Objective) -> optuna.Study:

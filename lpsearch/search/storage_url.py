@@ -15,7 +15,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from lpsearch.errors import ConfigError, StudyError, mask_urls
 
-__all__ = ["describe_url", "find_sqlite_path", "parse_storage_url", "translate_storage_errors"]
+__all__ = ["describe_url", "find_sqlite_path", "parse_storage_url", "refuse_memory", "translate_storage_errors"]
 
 _EXAMPLES = "write e.g. sqlite:///path/study.db or postgresql+psycopg://user:password@host/database"
 
@@ -48,6 +48,19 @@ def parse_storage_url(url: str | URL) -> URL:
             "a ? of the path as %3F"
         )
     return parsed
+
+
+def refuse_memory(url: URL) -> None:
+    """Refuse a database that is kept in memory only, where the study is to be there after the command.
+
+    Raises:
+        ConfigError: if it is one.
+    """
+    if url.get_backend_name() == "sqlite" and find_sqlite_path(url) is None:
+        raise ConfigError(
+            "--storage: a SQLite URL without a file is kept in memory only and ends with the command, so nothing could "
+            "be resumed or reported; leave --storage out, or write sqlite:///path/study.db"
+        )
 
 
 def _parse_text(text: str) -> URL:
@@ -129,9 +142,9 @@ def _explain(error: BaseException, where: str) -> str:
             "run the same command again"
         )
     elif "readonly" in lowered or "read-only" in lowered or "permission" in lowered or "unable to open" in lowered:
-        mend = "make the file and its directory writable, or name another with --out"
+        mend = "make the file and its directory writable, or name another"
     elif "malformed" in lowered or "not a database" in lowered:
-        mend = "it is damaged; move it away (--fresh does) or restore a copy"
+        mend = "it is damaged; move it away (`lpsearch optimize --fresh` does) or restore a copy"
     else:
         mend = "check that the database is reachable and writable, then run the same command again"
     return f"{text}; {mend}"

@@ -76,7 +76,10 @@ class StudyStore:
         self._study_id: int | None = None
         self.lock = StudyLock(self.url, lambda: self.study_name, self.begin_transaction)
         self.losses = LossStore(
-            begin_transaction=self.begin_transaction, get_study_id=lambda: self.study_id, lock=self.lock
+            begin_transaction=self.begin_transaction,
+            get_study_id=lambda: self.study_id,
+            where=self.where,
+            lock=self.lock,
         )
 
     def __enter__(self) -> StudyStore:
@@ -312,12 +315,12 @@ class StudyStore:
         except ValueError as error:
             raise StudyError(
                 f"{self.where}: the {what} of study {self.study_name!r} cannot be read: {error}; restore a copy, or "
-                "begin a new study with --fresh"
+                "begin a new study with `lpsearch optimize --fresh`"
             ) from None
         if not isinstance(parsed, dict):
             raise StudyError(
                 f"{self.where}: the {what} of study {self.study_name!r} is damaged: expected a JSON object, got "
-                f"{type(parsed).__name__}; restore a copy, or begin a new study with --fresh"
+                f"{type(parsed).__name__}; restore a copy, or begin a new study with `lpsearch optimize --fresh`"
             )
         return parsed
 

@@ -9,6 +9,7 @@ from typing import get_args
 
 from lpsearch.errors import ConfigError
 from lpsearch.evaluation.losses import Metric, PlanEvaluator
+from lpsearch.kinds import TextKind
 from lpsearch.plan import Plan
 from lpsearch.search.coordinator import Coordinator
 from lpsearch.search.front import Objective
@@ -37,6 +38,8 @@ def run_study(
     enqueue: Sequence[Plan] = (),
     timeout_s: float | None = None,
     staged: bool = True,
+    kinds: Sequence[TextKind] = (),
+    worst_case: bool = False,
     on_trial: Callable[[TrialUpdate], None] | None = None,
     on_evaluation: Callable[[EvaluationUpdate], None] | None = None,
 ) -> StudyResult:
@@ -62,14 +65,17 @@ def run_study(
         timeout_s: seconds after which no further trial begins; the baseline always does.
         staged: evaluate a plan on few windows first, and on all of them only while it may be on the front. With fewer
             than 8 windows, and where the space is enumerated, every plan is evaluated on all of them.
+        kinds: the kinds of text whose windows are interleaved (:mod:`lpsearch.kinds`); none or one where all are alike.
+            The cost of a plan is the weighted mean over them.
+        worst_case: the cost of a plan is that of its worst kind.
         on_trial: called after every trial that this run finishes.
         on_evaluation: called as every evaluation of a plan on some windows begins.
 
     Raises:
         ConfigError: for a budget below 1, an unknown name, ``latency`` without an estimate, or anything but one of
-            ``evaluator`` and ``pool``.
+            ``evaluator`` and ``pool``, or windows that are not as many of every kind.
         PlanError: for an enqueued plan outside the space.
-        ResumeError: if the study was begun with another space, metric or objective.
+        ResumeError: if the study was begun with another space, metric or objective, or other kinds of text.
         StudyError: if the database fails, another process runs the study, or the baseline's loss is not finite.
     """
     if (evaluator is None) == (pool is None):
@@ -88,6 +94,8 @@ def run_study(
         if pool is None:
             assert evaluator is not None
             pool = stack.enter_context(ThreadPool(evaluator))
+        if kinds and pool.num_windows % len(kinds):
+            raise ConfigError(f"{pool.num_windows} windows are not as many of each of {len(kinds)} kinds of text")
         trials = Trials(
             store=store,
             space=space,
@@ -97,12 +105,21 @@ def run_study(
             metric=metric,
             objective=objective,
             estimate_latency_ms=estimate_latency_ms,
+            kinds=kinds,
+            worst_case=worst_case,
         )
         coordinator = Coordinator(
             pool=pool,
             trials=trials,
             # An enumeration ends with a front that is exact, not one that is most likely right.
-            racing=Racing(store, num_windows=pool.num_windows, metric=metric, staged=staged and not trials.enumerates),
+            racing=Racing(
+                store,
+                num_windows=pool.num_windows,
+                metric=metric,
+                staged=staged and not trials.enumerates,
+                kinds=kinds,
+                worst_case=worst_case,
+            ),
             timeout_s=math.inf if timeout_s is None else timeout_s,
             on_trial=on_trial,
             on_evaluation=on_evaluation,

@@ -11,6 +11,7 @@ import optuna
 from optuna.trial import TrialState
 
 from lpsearch.evaluation.losses import Metric
+from lpsearch.kinds import TextKind
 from lpsearch.plan import Plan
 from lpsearch.search.front import Objective, build_front, find_rival
 from lpsearch.search.results import RAW, Loss, State, TrialResult, build_attributes, read_results, set_latency
@@ -90,6 +91,8 @@ class Trials:
         metric: Metric,
         objective: Objective,
         estimate_latency_ms: Callable[[Plan], float] | None,
+        kinds: Sequence[TextKind],
+        worst_case: bool,
     ) -> None:
         """Open the study and read what it has finished."""
         self.space = space
@@ -98,7 +101,7 @@ class Trials:
         self._objective: Objective = objective
         self._estimate_latency_ms = estimate_latency_ms
         self._budget = budget
-        record_settings(store, space, metric, objective, sampler, seed)
+        record_settings(store, space, metric, objective, sampler, seed, kinds=kinds, worst_case=worst_case)
         with store.translate_errors():
             self._study = open_study(store, metric, objective)
             self._sampler = build_sampler(
@@ -222,7 +225,7 @@ class Trials:
             baseline_ms = self._estimate_latency_ms(Plan.baseline(self.space.num_layers))
             result = set_latency(result, self._estimate_latency_ms(job.plan), baseline_ms)
         saving = result.depth_reduction if self._objective == "depth" else result.latency_ms
-        cost = result.perplexity if self.metric == "nll" else result.get_cost("kl")
+        cost = loss.get_told_value(self.metric)
         assert saving is not None
         with self.store.translate_errors():
             for name, value in build_attributes(result).items():

@@ -14,14 +14,15 @@ input, after its last slot they are its output. A model runs one forward at a ti
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lpsearch.errors import ModelError, PlanError
 from lpsearch.models.families import (
@@ -35,7 +36,15 @@ from lpsearch.models.families import (
 from lpsearch.models.fingerprint import fingerprint_model, fingerprints_match
 from lpsearch.plan import Plan, check_supported
 
-__all__ = ["applied_plan", "apply_plan", "check_plan_model", "check_plan_numbers", "check_unplanned", "undo_plan"]
+__all__ = [
+    "applied_plan",
+    "apply_plan",
+    "check_plan_layers",
+    "check_plan_model",
+    "check_plan_numbers",
+    "check_unplanned",
+    "undo_plan",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +139,18 @@ def check_plan_model(plan: Plan, model: PreTrainedModel) -> None:
     )
 
 
+def check_plan_layers(plan: Plan, config: PretrainedConfig) -> None:
+    """Check that a plan is for as many layers as a configuration names, before there are weights to fingerprint.
+
+    Raises:
+        PlanError: saying which model the plan is for.
+    """
+    # A model that names no number is no decoder, which loading it says.
+    num_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", plan.num_layers)
+    fingerprint = "" if plan.metadata is None else plan.metadata.model.fingerprint  # taken to be right until then
+    check_plan_numbers(plan, num_layers=num_layers, fingerprint=fingerprint, name=config.model_type)
+
+
 def check_plan_numbers(plan: Plan, *, num_layers: int, fingerprint: str, name: str) -> None:
     """Check that a plan is for the model with these numbers.
 
@@ -150,10 +171,19 @@ def check_plan_numbers(plan: Plan, *, num_layers: int, fingerprint: str, name: s
             f"{subject} its groups cover {plan.num_layers} layers and this model ({name}) has {num_layers}; load the "
             "model that it was made for, or search a plan for this one"
         )
-    if meant_for is not None and not fingerprints_match(fingerprint, meant_for.fingerprint):
+    if plan.metadata is None or meant_for is None:
+        return
+    recovery = plan.metadata.provenance.recovery
+    expected = meant_for.fingerprint if recovery is None else recovery.fingerprint
+    if not fingerprints_match(fingerprint, expected):
+        if recovery is not None and fingerprints_match(fingerprint, meant_for.fingerprint):
+            raise PlanError(
+                f"the plan belongs to repaired weights, and this model ({name}) has the unmodified ones of "
+                f"{meant_for.id}; give it the weights with lpsearch.apply_recovery, or take plan.without_recovery()"
+            )
         raise PlanError(
             f"{subject} this model ({name}) has other weights or another geometry: its fingerprint is {fingerprint}, "
-            f"expected {meant_for.fingerprint}; load {meant_for.id}"
+            f"expected {expected}; load {meant_for.id}"
             f"{f' at revision {meant_for.revision}' if meant_for.revision else ''}, or search a plan for this model"
         )
 
@@ -177,6 +207,8 @@ class _LayerGroup:
 
     blocks: tuple[DecoderBlock, ...]
     kept: list[dict[str, Any]] = field(default_factory=list)
+    checkpoint: Callable[..., Tensor] | None = None  # in a forward with gradient checkpointing
+    checkpointing_layers: list[nn.Module] = field(default_factory=list)
 
     def visit(self, position: int, hidden_states: Tensor, layer_kwargs: dict[str, Any]) -> Tensor:
         """Keep the arguments of one slot, or at the last slot run the group.
@@ -191,7 +223,6 @@ class _LayerGroup:
         """
         if position == 0:
             self.kept.clear()
-            self._refuse_checkpointing()
         if len(self.kept) != position:
             raise RuntimeError(
                 f"slot {position} of a group of {len(self.blocks)} layers ran after {len(self.kept)} of its slots; "
@@ -201,16 +232,29 @@ class _LayerGroup:
         if position < len(self.blocks) - 1:
             return hidden_states
         kept, self.kept = self.kept, []
-        return run_group(self.blocks, hidden_states, kept)
+        if self.checkpoint is None:
+            return run_group(self.blocks, hidden_states, kept)
+        # As transformers does: the recomputation would write to a cache again.
+        kept = [{name: None if name == "past_key_values" else value for name, value in k.items()} for k in kept]
+        return self.checkpoint(partial(run_group, self.blocks, layer_kwargs=kept), hidden_states)
 
-    def _refuse_checkpointing(self) -> None:
-        # It recomputes each layer by itself in the backward pass, last layer first; a slot cannot be.
+    def enter(self) -> None:
+        """Begin a forward: with gradient checkpointing, the group is recomputed as a whole and not slot by slot."""
+        self.leave()  # an exception that is no Exception calls no hooks on its way out
         for block in self.blocks:
-            if block.layer.training and getattr(block.layer, "gradient_checkpointing", False):
-                raise ModelError(
-                    "gradient checkpointing is on, and it would recompute the layers of a group one by one; expected "
-                    "it off for training under a plan: call model.gradient_checkpointing_disable()"
-                )
+            layer: Any = block.layer
+            if layer.training and getattr(layer, "gradient_checkpointing", False):
+                self.checkpoint = layer._gradient_checkpointing_func
+                self.checkpointing_layers.append(layer)
+                layer.gradient_checkpointing = False
+
+    def leave(self) -> None:
+        """End a forward, also one that an exception broke off."""
+        self.kept.clear()
+        self.checkpoint = None
+        for layer in self.checkpointing_layers:
+            layer.gradient_checkpointing = True  # type: ignore[assignment]  # nn.Module types attributes as tensors
+        self.checkpointing_layers.clear()
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +263,7 @@ class _Application:
 
     plan: Plan
     groups: tuple[_LayerGroup, ...]
-    forget_handle: RemovableHandle
+    handles: tuple[RemovableHandle, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,14 +282,25 @@ class _Slot:
 
 
 @dataclass(frozen=True, eq=False)
-class _Forget:
+class _Enter:
+    """Forward pre-hook of the decoder."""
+
+    groups: tuple[_LayerGroup, ...]
+
+    def __call__(self, decoder: nn.Module, args: tuple[Any, ...]) -> None:
+        for group in self.groups:
+            group.enter()
+
+
+@dataclass(frozen=True, eq=False)
+class _Leave:
     """Forward hook of the decoder that drops what a forward broken off by an exception left behind."""
 
     groups: tuple[_LayerGroup, ...]
 
     def __call__(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         for group in self.groups:
-            group.kept.clear()
+            group.leave()
 
 
 def _find_application(model: PreTrainedModel) -> _Application | None:
@@ -274,7 +329,10 @@ def _replace_application(model: PreTrainedModel, plan: Plan | None) -> None:
     layers = get_decoder_layers(model)
     standing = _find_application(model)
     if standing is not None:
-        standing.forget_handle.remove()
+        for handle in standing.handles:
+            handle.remove()
+        for group in standing.groups:
+            group.leave()
         for layer in layers:
             if isinstance(layer.__dict__.get("forward"), _Slot):
                 del layer.forward
@@ -282,8 +340,12 @@ def _replace_application(model: PreTrainedModel, plan: Plan | None) -> None:
         return
     blocks = build_blocks(model)
     groups = tuple(_LayerGroup(tuple(blocks[i] for i in group)) for group in plan.groups if len(group) > 1)
-    handle = get_decoder(model).register_forward_hook(_Forget(groups), always_call=True)
-    application = _Application(plan, groups, handle)
+    decoder = get_decoder(model)
+    handles = (
+        decoder.register_forward_pre_hook(_Enter(groups)),
+        decoder.register_forward_hook(_Leave(groups), always_call=True),
+    )
+    application = _Application(plan, groups, handles)
     for group in groups:
         for position, block in enumerate(group.blocks):
             block.layer.__dict__["forward"] = _Slot(application, group, position)

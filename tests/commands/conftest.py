@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from lpsearch.commands.app import main
+from tests.commands.advice import find_foreign_options
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,10 @@ Run = Callable[..., Outcome]
 
 @pytest.fixture
 def run_lpsearch(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
-    """Return a function that runs ``lpsearch ARGUMENTS`` in this process, with a cache of its own."""
+    """Return a function that runs ``lpsearch ARGUMENTS`` in this process, with a cache of its own.
+
+    Whatever fails: an error or a warning names only options that the command has.
+    """
     import signal
 
     monkeypatch.setenv("LPSEARCH_CACHE", str(tmp_path / "cache"))
@@ -45,6 +49,11 @@ def run_lpsearch(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch:
         with pytest.raises(SystemExit) as caught:
             main([str(argument) for argument in arguments])
         stdout, stderr = capfd.readouterr()
+        words = [str(argument) for argument in arguments]
+        for line in stderr.splitlines():
+            if line.startswith(("ERROR ", "WARNING ")):
+                foreign = find_foreign_options(words, line)
+                assert not foreign, f"{foreign} are no options of this command: {line}"
         return Outcome(int(caught.value.code or 0), json.loads(stdout.splitlines()[-1]), stdout, stderr)
 
     yield run

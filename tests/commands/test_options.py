@@ -19,8 +19,8 @@ from lpsearch.config import OptimizeConfig, resolve_config
 TYPED = {
     "model": ("m", "m"),
     "budget": ("7", 7),
-    "data": ("self", "self"),
-    "heldout": ("a.txt", "a.txt"),
+    "data": ("self@2", ("self@2",)),
+    "heldout": ("a.txt", ("a.txt",)),
     "windows": ("3", 3),
     "seq_len": ("64", 64),
     "max_group": ("4", 4),
@@ -55,10 +55,12 @@ def parse(*words: str) -> dict[str, Any]:
 def test_what_is_typed_arrives_as_the_configuration_has_it() -> None:
     words = [word for name, (text, _) in TYPED.items() for word in ("--" + name.replace("_", "-"), text)]
     words += ["--enqueue", "a.json", "--enqueue", "b", "--unstaged", "--trust-remote-code", "--more", "6"]
+    words += ["--data", "b.txt", "--worst-case"]
     given = parse(*words)
     assert given.pop("more") == 6
     expected = {name: value for name, (_, value) in TYPED.items()}
     expected |= {"enqueue": (Path("a.json"), Path("b")), "staged": False, "trust_remote_code": True}
+    expected |= {"data": ("self@2", "b.txt"), "worst_case": True}
     assert given.keys() == expected.keys() == OptimizeConfig.model_fields.keys()
     assert resolve_config(command_line=given).values == OptimizeConfig(**expected)
 
@@ -88,7 +90,8 @@ def test_help_shows_every_default_and_choice() -> None:
         elif field.is_required() or field.default is None or field.default is False or field.default == ():
             assert "[default" not in row
         else:
-            assert f"[default: ({field.default})]" in row
+            shown = field.default[0] if name == "data" else field.default
+            assert f"[default: ({shown})]" in row
     assert "<pairset|evolution|nsga2|tpe|random|window>" in rows["--sampler"]
 
 

@@ -40,6 +40,50 @@ def test_an_estimate_says_so(run_lpsearch: Run, arguments: list, tmp_path: Path)
     assert load_profile(tmp_path / "profile.json").emulated
 
 
+def test_the_table_says_what_the_last_line_says_where_memory_is_short(
+    run_lpsearch: Run, arguments: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lpsearch.latency.measure._MAX_CPU_BYTES", 2 * 75_000)  # bytes of five layers in bfloat16
+    outcome = run_lpsearch(*arguments, "--context", 8)
+    assert outcome.exit_code == 0, outcome.stderr
+    profile = load_profile(tmp_path / "profile.json")
+    assert 4 <= profile.workloads[0].num_layers_measured < profile.geometry.num_layers
+    document = outcome.document
+    speedup = document["baseline_latency_ms"] / document["least_depth_latency_ms"]
+    (row,) = [line for line in outcome.stderr.splitlines() if line.strip().startswith("decode 1 x 8")]
+    assert f"eager {document['baseline_latency_ms']:.2f} " in row
+    assert f"eager {speedup:.2f}x" in row
+    assert document["baseline_latency_ms"] == profile.workloads[0].unmodified_ms["eager"]
+
+
+def test_the_default_context_is_what_the_model_reads(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
+    outcome = run_lpsearch(*arguments)
+    assert outcome.exit_code == 0, outcome.stderr
+    assert load_profile(tmp_path / "profile.json").workloads[0].context_len == 127
+
+
+@pytest.mark.parametrize(
+    ("out", "exit_code", "message"),
+    [
+        ("file/profile.json", 2, "not a file in a directory that exists"),
+        ("nowhere/profile.json", 2, "not a file in a directory that exists"),
+        ("directory", 2, "is a directory; name a file in it"),
+        (f"{'x' * 250}.json", 1, "cannot be written"),  # too long for the temporary file beside it
+        (f"{'x' * 300}.json", 1, "cannot be written"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_it_measures(
+    run_lpsearch: Run, arguments: list, tmp_path: Path, out: str, exit_code: int, message: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "directory").mkdir()
+    outcome = run_lpsearch(*arguments[:-1], tmp_path / out)
+    assert outcome.exit_code == exit_code
+    assert message in outcome.document["error"]["message"]
+    assert "--out" in outcome.document["error"]["message"]
+    assert "measuring" not in outcome.stderr
+
+
 @pytest.mark.slow
 def test_ranks_are_started(run_lpsearch: Run, arguments: list) -> None:
     outcome = run_lpsearch(*arguments, "--context", 8, "--tp", 2)
@@ -56,6 +100,11 @@ def test_ranks_are_started(run_lpsearch: Run, arguments: list) -> None:
         (["--emulate-tp", 2], "--emulate-tp and --all-reduce-us go together"),
         (["--emulate-tp", 2, "--all-reduce-us", 5, "--tp", 2], "give one of them"),
         (["--emulate-tp", 2, "--all-reduce-us", 5, "--prefill", 8], "decode steps only"),
+        (["--context", "9" * 5000], "expected whole numbers from 0"),
+        (["--context", "1,²"], "expected whole numbers from 0"),
+        (["--context", "8,100000000"], "--context 100000000: the model reads at most 128 tokens"),
+        (["--context", 128, "--tp", 2], "--context 128: the model reads at most 128 tokens"),
+        (["--context", 8, "--prefill", 129], "--prefill 129: the model reads at most 128 tokens"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(run_lpsearch: Run, arguments: list, options: list, message: str) -> None:

@@ -260,7 +260,7 @@ def test_plan_pick_prints_the_point_as_the_file_has_it(run_lpsearch: Run, argume
 @pytest.mark.parametrize(
     ("content", "exit_code", "message"),
     [
-        (None, 1, "not there; run `lpsearch optimize`"),
+        (None, 1, "not there; run `lpsearch optimize --out /"),
         ("nothing", 1, "cannot be read"),
         ('{"schema_version": 99}', 2, "schema_version is 99, this lpsearch reads 1"),
         ('{"schema_version": 1, "front": []}', 1, "not the front of a study: study: Field required"),

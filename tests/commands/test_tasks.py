@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import io
 import json
@@ -12,10 +13,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from lpsearch.models import load_model, resolve_source
-from lpsearch.plan import Plan, PlanMetadata, save_plan
+from lpsearch.commands.tasks import list_variants
+from lpsearch.models import fingerprint_model, load_model, resolve_source
+from lpsearch.plan import ModelIdentity, Plan, PlanMetadata, Recovery, load_plan, save_plan
+from lpsearch.recovery import save_recovered
+from lpsearch.transform import applied_plan
 from tests.commands.conftest import Outcome, Run
 from tests.task_files import CHOICES, WORDS, write_choices, write_words
+from tests.tiny_models import build_tiny_model
 
 needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed (extra `tasks`)"
@@ -162,3 +167,41 @@ def test_the_extra_is_named_where_the_harness_is_missing(evaluate: Run, monkeypa
     outcome = evaluate("--tasks", CHOICES)
     assert outcome.exit_code == 2
     assert "lpsearch[tasks]" in outcome.document["error"]["message"]
+
+
+def test_repaired_weights_are_there_for_their_variant_alone(tmp_path: Path) -> None:
+    model, plan = build_tiny_model("llama"), Plan.from_groups([[0], [1, 2], [3, 4], [5]])
+    original = fingerprint_model(model)
+    twin = copy.deepcopy(model)
+    weights = {}
+    for layer_idx in (2, 4):
+        name = f"model.layers.{layer_idx}.mlp.down_proj.weight"
+        weights[name] = twin.get_parameter(name).data.mul_(0.5)
+    recovery = Recovery(
+        method="refit",
+        data=("text.txt",),
+        num_tokens=100,
+        seconds=1,
+        fingerprint=fingerprint_model(twin),
+        dtype="float32",
+        device="cpu",
+    )
+    identity = ModelIdentity(id="tiny", num_layers=6, fingerprint=original)
+    plan = Plan(plan.groups, PlanMetadata(model=identity))
+    save_recovered(tmp_path / "recovered", plan=plan, model=model, weights=weights, recovery=recovery)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        expected = {"base": model(ids).logits}
+        with applied_plan(model, plan):
+            expected["plan"] = model(ids).logits
+        with applied_plan(twin, Plan(plan.groups)):
+            expected["repaired"] = twin(ids).logits
+        assert not torch.equal(expected["plan"], expected["repaired"])
+        for path in (tmp_path / "recovered", tmp_path / "recovered" / "plan.json"):
+            variants = list_variants(model, load_plan(path), path)
+            assert list(variants) == ["base", "plan", "repaired"]
+            for name in ("repaired", "base", "plan", "repaired", "base"):
+                with variants[name]():
+                    assert torch.equal(model(ids).logits, expected[name]), name
+    assert fingerprint_model(model) == original
+    assert list(list_variants(model, plan, tmp_path)) == ["base", "plan"]

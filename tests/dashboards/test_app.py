@@ -284,6 +284,16 @@ def test_a_study_that_breaks_is_named_and_the_server_goes_on(
     assert ask("/lpsearch/study.json").status == 200
 
 
+def test_losses_that_no_search_keeps_are_named_and_not_shown(
+    finished_study: StudyReport, tmp_path: Path, ask: Ask
+) -> None:
+    with closing(sqlite3.connect(tmp_path / "study.db")) as connection, connection:
+        connection.execute("UPDATE lpsearch_evaluations SET nll_nats_per_token = 9e999 WHERE window_idx = 2")
+    answer = ask("/lpsearch/study.json")
+    assert answer.status == 503
+    assert "has a loss of inf on" in answer.json["reason"]
+
+
 def test_a_fresh_study_in_the_place_of_the_old_one_is_shown(
     finished_study: StudyReport, make_study: MakeStudy, tmp_path: Path, ask: Ask
 ) -> None:

@@ -16,9 +16,10 @@ import pytest
 from pyarrow import parquet
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lpsearch.data import Windows, build_windows
+from lpsearch.data import Windows, build_mixed_windows, build_windows, check_text_kinds, name_texts
 from lpsearch.data.texts import resolve_text, undo_wikitext_marks
 from lpsearch.errors import DataError, ModelError, StudyError
+from lpsearch.kinds import TextKind, parse_kinds
 from tests.tiny_models import build_tiny_model
 
 
@@ -227,3 +228,50 @@ def test_an_unreachable_hub_ends_soon_in_one_message(tmp_path):
     assert "cannot be reached at http://127.0.0.1:9" in done.stdout
     assert "--data FILE" in done.stdout
     assert seconds < 15, "the promise to a user; without the probe `datasets` retries for 23 s"
+
+
+def test_windows_of_several_kinds_are_interleaved_and_do_not_overlap_across_splits(tokenizer, text_file, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("Nothing is as it was, they said. " * 99, encoding="utf-8")
+    kinds = parse_kinds([f"{text_file}@3", str(other)])
+    proxy = build_mixed_windows(kinds, tokenizer=tokenizer, num_windows=3, seq_len=10)
+    alone = [build_windows(kind.spec, tokenizer=tokenizer, num_windows=3, seq_len=10) for kind in kinds]
+    assert proxy.kinds == kinds
+    assert proxy.spec == f"{text_file}@3 + {other}"
+    for index, row in enumerate(proxy.input_ids):
+        np.testing.assert_array_equal(row, alone[index % 2].input_ids[index // 2])
+    for part, expected in zip(proxy.split_kinds(), alone, strict=True):
+        assert (part.spec, part.sha256, part.provenance) == (expected.spec, expected.sha256, expected.provenance)
+    again = Windows.from_bytes(proxy.to_bytes())
+    assert (again.kinds, again.sha256, again.provenance) == (proxy.kinds, proxy.sha256, proxy.provenance)
+    heldout = build_mixed_windows(
+        kinds[::-1], tokenizer=tokenizer, num_windows=2, seq_len=10, split="heldout", after=proxy
+    )
+    assert [part.provenance["first_token"] for part in heldout.split_kinds()] == [30, 30]
+
+
+def test_one_kind_is_what_it_always_was(tokenizer, text_file):
+    mixed = build_mixed_windows(parse_kinds([str(text_file)]), tokenizer=tokenizer, num_windows=3, seq_len=10)
+    alone = build_windows(str(text_file), tokenizer=tokenizer, num_windows=3, seq_len=10)
+    assert (mixed.spec, mixed.provenance, mixed.kinds) == (alone.spec, alone.provenance, (TextKind(str(text_file)),))
+    assert (mixed.sha256, len(mixed.to_bytes())) == (alone.sha256, len(alone.to_bytes()))
+    assert mixed.split_kinds() == [mixed]
+
+
+def test_there_are_as_many_windows_of_every_kind():
+    with pytest.raises(ValueError, match="3 windows are not as many of each of 2 kinds"):
+        Windows(np.arange(12).reshape(3, 4), "a + b", kinds=(TextKind("a"), TextKind("b")))
+
+
+def test_a_text_is_one_kind(text_file, monkeypatch):
+    monkeypatch.chdir(text_file.parent)
+    with pytest.raises(DataError, match="named 2 times; name it once, with a weight"):
+        check_text_kinds([text_file.name, str(text_file)], split="proxy")
+
+
+def test_equal_mixtures_have_one_name(text_file, monkeypatch):
+    monkeypatch.chdir(text_file.parent)
+    assert name_texts([f"{text_file.name}@7"]) == name_texts(str(text_file)) == str(text_file)
+    assert name_texts(["self", f"{text_file.name}@2"]) == ["self", f"{text_file}@2"]
+    first, second = ["self@0.1", f"{text_file.name}@0.3"], [f"{text_file}@6", "self@2"]
+    assert name_texts(first, in_order=False) == name_texts(second, in_order=False) == [f"{text_file}@3", "self"]

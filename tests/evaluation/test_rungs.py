@@ -36,3 +36,13 @@ def test_each_rung_at_least_doubles_what_came_before(num_windows):
     assert starts[0] == 0
     assert starts[1] >= min(num_windows, FIRST_RUNG_WINDOWS)
     assert all(2 * before <= after for before, after in itertools.pairwise(starts))
+
+
+@given(num_rounds=st.integers(1, 80), num_kinds=st.integers(1, 5))
+def test_rungs_of_several_kinds_are_those_of_one_in_rounds(num_rounds, num_kinds):
+    num_windows = num_rounds * num_kinds
+    starts = find_rung_starts(num_windows, num_kinds)
+    assert starts == tuple(start * num_kinds for start in find_rung_starts(num_rounds))
+    for rung in split_by_rung(range(num_windows), num_windows, num_kinds):
+        kinds = [index % num_kinds for index in rung]
+        assert {kinds.count(kind) for kind in range(num_kinds)} == {len(rung) // num_kinds}

@@ -141,11 +141,27 @@ def test_prompts_and_batches_are_workloads():
     assert profile.workloads[1].achieved_gb_per_s is None
 
 
-def test_workloads_are_shortened_to_what_the_model_reads():
+def test_the_default_workload_is_shortened_to_what_the_model_reads():
     config = build_tiny_model("llama", max_position_embeddings=16).config
-    workloads = [Workload("decode", 1, 15), Workload("decode", 1, 40), Workload("prefill", 1, 40)]
-    profile = measure_profile(config, device="cpu", dtype=torch.float32, workloads=workloads, budget_s=0.05)
-    assert [(w.kind, w.context_len) for w in profile.workloads] == [("decode", 15), ("prefill", 16)]
+    (workload,) = measure_profile(config, device="cpu", dtype=torch.float32, budget_s=0.05).workloads
+    assert (workload.kind, workload.context_len) == ("decode", 15)
+
+
+@pytest.mark.parametrize(
+    ("workload", "message"),
+    [
+        (Workload("decode", 1, 16), "--context 16: the model reads at most 16 tokens, .* give at most 15"),
+        (Workload("prefill", 1, 17), "--prefill 17: the model reads at most 16 tokens"),
+    ],
+)
+def test_more_tokens_than_the_model_reads_are_refused(workload, message):
+    config = build_tiny_model("llama", max_position_embeddings=16).config
+    options = {"device": torch.device("cpu"), "dtype": torch.float32, "max_group": 2, "budget_s": 0.05}
+    workloads = [Workload("decode", 1, 15), workload]
+    with pytest.raises(ConfigError, match=message):
+        measure_profile(config, workloads=workloads, **options)
+    with pytest.raises(ConfigError, match=message):
+        measure_profile_on_ranks(config, num_ranks=2, workloads=workloads, **options)
 
 
 def test_a_profile_is_measured_once(tmp_path, monkeypatch, caplog):
@@ -300,6 +316,9 @@ def test_where_memory_is_short_fewer_layers_are_built(family, caplog):
     assert 4 <= profile.workloads[0].num_layers_measured < 12
     assert profile.geometry.num_layers == 12
     assert "of 12 layers" in caplog.text
+    # The time of the unmodified model is that of all its layers, though fewer ran.
+    (unmodified_ms,) = profile.workloads[0].unmodified_ms.values()
+    assert unmodified_ms == pytest.approx(LatencyModel(profile).estimate_latency_ms(Plan.baseline(12)))
     with pytest.raises(LpsearchError, match=r"not enough memory to measure latency: 4 layers .* not even the weights"):
         measure_profile(config, context_len=4, usable_bytes=4 * 20000, **options)
     with pytest.raises(LpsearchError, match=r"what fits is \d+ tokens over all sequences, e.g. batch 8 with"):

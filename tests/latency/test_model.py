@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 
@@ -11,7 +12,13 @@ import pytest
 from lpsearch.errors import ConfigError
 from lpsearch.latency import LatencyModel, LatencyProfile, check_profile_geometry, load_profile, save_profile
 from lpsearch.latency.model import fit_group_costs
-from lpsearch.latency.profile import MeasuredPoint, ProfileGeometry, WorkloadProfile, parse_recorded_profile
+from lpsearch.latency.profile import (
+    MeasuredPoint,
+    ProfileGeometry,
+    WorkloadProfile,
+    describe_profile_error,
+    parse_recorded_profile,
+)
 from lpsearch.plan import Plan
 from tests.tiny_models import build_tiny_model
 
@@ -97,6 +104,7 @@ def test_a_profile_survives_its_file(profile, tmp_path):
         ({"colour": "red"}, "colour: Extra inputs"),
         ({"num_ranks": 0}, "num_ranks: "),
         ({"workloads": [{"batch_size": 1}]}, r"workloads\.0\."),
+        ({"workloads": []}, "workloads: "),
     ],
 )
 def test_damaged_profiles_are_refused(profile, tmp_path, change, message):
@@ -104,6 +112,59 @@ def test_damaged_profiles_are_refused(profile, tmp_path, change, message):
     path.write_text(json.dumps(profile.model_dump(mode="json") | change))
     with pytest.raises(ConfigError, match=message):
         load_profile(path)
+
+
+@pytest.mark.parametrize("time", [math.nan, math.inf, -math.inf, -1.0, 0.0])
+@pytest.mark.parametrize("field", ["overhead_ms", "median_ms", "p10_ms", "p90_ms", "unmodified_ms", "cost_ms"])
+def test_impossible_times_are_refused(profile, tmp_path, field, time):
+    document = profile.model_dump(mode="json")
+    workload = document["workloads"][1]
+    if field in workload["points"][0]:
+        workload["points"][0][field] = time
+    elif field == "overhead_ms":
+        workload |= {field: time, "cost_ms": dict.fromkeys(COST_MS, 0.0)}  # nothing else may take no time
+    elif field == "unmodified_ms":
+        workload[field] = {"eager": 3.0, "graph": time}
+    else:
+        workload |= {"overhead_ms": 0.0, field: {**COST_MS, "1 full": time}}
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match=r"profile\.json: not a (latency profile: workloads\.1|readable JSON file)"):
+        load_profile(path)
+
+
+def test_a_profile_has_a_cost_of_every_layer_alone(profile, tmp_path):
+    document = profile.model_dump(mode="json")
+    del document["workloads"][1]["cost_ms"]["1 full"]
+    (tmp_path / "profile.json").write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match=r"workloads\.1\.cost_ms has no cost of '1 full'"):
+        load_profile(tmp_path / "profile.json")
+
+
+def test_a_plan_that_takes_no_time_is_refused(profile):
+    free = {**COST_MS, "2 full": 0.0}
+    workload = profile.workloads[0].model_copy(update={"overhead_ms": 0.0, "cost_ms": free})
+    model = LatencyModel(profile.model_copy(update={"workloads": (workload,)}))
+    with pytest.raises(ConfigError, match="a plan takes no time"):
+        model.estimate_latency_ms(Plan.from_groups([[0, 1], [2, 3], [4, 5]]))
+
+
+@pytest.mark.parametrize(
+    ("num_layers_measured", "expected"), [(6, {"compiled": 3.7, "eager": 9.0}), (4, {"compiled": 3.7})]
+)
+def test_the_unmodified_model_has_one_time(profile, num_layers_measured, expected):
+    """Also in files that were written when that of a part of the layers stood there."""
+    changes = {"num_layers_measured": num_layers_measured, "unmodified_ms": {"compiled": 2.4, "eager": 9.0}}
+    workload = profile.workloads[0].model_copy(update=changes)
+    model = LatencyModel(profile.model_copy(update={"workloads": (workload,)}))
+    assert model.estimate_unmodified_ms() == pytest.approx(expected)
+    assert model.build_metrics(Plan.baseline(6)).baseline_latency_ms == model.estimate_unmodified_ms()["compiled"]
+
+
+def test_a_profile_that_is_far_off_says_so():
+    assert describe_profile_error(None, name="p.json") is None
+    assert describe_profile_error(0.049, name="p.json") is None
+    assert "p.json: estimates of latency were 34% off" in describe_profile_error(0.34, name="p.json")
 
 
 def test_files_that_are_no_profiles_are_refused(tmp_path):
@@ -128,7 +189,7 @@ def test_a_recorded_profile_of_another_version_is_left_aside(profile, caplog):
     assert parse_recorded_profile(None) is None
     assert not caplog.messages
     assert parse_recorded_profile({**document, "runtime": 7}) is None
-    assert "another version" in caplog.text
+    assert "damaged or of another version, and is left aside: runtime" in caplog.text
 
 
 def test_a_profile_of_another_geometry_is_refused(profile):

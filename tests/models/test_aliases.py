@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lpsearch.errors import ModelError
-from lpsearch.models import list_aliases, load_geometry
+from lpsearch.models import find_max_positions, list_aliases, load_geometry
 from lpsearch.models.aliases import find_alias, read_geometry, suggest_aliases
 
 # Known totals of these checkpoints, tied weights counted once; written down before the geometry was first counted.
@@ -60,6 +62,22 @@ def test_every_alias_is_listed_once_with_its_published_size() -> None:
     assert len({(alias.kind, alias.id) for alias in aliases}) == len(aliases)
 
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1000000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32768,
+}
+
+
 @pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
 def test_bundled_geometry_builds_a_model_of_the_published_size(name: str) -> None:
     config = load_geometry(name)
@@ -95,3 +113,23 @@ def test_suggestions_are_near_matches() -> None:
 def test_geometry_of_an_unknown_alias_is_refused() -> None:
     with pytest.raises(ModelError, match="no geometry"):
         read_geometry("llama9")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "longest"),
+    [
+        ("llama", {"max_position_embeddings": 4096}, 4096),
+        ("llama", {"max_position_embeddings": 131072, "rope_parameters": LLAMA3_ROPE}, 131072),
+        ("qwen2", {"max_position_embeddings": 32768, "rope_parameters": YARN_ROPE}, 131072),
+        ("qwen2", {"max_position_embeddings": 131072, "rope_parameters": YARN_ROPE}, 131072),
+        ("gpt2", {"n_positions": 1024}, 1024),
+        ("bloom", {}, None),
+    ],
+)
+def test_the_most_tokens_that_a_model_reads(model_type: str, fields: dict[str, Any], longest: int | None) -> None:
+    assert find_max_positions(AutoConfig.for_model(model_type, **fields)) == longest
+
+
+def test_the_limit_of_an_image_text_model_is_that_of_its_language_model() -> None:
+    config = AutoConfig.for_model("gemma3", text_config={"max_position_embeddings": 77})
+    assert find_max_positions(config) == 77

@@ -91,7 +91,7 @@ def test_a_model_of_another_task_is_named(directory: Path) -> None:
 def test_custom_code_names_the_option(directory: Path) -> None:
     edit_json(directory / "config.json", model_type="my_llama", auto_map={"AutoConfig": "configuration_my.MyConfig"})
     with pytest.raises(
-        ModelError, match=r"auto_map in config\.json\), which lpsearch runs only with --trust-remote-code"
+        ModelError, match=r"auto_map in config\.json\), which lpsearch runs only with `--trust-remote-code`"
     ):
         load(directory)
 
@@ -100,7 +100,7 @@ def test_custom_code_of_a_tokenizer_names_the_option(directory: Path) -> None:
     (directory / "tokenizer.json").unlink()
     auto_map = {"AutoTokenizer": ["tokenization_my.MyTokenizer", None]}
     edit_json(directory / "tokenizer_config.json", tokenizer_class="MyTokenizer", auto_map=auto_map)
-    with pytest.raises(ModelError, match=r"auto_map in tokenizer_config\.json\), .* --trust-remote-code"):
+    with pytest.raises(ModelError, match=r"auto_map in tokenizer_config\.json\), .* `--trust-remote-code`"):
         load(directory)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lpsearch.commands.results import build_front_file, name_plan_files
+from lpsearch.kinds import TextKind
 from lpsearch.latency.profile import LatencyProfile
 from lpsearch.plan import ModelIdentity, Plan, PlanMetadata, save_plan, write_json
 from lpsearch.report import StudyReport, load_report
@@ -23,6 +24,7 @@ from lpsearch.search import (
     read_results,
     run_study,
 )
+from lpsearch.search.kinds import write_kinds
 from tests.search.evaluators import SyntheticEvaluator
 
 NUM_LAYERS = 10
@@ -91,6 +93,8 @@ def search_formula(
     heldout: bool = True,
     files: bool = True,
     evaluator: SyntheticEvaluator | None = None,
+    kinds: Sequence[TextKind] = (),
+    worst_case: bool = False,
     **settings: Any,
 ) -> StudyReport:
     """Run a study in a directory, or go on with the one there, and read what a report shows of it."""
@@ -98,6 +102,7 @@ def search_formula(
     with StudyStore(f"sqlite:///{directory / 'study.db'}", study_name="demo") as store:
         # What is there stays, since somebody may be looking.
         own = {"model": "m", "data": "a text.txt", "windows": 8, "seq_len": 64, **settings}
+        own |= write_kinds({"proxy": kinds, "heldout": kinds})
         store.save_settings({**(store.load_settings() or {}), **own})
         profile = build_profile() if latency else None
         if profile is not None:
@@ -112,12 +117,14 @@ def search_formula(
             sampler=sampler,
             metric=metric,
             objective=objective,
+            kinds=kinds,
+            worst_case=worst_case,
             estimate_latency_ms=None if profile is None else LatencyModel(profile).estimate_latency_ms,
         )
         front = build_front(read_results(store), metric=metric, objective=objective)
         assert [record.plan for record in front] == [record.plan for record in result.front]
         if heldout:
-            unseen = SyntheticEvaluator(NUM_LAYERS, num_windows=5)
+            unseen = SyntheticEvaluator(NUM_LAYERS, num_windows=6 if kinds else 5)
             for record in front:
                 evaluate_stored_plan(store, unseen, record.plan, split="heldout")
         if files:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lpsearch.evaluation.losses import WindowLosses
 from lpsearch.plan import Plan
 from lpsearch.search import StudyStore
-from lpsearch.search.racing import Racing, is_beaten
+from lpsearch.search.racing import Racing, is_mean_beaten
 
 NUM_WINDOWS = 16
 BASE, RIVAL, PLAN = (Plan.from_joins(6, joins) for joins in [(), (0, 2), (1, 4)])
@@ -114,6 +114,10 @@ def test_plans_are_compared_by_the_metric(store):
     loss = racing.compute_loss(PLAN)
     assert loss.kl_nats_per_token == pytest.approx(0.4)
     assert racing.find_next_windows(PLAN, rival=None) == RUNGS[1]
+
+
+def is_beaten(costs, rival_costs, *, num_windows):
+    return is_mean_beaten([costs - rival_costs], weights=[1.0], num_windows=num_windows)
 
 
 SIXTY_FOURTHS = st.integers(-64, 64).map(lambda value: value / 64)  # their sums and differences are exact

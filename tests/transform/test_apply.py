@@ -6,6 +6,7 @@ import copy
 import gc
 import re
 import weakref
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -289,14 +290,55 @@ def test_slots_out_of_order_are_refused(llama: PreTrainedModel) -> None:
         get_decoder_layers(llama)[1](torch.zeros(1, 2, 32))
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")  # its name before transformers 5.23
-def test_gradient_checkpointing_is_refused(llama: PreTrainedModel) -> None:
+def test_gradient_checkpointing_recomputes_groups_as_a_whole(llama: PreTrainedModel, use_reentrant: bool) -> None:
+    batch = build_left_padded_batch()
+    apply_plan(llama, MIXED).requires_grad_(True)
+    _backward(llama(**batch).logits)
+    expected = {name: parameter.grad for name, parameter in llama.named_parameters()}
+    llama.zero_grad(set_to_none=True)
+
+    llama.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    llama.train()
+    num_runs: Counter[int] = Counter()
+    for layer_idx, layer in enumerate(get_decoder_layers(llama)):
+        layer.mlp.register_forward_pre_hook(lambda *_, layer_idx=layer_idx: num_runs.update([layer_idx]))
+    first, second = (llama(**batch).logits for _ in range(2))  # both before either is recomputed
+    _backward(first)
+    assert num_runs == dict.fromkeys(range(6), 3)
+    _backward(second)
+    for name, parameter in llama.named_parameters():
+        assert torch.equal(parameter.grad, 2 * expected[name]), name
+    assert all(layer.gradient_checkpointing for layer in get_decoder_layers(llama))
+
+    num_runs.clear()
+    llama.eval()
+    _backward(llama(**batch, use_cache=False).logits)  # it plays no part in eval mode
+    assert num_runs == dict.fromkeys(range(6), 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+def test_an_interrupted_forward_leaves_gradient_checkpointing_on(llama: PreTrainedModel) -> None:
     apply_plan(llama, MIXED).requires_grad_(True).train()
     llama.gradient_checkpointing_enable()
-    with pytest.raises(ModelError, match="gradient checkpointing is on"):
+    layers = get_decoder_layers(llama)
+
+    def interrupt(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        raise KeyboardInterrupt
+
+    handle = layers[4].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
         llama(**build_left_padded_batch(), use_cache=False)
-    llama.eval()
-    llama(**build_left_padded_batch(), use_cache=False)  # it plays no part in eval mode
+    handle.remove()
+    undo_plan(llama)
+    assert all(layer.gradient_checkpointing for layer in layers)
+
+
+def _backward(logits: Tensor) -> None:
+    torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), torch.zeros(logits[..., 0].numel(), dtype=torch.long)
+    ).backward()
 
 
 def test_plans_for_other_models_are_refused(llama: PreTrainedModel) -> None:

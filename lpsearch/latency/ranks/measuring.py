@@ -14,7 +14,7 @@ from lpsearch.latency.profile import LatencyProfile
 from lpsearch.latency.ranks.parallel import EmulatedRanks
 from lpsearch.latency.ranks.processes import get_torchrun_size, join_ranks, run_ranks
 from lpsearch.latency.ranks.symmetric import choose_ranks
-from lpsearch.latency.workload import Workload
+from lpsearch.latency.workload import Workload, check_workloads
 from lpsearch.models.traits import read_traits
 
 if TYPE_CHECKING:
@@ -52,10 +52,10 @@ def measure_profile_on_ranks(
         The profile; None on all ranks of ``torchrun`` but the first.
 
     Raises:
-        ConfigError: if the ranks do not divide the model or outnumber the GPUs.
+        ConfigError: if the ranks do not divide the model or outnumber the GPUs, or for more tokens than it reads.
         LpsearchError: if a rank fails.
     """
-    _check_model(config, num_ranks)
+    _check_model(config, num_ranks, workloads)
     backend = "nccl" if device.type == "cuda" else "gloo"
     options = (config, device.type, dtype, list(workloads), max_group, budget_s)
     started = get_torchrun_size()
@@ -102,7 +102,7 @@ def emulate_profile_on_ranks(
     Raises:
         ConfigError: for a prefill, whose sums take another time, or if the ranks do not divide the model.
     """
-    _check_model(config, num_ranks)
+    _check_model(config, num_ranks, workloads)
     if any(workload.kind != "decode" for workload in workloads):
         raise ConfigError("--emulate-tp estimates decode steps only; drop --prefill")
     measured = measure_profile(
@@ -139,11 +139,12 @@ def emulate_profile_on_ranks(
     )
 
 
-def _check_model(config: PretrainedConfig, num_ranks: int) -> None:
-    """Refuse a model that ranks cannot share, before any of them starts."""
+def _check_model(config: PretrainedConfig, num_ranks: int, workloads: Sequence[Workload]) -> None:
+    """Refuse a model that ranks cannot share, or workloads that it cannot run, before any of them starts."""
     traits = read_traits(config)
     traits.check_runtime()
     traits.check_ranks(num_ranks)
+    check_workloads(config, workloads)
 
 
 def _measure_rank(

@@ -1,0 +1,8 @@
+"""Winning back what a plan loses: closed-form refits, distilling, and the directory that holds what they changed."""
+
+from __future__ import annotations
+
+from lpsearch.recovery.directory import apply_recovery, save_recovered
+from lpsearch.recovery.refit import Refit, Refitter, swapped_weights
+
+__all__ = ["Refit", "Refitter", "apply_recovery", "save_recovered", "swapped_weights"]

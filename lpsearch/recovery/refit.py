@@ -1,0 +1,333 @@
+"""Closed-form repair of a plan: output projections fitted to what the unmodified model computes.
+
+The hidden states of calibration windows are walked through the model twice, layer by layer through the unmodified one
+and group by group through the plan. At the end of a group the two differ by R. With Z the stacked inputs of the group's
+attention output projections, and then of its MLP output projections, ridge regression of R on Z gives what is added to
+the stacked weight. The walk goes on with the new weights, so that later groups also take up what earlier ones left.
+Nothing is added at run time.
+
+A token counts by the inverse of its mean square in the unmodified model, since the norm that reads it divides by that:
+without it a few tokens with huge hidden states (Sun et al., arXiv 2402.17762) decide the fit.
+
+Where the branch passes a post-norm, its scale at each token is held as it is, and the weight of the norm is divided
+out: the fit is of first order, and what follows is fitted to what the norm really returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lpsearch.data import Windows
+from lpsearch.errors import FamilyError
+from lpsearch.models.families import DecoderBlock, build_blocks, check_family, run_group
+from lpsearch.models.traits import FamilyTraits, read_traits
+from lpsearch.plan import Group, Plan
+from lpsearch.recovery.ridge import Gram, fit_ridge
+from lpsearch.recovery.walk import Entry, enter_decoder
+from lpsearch.transform import check_plan_model
+from lpsearch.transform.apply import check_unplanned
+
+__all__ = ["FittedProduct", "Refit", "Refitter", "swapped_weights"]
+
+Extent = Literal["grouped", "after"]
+Stage = Literal["attention", "mlp"]
+
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Ridges to choose from, as shares of the mean square of an input."""
+
+VALIDATION_EVERY = 5
+"""One window in so many is for choosing the ridge."""
+
+_OUTPUT_NAMES = {"attention": ("o_proj", "dense", "out_proj"), "mlp": ("down_proj", "c_proj", "fc2", "dense_4h_to_h")}
+_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+_MIN_SCALE = 1e-3
+"""Weights of a post-norm below this share of their largest leave their output alone: dividing by them is noise."""
+
+
+@dataclass(frozen=True)
+class FittedProduct:
+    """One regression.
+
+    Attributes:
+        layers: whose projections.
+        module: of the projections, within a layer, e.g. ``self_attn.o_proj``.
+        ridge: the ridge taken; None where no ridge lowered the error on validation windows.
+        error_before: error per token of the group's output on validation windows, its mean square divided by that of
+            the unmodified model's.
+        error_after: and after the fit, before the validation windows were fitted too.
+    """
+
+    layers: tuple[int, ...]
+    module: str
+    ridge: float | None
+    error_before: float
+    error_after: float
+
+
+@dataclass(frozen=True)
+class Refit:
+    """What a refit found.
+
+    Attributes:
+        weights: the new parameters by their names in the model, in its dtype and on its device.
+        products: the regressions, in order.
+        not_fitted: what could not be fitted, by module, e.g. ``model.layers.3.mlp``.
+    """
+
+    weights: Mapping[str, Tensor]
+    products: tuple[FittedProduct, ...]
+    not_fitted: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Windows that run together, all to fit or all to validate.
+
+    Attributes:
+        entry: what the decoder makes of them.
+        token_weights: (batch,), what each window's tokens count.
+        is_validation: whether they choose the ridge.
+    """
+
+    entry: Entry
+    token_weights: Tensor
+    is_validation: bool
+
+
+@dataclass
+class _Output:
+    """An output projection of a member while its group runs: what it reads, and what its post-norm does.
+
+    Attributes:
+        linear: the projection.
+        scale: (hidden,) what its output is multiplied by before it is added; None for 1.
+        eps: of the post-norm; None without one.
+    """
+
+    linear: nn.Linear
+    scale: Tensor | None
+    eps: float | None
+    inputs: Tensor | None = None
+
+    def keep(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        """Forward hook: keep the inputs, (tokens, inputs), with the norm's factor of each token and ones for a bias."""
+        inputs = args[0].flatten(0, -2).float()
+        if self.linear.bias is not None:
+            inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1)
+        if self.eps is not None:
+            norms = output.flatten(0, -2).float().square().mean(-1, keepdim=True)
+            inputs = inputs * torch.rsqrt(norms + self.eps)
+        self.inputs = inputs
+
+
+class Refitter:
+    """Fits plans of one model on one set of windows; the model is as it was after each.
+
+    Args:
+        model: the unmodified model, in eval mode.
+        windows: to calibrate on.
+        window_weights: what each window counts; None for 1.
+        extent: ``grouped`` fits the layers of groups; ``after`` also each single layer behind the first group, which
+            takes up what is left of the error.
+        num_passes: walks through the model; each later one begins from the weights that the former found.
+        ridges: to choose from.
+        batch_size: windows that run together; None for what suits the device.
+
+    Raises:
+        FamilyError: if the family is not understood.
+        ModelError: if a plan is applied to the model.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        windows: Windows,
+        *,
+        window_weights: Sequence[float] | None = None,
+        extent: Extent = "after",
+        num_passes: int = 1,
+        ridges: Sequence[float] = RIDGES,
+        batch_size: int | None = None,
+    ) -> None:
+        check_unplanned(model)
+        check_family(model)
+        self._model = model
+        self._blocks = build_blocks(model)
+        self._traits = read_traits(model.config)
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._extent = extent
+        self._num_passes = num_passes
+        self._ridges = tuple(ridges)
+        batch_tokens = _BATCH_TOKENS.get(model.device.type, _BATCH_TOKENS["cpu"])
+        self._batches = self._enter(windows, window_weights, batch_size or max(1, batch_tokens // windows.seq_len))
+
+    def fit(self, plan: Plan, *, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Refit:
+        """Fit the output projections of a plan.
+
+        Args:
+            plan: for the model.
+            on_progress: called with groups done and groups in all.
+
+        Raises:
+            PlanError: if the plan is for another model.
+        """
+        check_plan_model(plan, self._model)
+        weights: dict[str, Tensor] = {}
+        products: list[FittedProduct] = []
+        total = len(plan.groups) * self._num_passes
+        with torch.inference_mode():
+            for num_pass in range(self._num_passes):
+                targets = [batch.entry.hidden_states for batch in self._batches]
+                states = list(targets)
+                has_joined = False
+                for position, group in enumerate(plan.groups):
+                    targets = [
+                        self._run_layers(group, batch, target)
+                        for batch, target in zip(self._batches, targets, strict=True)
+                    ]
+                    has_joined = has_joined or len(group) > 1
+                    if len(group) > 1 or (has_joined and self._extent == "after"):
+                        for stage in ("attention", "mlp"):
+                            product = self._fit_stage(stage, group, states, targets, weights)
+                            products += [] if product is None else [product]
+                    with swapped_weights(self._model, weights):
+                        states = [
+                            self._run_group(group, batch, state)
+                            for batch, state in zip(self._batches, states, strict=True)
+                        ]
+                    on_progress(num_pass * len(plan.groups) + position + 1, total)
+        return Refit(weights, tuple(products), self._list_unfitted(plan))
+
+    def _enter(
+        self, windows: Windows, window_weights: Sequence[float] | None, batch_size: int
+    ) -> list[_Batch]:
+        weights = torch.ones(windows.num_windows) if window_weights is None else torch.tensor(window_weights)
+        is_validation = torch.arange(windows.num_windows) % VALIDATION_EVERY == VALIDATION_EVERY - 1
+        batches = []
+        for flag in (False, True):
+            for chosen in (is_validation == flag).nonzero()[:, 0].split(batch_size):
+                if len(chosen):
+                    input_ids = torch.from_numpy(windows.input_ids[chosen.numpy()]).long().to(self._model.device)
+                    entry = enter_decoder(self._model, input_ids)
+                    batches.append(_Batch(entry, weights[chosen].to(self._model.device), flag))
+        return batches
+
+    def _run_layers(self, group: Group, batch: _Batch, hidden_states: Tensor) -> Tensor:
+        """Run the members one after another, as the unmodified model does."""
+        for layer_idx in group:
+            layer: Any = self._blocks[layer_idx].layer
+            hidden_states = layer(hidden_states, **batch.entry.layer_kwargs[layer_idx])
+        return hidden_states
+
+    def _run_group(self, group: Group, batch: _Batch, hidden_states: Tensor) -> Tensor:
+        blocks = [self._blocks[layer_idx] for layer_idx in group]
+        return run_group(blocks, hidden_states, [batch.entry.layer_kwargs[layer_idx] for layer_idx in group])
+
+    def _fit_stage(
+        self,
+        stage: Stage,
+        group: Group,
+        states: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        weights: dict[str, Tensor],
+    ) -> FittedProduct | None:
+        """Fit the attention's or the MLP's projections of a group, and put the new weights into ``weights``."""
+        found = {layer: self._find_output(self._blocks[layer], stage) for layer in group}
+        outputs = [output for _, output in found.values() if output is not None]
+        if len(outputs) < len(group):
+            return None
+        num_inputs = sum(output.linear.in_features + (output.linear.bias is not None) for output in outputs)
+        device = outputs[0].linear.weight.device
+        hidden = outputs[0].linear.out_features
+        grams = {flag: Gram(num_inputs, hidden, device=device) for flag in (False, True)}
+        with swapped_weights(self._model, weights), ExitStack() as hooks:
+            for output in outputs:
+                hooks.callback(output.linear.register_forward_hook(output.keep).remove)
+            for batch, state, target in zip(self._batches, states, targets, strict=True):
+                reached = self._run_group(group, batch, state)
+                residual = (target.float() - reached.float()).flatten(0, 1)
+                power = target.float().square().mean(-1)  # (batch, seq)
+                token_weights = (batch.token_weights[:, None] / power).flatten()
+                inputs = torch.cat([output.inputs for output in outputs if output.inputs is not None], dim=1)
+                grams[batch.is_validation].add(inputs, residual, token_weights)
+        fit = fit_ridge(grams[False], grams[True], self._ridges)
+        module = next(name for name, _ in found.values())
+        product = FittedProduct(tuple(group), module, fit.ridge, fit.error_before / hidden, fit.error_after / hidden)
+        if fit.ridge is not None:
+            self._add(outputs, fit.change, weights)
+        return product
+
+    def _add(self, outputs: Sequence[_Output], change: Tensor, weights: dict[str, Tensor]) -> None:
+        """Add a change of the stacked weight, (inputs, hidden), to the members' weights and biases."""
+        sizes = [output.linear.in_features + (output.linear.bias is not None) for output in outputs]
+        for output, part in zip(outputs, change.split(sizes), strict=True):
+            if output.scale is not None:
+                scale = output.scale.double()
+                is_small = scale.abs() < _MIN_SCALE * scale.abs().max()
+                part = torch.where(is_small, 0.0, part / torch.where(is_small, 1.0, scale))
+            rows = part.T  # (hidden, inputs)
+            if output.linear.bias is not None:
+                self._change(output.linear.bias, rows[:, -1], weights)
+                rows = rows[:, :-1]
+            self._change(output.linear.weight, rows, weights)
+
+    def _change(self, parameter: nn.Parameter, change: Tensor, weights: dict[str, Tensor]) -> None:
+        name = self._names[id(parameter)]
+        present = weights.get(name, parameter.data)
+        weights[name] = (present.double() + change).to(parameter.dtype)
+
+    def _find_output(self, block: DecoderBlock, stage: Stage) -> tuple[str, _Output | None]:
+        """Find the projection of a branch that writes to the residual stream; None where it is no linear module."""
+        branch = block.form.attention if stage == "attention" else "mlp"
+        module: nn.Module = getattr(block.layer, branch)
+        name = next((name for name in _OUTPUT_NAMES[stage] if hasattr(module, name)), None)
+        linear = None if name is None else getattr(module, name)
+        if not isinstance(linear, nn.Linear):
+            return branch, None
+        norm = block.form.attention_post_norm if stage == "attention" else block.form.mlp_post_norm
+        multiplier = float(getattr(block.layer, "residual_multiplier", 1.0))
+        scale, eps = None, None
+        if norm is not None:
+            post: Any = getattr(block.layer, norm)
+            scale, eps = post.weight.data.float() + self._traits.norm_offset, self._traits.norm_eps
+        if multiplier != 1.0:
+            scale = (torch.ones(linear.out_features, device=linear.weight.device) if scale is None else scale) * multiplier
+        return f"{branch}.{name}", _Output(linear, scale, eps)
+
+    def _list_unfitted(self, plan: Plan) -> tuple[str, ...]:
+        """Name the branches of joined layers that have no projection to fit."""
+        stages: tuple[Stage, ...] = ("attention", "mlp")
+        return tuple(
+            f"layers.{layer}.{self._find_output(self._blocks[layer], stage)[0]}"
+            for group in plan.groups
+            if len(group) > 1
+            for layer in group
+            for stage in stages
+            if any(self._find_output(self._blocks[member], stage)[1] is None for member in group)
+        )
+
+
+@contextmanager
+def swapped_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let parameters of a model be other tensors within a ``with`` block; nothing is copied.
+
+    Args:
+        model: its parameters keep their identity.
+        weights: by the parameters' names, in their shapes.
+    """
+    parameters = dict(model.named_parameters())
+    originals = {name: parameters[name].data for name in weights}
+    for name, tensor in weights.items():
+        parameters[name].data = tensor
+    try:
+        yield
+    finally:
+        for name, tensor in originals.items():
+            parameters[name].data = tensor
