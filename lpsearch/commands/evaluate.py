@@ -7,9 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lpsearch.commands.console import Answer
 from lpsearch.commands.loading import describe_device, load_model_of_plan, resolve_device, resolve_dtype
 from lpsearch.commands.options import DeviceOption, DtypeOption, ModelOption, PlanArgument, TrustOption
 from lpsearch.commands.steps import show_steps
+from lpsearch.commands.tasks import (
+    BatchSizeOption,
+    ChatTemplateOption,
+    LimitOption,
+    NumFewshotOption,
+    TaskPathOption,
+    TasksOption,
+    list_variants,
+    prepare_tasks,
+)
 from lpsearch.config import Metric, Split
 from lpsearch.kinds import TextKind, parse_kinds, write_kind
 from lpsearch.plan import Plan, ProxyMetrics, find_recovered_weights, load_plan
@@ -44,8 +55,14 @@ def evaluate(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     trust_remote_code: TrustOption = False,
-) -> dict[str, Any]:
-    """Measure a plan's loss against the unmodified model on any data, of one kind or several.
+    tasks: TasksOption = None,
+    task_path: TaskPathOption = None,
+    num_fewshot: NumFewshotOption = None,
+    limit: LimitOption = None,
+    batch_size: BatchSizeOption = 8,
+    apply_chat_template: ChatTemplateOption = False,
+) -> dict[str, Any] | Answer:
+    """Measure a plan's loss on any data, of one kind or several, and its scores on downstream tasks.
 
     What is not given is taken from the plan file, so that a plan alone repeats the values in it. Of a directory that
     recover wrote, the loss is that with the repaired weights, and untouched_delta_nll what the plan costs without them.
@@ -70,6 +87,14 @@ def evaluate(
     target = resolve_device(device)
     chosen_dtype = resolve_dtype(measured.dtype if dtype == "auto" and measured is not None else dtype, target)
     check_text_kinds(data, split=split)
+    task_run = prepare_tasks(
+        tasks,
+        task_path=task_path,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        batch_size=batch_size,
+        apply_chat_template=apply_chat_template,
+    )
     loaded = load_model_of_plan(
         plan,
         model=model,
@@ -78,6 +103,8 @@ def evaluate(
         trust_remote_code=trust_remote_code,
         check=lambda config: check_seq_len(seq_len, config),
     )
+    if task_run is not None:
+        task_run.check(loaded)
     built = _build_windows(
         parse_kinds(data),
         loaded,
@@ -113,7 +140,7 @@ def evaluate(
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         device_name=describe_device(target),
     )
-    return {
+    document = {
         "plan": str(plan_path),
         "model": loaded.identity.id,
         "num_joins": plan.num_joins,
@@ -122,6 +149,10 @@ def evaluate(
         "untouched_delta_nll": compare(losses).delta_nll if weights else None,
         **metrics.model_dump(mode="json"),
     }
+    if task_run is None:
+        return document
+    table = task_run.score(loaded, list_variants(loaded.model, plan, plan_path))
+    return Answer({**document, **table.build_document()}, table)
 
 
 def _build_windows(

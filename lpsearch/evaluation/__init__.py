@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lpsearch.evaluation.dtype import DtypeCheck, apply_dtype, choose_dtype
     from lpsearch.evaluation.evaluator import ModelEvaluator
+    from lpsearch.evaluation.harness import TaskSuite, load_tasks
     from lpsearch.evaluation.losses import PairedDelta, PlanEvaluator, WindowLosses, compute_paired_delta
     from lpsearch.evaluation.prefix_cache import CacheUsage
+    from lpsearch.evaluation.task_scores import TaskMetric, TaskResult
+    from lpsearch.evaluation.tasks import evaluate_tasks
 
 __all__ = [
     "CacheUsage",
@@ -17,10 +20,15 @@ __all__ = [
     "ModelEvaluator",
     "PairedDelta",
     "PlanEvaluator",
+    "TaskMetric",
+    "TaskResult",
+    "TaskSuite",
     "WindowLosses",
     "apply_dtype",
     "choose_dtype",
     "compute_paired_delta",
+    "evaluate_tasks",
+    "load_tasks",
 ]
 
 _MODULE_OF = {
@@ -29,10 +37,15 @@ _MODULE_OF = {
     "ModelEvaluator": "evaluator",
     "PairedDelta": "losses",
     "PlanEvaluator": "losses",
+    "TaskMetric": "task_scores",
+    "TaskResult": "task_scores",
+    "TaskSuite": "harness",
     "WindowLosses": "losses",
     "apply_dtype": "dtype",
     "choose_dtype": "dtype",
     "compute_paired_delta": "losses",
+    "evaluate_tasks": "tasks",
+    "load_tasks": "harness",
 }
 
 
