@@ -148,7 +148,7 @@ def check_plan_layers(plan: Plan, config: PretrainedConfig) -> None:
     # A model that names no number is no decoder, which loading it says.
     num_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", plan.num_layers)
     fingerprint = "" if plan.metadata is None else plan.metadata.model.fingerprint  # taken to be right until then
-    check_plan_numbers(plan, num_layers=num_layers, fingerprint=fingerprint, name=config.model_type)
+    check_plan_numbers(plan.without_recovery(), num_layers=num_layers, fingerprint=fingerprint, name=config.model_type)
 
 
 def check_plan_numbers(plan: Plan, *, num_layers: int, fingerprint: str, name: str) -> None:
