@@ -10,7 +10,8 @@ A token counts by the inverse of its mean square in the unmodified model, since 
 without it a few tokens with huge hidden states (Sun et al., arXiv 2402.17762) decide the fit.
 
 Where the branch passes a post-norm, its scale at each token is held as it is, and the weight of the norm is divided
-out: the fit is of first order, and what follows is fitted to what the norm really returns.
+out: the fit is of first order, and what follows is fitted to what the norm really returns. A fit that does not lower
+the error of what the norm returns is not taken.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import psutil
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lpsearch.data import Windows
-from lpsearch.errors import DataError, LpsearchError, PlanError
+from lpsearch.errors import DataError, LpsearchError, ModelError, PlanError
 from lpsearch.models.families import DecoderBlock, build_blocks, check_family, run_group
 from lpsearch.models.traits import read_traits
 from lpsearch.plan import Group, Plan
@@ -45,7 +46,7 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Ridges to choose from, as shares of the mean square of an input."""
 
 VALIDATION_EVERY = 5
-"""One window in so many is for choosing the ridge."""
+"""One window in so many of each kind of text is for choosing the ridge."""
 
 _SUMS_HELD = 5
 """Matrices of inputs by inputs that are held at once: sums to fit and to validate, a copy, its factor, and the work."""
@@ -83,7 +84,7 @@ class Refit:
     Attributes:
         weights: the new parameters by their names in the model, in its dtype and on its device.
         products: the regressions, in order.
-        not_fitted: what could not be fitted, by module, e.g. ``model.layers.3.mlp``.
+        not_fitted: what could not be fitted, by layer and module, e.g. ``layers.3.mlp``.
     """
 
     weights: Mapping[str, Tensor]
@@ -147,7 +148,8 @@ class Refitter:
 
     Raises:
         FamilyError: if the family is not understood.
-        ModelError: if a plan is applied to the model.
+        ModelError: if a plan is applied to the model, or its output projections are quantised.
+        DataError: if there are too few windows to choose the ridge by.
     """
 
     def __init__(
@@ -167,6 +169,7 @@ class Refitter:
         self._blocks = build_blocks(model)
         self._traits = read_traits(model.config)
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._refuse_quantised()
         self._extent = extent
         self._num_passes = num_passes
         self._ridges = tuple(ridges)
@@ -190,7 +193,7 @@ class Refitter:
         weights: dict[str, Tensor] = {}
         products: list[FittedProduct] = []
         total = len(plan.groups) * self._num_passes
-        with torch.inference_mode():
+        with torch.no_grad():  # in inference mode nobody could train what is returned
             for num_pass in range(self._num_passes):
                 targets = [batch.entry.hidden_states for batch in self._batches]
                 states = list(targets)
@@ -215,7 +218,14 @@ class Refitter:
 
     def _enter(self, windows: Windows, window_weights: Sequence[float] | None, batch_size: int) -> list[_Batch]:
         weights = torch.ones(windows.num_windows) if window_weights is None else torch.tensor(window_weights)
-        is_validation = torch.arange(windows.num_windows) % VALIDATION_EVERY == VALIDATION_EVERY - 1
+        # Kinds of text are interleaved: each gives its share to both.
+        places = torch.arange(windows.num_windows) // len(windows.kinds)
+        is_validation = places % VALIDATION_EVERY == VALIDATION_EVERY - 1
+        if not bool(is_validation.any()):
+            raise DataError(
+                f"{int(places[-1]) + 1} windows of each kind of text are too few for a refit, which chooses its ridge "
+                f"by one in {VALIDATION_EVERY}; give at least {VALIDATION_EVERY} (--windows)"
+            )
         batches = []
         for flag in (False, True):
             for chosen in torch.split((is_validation == flag).nonzero()[:, 0], batch_size):
@@ -242,7 +252,8 @@ class Refitter:
             needed = -(-widest * VALIDATION_EVERY // ((VALIDATION_EVERY - 1) * seq_len))
             raise DataError(
                 f"{num_fitted} tokens to fit are too few for the {widest} inputs of a group's projections; give at "
-                f"least {needed} windows of {seq_len} tokens in all (--windows), better ten times as many"
+                f"least {needed} windows of {seq_len} tokens over all kinds of text (--windows is for each), better "
+                "ten times as many"
             )
         needed_bytes = _SUMS_HELD * 8 * widest**2
         device = self._model.device
@@ -287,16 +298,39 @@ class Refitter:
             for batch, state, target in zip(self._batches, states, targets, strict=True):
                 reached = self._run_group(group, batch, state)
                 residual = (target.float() - reached.float()).flatten(0, 1)
-                power = target.float().square().mean(-1)  # (batch, seq)
-                token_weights = (batch.token_weights[:, None] / power).flatten()
+                token_weights = self._weigh(batch, target)
                 inputs = torch.cat([output.inputs for output in outputs if output.inputs is not None], dim=1)
                 grams[batch.is_validation].add(inputs, residual, token_weights)
         fit = fit_ridge(grams[False], grams[True], self._ridges)
-        module = next(name for name, _ in found.values())
-        product = FittedProduct(tuple(group), module, fit.ridge, fit.error_before / hidden, fit.error_after / hidden)
+        changed = dict(weights)
         if fit.ridge is not None:
-            self._add(outputs, fit.change, weights)
-        return product
+            self._add(outputs, fit.change, changed)
+            has_norm = any(output.eps is not None for output in outputs)
+            if has_norm and not self._measure_error(group, states, targets, changed) < fit.error_before:
+                fit = replace(fit, ridge=None, error_after=fit.error_before)
+        if fit.ridge is not None:
+            weights.update(changed)
+        module = next(name for name, _ in found.values())
+        return FittedProduct(tuple(group), module, fit.ridge, fit.error_before / hidden, fit.error_after / hidden)
+
+    def _measure_error(
+        self, group: Group, states: Sequence[Tensor], targets: Sequence[Tensor], weights: Mapping[str, Tensor]
+    ) -> float:
+        """Return the mean squared error of a group's output over validation tokens, as a fit counts it."""
+        total, count = 0.0, 0
+        with swapped_weights(self._model, weights):
+            for batch, state, target in zip(self._batches, states, targets, strict=True):
+                if batch.is_validation:
+                    residual = (target.float() - self._run_group(group, batch, state).float()).flatten(0, 1)
+                    total += float(residual.double().square().sum(-1) @ self._weigh(batch, target).double())
+                    count += len(residual)
+        return total / count
+
+    @staticmethod
+    def _weigh(batch: _Batch, target: Tensor) -> Tensor:
+        """Return what each token counts, (tokens,)."""
+        power = target.float().square().mean(-1)  # (batch, seq)
+        return (batch.token_weights[:, None] / power).flatten()
 
     def _add(self, outputs: Sequence[_Output], change: Tensor, weights: dict[str, Tensor]) -> None:
         """Add a change of the stacked weight, (inputs, hidden), to the members' weights and biases."""
@@ -336,6 +370,20 @@ class Refitter:
                 torch.ones(linear.out_features, device=linear.weight.device) if scale is None else scale
             ) * multiplier
         return f"{branch}.{name}", _Output(linear, scale, eps)
+
+    def _refuse_quantised(self) -> None:
+        """Refuse output projections whose weights cannot take up a change."""
+        paths = {id(module): path for path, module in self._model.named_modules()}
+        for block in self._blocks:
+            for branch, names in ((block.form.attention, _OUTPUT_NAMES["attention"]), ("mlp", _OUTPUT_NAMES["mlp"])):
+                module: Any = getattr(block.layer, branch)
+                linear = next((getattr(module, name) for name in names if hasattr(module, name)), None)
+                for name, tensor in () if linear is None else (*linear.named_parameters(), *linear.named_buffers()):
+                    if not tensor.is_floating_point() or tensor.element_size() < 2:
+                        raise ModelError(
+                            f"{paths[id(linear)]}.{name} is quantised ({tensor.dtype}), and such weights cannot be "
+                            "refitted; load the model without quantisation"
+                        )
 
     def _list_unfitted(self, plan: Plan) -> tuple[str, ...]:
         """Name the branches of joined layers that have no projection to fit."""
