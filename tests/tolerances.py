@@ -78,3 +78,6 @@ the rate's size however small a gradient is: sums in another order move some of 
 
 BFLOAT16_ROUNDING = 0.02
 """Largest difference of weights of order 1 in bfloat16 from float32 ones that were trained from the same start."""
+
+FLOAT64_REGRESSION = 1e-8
+"""Difference, mostly relative, of a float64 regression by normal equations from one by an orthogonal factorisation."""
