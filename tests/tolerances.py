@@ -81,3 +81,6 @@ BFLOAT16_ROUNDING = 0.02
 
 FLOAT64_REGRESSION = 1e-8
 """Difference, mostly relative, of a float64 regression by normal equations from one by an orthogonal factorisation."""
+
+FLOAT32_REFIT = 1e-3
+"""Relative difference (2-norm) of a float32 model's refit from one in float64: what is solved is ill-conditioned."""

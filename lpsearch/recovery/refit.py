@@ -164,12 +164,12 @@ class Refitter:
         batch_size: int | None = None,
     ) -> None:
         check_unplanned(model)
-        check_family(model)
         self._model = model
         self._blocks = build_blocks(model)
+        self._refuse_quantised()
+        check_family(model)
         self._traits = read_traits(model.config)
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._refuse_quantised()
         self._extent = extent
         self._num_passes = num_passes
         self._ridges = tuple(ridges)

@@ -1,0 +1,217 @@
+"""What tests of refits share: text, errors of hidden states, and a refit of Llama-style layers written out in loops."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lpsearch.data import Windows
+from lpsearch.plan import Plan
+from lpsearch.recovery import swapped_weights
+from lpsearch.transform import applied_plan
+from tests.tiny_models import VOCAB_SIZE
+
+__all__ = ["SEQ_LEN", "build_windows", "measure_errors", "refit_slowly"]
+
+SEQ_LEN = 32
+
+
+def build_windows(num_windows: int = 40, seed: int = 0, *, num_kinds: int = 1) -> Windows:
+    """Build windows of random tokens; each kind of text has its own share of the vocabulary."""
+    rng = np.random.default_rng(seed)
+    share = (VOCAB_SIZE - 3) // num_kinds
+    parts = [
+        Windows(rng.integers(3 + n * share, 3 + (n + 1) * share, (num_windows, SEQ_LEN)).astype(np.int32), f"kind {n}")
+        for n in range(num_kinds)
+    ]
+    return Windows.interleave(parts, [1.0] * num_kinds)
+
+
+def run_and_keep(model: PreTrainedModel, input_ids: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+    """Run a model as it is and return what some of its layers give; under a plan, what their groups give."""
+    kept: dict[int, Tensor] = {}
+    handles = []
+    for layer_idx in layers:
+        layer = model.get_decoder().layers[layer_idx]
+        handles.append(
+            layer.register_forward_hook(
+                lambda module, args, output, layer_idx=layer_idx: kept.__setitem__(layer_idx, output)
+            )
+        )
+    with torch.no_grad():
+        model(input_ids=input_ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return kept
+
+
+def measure_errors(model: PreTrainedModel, weights: Mapping[str, Tensor], windows: Windows, plan: Plan) -> list[float]:
+    """Return the squared error of the hidden states at the end of every group, relative to the unmodified model's."""
+    tokens = torch.tensor(windows.input_ids).long()
+    ends = [group[-1] for group in plan.groups]
+    expected = run_and_keep(model, tokens, ends)
+    with swapped_weights(model, weights), applied_plan(model, plan):
+        reached = run_and_keep(model, tokens, ends)
+    return [
+        float(((reached[end] - expected[end]).square().mean(-1) / expected[end].square().mean(-1)).mean())
+        for end in ends
+    ]
+
+
+# ---- The slow, obvious refit -----------------------------------------------------------------------------------------
+
+
+class _Group:
+    """Llama-style layers of a double-precision model as one group, with what their output projections read."""
+
+    def __init__(self, layers: Sequence[Any], layer_kwargs: Sequence[dict[str, Any]]) -> None:
+        self.layers, self.layer_kwargs = layers, layer_kwargs
+
+    def run(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the group's output, and the stacked inputs of its o_proj and of its down_proj, each (seq, ...)."""
+        attention_inputs, mlp_inputs = [], []
+        x1 = x
+        for layer, kwargs in zip(self.layers, self.layer_kwargs, strict=True):
+            inputs = keep_inputs(layer.self_attn.o_proj)
+            output = layer.self_attn(layer.input_layernorm(x), **kwargs)[0]
+            x1 = x1 + multiplier_of(layer) * output
+            attention_inputs.append(with_ones(layer.self_attn.o_proj, multiplier_of(layer), inputs()[0]))
+        y = x1
+        for layer in self.layers:
+            normed = layer.post_attention_layernorm(x1)
+            inside = layer.mlp.act_fn(layer.mlp.gate_proj(normed)) * layer.mlp.up_proj(normed)
+            y = y + multiplier_of(layer) * layer.mlp.down_proj(inside)
+            mlp_inputs.append(with_ones(layer.mlp.down_proj, multiplier_of(layer), inside[0]))
+        return y, torch.cat(attention_inputs, 1), torch.cat(mlp_inputs, 1)
+
+
+def keep_inputs(module: nn.Module) -> Callable[[], Tensor]:
+    """Have a module keep what it reads the next time; what is returned gives it."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+
+    def take() -> Tensor:
+        handle.remove()
+        return seen[0]
+
+    return take
+
+
+def multiplier_of(layer: Any) -> float:
+    return float(getattr(layer, "residual_multiplier", 1.0))
+
+
+def with_ones(linear: nn.Linear, multiplier: float, inputs: Tensor) -> Tensor:
+    """What a change of the projection is multiplied by: its inputs, ones for its bias, both times the multiplier."""
+    if linear.bias is not None:
+        inputs = torch.cat([inputs, torch.ones(len(inputs), 1, dtype=inputs.dtype)], 1)
+    return multiplier * inputs
+
+
+def solve_slowly(inputs: Tensor, residuals: Tensor, counts: Tensor, ridge: float) -> Tensor:
+    """Weighted least squares with a ridge, a share of the mean square of an input, by stacked matrices."""
+    rows = inputs * counts.sqrt()[:, None]
+    penalty = ridge * rows.square().sum(0).mean()
+    stacked = torch.cat([rows, penalty.sqrt() * torch.eye(inputs.shape[1], dtype=torch.float64)])
+    targets = torch.cat([residuals * counts.sqrt()[:, None], torch.zeros(inputs.shape[1], residuals.shape[1])])
+    return torch.linalg.lstsq(stacked, targets).solution
+
+
+@torch.no_grad()
+def refit_slowly(
+    model: PreTrainedModel,
+    plan: Plan,
+    windows: Windows,
+    *,
+    ridges: Sequence[float],
+    window_weights: Sequence[float],
+    extent: str,
+    num_passes: int,
+) -> tuple[dict[str, Tensor], list[tuple[float | None, float, float]]]:
+    """Refit a model of Llama-style layers, window by window in double precision.
+
+    Every fifth window of each kind chooses the ridge.
+
+    Returns:
+        The new parameters by name, and of every regression the ridge and the error before and after it.
+    """
+    base, changed = copy.deepcopy(model).double(), copy.deepcopy(model).double()
+    entries, outputs, kwargs_of = [], [], []
+    for row in windows.input_ids:
+        entry, kwargs, ends = run_base(base, torch.tensor(row).long()[None])
+        entries.append(entry)
+        kwargs_of.append(kwargs)
+        outputs.append(ends)
+    chooses_ridge = [index // len(windows.kinds) % 5 == 4 for index in range(windows.num_windows)]
+
+    found = []
+    for _ in range(num_passes):
+        states = list(entries)
+        is_behind = False
+        for members in plan.groups:
+            is_behind = is_behind or len(members) > 1
+            groups = [
+                _Group([changed.model.layers[n] for n in members], [kwargs[n] for n in members]) for kwargs in kwargs_of
+            ]
+            for stage in ("attention", "mlp") if len(members) > 1 or (is_behind and extent == "after") else ():
+                parts: dict[bool, list[tuple[Tensor, Tensor, Tensor]]] = {False: [], True: []}
+                for index, group in enumerate(groups):
+                    y, of_attention, of_mlp = group.run(states[index])
+                    target = outputs[index][members[-1]]
+                    counts = window_weights[index] / target[0].square().mean(-1)
+                    inputs = of_attention if stage == "attention" else of_mlp
+                    parts[chooses_ridge[index]].append((inputs, (target - y)[0], counts))
+                fitted, validation = ([torch.cat(t) for t in zip(*parts[flag], strict=True)] for flag in (False, True))
+                errors: dict[float | None, float] = {None: mean_error(validation, None)}
+                for ridge in ridges:
+                    errors[ridge] = mean_error(validation, solve_slowly(*fitted, ridge))
+                best = min(errors, key=lambda ridge: errors[ridge])
+                found.append((best, errors[None], errors[best]))
+                if best is not None:
+                    change = solve_slowly(*[torch.cat(t) for t in zip(fitted, validation, strict=True)], best)
+                    add(changed, members, stage, change)
+            states = [group.run(state)[0] for group, state in zip(groups, states, strict=True)]
+    before = dict(base.named_parameters())
+    return {name: p for name, p in changed.named_parameters() if not torch.equal(p, before[name])}, found
+
+
+def run_base(base: Any, input_ids: Tensor) -> tuple[Tensor, dict[int, dict[str, Any]], dict[int, Tensor]]:
+    """Return the first layer's input, and every layer's keyword arguments and output."""
+    entry = keep_inputs(base.model.layers[0])
+    kwargs_of: dict[int, dict[str, Any]] = {}
+    handles = [
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs, n=n: kwargs_of.__setitem__(n, kwargs), with_kwargs=True
+        )
+        for n, layer in enumerate(base.model.layers)
+    ]
+    ends = run_and_keep(base, input_ids, range(len(handles)))
+    for handle in handles:
+        handle.remove()
+    return entry(), kwargs_of, ends
+
+
+def mean_error(tokens: Sequence[Tensor], change: Tensor | None) -> float:
+    inputs, residuals, counts = tokens
+    left = residuals if change is None else residuals - inputs @ change
+    return float((left.square().mean(-1) * counts).mean())
+
+
+def add(model: Any, members: Sequence[int], stage: str, change: Tensor) -> None:
+    row = 0
+    for n in members:
+        layer = model.model.layers[n]
+        linear = layer.self_attn.o_proj if stage == "attention" else layer.mlp.down_proj
+        for column in range(linear.in_features):
+            linear.weight[:, column] += change[row]
+            row += 1
+        if linear.bias is not None:
+            linear.bias += change[row]
+            row += 1
+    assert row == len(change)
