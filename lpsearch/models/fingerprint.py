@@ -31,7 +31,14 @@ from lpsearch.errors import ResumeError
 from lpsearch.models.families import get_decoder, get_decoder_layers
 from lpsearch.models.traits import read_traits
 
-__all__ = ["check_parts", "fingerprint_geometry", "fingerprint_model", "fingerprint_parts", "fingerprints_match"]
+__all__ = [
+    "check_parts",
+    "fingerprint_geometry",
+    "fingerprint_model",
+    "fingerprint_parts",
+    "fingerprint_tensors",
+    "fingerprints_match",
+]
 
 _HASH_DIGITS = 16
 _SAMPLES_PER_PARAMETER = 16
@@ -46,7 +53,18 @@ def fingerprint_model(model: PreTrainedModel) -> str:
     Raises:
         FamilyError: if the model's decoder layers cannot be found.
     """
-    return f"{fingerprint_geometry(model.config)}-{_hash_weights(_list_parameters(model))}"
+    return fingerprint_tensors(model.config, _list_parameters(model))
+
+
+def fingerprint_tensors(config: PretrainedConfig, tensors: Iterable[Tensor]) -> str:
+    """Return the fingerprint of a model that is not in memory.
+
+    Args:
+        config: its configuration.
+        tensors: the parameters of its decoder layers, in the order of layers and of names within a layer; they are
+            taken one by one.
+    """
+    return f"{fingerprint_geometry(config)}-{_hash_weights(tensors)}"
 
 
 def fingerprint_parts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
