@@ -38,6 +38,7 @@ def validate(plan_path: PlanArgument, model: ModelOption = None) -> dict[str, An
 
         from lpsearch.commands.checks import read_config
         from lpsearch.models import load_model, resolve_source
+        from lpsearch.recovery import read_recovery
         from lpsearch.transform import check_plan_layers, check_plan_model
 
         source = resolve_source(model)
@@ -50,7 +51,8 @@ def validate(plan_path: PlanArgument, model: ModelOption = None) -> dict[str, An
             dtype=torch.float32,
             before_weights=lambda config, tokenizer: check_plan_layers(plan, config),
         )
-        check_plan_model(plan, loaded.model)
+        check_plan_model(plan.without_recovery(), loaded.model)
+        read_recovery(loaded.model, plan, plan_path)
     return {"plan": str(plan_path), "valid": True, "num_layers": plan.num_layers, "depth": plan.depth, "model": model}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import time
@@ -16,7 +17,7 @@ from lpsearch.commands.console import Answer
 from lpsearch.commands.loading import describe_device, load_model_of_plan, resolve_device, resolve_dtype
 from lpsearch.commands.options import DeviceOption, DtypeOption, ModelOption, PlanArgument, TrustOption
 from lpsearch.commands.steps import show_steps
-from lpsearch.errors import LpsearchError, PlanError
+from lpsearch.errors import LpsearchError, PlanError, UsageError
 from lpsearch.kinds import TextKind, parse_kinds, write_kind
 from lpsearch.plan import Plan, RecoveredLoss, Recovery, load_plan
 from lpsearch.staging import check_target
@@ -85,6 +86,9 @@ def recover(
     lora: Annotated[
         int | None, typer.Option(help="distill adapters of this rank instead of whole weights", min=1)
     ] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="windows that a GPU trains on at once; default: what fits its memory", min=1)
+    ] = None,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="train with less memory, more slowly")] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -94,12 +98,22 @@ def recover(
 
     The directory holds the plan and the weights that changed. Every command takes it where it takes a plan.
     """
-    plan = load_plan(plan_path).without_recovery()
+    is_first = os.environ.get("RANK", "0") == "0"
+    if method == "refit" and not is_first:  # one process is enough for it, and would write the same directory
+        return {"recovered": None}
+    given = load_plan(plan_path)
+    plan = given.without_recovery()
+    if plan is not given:
+        logger.info("%s was repaired already; the repair begins again from the unmodified weights", plan_path)
     if plan.num_joins == 0:
         raise PlanError(
             f"{plan_path}: the plan joins no layers, so there is nothing to recover; give a plan with groups"
         )
     check_target(out)
+    options = {"num_tokens": tokens, "learning_rate": learning_rate, "train": train, "lora_rank": lora}
+    settings = {**options, "micro_batch": micro_batch, "checkpointing": checkpointing, "seed": seed}
+    if method == "distill":
+        _check_settings(settings)
     kinds = parse_kinds(data) if data else _choose_kinds(plan)
     texts = _Texts(
         kinds=kinds,
@@ -123,10 +137,8 @@ def recover(
     calibration, unseen = texts.build(loaded)
     repair = _refit(loaded, plan, calibration, passes=passes)
     if method == "distill":
-        options = {"num_tokens": tokens, "learning_rate": learning_rate, "train": train, "lora_rank": lora}
-        settings = {**options, "checkpointing": checkpointing, "seed": seed}
         repair = _distill(loaded, plan, calibration, repair, settings=settings, checkpoints=_name_checkpoints(out))
-        if os.environ.get("RANK", "0") != "0":
+        if not is_first:
             return {"recovered": None}
     seconds = time.monotonic() - began
     losses = _measure(loaded, plan, repair, unseen)
@@ -180,6 +192,19 @@ class _Texts:
                 **options,
             )
         return calibration, unseen
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse what cannot be trained, before anything is loaded.
+
+    Raises:
+        UsageError: for a value out of its range, or adapters without PEFT.
+    """
+    from lpsearch.recovery.distilled import DistillSettings
+
+    DistillSettings(**settings)
+    if settings["lora_rank"] is not None and importlib.util.find_spec("peft") is None:
+        raise UsageError("--lora needs PEFT; install it with: pip install 'lpsearch[recover]'")
 
 
 def _choose_kinds(plan: Plan) -> tuple[TextKind, ...]:
@@ -242,6 +267,16 @@ def _distill(
         training[part.spec] = Windows(part.input_ids[:num_kept], part.spec)
         validation[part.spec] = Windows(part.input_ids[num_kept:], part.spec)
     mixture = Mixture(training, {kind.spec: kind.weight for kind in windows.kinds})
+    reported = 0.0
+
+    def report(step: int, steps: int, training_kl: float, recovered: float) -> None:
+        nonlocal reported
+        on_step(step, steps)
+        if recovered != reported:
+            reported = recovered
+            message = "step %d of %d: KL %.4f nats per token on training text, %.1f %% won back on validation windows"
+            logger.info(message, step, steps, training_kl, 100 * recovered)
+
     with show_steps("distilling") as on_step:
         distilled = distill(
             loaded.model,
@@ -251,7 +286,7 @@ def _distill(
             settings=DistillSettings(**settings),
             weights=refit.weights,
             checkpoint_dir=checkpoints,
-            on_progress=lambda step, steps, loss, recovered: on_step(step, steps),
+            on_progress=report,
         )
     logger.info(
         "distilled %d steps (%s); the best is step %d: KL on validation windows is down by %.1f %%",

@@ -122,6 +122,7 @@ def test_every_command_counts_the_layers_first(run_lpsearch: Run, weightless_dir
         ["generate", plan, "--prompt", "The"],
         ["export", plan, tmp_path / "exported"],
         ["plan", "validate", plan, "--model", weightless_dir],
+        ["recover", plan, "--data", "self", "--out", tmp_path / "recovered"],
     ):
         outcome = run_lpsearch(*words)
         assert outcome.exit_code == 2, outcome.stderr
@@ -140,6 +141,7 @@ def test_the_weights_of_a_gguf_file_are_read_last(run_lpsearch: Run, tmp_path: P
         ["generate", plan, "--prompt", "The"],
         ["export", plan, tmp_path / "exported"],
         ["plan", "validate", plan, "--model", file],
+        ["recover", plan, "--data", "self", "--out", tmp_path / "recovered"],
     ):
         outcome = run_lpsearch(*words)
         assert outcome.exit_code == 2, outcome.stderr
@@ -169,7 +171,11 @@ def test_a_quantised_model_is_refused_by_its_configuration(
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
     plan = write_plan(tmp_path / "plan.json", directory)
-    for words in (["export", plan, tmp_path / "exported"], ["plan", "validate", plan, "--model", directory]):
+    for words in (
+        ["export", plan, tmp_path / "exported"],
+        ["plan", "validate", plan, "--model", directory],
+        [*("recover", plan, "--data", "self", "--out", tmp_path / "recovered")],
+    ):
         outcome = run_lpsearch(*words)
         assert outcome.exit_code == 2
         assert "the weights are quantised (gptq)" in outcome.document["error"]["message"]
@@ -315,25 +321,32 @@ _SAID_BY = {
     "commands/console.py": ["optimize", "profile", "report"],  # for those with --out
     "commands/generate.py": ["generate"],
     "commands/latency.py": ["optimize"],
-    "commands/loading.py": ["optimize", "evaluate", "generate"],
+    "commands/loading.py": ["optimize", "evaluate", "generate", "recover"],
     "commands/plan.py": ["plan pick"],
     "commands/profile.py": ["profile"],
+    "commands/recover.py": ["recover"],
     "commands/report.py": ["report"],
     "commands/results.py": ["optimize", "evaluate"],
     "commands/search.py": ["optimize"],
     "commands/studies.py": ["optimize"],
     "commands/summary.py": ["optimize"],
+    "commands/tasks.py": ["evaluate"],
     "config.py": ["optimize"],
-    "data": ["optimize", "evaluate"],
+    "data": ["optimize", "evaluate", "recover"],
     "evaluation": ["optimize", "evaluate"],
+    "evaluation/harness.py": ["evaluate"],
+    "evaluation/tasks.py": ["evaluate"],
     "export": ["export"],
     "latency": ["optimize", "profile"],
     "latency/profile.py": ["optimize"],  # which reads it
     "latency/ranks": ["profile"],
-    "models": ["optimize", "evaluate", "export", "generate", "profile", "plan validate"],
+    "latency/workload.py": ["profile"],
+    "models": ["optimize", "evaluate", "export", "generate", "profile", "plan validate", "recover"],
     "models/fingerprint.py": ["optimize"],
-    "models/packaged.py": ["optimize", "evaluate", "export", "generate", "profile", "plan validate"],
+    "models/packaged.py": ["optimize", "evaluate", "export", "generate", "profile", "plan validate", "recover"],
     "models/tokenizer_check.py": ["optimize"],
+    "recovery": ["recover"],
+    "recovery/refit.py": ["optimize", "recover"],
     "report": [],  # pages, with commands to copy
     "report/study.py": ["optimize", "report", "dashboard"],
     "search": ["optimize", "report", "dashboard"],
