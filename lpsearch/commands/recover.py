@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lpsearch.commands.console import Answer
-from lpsearch.commands.loading import describe_device, load_model_of_plan, resolve_device, resolve_dtype
+from lpsearch.commands.loading import (
+    describe_device,
+    fits_in_float32,
+    load_model_of_plan,
+    resolve_device,
+    resolve_dtype,
+    resolve_source_of_plan,
+)
 from lpsearch.commands.options import DeviceOption, DtypeOption, ModelOption, PlanArgument, TrustOption
 from lpsearch.commands.steps import show_steps
 from lpsearch.errors import LpsearchError, PlanError
@@ -110,12 +117,13 @@ def recover(
     )
     texts.check()
     target = _resolve_rank_device(device)
-    measured = plan.metadata.metrics.proxy if plan.metadata is not None else None
+    if dtype == "auto" and fits_in_float32(resolve_source_of_plan(plan, model), target):
+        dtype = "float32"  # the weights are written in it, and rounded once when they are exported
     loaded = load_model_of_plan(
         plan,
         model=model,
         device=target,
-        dtype=resolve_dtype(measured.dtype if dtype == "auto" and measured is not None else dtype, target),
+        dtype=resolve_dtype(dtype, target),
         trust_remote_code=trust_remote_code,
         check=texts.check_config,
     )
