@@ -92,6 +92,9 @@ def recover(
     lora: Annotated[
         int | None, typer.Option(help="distill adapters of this rank instead of whole weights", min=1)
     ] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="windows that are trained on at once; default: what the memory allows", min=1)
+    ] = None,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="train with less memory, more slowly")] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -117,7 +120,7 @@ def recover(
     )
     texts.check()
     target = _resolve_rank_device(device)
-    if dtype == "auto" and fits_in_float32(resolve_source_of_plan(plan, model), target):
+    if dtype == "auto" and not trust_remote_code and fits_in_float32(resolve_source_of_plan(plan, model), target):
         dtype = "float32"  # the weights are written in it, and rounded once when they are exported
     loaded = load_model_of_plan(
         plan,
@@ -132,7 +135,7 @@ def recover(
     repair = _refit(loaded, plan, calibration, passes=passes)
     if method == "distill":
         options = {"num_tokens": tokens, "learning_rate": learning_rate, "train": train, "lora_rank": lora}
-        settings = {**options, "checkpointing": checkpointing, "seed": seed}
+        settings = {**options, "micro_batch": micro_batch, "checkpointing": checkpointing, "seed": seed}
         repair = _distill(loaded, plan, calibration, repair, settings=settings, checkpoints=_name_checkpoints(out))
         if os.environ.get("RANK", "0") != "0":
             return {"recovered": None}
