@@ -109,8 +109,7 @@ def refuse_empty(arguments: Mapping[str, Any]) -> None:
         UsageError: naming the option.
     """
     for name, value in arguments.items():
-        is_empty = "" in value if isinstance(value, list) else value == ""
-        if is_empty and name not in _MAY_BE_EMPTY:
+        if (value == "" or (isinstance(value, list) and "" in value)) and name not in _MAY_BE_EMPTY:
             raise UsageError(f"--{name.replace('_', '-')} is empty; give a value, or leave the option out")
 
 

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lpsearch.commands.console import Answer
-from lpsearch.commands.loading import describe_device, load_model_of_plan, resolve_device, resolve_dtype
+from lpsearch.commands.loading import (
+    describe_device,
+    fits_in_float32,
+    load_model_of_plan,
+    resolve_device,
+    resolve_dtype,
+    resolve_source_of_plan,
+)
 from lpsearch.commands.options import DeviceOption, DtypeOption, ModelOption, PlanArgument, TrustOption
 from lpsearch.commands.steps import show_steps
 from lpsearch.errors import LpsearchError, PlanError, UsageError
@@ -87,7 +94,7 @@ def recover(
         int | None, typer.Option(help="distill adapters of this rank instead of whole weights", min=1)
     ] = None,
     micro_batch: Annotated[
-        int | None, typer.Option(help="windows that a GPU trains on at once; default: what fits its memory", min=1)
+        int | None, typer.Option(help="windows that are trained on at once; default: what the memory allows", min=1)
     ] = None,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="train with less memory, more slowly")] = False,
     device: DeviceOption = "auto",
@@ -124,12 +131,13 @@ def recover(
     )
     texts.check()
     target = _resolve_rank_device(device)
-    measured = plan.metadata.metrics.proxy if plan.metadata is not None else None
+    if dtype == "auto" and not trust_remote_code and fits_in_float32(resolve_source_of_plan(plan, model), target):
+        dtype = "float32"  # the weights are written in it, and rounded once when they are exported
     loaded = load_model_of_plan(
         plan,
         model=model,
         device=target,
-        dtype=resolve_dtype(measured.dtype if dtype == "auto" and measured is not None else dtype, target),
+        dtype=resolve_dtype(dtype, target),
         trust_remote_code=trust_remote_code,
         check=texts.check_config,
     )
