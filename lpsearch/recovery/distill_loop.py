@@ -373,6 +373,8 @@ class DistillLoop:
         ]
         known["untouched"] = _read_losses(known["untouched"])
         self._state = _State(**known)
+        if self._accelerator.is_main_process:
+            logger.info("training goes on after step %d of %d", self._state.step, self._num_steps)
         self._student.set_weights({n: w for n, w in self._weights.items() if n not in self._student.trained})
         restore_optimizer(checkpoint, self._student.trained, self._optimizer)
         self._best = checkpoint.best if self._accelerator.is_main_process else {}

