@@ -390,10 +390,12 @@ def test_too_little_text_is_refused_with_how_much_is_needed(recover: Callable[..
     assert not (tmp_path / "out").exists()
 
 
-def test_a_repair_that_does_not_help_is_not_written(recover: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_a_repair_that_does_not_help_is_not_written(
+    recover: Callable[..., Outcome], code_file: Path, tmp_path: Path
+) -> None:
     """The plan happens to lose less than the unmodified model on one letter, and a repair takes that back."""
     (tmp_path / "one.txt").write_text("a" * 20_000, encoding="utf-8")
-    outcome = recover(*OPTIONS, "--heldout", tmp_path / "one.txt")
+    outcome = recover(*OPTIONS, "--data", code_file, "--heldout", tmp_path / "one.txt")
     assert outcome.exit_code == 1
     assert "does not lower the loss on windows that it did not see, so nothing is written" in outcome.stderr
     assert not (tmp_path / "out").exists()
