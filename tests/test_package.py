@@ -17,6 +17,7 @@ def test_public_names_are_pinned() -> None:
         "Plan",
         "applied_plan",
         "apply_plan",
+        "apply_recovery",
         "export_checkpoint",
         "fuse_plan",
         "load_plan",
