@@ -23,9 +23,10 @@ from lpsearch.commands.loading import (
     resolve_source_of_plan,
 )
 from lpsearch.commands.options import DeviceOption, DtypeOption, ModelOption, PlanArgument, TrustOption
+from lpsearch.commands.recover_texts import RecoveryTexts, choose_kinds, find_seq_len
 from lpsearch.commands.steps import show_steps
 from lpsearch.errors import LpsearchError, PlanError, UsageError
-from lpsearch.kinds import TextKind, parse_kinds, write_kind
+from lpsearch.kinds import parse_kinds, write_kind
 from lpsearch.plan import Plan, RecoveredLoss, Recovery, load_plan
 from lpsearch.staging import check_target
 from lpsearch.versions import read_versions
@@ -121,12 +122,12 @@ def recover(
     settings = {**options, "micro_batch": micro_batch, "checkpointing": checkpointing, "seed": seed}
     if method == "distill":
         _check_settings(settings)
-    kinds = parse_kinds(data) if data else _choose_kinds(plan)
-    texts = _Texts(
+    kinds = parse_kinds(data) if data else choose_kinds(plan)
+    texts = RecoveryTexts(
         kinds=kinds,
         heldout=parse_kinds(heldout) if heldout else kinds,
         num_windows=windows or _DEFAULT_WINDOWS[method],
-        seq_len=seq_len or _find_seq_len(plan),
+        seq_len=seq_len or find_seq_len(plan),
         seed=seed,
     )
     texts.check()
@@ -155,53 +156,6 @@ def recover(
     return Answer(_build_document(plan_path, out, recovery), _build_table(recovery))
 
 
-@dataclass(frozen=True)
-class _Texts:
-    """The texts to fit to and to measure on."""
-
-    kinds: tuple[TextKind, ...]
-    heldout: tuple[TextKind, ...]
-    num_windows: int
-    seq_len: int
-    seed: int
-
-    def check(self) -> None:
-        """Check soon that the texts are there."""
-        from lpsearch.data import check_text_kinds
-
-        check_text_kinds(list(map(write_kind, self.kinds)), split="proxy")
-        check_text_kinds(list(map(write_kind, self.heldout)), split="heldout")
-
-    def check_config(self, config: Any) -> None:
-        """Refuse windows that are longer than the model reads."""
-        from lpsearch.data import check_seq_len
-
-        check_seq_len(self.seq_len, config)
-
-    def build(self, loaded: LoadedModel) -> tuple[Windows, Windows]:
-        """Build the windows to fit to, and others to measure on, a quarter as many but at most 64 of a kind."""
-        from lpsearch.data import build_mixed_windows
-
-        options: dict[str, Any] = {
-            "tokenizer": loaded.tokenizer, "seq_len": self.seq_len, "seed": self.seed, "model": loaded.model
-        }  # fmt: skip
-        num_unseen = min(64, max(1, self.num_windows // 4))
-        with show_steps("preparing windows to fit to") as on_progress:
-            calibration = build_mixed_windows(
-                self.kinds, num_windows=self.num_windows, split="proxy", on_progress=on_progress, **options
-            )
-        with show_steps("preparing windows to measure on") as on_progress:
-            unseen = build_mixed_windows(
-                self.heldout,
-                num_windows=num_unseen,
-                split="heldout",
-                after=calibration,
-                on_progress=on_progress,
-                **options,
-            )
-        return calibration, unseen
-
-
 def _check_settings(settings: Mapping[str, Any]) -> None:
     """Refuse what cannot be trained, before anything is loaded.
 
@@ -213,20 +167,6 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     DistillSettings(**settings)
     if settings["lora_rank"] is not None and importlib.util.find_spec("peft") is None:
         raise UsageError("--lora needs PEFT; install it with: pip install 'lpsearch[recover]'")
-
-
-def _choose_kinds(plan: Plan) -> tuple[TextKind, ...]:
-    """Return the kinds of text that the plan was searched on, and text sampled from the model."""
-    measured = plan.metadata.metrics.proxy if plan.metadata is not None else None
-    if measured is None:
-        return (TextKind("wikitext2"), TextKind("self"))
-    kinds = [TextKind(part.data, part.weight) for part in measured.by_kind] or [TextKind(measured.data)]
-    return tuple(kinds if any(kind.spec == "self" for kind in kinds) else [*kinds, TextKind("self")])
-
-
-def _find_seq_len(plan: Plan) -> int:
-    measured = plan.metadata.metrics.proxy if plan.metadata is not None else None
-    return 2048 if measured is None else measured.seq_len
 
 
 def _resolve_rank_device(name: str) -> Any:
