@@ -125,6 +125,16 @@ class ModelEvaluator:
             tokens_per_window=self._windows.seq_len - 1,
         )
 
+    @torch.inference_mode()
+    def remember_base(self, window_indices: Sequence[int]) -> None:
+        """Run the unmodified model where divergences of variants will need it; the weights must be its own.
+
+        Args:
+            window_indices: which windows, each in ``[0, num_windows)``.
+        """
+        if self._metric == "kl":
+            self._remember_base(window_indices, RAW)
+
     def _evaluate_in_memory(
         self, plan: Plan, window_indices: Sequence[int], variant: Variant
     ) -> list[tuple[float, float | None]]:
