@@ -96,6 +96,10 @@ class ModelEvaluator:
         """Return the hidden states that are kept, (windows, seq, hidden) each, not copied."""
         return self._cache.list_states()
 
+    def clear_cache(self) -> None:
+        """Forget the hidden states that are kept for further plans."""
+        self._cache.clear()
+
     @torch.inference_mode()
     def evaluate_windows(self, plan: Plan, window_indices: Sequence[int], *, variant: Variant = RAW) -> WindowLosses:
         """Evaluate a plan on some of the windows.
