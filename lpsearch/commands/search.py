@@ -129,6 +129,7 @@ def search(config: ResolvedConfig, *, fresh: bool) -> Answer:
         summary = SearchSummary(
             study_name=file.study,
             metric=run.values.metric,
+            objective=run.values.objective,
             front=front,
             result=result,
             latency=None if latency_model is None else latency_model.build_metrics(front[0].plan),

@@ -106,6 +106,11 @@ class TrialResult:
         """Return the held-out loss; None where it is not known, or not finite."""
         return self.heldout if self.heldout is not None and math.isfinite(self.heldout.get_cost(metric)) else None
 
+    def get_untouched(self, metric: Metric) -> Loss | None:
+        """Return the loss without repair as a user is told it: held out where both are known."""
+        known = self.untouched if self.get_heldout(metric) is None else self.untouched_heldout or self.untouched
+        return known if known is not None and math.isfinite(known.get_cost(metric)) else None
+
     def get_reported_cost(self, metric: Metric) -> float:
         """Return the cost that a user is told: held out where that is known."""
         return (self.get_heldout(metric) or self.loss).get_cost(metric)
