@@ -92,7 +92,7 @@ class SearchSummary:
             ]
         else:
             lines = [delta, f"held out: {unseen}"]
-        if self.front[0].untouched is not None:
+        if len(self.front) > 1 and self.front[-1].untouched is not None:
             lines.append(
                 "Losses are after a refit of each plan's weights; unrepaired: the same plans without it, "
                 f"{self._describe_untouched()}."

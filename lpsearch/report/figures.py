@@ -82,7 +82,7 @@ def build_front_figure(
             symbol="square",
             rim=1,
         )
-    if report.untouched:
+    if len(report.untouched) > 1:
         _add_results(
             figure,
             report,

@@ -64,7 +64,7 @@ def list_front_columns(
             columns[f"on {name}"] = [write(parts[index].loss) for parts in kinds]
     if metric == "kl":
         columns["delta nll"] = [write(result.loss, "nll") for result in front]
-    if any(result.untouched is not None for result in front):
+    if any(result.untouched is not None and result.num_joins for result in front):
         columns["unrepaired"] = [write(result.get_untouched(metric)) for result in front]
     columns["perplexity"] = [f"{result.perplexity:.{digits - 1}f}" for result in front]
     if front[0].latency_ms is not None:

@@ -255,7 +255,7 @@ def _render_front(report: StudyReport, charts: dict[str, Chart]) -> str:
         notes += (
             "Losses are after a closed-form refit of each plan's weights, which <code>lpsearch recover</code> writes. "
         )
-    if report.untouched:
+    if len(report.untouched) > 1:
         best = build_front(report.untouched, metric=report.metric, objective=report.objective)
         notes += (
             f"The same plans without repair are drawn too: {len(best) - 1} of the {len(report.front) - 1} would still "
