@@ -13,6 +13,7 @@ import argparse
 import json
 import random
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +44,8 @@ def main() -> None:
     model = _build_model(arguments.hidden, arguments.device)
     num_calibration = round(arguments.share * arguments.windows)
     windows, calibration = (
-        _build_windows(count, arguments.seq_len, seed) for count, seed in ((arguments.windows, 0), (num_calibration, 1))
+        _build_windows(count, arguments.seq_len, seed, model.config.vocab_size)
+        for count, seed in ((arguments.windows, 0), (num_calibration, 1))
     )
     cache_bytes, refit_bytes = split_cache_bytes(model.device)
 
@@ -63,7 +65,7 @@ def main() -> None:
     print(json.dumps({"seconds": seconds, **vars(arguments), "versions": read_versions()}))
 
 
-def _build_model(hidden_size: int, device: str) -> torch.nn.Module:
+def _build_model(hidden_size: int, device: str) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=hidden_size,
@@ -77,8 +79,8 @@ def _build_model(hidden_size: int, device: str) -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(config).eval().to(device)
 
 
-def _build_windows(num_windows: int, seq_len: int, seed: int) -> Windows:
-    tokens = np.random.default_rng(seed).integers(3, 16000, (num_windows, seq_len))
+def _build_windows(num_windows: int, seq_len: int, seed: int, vocab_size: int) -> Windows:
+    tokens = np.random.default_rng(seed).integers(3, vocab_size, (num_windows, seq_len))
     return Windows(tokens.astype(np.int32), f"random:{seed}")
 
 
