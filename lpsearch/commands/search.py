@@ -55,7 +55,6 @@ from lpsearch.search.settings import has_own_database
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from lpsearch.evaluation import ModelEvaluator
     from lpsearch.evaluation.losses import PlanEvaluator, Variant
     from lpsearch.latency import LatencyModel
     from lpsearch.models import LoadedModel
@@ -267,7 +266,7 @@ def _check_fingerprints(enqueued: Mapping[Path, Plan], loaded: LoadedModel) -> N
 def _evaluate_plans(run: _Run, evaluators: Evaluators) -> StudyResult:
     """Evaluate plans until the budget."""
     values = run.values
-    _warn_of_odd_baseline(run.store, evaluators.raw, run.loaded)
+    _warn_of_odd_baseline(run, evaluators.proxy)
     with show_search() as progress:
         return run_study(
             evaluator=evaluators.proxy,
@@ -290,20 +289,20 @@ def _evaluate_plans(run: _Run, evaluators: Evaluators) -> StudyResult:
         )
 
 
-def _warn_of_odd_baseline(store: StudyStore, evaluator: ModelEvaluator, loaded: LoadedModel) -> None:
+def _warn_of_odd_baseline(run: _Run, evaluator: PlanEvaluator) -> None:
     """Warn where the unmodified model predicts its text worse than any healthy model would."""
     from lpsearch.models import check_baseline_nll
 
     with show_steps("evaluating the unmodified model"):
-        stored = evaluate_stored_plan(store, evaluator, Plan.baseline(loaded.identity.num_layers))
+        stored = evaluate_stored_plan(run.store, evaluator, Plan.baseline(run.loaded.identity.num_layers))
     losses = stored.losses
     if not stored.num_new_tokens and not all(map(math.isfinite, losses.nll_nats_per_token)):
         return  # what is wrong is in the study, which is refused
-    kinds = evaluator.windows.split_kinds()
+    kinds = run.windows["proxy"].split_kinds()
     for index, windows in enumerate(kinds):
         if windows.spec == "self":  # sampled at temperature 1, which is harder to predict than people's text
             continue
-        texts = loaded.tokenizer.batch_decode(windows.input_ids, skip_special_tokens=True)
+        texts = run.loaded.tokenizer.batch_decode(windows.input_ids, skip_special_tokens=True)
         warning = check_baseline_nll(
             sum(losses.nll_nats_per_token[index :: len(kinds)]) / windows.num_windows,
             num_tokens=windows.num_windows * losses.tokens_per_window,

@@ -30,8 +30,11 @@ __all__ = ["RefitEvaluator", "build_search_refitter", "choose_num_calibration_wi
 
 logger = logging.getLogger(__name__)
 
-CALIBRATION_SHARE = 0.5
+CALIBRATION_SHARE = 0.25
 """Calibration windows for each proxy window; more cost more than an evaluation does (studies/LOG.md)."""
+
+SEARCH_RIDGES = (0.1,)
+"""The ridge of a search's refits, as a share of the mean square of an input; none is fitted where it does not help."""
 
 _KEPT_FITS = 4
 """Plans whose weights are kept: racing asks for a plan several times, while few others are evaluated."""
@@ -42,7 +45,7 @@ def choose_num_calibration_windows(
 ) -> int:
     """Choose how many windows of each kind of text the plans of a search are refitted on.
 
-    Half as many as plans are evaluated on, but enough for the widest product of a group and for choosing the ridge.
+    A quarter of those that plans are evaluated on, but enough for the widest product of a group, and one to validate.
 
     Args:
         model: the unmodified model.
@@ -67,7 +70,8 @@ def split_cache_bytes(device: torch.device) -> tuple[int, int]:
 def build_search_refitter(model: PreTrainedModel, windows: Windows, *, cache_bytes: int) -> Refitter:
     """Build what fits every plan of a search: the layers of groups alone, in one walk.
 
-    The plans of the front are worth more: ``lpsearch recover`` also fits the single layers behind a group.
+    The plans of the front are worth more: ``lpsearch recover`` also fits the single layers behind a group, and chooses
+    the ridge of each product.
 
     Args:
         model: the unmodified model.
@@ -75,13 +79,22 @@ def build_search_refitter(model: PreTrainedModel, windows: Windows, *, cache_byt
         cache_bytes: most bytes to keep between fits.
     """
     weights = [windows.kinds[index % len(windows.kinds)].weight for index in range(windows.num_windows)]
-    return Refitter(model, windows, window_weights=weights, extent="grouped", num_passes=1, cache_bytes=cache_bytes)
+    return Refitter(
+        model,
+        windows,
+        window_weights=weights,
+        extent="grouped",
+        num_passes=1,
+        ridges=SEARCH_RIDGES,
+        cache_bytes=cache_bytes,
+    )
 
 
 class RefitEvaluator:
     """Evaluates plans after their refit; a :class:`~lpsearch.evaluation.PlanEvaluator`.
 
-    The unmodified model is evaluated as it is: there is nothing to refit.
+    The unmodified model is evaluated as it is, since there is nothing to refit. Its hidden states are kept under the
+    same variant, for every plan begins with them.
 
     Args:
         model: the unmodified model, which ``evaluator`` and ``refitter`` were built with.
@@ -116,10 +129,8 @@ class RefitEvaluator:
             DataError: if the text to calibrate on is too little for a group.
             LpsearchError: if the device runs out of memory.
         """
-        if not plan.num_joins:
-            return self._evaluator.evaluate_windows(plan, window_indices)
         self._evaluator.remember_base(window_indices)
-        with swapped_weights(self._model, self._fit(plan)):
+        with swapped_weights(self._model, self._fit(plan) if plan.num_joins else {}):
             return self._evaluator.evaluate_windows(plan, window_indices, variant=REFIT)
 
     def _fit(self, plan: Plan) -> Mapping[str, Tensor]:
