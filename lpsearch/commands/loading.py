@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "describe_device",
+    "fits_in_float32",
     "load_for_search",
     "load_model_of_plan",
     "resolve_device",
@@ -178,7 +179,7 @@ def load_for_search(
 
     loaded_dtype = resolve_dtype(dtype, device)
     # The geometry of a repository with its own code is not known before it is loaded.
-    if dtype == "auto" and loaded_dtype != torch.float32 and not trust_remote_code and _fits_in_float32(source, device):
+    if dtype == "auto" and loaded_dtype != torch.float32 and not trust_remote_code and fits_in_float32(source, device):
         loaded_dtype = torch.float32
     with show_steps(f"loading {source.id} on {describe_device(device)}"):
         return load_model(
@@ -216,7 +217,7 @@ def settle_dtype(model: PreTrainedModel, *, dtype: str, device: torch.device, wi
     return str(model.dtype).removeprefix("torch.")
 
 
-def _fits_in_float32(source: ModelSource, device: torch.device) -> bool:
+def fits_in_float32(source: ModelSource, device: torch.device) -> bool:
     """Say whether the float32 weights of a model, and a bfloat16 copy, leave room on a device."""
     import psutil
     import torch

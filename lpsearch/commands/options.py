@@ -109,7 +109,7 @@ def refuse_empty(arguments: Mapping[str, Any]) -> None:
         UsageError: naming the option.
     """
     for name, value in arguments.items():
-        if value == "" and name not in _MAY_BE_EMPTY:
+        if (value == "" or (isinstance(value, list) and "" in value)) and name not in _MAY_BE_EMPTY:
             raise UsageError(f"--{name.replace('_', '-')} is empty; give a value, or leave the option out")
 
 

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lpsearch.commands.console import Answer
-from lpsearch.commands.loading import describe_device, load_model_of_plan, resolve_device, resolve_dtype
+from lpsearch.commands.loading import (
+    describe_device,
+    fits_in_float32,
+    load_model_of_plan,
+    resolve_device,
+    resolve_dtype,
+    resolve_source_of_plan,
+)
 from lpsearch.commands.options import DeviceOption, DtypeOption, ModelOption, PlanArgument, TrustOption
 from lpsearch.commands.steps import show_steps
 from lpsearch.errors import LpsearchError, PlanError
@@ -85,6 +92,9 @@ def recover(
     lora: Annotated[
         int | None, typer.Option(help="distill adapters of this rank instead of whole weights", min=1)
     ] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="windows that are trained on at once; default: what the memory allows", min=1)
+    ] = None,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="train with less memory, more slowly")] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -110,12 +120,13 @@ def recover(
     )
     texts.check()
     target = _resolve_rank_device(device)
-    measured = plan.metadata.metrics.proxy if plan.metadata is not None else None
+    if dtype == "auto" and not trust_remote_code and fits_in_float32(resolve_source_of_plan(plan, model), target):
+        dtype = "float32"  # the weights are written in it, and rounded once when they are exported
     loaded = load_model_of_plan(
         plan,
         model=model,
         device=target,
-        dtype=resolve_dtype(measured.dtype if dtype == "auto" and measured is not None else dtype, target),
+        dtype=resolve_dtype(dtype, target),
         trust_remote_code=trust_remote_code,
         check=texts.check_config,
     )
@@ -124,7 +135,7 @@ def recover(
     repair = _refit(loaded, plan, calibration, passes=passes)
     if method == "distill":
         options = {"num_tokens": tokens, "learning_rate": learning_rate, "train": train, "lora_rank": lora}
-        settings = {**options, "checkpointing": checkpointing, "seed": seed}
+        settings = {**options, "micro_batch": micro_batch, "checkpointing": checkpointing, "seed": seed}
         repair = _distill(loaded, plan, calibration, repair, settings=settings, checkpoints=_name_checkpoints(out))
         if os.environ.get("RANK", "0") != "0":
             return {"recovered": None}

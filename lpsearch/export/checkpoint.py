@@ -72,7 +72,8 @@ def export_checkpoint(
         LpsearchError: if the disk has too little room.
 
     Example:
-        >>>         >>> import lpsearch
+        >>> import tempfile
+        >>> import lpsearch
         >>> from transformers import AutoModelForCausalLM, LlamaConfig
         >>> config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4)
         >>> model = AutoModelForCausalLM.from_config(config)  # usually: from_pretrained(...)

@@ -243,7 +243,7 @@ def describe_profile_error(mean_error: float | None, *, name: str) -> str | None
         return None
     return (
         f"{name}: estimates of latency were {mean_error:.0%} off on depths that they were not fitted to, so a speed-up "
-        "may be as far off; measure again by `lpsearch profile` where nothing else runs, for more --seconds"
+        "may be as far off; measure again where nothing else runs and for longer (`lpsearch profile --seconds`)"
     )
 
 

@@ -191,7 +191,7 @@ class LossStore:
                     raise StudyError(
                         f"{self._where}: {_name_plan(plan)} has a loss of {value!r} on {row.split} window "
                         f"{row.window_idx}, which no search keeps: the database was changed or is damaged; restore a "
-                        "copy, or begin a new study with --fresh, which moves it aside"
+                        "copy, or begin a new study with `lpsearch optimize --fresh`, which moves it aside"
                     )
         has_kl = any(row.kl_nats_per_token is not None for row in rows)
         losses = WindowLosses(

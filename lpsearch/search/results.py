@@ -273,7 +273,7 @@ def _check_baseline(results: Mapping[Plan, TrialResult], store: StudyStore) -> N
             raise StudyError(
                 f"{store.where}: trial {result.trial}, the unmodified model, has no finite loss in the study "
                 f"{store.study_name!r}, so nothing can be compared with it; restore a copy, or begin a new study with "
-                "--fresh, which moves it aside"
+                "`lpsearch optimize --fresh`, which moves it aside"
             )
 
 
