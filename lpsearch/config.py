@@ -22,8 +22,10 @@ __all__ = [
     "Metric",
     "Objective",
     "OptimizeConfig",
+    "Recover",
     "ResolvedConfig",
     "Split",
+    "StoredSplit",
     "parse_layer_list",
     "resolve_config",
     "slug_of_model",
@@ -35,8 +37,14 @@ Metric = Literal["nll", "kl"]
 Objective = Literal["depth", "latency"]
 """What is traded against the loss."""
 
+Recover = Literal["off", "refit"]
+"""What is done to a plan's weights before its losses are measured: nothing, or a refit in closed form."""
+
 Split = Literal["proxy", "heldout"]
 """What windows are for: to search on, or to check the front on windows that the search never saw."""
+
+StoredSplit = Literal["proxy", "heldout", "calibration"]
+"""What the windows that a study keeps are for: also those that repairs are fitted to."""
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -82,6 +90,10 @@ class OptimizeConfig(BaseModel):
         default=False,
         description="search by the loss on the worst kind of text, not by the mean over the kinds",
         json_schema_extra={"flags": "--worst-case"},
+    )
+    recover: Recover = Field(
+        default="off",
+        description="refit scores every plan after its closed-form refit, for use with `lpsearch recover`",
     )
     objective: Objective = Field(default="depth", description="what is traded against the loss")
     sampler: Literal["pairset", "evolution", "nsga2", "tpe", "random", "window"] = Field(

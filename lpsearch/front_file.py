@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lpsearch.config import Metric, Objective
+from lpsearch.config import Metric, Objective, Recover
 from lpsearch.errors import StudyError, StudyVersionError
 from lpsearch.json_file import load_json
 from lpsearch.plan import KindMetrics, ModelIdentity
@@ -39,6 +39,9 @@ class FrontPoint(BaseModel):
         kl_se: standard error of it over windows.
         heldout_kl_nats_per_token: the same on the held-out windows.
         heldout_kl_se: standard error of it over windows.
+        untouched_delta_nll: what the plan loses on the proxy windows without repair; None where losses are those of
+            plans without repair.
+        untouched_heldout_delta_nll: the same on the held-out windows.
         worst_kind_loss: the loss that was searched where that is the worst kind's; None where it is the mean.
         heldout_worst_kind_loss: the same on the held-out windows.
         by_kind: losses on each kind of text of the proxy windows, where there are several.
@@ -64,6 +67,8 @@ class FrontPoint(BaseModel):
     kl_se: float | None = None
     heldout_kl_nats_per_token: float | None = None
     heldout_kl_se: float | None = None
+    untouched_delta_nll: float | None = None
+    untouched_heldout_delta_nll: float | None = None
     worst_kind_loss: float | None = None
     heldout_worst_kind_loss: float | None = None
     by_kind: tuple[KindMetrics, ...] = ()
@@ -95,6 +100,8 @@ class FrontFile(BaseModel):
         objective: what was traded against the loss.
         metric: the loss that was searched; None in files of older versions, which do not say.
         worst_case: plans were compared by the loss on their worst kind of text, not by the mean.
+        recover: what was done to the weights of every plan before its losses were measured.
+        untouched_front: the plan files that no other of ``front`` beats without repair; empty without repair.
         trials: finished plans of the study.
         exact: every plan of the space is finished.
         baseline_nll: of the unmodified model on the proxy windows, nats per token.
@@ -113,6 +120,8 @@ class FrontFile(BaseModel):
     objective: Objective = "depth"
     metric: Metric | None = None
     worst_case: bool = False
+    recover: Recover = "off"
+    untouched_front: tuple[str, ...] = ()
     trials: int
     exact: bool
     baseline_nll: float

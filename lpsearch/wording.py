@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import html
 import re
+import shlex
+from pathlib import Path
 
 from lpsearch.plan import Plan
 
-__all__ = ["describe_layers", "escape_controls", "escape_html", "format_value", "name_count"]
+__all__ = [
+    "describe_layers",
+    "describe_repair",
+    "escape_controls",
+    "escape_html",
+    "format_value",
+    "name_count",
+]
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _LINE_END = re.compile("[\n\u2028\u2029]")
@@ -39,6 +48,26 @@ def _escape(match: re.Match[str]) -> str:
 def describe_layers(plan: Plan) -> str:
     """Write the groups of several layers, e.g. ``3-4 7-9``; empty for the unmodified model."""
     return " ".join(f"{group[0]}-{group[-1]}" for group in plan.groups if len(group) > 1)
+
+
+def describe_repair(plan: Plan, path: Path) -> str | None:
+    """Say that the losses in a plan file hold for repaired weights, which it does not hold; None where they do not.
+
+    Args:
+        plan: as it was loaded.
+        path: its file, as commands are to name it.
+    """
+    metadata = plan.metadata
+    if metadata is None or metadata.provenance.recovery is not None:  # the directory holds repaired weights
+        return None
+    measured = (metadata.metrics.proxy, metadata.metrics.heldout)
+    if all(found is None or found.variant == "raw" for found in measured):
+        return None
+    command = shlex.join(["lpsearch", "recover", str(path), "--method", "refit", "--out"])
+    return (
+        f"{path}: its losses are those after a refit of the weights, which a plan file does not hold; "
+        f"`{command} DIR` writes them"
+    )
 
 
 def name_count(count: int, noun: str) -> str:

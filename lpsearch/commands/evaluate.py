@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,8 +23,10 @@ from lpsearch.commands.tasks import (
     prepare_tasks,
 )
 from lpsearch.config import Metric, Split
+from lpsearch.evaluation.losses import RAW
 from lpsearch.kinds import TextKind, parse_kinds, write_kind
 from lpsearch.plan import Plan, ProxyMetrics, find_recovered_weights, load_plan
+from lpsearch.wording import describe_repair
 
 if TYPE_CHECKING:
     from lpsearch.data import Windows
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
     from lpsearch.search import Loss
 
 __all__ = ["evaluate"]
+
+logger = logging.getLogger(__name__)
 
 _DEFAULT_DATA = "wikitext2"
 _DEFAULT_WINDOWS = 16
@@ -78,6 +83,9 @@ def evaluate(
     find_recovered_weights(plan, plan_path)  # which must be there, before anything is loaded
     metadata = plan.metadata
     assert metadata is not None  # a plan file has it
+    repair = describe_repair(plan, plan_path)
+    if repair is not None:
+        logger.warning("%s; what is measured now is the plan without them", repair)
     measured = getattr(metadata.metrics, split) or metadata.metrics.proxy
     recorded = [TextKind(_DEFAULT_DATA)] if measured is None else _list_kinds(measured)
     data = data or list(map(write_kind, recorded))
@@ -139,6 +147,7 @@ def evaluate(
         windows=built,
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         device_name=describe_device(target),
+        variant=RAW if repaired_losses is None else _name_variant(plan),
     )
     document = {
         "plan": str(plan_path),
@@ -191,6 +200,12 @@ def _build_windows(
         if again:
             after = build(again, "proxy", searched.windows // len(former), searched.seq_len)
     return build(kinds, split, num_windows, seq_len, after)
+
+
+def _name_variant(plan: Plan) -> str:
+    """Return what was done to the weights of a recovered directory."""
+    recovery = None if plan.metadata is None else plan.metadata.provenance.recovery
+    return RAW if recovery is None else recovery.method
 
 
 def _list_kinds(measured: ProxyMetrics) -> list[TextKind]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from lpsearch.front_file import FRONT_NAME, load_front_file
 from lpsearch.latency.profile import describe_profile_error
 from lpsearch.picking import pick_plan
 from lpsearch.plan import build_plan_document, build_plan_schema, load_plan
+from lpsearch.wording import describe_repair
 
 __all__ = ["diff", "pick", "schema", "show", "validate"]
 
@@ -27,6 +29,9 @@ def show(plan_path: PlanArgument) -> dict[str, Any]:
     assert plan.metadata is not None  # a plan file has it
     latency = plan.metadata.metrics.latency
     _warn_of_latency(None if latency is None else latency.mean_error, plan_path)
+    repair = describe_repair(plan, plan_path)
+    if repair is not None:
+        logger.info("%s", repair)
     return build_plan_document(plan)
 
 
@@ -112,7 +117,13 @@ def pick(
     if file.front[index].num_joins == 0:
         logger.warning("no plan of %s with a join meets that; this is the unmodified model", study_dir)
     _warn_of_latency(file.latency_error, study_dir / FRONT_NAME)
-    return {**front[index], "plan": str(study_dir / file.front[index].plan)}
+    picked = {**front[index], "plan": str(study_dir / file.front[index].plan)}
+    if file.recover == "off":
+        return picked
+    if file.front[index].num_joins:
+        command = shlex.join(["lpsearch", "recover", picked["plan"], "--method", file.recover, "--out"])
+        logger.info("its loss is that after a %s of the weights: `%s DIR` writes them", file.recover, command)
+    return {**picked, "recover": file.recover}
 
 
 def _warn_of_latency(mean_error: float | None, path: Path) -> None:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lpsearch.config import Metric, Objective, Split
+from lpsearch.config import Metric, Objective, Recover, Split
 from lpsearch.errors import LpsearchError, StudyError
 from lpsearch.front_file import FRONT_NAME, FRONT_SCHEMA_VERSION, FrontFile, FrontPoint, load_front_file
 from lpsearch.plan import (
@@ -23,8 +23,8 @@ from lpsearch.plan import (
     save_plan,
     write_json,
 )
-from lpsearch.search import Loss, StudyResult, TrialResult
-from lpsearch.search.results import finite_or_none
+from lpsearch.search import Loss, StudyResult, TrialResult, build_front
+from lpsearch.search.results import RAW, Variant, finite_or_none, list_untouched
 from lpsearch.versions import read_versions
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ _SUMMARY_FIELDS = {
 }
 _KL_FIELDS = {"kl_nats_per_token", "heldout_kl_nats_per_token"}
 _KIND_FIELDS = {"by_kind", "heldout_by_kind"}
+_REFIT_FIELDS = {"untouched_delta_nll", "untouched_heldout_delta_nll"}
 _WORST_CASE_FIELDS = {"worst_kind_loss", "heldout_worst_kind_loss"}
 
 
@@ -70,6 +71,7 @@ def build_front_file(
     metric: Metric,
     result: StudyResult,
     latency_error: float | None = None,
+    recover: Recover = "off",
 ) -> FrontFile:
     """Build the content of ``front.json``.
 
@@ -81,7 +83,9 @@ def build_front_file(
         metric: the loss that was searched.
         result: what the study has evaluated.
         latency_error: mean relative error of the latency model on depths that it was not fitted to.
+        recover: what was done to the weights of every plan before its losses were measured.
     """
+    untouched_front = build_front(list_untouched(front), metric=metric, objective=objective)
     return FrontFile(
         schema_version=FRONT_SCHEMA_VERSION,
         study=study,
@@ -89,6 +93,8 @@ def build_front_file(
         objective=objective,
         metric=metric,
         worst_case=_is_worst_case(front[0]),
+        recover=recover,
+        untouched_front=tuple(str(found.plan_file) for found in untouched_front),
         trials=len(result.results),
         exact=result.exact,
         baseline_nll=front[0].loss.nll,
@@ -132,7 +138,9 @@ def write_front(
         assert result.plan_file is not None
         losses: dict[Split, Loss | None] = {"proxy": result.loss, "heldout": result.get_heldout("nll")}
         metrics = {
-            split: build_proxy_metrics(loss, windows=windows[split], dtype=dtype, device_name=device_name)
+            split: build_proxy_metrics(
+                loss, windows=windows[split], dtype=dtype, device_name=device_name, variant=result.variant
+            )
             for split, loss in losses.items()
             if loss is not None
         }
@@ -154,21 +162,26 @@ def write_front(
 def build_summary(file: FrontFile, out: Path) -> dict[str, Any]:
     """Build the JSON object that ends the command: study, out, trials, baseline_nll, front.
 
-    The plans of a search by divergence have that too, and on several kinds of text the losses by kind.
+    The plans of a search by divergence have that too, on several kinds of text the losses by kind, and after a refit
+    the losses without it.
     """
     fields = _SUMMARY_FIELDS | _KL_FIELDS if file.metric == "kl" else _SUMMARY_FIELDS
     fields = fields | _KIND_FIELDS if any(point.by_kind or point.heldout_by_kind for point in file.front) else fields
     fields = fields | _WORST_CASE_FIELDS if file.worst_case else fields
+    fields = fields if file.recover == "off" else fields | _REFIT_FIELDS
     return {
         "study": file.study,
         "out": str(out),
         "trials": file.trials,
         "baseline_nll": file.baseline_nll,
+        **({} if file.recover == "off" else {"recover": file.recover, "untouched_front": list(file.untouched_front)}),
         "front": [point.model_dump(mode="json", include=fields) for point in file.front],
     }
 
 
-def build_proxy_metrics(loss: Loss, *, windows: Windows, dtype: str, device_name: str) -> ProxyMetrics:
+def build_proxy_metrics(
+    loss: Loss, *, windows: Windows, dtype: str, device_name: str, variant: Variant = RAW
+) -> ProxyMetrics:
     """Build the entry of a plan file for a loss on some windows.
 
     Args:
@@ -176,6 +189,7 @@ def build_proxy_metrics(loss: Loss, *, windows: Windows, dtype: str, device_name
         windows: what was evaluated on.
         dtype: dtype of the weights.
         device_name: what evaluated it.
+        variant: what was done to the plan's weights before.
 
     Raises:
         LpsearchError: if the loss is not finite.
@@ -183,6 +197,7 @@ def build_proxy_metrics(loss: Loss, *, windows: Windows, dtype: str, device_name
     if not math.isfinite(loss.delta_nll):
         raise LpsearchError(f"a loss on {windows.spec} is not finite in {dtype}; use --dtype float32 or bfloat16")
     return ProxyMetrics(
+        variant=variant,
         nll=loss.nll,
         delta_nll=loss.delta_nll,
         delta_nll_se=loss.delta_nll_se,
@@ -231,6 +246,10 @@ def _is_worst_case(result: TrialResult) -> bool:
     return any(loss is not None and loss.is_worst_case for loss in (result.loss, result.heldout))
 
 
+def _read_delta(loss: Loss | None) -> float | None:
+    return None if loss is None else finite_or_none(loss.delta_nll)
+
+
 def _build_point(result: TrialResult, metric: Metric) -> FrontPoint:
     assert result.plan_file is not None
     judged, judged_heldout = (
@@ -250,6 +269,8 @@ def _build_point(result: TrialResult, metric: Metric) -> FrontPoint:
         kl_se=finite_or_none(loss.kl_se),
         heldout_kl_nats_per_token=None if kl is None else kl.kl_nats_per_token,
         heldout_kl_se=None if kl is None else kl.kl_se,
+        untouched_delta_nll=_read_delta(result.untouched),
+        untouched_heldout_delta_nll=_read_delta(result.untouched_heldout),
         worst_kind_loss=judged,
         heldout_worst_kind_loss=judged_heldout,
         by_kind=_build_kind_metrics(loss),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from lpsearch.commands.checks import read_config, read_num_layers
 from lpsearch.commands.console import Answer, adopt_optuna_log
+from lpsearch.commands.evaluators import Evaluators
 from lpsearch.commands.latency import get_latency_model
 from lpsearch.commands.loading import describe_device, load_for_search, resolve_device
 from lpsearch.commands.progress import show_search
@@ -48,13 +49,13 @@ from lpsearch.search import (
     read_results,
     run_study,
 )
-from lpsearch.search.results import set_latency
+from lpsearch.search.results import RAW, set_latency
 from lpsearch.search.settings import has_own_database
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from lpsearch.evaluation import ModelEvaluator
+    from lpsearch.evaluation.losses import PlanEvaluator, Variant
     from lpsearch.latency import LatencyModel
     from lpsearch.models import LoadedModel
 
@@ -74,6 +75,7 @@ class _Run:
         loaded: the model.
         device_name: what evaluates it.
         windows: what is evaluated on, by split.
+        calibration: what plans are refitted on before they are evaluated; None without repair.
         space: the plans to search.
         enqueued: plans to evaluate first; all are in the space.
         latency_model: estimates of time; None with latency off.
@@ -85,6 +87,7 @@ class _Run:
     loaded: LoadedModel
     device_name: str
     windows: Mapping[Split, Windows]
+    calibration: Windows | None
     space: PlanSpace
     enqueued: Sequence[Plan]
     latency_model: LatencyModel | None
@@ -110,8 +113,11 @@ def search(config: ResolvedConfig, *, fresh: bool) -> Answer:
     adopt_optuna_log()
     with _prepare(config, fresh=fresh) as run:
         try:
-            result = _evaluate_plans(run)
-            _evaluate_heldout(run, result.front)
+            evaluators = Evaluators(
+                run.loaded.model, run.windows, metric=run.values.metric, calibration=run.calibration
+            )
+            result = _evaluate_plans(run, evaluators)
+            _check_front(run, evaluators, result.front)
             front, file = _write_front(run, result)
         except KeyboardInterrupt:
             try_write_report(run.store, run.out)
@@ -122,6 +128,7 @@ def search(config: ResolvedConfig, *, fresh: bool) -> Answer:
         summary = SearchSummary(
             study_name=file.study,
             metric=run.values.metric,
+            objective=run.values.objective,
             front=front,
             result=result,
             latency=None if latency_model is None else latency_model.build_metrics(front[0].plan),
@@ -187,9 +194,9 @@ def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
         _check_fingerprints(enqueued, loaded)
         if recorded is None:
             options = values.model_dump(mode="json", include={*RECORDED_OPTIONS})
-            windows = begin_study(store, options, loaded, device=device)
+            windows, calibration = begin_study(store, options, loaded, device=device)
         else:
-            windows = resume_study(store, recorded, loaded)
+            windows, calibration = resume_study(store, recorded, loaded)
         latency_model = None
         if values.latency != "off":
             latency_model = get_latency_model(
@@ -207,6 +214,7 @@ def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
             loaded=loaded,
             device_name=describe_device(device),
             windows=windows,
+            calibration=calibration,
             space=space,
             enqueued=tuple(enqueued.values()),
             latency_model=latency_model,
@@ -255,16 +263,13 @@ def _check_fingerprints(enqueued: Mapping[Path, Plan], loaded: LoadedModel) -> N
 # ---- Evaluating ------------------------------------------------------------------------------------------------------
 
 
-def _evaluate_plans(run: _Run) -> StudyResult:
+def _evaluate_plans(run: _Run, evaluators: Evaluators) -> StudyResult:
     """Evaluate plans until the budget."""
-    from lpsearch.evaluation import ModelEvaluator
-
     values = run.values
-    evaluator = ModelEvaluator(model=run.loaded.model, windows=run.windows["proxy"], metric=values.metric)
-    _warn_of_odd_baseline(run.store, evaluator, run.loaded)
+    _warn_of_odd_baseline(run, evaluators.proxy)
     with show_search() as progress:
         return run_study(
-            evaluator=evaluator,
+            evaluator=evaluators.proxy,
             space=run.space,
             budget=values.budget,
             store=run.store,
@@ -278,25 +283,26 @@ def _evaluate_plans(run: _Run) -> StudyResult:
             staged=values.staged,
             kinds=run.windows["proxy"].kinds,
             worst_case=values.worst_case,
+            variant=evaluators.variant,
             on_trial=progress.on_trial,
             on_evaluation=progress.on_evaluation,
         )
 
 
-def _warn_of_odd_baseline(store: StudyStore, evaluator: ModelEvaluator, loaded: LoadedModel) -> None:
+def _warn_of_odd_baseline(run: _Run, evaluator: PlanEvaluator) -> None:
     """Warn where the unmodified model predicts its text worse than any healthy model would."""
     from lpsearch.models import check_baseline_nll
 
     with show_steps("evaluating the unmodified model"):
-        stored = evaluate_stored_plan(store, evaluator, Plan.baseline(loaded.identity.num_layers))
+        stored = evaluate_stored_plan(run.store, evaluator, Plan.baseline(run.loaded.identity.num_layers))
     losses = stored.losses
     if not stored.num_new_tokens and not all(map(math.isfinite, losses.nll_nats_per_token)):
         return  # what is wrong is in the study, which is refused
-    kinds = evaluator.windows.split_kinds()
+    kinds = run.windows["proxy"].split_kinds()
     for index, windows in enumerate(kinds):
         if windows.spec == "self":  # sampled at temperature 1, which is harder to predict than people's text
             continue
-        texts = loaded.tokenizer.batch_decode(windows.input_ids, skip_special_tokens=True)
+        texts = run.loaded.tokenizer.batch_decode(windows.input_ids, skip_special_tokens=True)
         warning = check_baseline_nll(
             sum(losses.nll_nats_per_token[index :: len(kinds)]) / windows.num_windows,
             num_tokens=windows.num_windows * losses.tokens_per_window,
@@ -306,15 +312,26 @@ def _warn_of_odd_baseline(store: StudyStore, evaluator: ModelEvaluator, loaded: 
             logger.warning("%s%s", f"{windows.spec}: " if len(kinds) > 1 else "", warning)
 
 
-def _evaluate_heldout(run: _Run, front: Sequence[TrialResult]) -> None:
-    """Evaluate the front on windows that the search never saw: the best of many noisy values is optimistic."""
-    from lpsearch.evaluation import ModelEvaluator
+def _check_front(run: _Run, evaluators: Evaluators, front: Sequence[TrialResult]) -> None:
+    """Evaluate the front on windows that the search never saw: the best of many noisy values is optimistic.
 
-    evaluator = ModelEvaluator(model=run.loaded.model, windows=run.windows["heldout"], metric=run.values.metric)
-    with show_steps("checking the front on held-out windows") as on_step:
-        for index, result in enumerate(front):
-            evaluate_stored_plan(run.store, evaluator, result.plan, split="heldout")
-            on_step(index + 1, len(front))
+    Where plans were repaired, they are also evaluated without the repair, which says what that won back.
+    """
+    variant = evaluators.variant
+    plans = [result.plan for result in front]
+
+    def evaluate(evaluator: PlanEvaluator, split: Split, variant: Variant, title: str) -> None:
+        with show_steps(title) as on_step:
+            for index, plan in enumerate(plans):
+                evaluate_stored_plan(run.store, evaluator, plan, split=split, variant=variant)
+                on_step(index + 1, len(plans))
+
+    if variant != RAW:
+        evaluate(evaluators.raw, "proxy", RAW, "evaluating the front without repair")
+    heldout, raw_heldout = evaluators.build_heldout()
+    evaluate(heldout, "heldout", variant, "checking the front on held-out windows")
+    if variant != RAW:
+        evaluate(raw_heldout, "heldout", RAW, "checking the front without repair")
 
 
 def _write_front(run: _Run, result: StudyResult) -> tuple[list[TrialResult], FrontFile]:
@@ -337,6 +354,7 @@ def _write_front(run: _Run, result: StudyResult) -> tuple[list[TrialResult], Fro
         metric=run.values.metric,
         result=result,
         latency_error=None if model is None else model.workload.mean_error,
+        recover=run.values.recover,
     )
     write_front(
         run.out,

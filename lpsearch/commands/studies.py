@@ -16,7 +16,7 @@ from sqlalchemy.engine import URL
 from lpsearch.commands.loading import settle_dtype
 from lpsearch.commands.outputs import prepare_directory
 from lpsearch.commands.steps import show_steps
-from lpsearch.config import OptimizeConfig, ResolvedConfig, Split, check_latency
+from lpsearch.config import OptimizeConfig, ResolvedConfig, Split, StoredSplit, check_latency
 from lpsearch.errors import ResumeError, StudyError, UsageError
 from lpsearch.front_file import FRONT_NAME, load_front_file
 from lpsearch.kinds import parse_kinds
@@ -51,6 +51,9 @@ _SPLITS: tuple[Split, ...] = get_args(Split)
 _NEEDED_BYTES = 64 << 20
 """Room for a study of some hundred trials with its windows and plan files."""
 
+_CALIBRATION_SEED = 1_000_003
+"""Added to the study's seed where windows to refit on are sampled from the model."""
+
 _STUDY_FILES = ("study.db-wal", "study.db-shm", "study.db", FRONT_NAME, "plans", "artifacts", "report.html")
 
 RECORDED_OPTIONS = (
@@ -61,6 +64,7 @@ RECORDED_OPTIONS = (
     "max_group",
     "metric",
     "worst_case",
+    "recover",
     "objective",
     "sampler",
     "seed",
@@ -175,7 +179,7 @@ def follow_record(
         del requested["dtype"]
     if "sampler" in config.explicit:
         requested["sampler"] = values.sampler
-    begun_with = {"worst_case": False, **recorded, "model": normalise_id(recorded["model"])}
+    begun_with = {"worst_case": False, "recover": "off", **recorded, "model": normalise_id(recorded["model"])}
     for name in ("data", "heldout"):
         for settings in (begun_with, requested):
             if settings.get(name):
@@ -196,7 +200,7 @@ def follow_record(
 
 def begin_study(
     store: StudyStore, options: Mapping[str, Any], loaded: LoadedModel, *, device: torch.device
-) -> dict[Split, Windows]:
+) -> tuple[dict[Split, Windows], Windows | None]:
     """Build a study's windows, settle its dtype, and record these with its options: all or nothing.
 
     Args:
@@ -204,6 +208,9 @@ def begin_study(
         options: what it is begun with, :data:`RECORDED_OPTIONS` as JSON values.
         loaded: the model, which is cast to the dtype.
         device: where the model is.
+
+    Returns:
+        What is evaluated on, by split; and what plans are refitted on, None without repair.
     """
     from lpsearch.data import build_mixed_windows, name_texts
     from lpsearch.models import fingerprint_parts
@@ -222,18 +229,52 @@ def begin_study(
                 after=windows.get("proxy"),
                 on_progress=on_progress,
             )
+    calibration = None if options["recover"] == "off" else _build_calibration(options, loaded, windows)
     dtype = settle_dtype(loaded.model, dtype=options["dtype"], device=device, windows=windows["proxy"])
     model = {"model": loaded.source.id, "source": loaded.source.to_dict(), **_identify(loaded)}
     texts = {name: name_texts(options[name]) if options[name] else None for name in ("data", "heldout")}
     kinds = write_kinds({split: built.kinds for split, built in windows.items()})
-    stored = {split: StoredWindows(built.input_ids, built.spec) for split, built in windows.items()}
+    stored: dict[StoredSplit, StoredWindows] = {
+        split: StoredWindows(built.input_ids, built.spec) for split, built in windows.items()
+    }
+    if calibration is not None:
+        stored["calibration"] = StoredWindows(calibration.input_ids, calibration.spec)
     parts = fingerprint_parts(loaded.model, loaded.tokenizer)
     store.begin({**options, **texts, **kinds, **model, "parts": parts, "dtype": dtype}, stored)
-    return windows
+    return windows, calibration
 
 
-def resume_study(store: StudyStore, recorded: Mapping[str, Any], loaded: LoadedModel) -> dict[Split, Windows]:
-    """Return the windows of a study, whose model must still be the same.
+def _build_calibration(options: Mapping[str, Any], loaded: LoadedModel, windows: Mapping[Split, Windows]) -> Windows:
+    """Build windows to refit plans on: of the kinds that are searched on, and none that is evaluated on."""
+    from lpsearch.data import build_mixed_windows
+    from lpsearch.recovery.evaluator import choose_num_calibration_windows
+
+    kinds = parse_kinds(options["data"])
+    num_windows = choose_num_calibration_windows(
+        loaded.model,
+        num_windows=options["windows"],
+        num_kinds=len(kinds),
+        seq_len=options["seq_len"],
+        max_group=options["max_group"],
+    )
+    with show_steps("preparing windows to refit on") as on_progress:
+        return build_mixed_windows(
+            kinds,
+            tokenizer=loaded.tokenizer,
+            num_windows=num_windows,
+            seq_len=options["seq_len"],
+            split="proxy",
+            seed=options["seed"] + _CALIBRATION_SEED,
+            model=loaded.model,
+            after=tuple(windows.values()),
+            on_progress=on_progress,
+        )
+
+
+def resume_study(
+    store: StudyStore, recorded: Mapping[str, Any], loaded: LoadedModel
+) -> tuple[dict[Split, Windows], Windows | None]:
+    """Return the windows of a study, whose model must still be the same; see :func:`begin_study`.
 
     Raises:
         ResumeError: if the model is not the one that the study was begun with.
@@ -250,9 +291,13 @@ def resume_study(store: StudyStore, recorded: Mapping[str, Any], loaded: LoadedM
         for split, kept in stored.items()
         if kept is not None
     }
-    if len(windows) < len(_SPLITS):
+    refitted_on = store.load_windows("calibration")
+    has_calibration = refitted_on is not None or recorded.get("recover", "off") == "off"
+    if len(windows) < len(_SPLITS) or not has_calibration:
         raise StudyError(f"{store.where}: the study has lost its windows; restore a copy, or begin one with --fresh")
-    return windows
+    if refitted_on is None:
+        return windows, None
+    return windows, Windows(refitted_on.input_ids, refitted_on.spec, kinds=read_kinds(recorded, "proxy"))
 
 
 def _identify(loaded: LoadedModel) -> dict[str, Any]:

@@ -13,12 +13,13 @@ from rich.text import Text
 from lpsearch.commands.report import REPORT_NAME
 from lpsearch.commands.steps import format_seconds
 from lpsearch.commands.tables import build_front_table
-from lpsearch.config import Metric
+from lpsearch.config import Metric, Objective
 from lpsearch.kinds import normalise_weights
 from lpsearch.latency.profile import describe_estimate
 from lpsearch.plan import LatencyMetrics
 from lpsearch.report.front_columns import choose_kind_losses
-from lpsearch.search import StudyResult, TrialResult
+from lpsearch.search import StudyResult, TrialResult, build_front
+from lpsearch.search.results import list_untouched
 from lpsearch.wording import escape_controls, name_count
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class SearchSummary:
     Attributes:
         study_name: name of the study.
         metric: the loss that was searched.
+        objective: what was traded against it.
         front: the unmodified model, then the plans that no other beats.
         result: what the study has evaluated.
         latency: of the unmodified model; None with latency off.
@@ -46,6 +48,7 @@ class SearchSummary:
 
     study_name: str
     metric: Metric
+    objective: Objective
     front: Sequence[TrialResult]
     result: StudyResult
     latency: LatencyMetrics | None
@@ -89,6 +92,11 @@ class SearchSummary:
             ]
         else:
             lines = [delta, f"held out: {unseen}"]
+        if len(self.front) > 1 and self.front[-1].untouched is not None:
+            lines.append(
+                "Losses are after a refit of each plan's weights; unrepaired: the same plans without it, "
+                f"{self._describe_untouched()}."
+            )
         lines += self._explain_kinds()
         if self.latency is not None:
             lines.append(
@@ -97,6 +105,12 @@ class SearchSummary:
                 f"{self.latency.device}; each group fused into one wide layer."
             )
         return "\n".join(lines)
+
+    def _describe_untouched(self) -> str:
+        """Say how many plans would also be the best of these without the repair."""
+        untouched = list_untouched(self.front)
+        front = build_front(untouched, metric=self.metric, objective=self.objective)
+        return f"of which {len(front) - 1} of {len(self.front) - 1} would still be the best of these"
 
     def _explain_kinds(self) -> list[str]:
         """Say what losses of several kinds of text are; nothing where there is one kind."""
@@ -125,7 +139,7 @@ class SearchSummary:
 
     def _advise(self, report: StudyReport) -> RenderResult:
         """Name three plans to start from, and the commands for one of them."""
-        from lpsearch.report.advice import list_commands, pick_plans
+        from lpsearch.report.advice import REPAIR, list_commands, pick_plans
 
         picks = {pick.name: pick for pick in pick_plans(report)}
         loss = "loss" if report.metric == "nll" else "kl"
@@ -138,7 +152,7 @@ class SearchSummary:
         if chosen is None or chosen.index is None:
             return
         for command in list_commands(report, report.front[chosen.index]):
-            if command.purpose in ("see the text it writes", "export a fused checkpoint"):
+            if command.purpose in (REPAIR, "see the text it writes", "export a fused checkpoint"):
                 yield _keep(f"  {command.line}")
 
 

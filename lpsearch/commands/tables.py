@@ -34,6 +34,7 @@ _RANKS = {
     "loss": 0,
     "held out": 0,
     "delta nll": 3,
+    "unrepaired": 2,
     "perplexity": 4,
     "ms": 3,
     "speed-up": 2,

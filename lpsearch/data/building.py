@@ -36,7 +36,7 @@ def build_windows(
     split: Split = "proxy",
     seed: int = 0,
     model: PreTrainedModel | None = None,
-    after: Windows | None = None,
+    after: Windows | Sequence[Windows] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Windows:
     """Build the windows that a specification names.
@@ -54,8 +54,8 @@ def build_windows(
             validation and the test split, of ``self`` they have different seeds.
         seed: seed of ``self``.
         model: the unmodified model; needed for ``self``, and otherwise used to check lengths and tokens.
-        after: windows that must not be overlapped: if they are of the same text, however it is named, the new ones
-            follow them.
+        after: windows that must not be overlapped, or several: if they are of the same text, however it is named, the
+            new ones follow them.
         on_progress: called with steps done and steps in all while ``self`` is sampled.
 
     Raises:
@@ -79,7 +79,7 @@ def build_windows(
             on_progress=on_progress,
         )
     source = resolve_text(spec, split=split)
-    used = [] if after is None else after.split_kinds()
+    used = [part for windows in _list_windows(after) for part in windows.split_kinds()]
     stops = [int(p.provenance["stop_token"]) for p in used if is_same_text(p.spec, source.spec, split=split)]
     first = max(stops, default=0)
     prefix = [tokenizer.bos_token_id] if needs_bos(tokenizer) else []
@@ -109,7 +109,7 @@ def build_mixed_windows(
     split: Split = "proxy",
     seed: int = 0,
     model: PreTrainedModel | None = None,
-    after: Windows | None = None,
+    after: Windows | Sequence[Windows] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Windows:
     """Build windows of several kinds of text, interleaved; see :func:`build_windows`.
@@ -122,7 +122,7 @@ def build_mixed_windows(
         split: ``proxy`` to search on, ``heldout`` to report on.
         seed: seed of ``self``.
         model: the unmodified model.
-        after: windows that must not be overlapped.
+        after: windows that must not be overlapped, or several.
         on_progress: called with steps done and steps in all while ``self`` is sampled.
 
     Raises:
@@ -145,6 +145,12 @@ def build_mixed_windows(
         for kind in kinds
     ]
     return Windows.interleave(parts, [kind.weight for kind in kinds])
+
+
+def _list_windows(windows: Windows | Sequence[Windows] | None) -> Sequence[Windows]:
+    if windows is None:
+        return ()
+    return (windows,) if isinstance(windows, Windows) else windows
 
 
 def _check_sizes(num_windows: int, seq_len: int, model: PreTrainedModel | None) -> None:

@@ -96,6 +96,10 @@ class ModelEvaluator:
         """Return the hidden states that are kept, (windows, seq, hidden) each, not copied."""
         return self._cache.list_states()
 
+    def clear_cache(self) -> None:
+        """Forget the hidden states that are kept for further plans."""
+        self._cache.clear()
+
     @torch.inference_mode()
     def evaluate_windows(self, plan: Plan, window_indices: Sequence[int], *, variant: Variant = RAW) -> WindowLosses:
         """Evaluate a plan on some of the windows.
@@ -124,6 +128,16 @@ class ModelEvaluator:
             kl_nats_per_token=divergences if self._metric == "kl" else None,
             tokens_per_window=self._windows.seq_len - 1,
         )
+
+    @torch.inference_mode()
+    def remember_base(self, window_indices: Sequence[int]) -> None:
+        """Run the unmodified model where divergences of variants will need it; the weights must be its own.
+
+        Args:
+            window_indices: which windows, each in ``[0, num_windows)``.
+        """
+        if self._metric == "kl":
+            self._remember_base(window_indices, RAW)
 
     def _evaluate_in_memory(
         self, plan: Plan, window_indices: Sequence[int], variant: Variant

@@ -15,6 +15,7 @@ from lpsearch.plan import Plan
 
 __all__ = [
     "RAW",
+    "REFIT",
     "Metric",
     "PairedDelta",
     "PlanEvaluator",
@@ -29,6 +30,9 @@ Variant = str
 
 RAW: Variant = "raw"
 """Nothing: the weights are the model's own."""
+
+REFIT: Variant = "refit"
+"""The output projections of the plan's groups were fitted in closed form (:mod:`lpsearch.recovery.refit`)."""
 
 
 @dataclass(frozen=True)

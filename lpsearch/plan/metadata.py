@@ -76,6 +76,8 @@ class ProxyMetrics(FileModel):
     Of several kinds of text, the losses are weighted means over the kinds.
 
     Attributes:
+        variant: what was done to the plan's weights before: ``raw`` nothing; after a ``refit`` the losses are those of
+            repaired weights, which the plan file does not hold.
         nll: mean negative log-likelihood in nats per token.
         delta_nll: ``nll`` minus the unmodified model's, in nats per token.
         delta_nll_se: standard error of ``delta_nll`` over windows, in nats per token; None for one window.
@@ -90,6 +92,7 @@ class ProxyMetrics(FileModel):
         device: device that ran it, e.g. ``cpu`` or ``NVIDIA H100 80GB HBM3``.
     """
 
+    variant: str = "raw"
     nll: float
     delta_nll: float
     delta_nll_se: float | None

@@ -9,6 +9,9 @@ Nothing is added at run time.
 A token counts by the inverse of its mean square in the unmodified model, since the norm that reads it divides by that:
 without it a few tokens with huge hidden states (Sun et al., arXiv 2402.17762) decide the fit.
 
+What a walk finds at a group depends on the groups up to there alone, so plans that begin alike share it
+(:mod:`lpsearch.recovery.beginnings`).
+
 Where the branch passes a post-norm, its scale at each token is held as it is, and the weight of the norm is divided
 out: the fit is of first order, and what follows is fitted to what the norm really returns. A fit that does not lower
 the error of what the norm returns is not taken.
@@ -32,12 +35,13 @@ from lpsearch.errors import DataError, LpsearchError, ModelError, PlanError
 from lpsearch.models.families import DecoderBlock, build_blocks, check_family, run_group
 from lpsearch.models.traits import read_traits
 from lpsearch.plan import Group, Plan
+from lpsearch.recovery.beginnings import Beginning, BeginningCache, TargetStates
 from lpsearch.recovery.ridge import Gram, fit_ridge
 from lpsearch.recovery.walk import Entry, enter_decoder
 from lpsearch.transform import check_plan_model
 from lpsearch.transform.apply import check_unplanned
 
-__all__ = ["FittedProduct", "Refit", "Refitter", "swapped_weights"]
+__all__ = ["FittedProduct", "Refit", "Refitter", "find_widest_input", "swapped_weights"]
 
 Extent = Literal["grouped", "after"]
 Stage = Literal["attention", "mlp"]
@@ -145,6 +149,8 @@ class Refitter:
         num_passes: walks through the model; each later one begins from the weights that the former found.
         ridges: to choose from.
         batch_size: windows that run together; None for what suits the device.
+        cache_bytes: most bytes to keep between fits, half for hidden states of the unmodified model and half for what
+            plans that begin alike share; 0 walks from the first layer each time, to the same bits.
 
     Raises:
         FamilyError: if the family is not understood.
@@ -162,6 +168,7 @@ class Refitter:
         num_passes: int = 1,
         ridges: Sequence[float] = RIDGES,
         batch_size: int | None = None,
+        cache_bytes: int = 0,
     ) -> None:
         check_unplanned(model)
         self._model = model
@@ -175,6 +182,22 @@ class Refitter:
         self._ridges = tuple(ridges)
         batch_tokens = _BATCH_TOKENS.get(model.device.type, _BATCH_TOKENS["cpu"])
         self._batches = self._enter(windows, window_weights, batch_size or max(1, batch_tokens // windows.seq_len))
+        entered = [batch.entry.hidden_states for batch in self._batches]
+        self._state_bytes = sum(state.nbytes for state in entered)
+        self._targets = TargetStates(
+            entered,
+            num_layers=len(self._blocks),
+            run_layer=lambda layer, batch, state: self._run_layer(layer, self._batches[batch], state),
+            budget_bytes=cache_bytes // 2,
+        )
+        self._cache: BeginningCache[FittedProduct] = BeginningCache(cache_bytes // 2)
+
+    def clear_cache(self) -> bool:
+        """Give up what is kept between fits, and keep nothing from now on; false if there was nothing."""
+        num_held = self._cache.num_held
+        self._cache.clear()
+        self._targets.clear()
+        return num_held > 0
 
     def fit(self, plan: Plan, *, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Refit:
         """Fit the output projections of a plan.
@@ -192,29 +215,55 @@ class Refitter:
         self._check_amount(plan)
         weights: dict[str, Tensor] = {}
         products: list[FittedProduct] = []
-        total = len(plan.groups) * self._num_passes
+        num_groups = len(plan.groups)
         with torch.no_grad():  # in inference mode nobody could train what is returned
             for num_pass in range(self._num_passes):
-                targets = [batch.entry.hidden_states for batch in self._batches]
-                states = list(targets)
-                has_joined = False
-                for position, group in enumerate(plan.groups):
-                    targets = [
-                        self._run_layers(group, batch, target)
-                        for batch, target in zip(self._batches, targets, strict=True)
-                    ]
-                    has_joined = has_joined or len(group) > 1
-                    if len(group) > 1 or (has_joined and self._extent == "after"):
-                        for stage in ("attention", "mlp"):
-                            product = self._fit_stage(stage, group, states, targets, weights)
-                            products += [] if product is None else [product]
-                    with swapped_weights(self._model, weights):
-                        states = [
-                            self._run_group(group, batch, state)
-                            for batch, state in zip(self._batches, states, strict=True)
-                        ]
-                    on_progress(num_pass * len(plan.groups) + position + 1, total)
+
+                def report(done: int, num_before: int = num_pass * num_groups) -> None:
+                    on_progress(num_before + done, num_groups * self._num_passes)
+
+                # A later pass begins from the weights of the whole plan.
+                cache = self._cache if num_pass == 0 else BeginningCache[FittedProduct](0)
+                products += self._walk(plan, weights, cache, report)
         return Refit(weights, tuple(products), self._list_unfitted(plan))
+
+    def _walk(
+        self,
+        plan: Plan,
+        weights: dict[str, Tensor],
+        cache: BeginningCache[FittedProduct],
+        on_group: Callable[[int], None],
+    ) -> tuple[FittedProduct, ...]:
+        """Walk once through a plan, and put the new weights into ``weights``.
+
+        Returns:
+            The regressions.
+        """
+        joined = [position for position, group in enumerate(plan.groups) if len(group) > 1]
+        num_groups = len(plan.groups) if self._extent == "after" else joined[-1] + 1  # nothing is fitted behind them
+        products: list[FittedProduct] = []
+        with cache.visit(plan.groups, state_bytes=self._state_bytes) as (begun, keep):
+            if begun is None:
+                begun = Beginning(plan.groups[joined[0]][0], (), {}, (), has_joined=False)
+            states = begun.states or self._targets.get(begun.num_layers)
+            weights.update(begun.weights)
+            products += begun.products
+            for position, group in enumerate(plan.groups[:num_groups]):
+                if group[0] < begun.num_layers:
+                    continue
+                if len(group) > 1 or self._extent == "after":
+                    targets = self._targets.get(group[-1] + 1)
+                    for stage in ("attention", "mlp"):
+                        product = self._fit_stage(stage, group, states, targets, weights)
+                        products += [] if product is None else [product]
+                with swapped_weights(self._model, weights):
+                    states = tuple(
+                        self._run_group(group, batch, state) for batch, state in zip(self._batches, states, strict=True)
+                    )
+                keep(Beginning(group[-1] + 1, states, dict(weights), tuple(products), has_joined=True))
+                on_group(position + 1)
+        on_group(len(plan.groups))
+        return tuple(products)
 
     def _enter(self, windows: Windows, window_weights: Sequence[float] | None, batch_size: int) -> list[_Batch]:
         weights = torch.ones(windows.num_windows) if window_weights is None else torch.tensor(window_weights)
@@ -264,12 +313,11 @@ class Refitter:
                 f"{free_bytes / 1e9:.1f} GB are free; use a larger device or --device cpu, or a plan of smaller groups"
             )
 
-    def _run_layers(self, group: Group, batch: _Batch, hidden_states: Tensor) -> Tensor:
-        """Run the members one after another, as the unmodified model does."""
-        for layer_idx in group:
-            layer: Any = self._blocks[layer_idx].layer
-            hidden_states = layer(hidden_states, **batch.entry.layer_kwargs[layer_idx])
-        return hidden_states
+    def _run_layer(self, layer_idx: int, batch: _Batch, hidden_states: Tensor) -> Tensor:
+        """Run a layer as the unmodified model does."""
+        layer: Any = self._blocks[layer_idx].layer
+        output: Tensor = layer(hidden_states, **batch.entry.layer_kwargs[layer_idx])
+        return output
 
     def _run_group(self, group: Group, batch: _Batch, hidden_states: Tensor) -> Tensor:
         blocks = [self._blocks[layer_idx] for layer_idx in group]
@@ -353,11 +401,8 @@ class Refitter:
 
     def _find_output(self, block: DecoderBlock, stage: Stage) -> tuple[str, _Output | None]:
         """Find the projection of a branch that writes to the residual stream; None where it is no linear module."""
-        branch = block.form.attention if stage == "attention" else "mlp"
-        module: nn.Module = getattr(block.layer, branch)
-        name = next((name for name in _OUTPUT_NAMES[stage] if hasattr(module, name)), None)
-        linear = None if name is None else getattr(module, name)
-        if not isinstance(linear, nn.Linear):
+        branch, name, linear = _find_projection(block, stage)
+        if linear is None:
             return branch, None
         norm = block.form.attention_post_norm if stage == "attention" else block.form.mlp_post_norm
         multiplier = float(getattr(block.layer, "residual_multiplier", 1.0))
@@ -396,6 +441,22 @@ class Refitter:
             for stage in stages
             if any(self._find_output(self._blocks[member], stage)[1] is None for member in group)
         )
+
+
+def find_widest_input(blocks: Sequence[DecoderBlock]) -> int:
+    """Return the most inputs of a layer's output projection; 0 where none can be fitted."""
+    stages: tuple[Stage, ...] = ("attention", "mlp")
+    linears = [_find_projection(block, stage)[2] for block in blocks for stage in stages]
+    return max((linear.in_features for linear in linears if linear is not None), default=0)
+
+
+def _find_projection(block: DecoderBlock, stage: Stage) -> tuple[str, str | None, nn.Linear | None]:
+    """Return the names of a branch and of its output projection, and the projection; None where it is not linear."""
+    branch = block.form.attention if stage == "attention" else "mlp"
+    module: nn.Module = getattr(block.layer, branch)
+    name = next((name for name in _OUTPUT_NAMES[stage] if hasattr(module, name)), None)
+    linear = None if name is None else getattr(module, name)
+    return branch, name, linear if isinstance(linear, nn.Linear) else None
 
 
 @contextmanager

@@ -9,11 +9,16 @@ from pathlib import PurePath
 from lpsearch.picking import pick_plan
 from lpsearch.report.study import StudyReport
 from lpsearch.search import TrialResult
+from lpsearch.search.results import RAW
 
-__all__ = ["LOSS_LIMITS", "Command", "Pick", "list_commands", "pick_plans"]
+__all__ = ["LOSS_LIMITS", "REPAIR", "Command", "Pick", "list_commands", "pick_plans"]
 
 LOSS_LIMITS = {"free": 0.02, "balanced": 0.1, "fast": 0.4}
 """Largest loss in nats per token of each pick: 2, 11 and 49 % more perplexity."""
+
+
+REPAIR = "repair its weights"
+"""Purpose of the command that comes first where losses are those of repaired weights."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ def pick_plans(report: StudyReport) -> tuple[Pick, ...]:
 def list_commands(report: StudyReport, result: TrialResult) -> tuple[Command, ...]:
     """Return the commands that evaluate, try, export and serve a plan; none where its plan file is not written.
 
+    Where its loss is that after a refit, they take the directory that the first of them writes.
+
     Args:
         report: the study.
         result: the plan.
@@ -68,6 +75,11 @@ def list_commands(report: StudyReport, result: TrialResult) -> tuple[Command, ..
         return ()
     plan = str(PurePath(report.directory) / result.plan_file)
     exported = str(PurePath(report.directory) / f"exported-{PurePath(result.plan_file).stem}")
+    repair: dict[str, list[str]] = {}
+    if result.variant != RAW:
+        repaired = str(PurePath(report.directory) / f"repaired-{PurePath(result.plan_file).stem}")
+        repair = {REPAIR: ["lpsearch", "recover", plan, "--method", result.variant, "--out", repaired]}
+        plan = repaired
     settings = report.settings
     data = settings.get("heldout") or settings.get("data")
     evaluate = ["lpsearch", "evaluate", plan]
@@ -75,6 +87,7 @@ def list_commands(report: StudyReport, result: TrialResult) -> tuple[Command, ..
         evaluate += [word for text in ([data] if isinstance(data, str) else data) for word in ("--data", str(text))]
         evaluate += ["--windows", str(settings["windows"]), "--seq-len", str(settings["seq_len"])]
     lines = {
+        **repair,
         "repeat the held-out loss": evaluate,
         "see the text it writes": ["lpsearch", "generate", plan, "--prompt", "The capital of France is", "--compare"],
         "export a fused checkpoint": ["lpsearch", "export", plan, exported],

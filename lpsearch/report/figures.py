@@ -55,6 +55,8 @@ def build_front_figure(
 ) -> go.Figure:
     """Draw the front over every trial, with held-out values and, where there are any, the best blocks.
 
+    Where losses are those after a refit, the plans of the front are drawn without it too.
+
     Every point carries its plan's place on the front as ``customdata``, or -1; the last trace is an empty ring for the
     plan that is looked at. The axis of losses ends where plans stop being useful.
 
@@ -79,6 +81,19 @@ def build_front_figure(
             mode="lines+markers",
             symbol="square",
             rim=1,
+        )
+    if len(report.untouched) > 1:
+        _add_results(
+            figure,
+            report,
+            report.untouched,
+            saving=saving,
+            loss=loss,
+            name="the same plans without repair",
+            colour=theme.more[0],
+            mode="lines+markers",
+            symbol="x-thin-open",
+            rim=2,
         )
     _add_heldout(figure, report, saving=saving, loss=loss, theme=theme)
     _add_results(

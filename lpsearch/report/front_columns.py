@@ -45,7 +45,8 @@ def list_front_columns(
 
     Returns:
         ``joins``, ``less depth``, ``loss``, ``held out``, ``on KIND`` for each of several kinds of text, ``delta nll``
-        where that is not the loss, ``perplexity``, and ``ms`` and ``speed-up`` where times are known.
+        where that is not the loss, ``unrepaired`` where losses are after a repair, ``perplexity``, and ``ms`` and
+        ``speed-up`` where times are known.
     """
 
     def write(loss: Loss | None, metric: Metric = metric) -> str:
@@ -63,6 +64,8 @@ def list_front_columns(
             columns[f"on {name}"] = [write(parts[index].loss) for parts in kinds]
     if metric == "kl":
         columns["delta nll"] = [write(result.loss, "nll") for result in front]
+    if any(result.untouched is not None and result.num_joins for result in front):
+        columns["unrepaired"] = [write(result.get_untouched(metric)) for result in front]
     columns["perplexity"] = [f"{result.perplexity:.{digits - 1}f}" for result in front]
     if front[0].latency_ms is not None:
         times, speedups = [result.latency_ms for result in front], [result.speedup for result in front]

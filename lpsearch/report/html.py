@@ -22,7 +22,7 @@ from lpsearch.report.latency_figures import describe_workload
 from lpsearch.report.study import StudyReport
 from lpsearch.report.tables import Table
 from lpsearch.report.theme import map_colours
-from lpsearch.search import TrialResult
+from lpsearch.search import TrialResult, build_front
 from lpsearch.wording import escape_html as escape
 from lpsearch.wording import name_count
 
@@ -206,6 +206,8 @@ def _render_head(report: StudyReport) -> str:
         "sampler": str(settings.get("sampler", "not recorded")),
         "dtype": str(settings.get("dtype", "not recorded")),
     }
+    if report.is_repaired:
+        facts["repair"] = "closed-form refit of every plan"
     if report.latency_model is not None:
         profile = report.latency_model.profile
         ranks = "" if profile.num_ranks == 1 else f"{profile.num_ranks} x "
@@ -249,6 +251,16 @@ def _render_front(report: StudyReport, charts: dict[str, Chart]) -> str:
         notes += "Held-out values are on windows that the search never saw. "
     elif len(report.front) > 1:
         notes += "Held-out values come when the search ends. "
+    if report.is_repaired:
+        notes += (
+            "Losses are after a closed-form refit of each plan's weights, which <code>lpsearch recover</code> writes. "
+        )
+    if len(report.untouched) > 1:
+        best = build_front(report.untouched, metric=report.metric, objective=report.objective)
+        notes += (
+            f"The same plans without repair are drawn too: {len(best) - 1} of the {len(report.front) - 1} would still "
+            "be the best of these. A search without repair may find others. "
+        )
     if not report.blocks:
         notes += "The study tried no blocks. "
     notes += "Click a point, or use the arrow keys on the figure, to see its plan."
@@ -267,6 +279,7 @@ def _render_plan(report: StudyReport, index: int, result: TrialResult) -> str:
         "depth": f"{result.plan.depth} of {report.num_layers} ({result.depth_reduction:.1%} less)",
         "loss": format_loss(result.loss, metric),
         "held out": format_loss(result.get_heldout(metric), metric),
+        "without repair": format_loss(result.get_untouched(metric), metric),
         **describe_kind_losses(report, result),
         "perplexity": f"{result.perplexity:.3f}",
         "time of a step": "" if result.latency_ms is None else f"{result.latency_ms:.3f} ms ({estimated})",

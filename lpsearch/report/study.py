@@ -22,6 +22,8 @@ from lpsearch.latency.profile import parse_recorded_profile
 from lpsearch.plan import Plan
 from lpsearch.report.progress import ProgressStep, find_reference_cost, trace_progress
 from lpsearch.search import PlanSpace, StudyStore, TrialResult, build_front, read_results
+from lpsearch.search.losses import read_variant
+from lpsearch.search.results import RAW, list_untouched
 from lpsearch.search.samplers.pairset import fit_surrogate
 
 __all__ = ["JoinEffects", "StudyReport", "load_report", "name_row"]
@@ -89,6 +91,16 @@ class StudyReport:
         """What was traded against the loss."""
         objective: Objective = self.settings["objective"]
         return objective
+
+    @property
+    def is_repaired(self) -> bool:
+        """Whether losses are those after a refit of each plan's weights."""
+        return read_variant(self.settings) != RAW
+
+    @cached_property
+    def untouched(self) -> tuple[TrialResult, ...]:
+        """The plans of the front with their losses without repair; empty where there was none, or not yet known."""
+        return tuple(list_untouched(self.front))
 
     @property
     def is_worst_case(self) -> bool:

@@ -19,7 +19,7 @@ from lpsearch.plan import Plan
 from lpsearch.search import schema
 from lpsearch.search.locks import StudyLock
 
-__all__ = ["LossStore", "State", "StoredPlan", "finite_or_none"]
+__all__ = ["LossStore", "State", "StoredPlan", "choose_variant", "finite_or_none", "read_variant"]
 
 State = Literal["complete", "stopped", "broken"]
 """Of a plan: evaluated on all proxy windows; stopped by racing before; or with a loss that is not finite."""
@@ -207,6 +207,17 @@ class LossStore:
         return connection.execute(
             select(table.c.id).where(table.c.study_id == study_id, table.c.plan_hash == _hash_plan(plan, variant))
         ).scalar_one_or_none()
+
+
+def read_variant(settings: Mapping[str, Any]) -> Variant:
+    """Return the variant that the losses of a study's plans are kept under, from its settings."""
+    recover: Variant = settings.get("recover", "off")
+    return RAW if recover == "off" else recover
+
+
+def choose_variant(plan: Plan, variant: Variant) -> Variant:
+    """Return the variant of a plan's losses in a study of ``variant``; the unmodified model's are always raw."""
+    return RAW if plan == Plan.baseline(plan.num_layers) else variant
 
 
 def _hash_plan(plan: Plan, variant: Variant) -> str:

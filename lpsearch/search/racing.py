@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from lpsearch.config import Split
-from lpsearch.evaluation.losses import Metric, PlanEvaluator, PlanLosses, WindowLosses
+from lpsearch.evaluation.losses import RAW, Metric, PlanEvaluator, PlanLosses, Variant, WindowLosses
 from lpsearch.evaluation.rungs import split_by_rung
 from lpsearch.kinds import TextKind, normalise_weights
 from lpsearch.plan import Plan
 from lpsearch.search.cost import Loss, compute_loss, split_by_kind
-from lpsearch.search.losses import State
+from lpsearch.search.losses import State, choose_variant
 from lpsearch.search.store import StudyStore
 
 __all__ = ["Racing", "StoredEvaluation", "evaluate_stored_plan", "is_mean_beaten", "is_worst_kind_beaten"]
@@ -49,6 +49,7 @@ class Racing:
         staged: stop evaluating a plan that its rival beats; False has every plan evaluated on all windows.
         kinds: the kinds of text whose windows are interleaved; none or one where all are alike.
         worst_case: compare plans by their worst kind, not by their mean.
+        variant: what was done to the weights of every plan but the unmodified model.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Racing:
         staged: bool,
         kinds: Sequence[TextKind] = (),
         worst_case: bool = False,
+        variant: Variant = RAW,
     ) -> None:
         self._store = store
         self._num_windows = num_windows
@@ -68,6 +70,7 @@ class Racing:
         self._kinds = tuple(kinds)
         self._num_kinds = max(1, len(self._kinds))
         self._worst_case = worst_case
+        self._variant = variant
         self._losses: dict[Plan, PlanLosses] = {}
         self._states: dict[Plan, State] = {}
 
@@ -84,7 +87,7 @@ class Racing:
         state = self._judge(plan, rival)
         if state is not None:
             self._states[plan] = state
-            self._store.losses.record_state(plan, state)
+            self._store.losses.record_state(plan, state, variant=choose_variant(plan, self._variant))
             return []
         missing = np.flatnonzero(~self._get(plan).seen).tolist()
         return split_by_rung(missing, self._num_windows, self._num_kinds)[0] if self._staged else missing
@@ -98,7 +101,8 @@ class Racing:
             losses: one value a window.
         """
         known = self._get(plan)
-        self._store.losses.record(plan, window_indices, losses, split="proxy")
+        variant = choose_variant(plan, self._variant)
+        self._store.losses.record(plan, window_indices, losses, split="proxy", variant=variant)
         known.keep(window_indices, losses)
 
     def get_state(self, plan: Plan) -> State:
@@ -145,7 +149,8 @@ class Racing:
 
     def _get(self, plan: Plan) -> PlanLosses:
         if plan not in self._losses:
-            known = self._store.losses.load_known(plan, split="proxy", num_windows=self._num_windows)
+            variant = choose_variant(plan, self._variant)
+            known = self._store.losses.load_known(plan, split="proxy", num_windows=self._num_windows, variant=variant)
             self._losses[plan] = PlanLosses.build(self._num_windows, *known)
         return self._losses[plan]
 
@@ -219,7 +224,7 @@ class StoredEvaluation:
 
 
 def evaluate_stored_plan(
-    store: StudyStore, evaluator: PlanEvaluator, plan: Plan, *, split: Split = "proxy"
+    store: StudyStore, evaluator: PlanEvaluator, plan: Plan, *, split: Split = "proxy", variant: Variant = RAW
 ) -> StoredEvaluation:
     """Evaluate a plan on the windows that the store has no losses for, and keep them there.
 
@@ -228,18 +233,20 @@ def evaluate_stored_plan(
         evaluator: holds the windows of ``split``.
         plan: a plan for the evaluator's model.
         split: which windows these are.
+        variant: what the evaluator does to the weights of every plan but the unmodified model.
     """
+    variant = choose_variant(plan, variant)
     num_windows = evaluator.num_windows
-    evaluated = store.losses.find_evaluated_windows(plan, split=split)
+    evaluated = store.losses.find_evaluated_windows(plan, split=split, variant=variant)
     missing = [window_idx for window_idx in range(num_windows) if window_idx not in evaluated]
     num_new_tokens = 0
     if missing:
         losses = evaluator.evaluate_windows(plan, missing)
-        store.losses.record(plan, missing, losses, split=split)
+        store.losses.record(plan, missing, losses, split=split, variant=variant)
         num_new_tokens = losses.tokens_per_window * len(missing)
         if split == "proxy":
             is_finite = all(map(math.isfinite, (*losses.nll_nats_per_token, *(losses.kl_nats_per_token or ()))))
-            store.losses.record_state(plan, "complete" if is_finite else "broken")
-    stored = store.losses.load(plan, num_windows=num_windows, split=split)
+            store.losses.record_state(plan, "complete" if is_finite else "broken", variant=variant)
+    stored = store.losses.load(plan, num_windows=num_windows, split=split, variant=variant)
     assert stored is not None
     return StoredEvaluation(stored, num_new_tokens)

@@ -18,7 +18,7 @@ from lpsearch.evaluation.losses import RAW, Metric, PlanLosses, Variant
 from lpsearch.plan import Plan
 from lpsearch.search.cost import KindLoss, Loss, compute_loss, compute_perplexity
 from lpsearch.search.kinds import read_kinds
-from lpsearch.search.losses import State, StoredPlan, finite_or_none
+from lpsearch.search.losses import State, StoredPlan, choose_variant, finite_or_none, read_variant
 from lpsearch.search.store import StudyStore
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "compute_loss",
     "compute_perplexity",
     "finite_or_none",
+    "list_untouched",
     "read_results",
     "set_latency",
 ]
@@ -55,6 +56,8 @@ class TrialResult:
         heldout: on the held-out windows; None until it was checked.
         latency_ms: estimated time per output token; None with latency off.
         speedup: estimated time of the unmodified model over that of the plan; None with latency off.
+        untouched: on all proxy windows without what was done to the weights; None where that was not measured.
+        untouched_heldout: the same on the held-out windows.
         plan_file: its plan file relative to the study's directory; None unless it is on the front that was written.
     """
 
@@ -67,6 +70,8 @@ class TrialResult:
     heldout: Loss | None = None
     latency_ms: float | None = None
     speedup: float | None = None
+    untouched: Loss | None = None
+    untouched_heldout: Loss | None = None
     plan_file: str | None = None
 
     @property
@@ -100,6 +105,11 @@ class TrialResult:
     def get_heldout(self, metric: Metric) -> Loss | None:
         """Return the held-out loss; None where it is not known, or not finite."""
         return self.heldout if self.heldout is not None and math.isfinite(self.heldout.get_cost(metric)) else None
+
+    def get_untouched(self, metric: Metric) -> Loss | None:
+        """Return the loss without repair as a user is told it: held out where both are known."""
+        known = self.untouched if self.get_heldout(metric) is None else self.untouched_heldout or self.untouched
+        return known if known is not None and math.isfinite(known.get_cost(metric)) else None
 
     def get_reported_cost(self, metric: Metric) -> float:
         """Return the cost that a user is told: held out where that is known."""
@@ -202,6 +212,17 @@ def set_latency(result: TrialResult, latency_ms: float | None, baseline_ms: floa
     return dataclasses.replace(result, latency_ms=latency_ms, speedup=speedup)
 
 
+def list_untouched(results: Sequence[TrialResult]) -> list[TrialResult]:
+    """Return the plans whose losses without repair are known, with these; none in a study without repair."""
+    return [
+        dataclasses.replace(
+            result, variant=RAW, state="complete", loss=result.untouched, heldout=result.untouched_heldout
+        )
+        for result in results
+        if result.untouched is not None
+    ]
+
+
 def read_results(
     store: StudyStore, *, estimate_latency_ms: Callable[[Plan], float | None] | None = None
 ) -> list[TrialResult]:
@@ -263,7 +284,9 @@ class _ResultReader:
         self._metric: Metric = settings.get("metric", "nll")
         self._worst_case = bool(settings.get("worst_case", False))
         self._kinds = {split: read_kinds(settings, split) for split in get_args(Split)}
-        self._plans = store.losses.load_plans()
+        self._variant = read_variant(settings)
+        self._raw_plans = store.losses.load_plans()
+        self._plans = self._raw_plans if self._variant == RAW else store.losses.load_plans(variant=self._variant)
         self._plan_files = {
             json.dumps(point["groups"], separators=(",", ":")): str(point["plan"])
             for point in (store.load_front() or {}).get("front", ())
@@ -273,20 +296,25 @@ class _ResultReader:
         """Read the result of a finished trial, with the time that was noted on it."""
         key = trial.user_attrs["groups"]
         plan = Plan.from_key(key)
-        stored, base = self._plans[key], self._plans[Plan.baseline(plan.num_layers).key]
+        variant = choose_variant(plan, self._variant)
+        base = self._raw_plans[Plan.baseline(plan.num_layers).key]
+        raw = self._raw_plans.get(key) if self._variant != RAW else None
+        stored = self._raw_plans[key] if variant == RAW else self._plans[key]
         loss = self._compute_loss(stored, base, "proxy")
         if stored.state is None or loss is None:
             raise ValueError(f"trial {trial.number} was told before its plan was evaluated")
         heldout = self._compute_loss(stored, base, "heldout")
         return TrialResult(
             plan=plan,
-            variant=RAW,
+            variant=variant,
             trial=trial.number,
             origin=trial.user_attrs["origin"],
             state=stored.state,
             loss=loss,
             heldout=heldout,
             latency_ms=trial.user_attrs.get("latency_ms"),
+            untouched=None if raw is None or raw.state != "complete" else self._compute_loss(raw, base, "proxy"),
+            untouched_heldout=None if raw is None else self._compute_loss(raw, base, "heldout"),
             plan_file=self._plan_files.get(key),
         )
 

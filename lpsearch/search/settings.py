@@ -17,7 +17,7 @@ from lpsearch.errors import ResumeError
 from lpsearch.kinds import TextKind, describe_kinds
 from lpsearch.search.front import Objective
 from lpsearch.search.kinds import read_kinds, write_kinds
-from lpsearch.search.results import Metric
+from lpsearch.search.results import RAW, Metric, Variant
 from lpsearch.search.space import PlanSpace
 from lpsearch.search.storage_url import find_sqlite_path
 from lpsearch.search.store import StudyStore
@@ -46,6 +46,7 @@ FIXED_SETTINGS = (
     "objective",
     "max_group",
     "worst_case",
+    "recover",
 )
 """Settings that define what a trial's values mean: changing one would mix values that cannot be compared."""
 
@@ -88,6 +89,7 @@ def record_settings(
     *,
     kinds: Sequence[TextKind] = (),
     worst_case: bool = False,
+    variant: Variant = RAW,
 ) -> None:
     """Begin the study, or check that this run may continue it; what the caller recorded stays.
 
@@ -102,11 +104,12 @@ def record_settings(
         "sampler": sampler,
         "seed": seed,
         "worst_case": worst_case,
+        "recover": "off" if variant == RAW else variant,
         **write_kinds({"proxy": kinds}),
     }
     recorded = store.load_settings() or {}
     if "num_layers" in recorded:
-        recorded = {"worst_case": False, **recorded}  # studies that knew no kinds say nothing
+        recorded = {"worst_case": False, "recover": "off", **recorded}  # studies that knew neither say nothing
         _compare_kinds(read_kinds(recorded, "proxy"), kinds)
     compare_settings(recorded, requested)
     if not requested.keys() <= recorded.keys():

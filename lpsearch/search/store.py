@@ -17,7 +17,7 @@ from optuna.storages import RDBStorage
 from sqlalchemy import Connection, delete, func, insert, select, update
 from sqlalchemy.engine import URL
 
-from lpsearch.config import Split
+from lpsearch.config import Split, StoredSplit
 from lpsearch.errors import StudyError
 from lpsearch.json_file import parse_json
 from lpsearch.search import optuna_tables, schema
@@ -125,12 +125,12 @@ class StudyStore:
         with self.begin_transaction() as connection:
             return list(connection.execute(select(table.c.name).order_by(table.c.id)).scalars())
 
-    def begin(self, settings: Mapping[str, Any], windows: Mapping[Split, StoredWindows]) -> None:
+    def begin(self, settings: Mapping[str, Any], windows: Mapping[StoredSplit, StoredWindows]) -> None:
         """Begin the study with its settings and windows, all or nothing.
 
         Args:
             settings: what it is begun with; JSON values only.
-            windows: what it evaluates on.
+            windows: what it evaluates on, and fits repairs to.
         """
         document = json.dumps(settings, sort_keys=True)
         with self.begin_transaction() as connection:
@@ -219,7 +219,7 @@ class StudyStore:
 
     # ---- Windows -----------------------------------------------------------------------------------------------------
 
-    def save_windows(self, split: Split, *, input_ids: npt.NDArray[np.integer[Any]], spec: str) -> None:
+    def save_windows(self, split: StoredSplit, *, input_ids: npt.NDArray[np.integer[Any]], spec: str) -> None:
         """Keep the windows that the study evaluates on.
 
         Args:
@@ -245,7 +245,7 @@ class StudyStore:
                 "its losses belong to those, so load them, or begin a fresh study"
             )
 
-    def load_windows(self, split: Split) -> StoredWindows | None:
+    def load_windows(self, split: StoredSplit) -> StoredWindows | None:
         """Return the windows of the study, or None if it has none of this split.
 
         Raises:

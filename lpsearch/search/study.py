@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import get_args
 
 from lpsearch.errors import ConfigError
-from lpsearch.evaluation.losses import Metric, PlanEvaluator
+from lpsearch.evaluation.losses import RAW, Metric, PlanEvaluator, Variant
 from lpsearch.kinds import TextKind
 from lpsearch.plan import Plan
 from lpsearch.search.coordinator import Coordinator
@@ -40,6 +40,7 @@ def run_study(
     staged: bool = True,
     kinds: Sequence[TextKind] = (),
     worst_case: bool = False,
+    variant: Variant = RAW,
     on_trial: Callable[[TrialUpdate], None] | None = None,
     on_evaluation: Callable[[EvaluationUpdate], None] | None = None,
 ) -> StudyResult:
@@ -68,6 +69,8 @@ def run_study(
         kinds: the kinds of text whose windows are interleaved (:mod:`lpsearch.kinds`); none or one where all are alike.
             The cost of a plan is the weighted mean over them.
         worst_case: the cost of a plan is that of its worst kind.
+        variant: what the evaluator does to the weights of every plan but the unmodified model before it measures;
+            losses are kept under it.
         on_trial: called after every trial that this run finishes.
         on_evaluation: called as every evaluation of a plan on some windows begins.
 
@@ -107,6 +110,7 @@ def run_study(
             estimate_latency_ms=estimate_latency_ms,
             kinds=kinds,
             worst_case=worst_case,
+            variant=variant,
         )
         coordinator = Coordinator(
             pool=pool,
@@ -119,6 +123,7 @@ def run_study(
                 staged=staged and not trials.enumerates,
                 kinds=kinds,
                 worst_case=worst_case,
+                variant=variant,
             ),
             timeout_s=math.inf if timeout_s is None else timeout_s,
             on_trial=on_trial,

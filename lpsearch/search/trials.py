@@ -14,7 +14,8 @@ from lpsearch.evaluation.losses import Metric
 from lpsearch.kinds import TextKind
 from lpsearch.plan import Plan
 from lpsearch.search.front import Objective, build_front, find_rival
-from lpsearch.search.results import RAW, Loss, State, TrialResult, build_attributes, read_results, set_latency
+from lpsearch.search.losses import choose_variant
+from lpsearch.search.results import Loss, State, TrialResult, Variant, build_attributes, read_results, set_latency
 from lpsearch.search.samplers import build_sampler
 from lpsearch.search.settings import open_study, record_settings
 from lpsearch.search.space import PlanSpace
@@ -93,6 +94,7 @@ class Trials:
         estimate_latency_ms: Callable[[Plan], float] | None,
         kinds: Sequence[TextKind],
         worst_case: bool,
+        variant: Variant,
     ) -> None:
         """Open the study and read what it has finished."""
         self.space = space
@@ -101,7 +103,10 @@ class Trials:
         self._objective: Objective = objective
         self._estimate_latency_ms = estimate_latency_ms
         self._budget = budget
-        record_settings(store, space, metric, objective, sampler, seed, kinds=kinds, worst_case=worst_case)
+        self._variant = variant
+        record_settings(
+            store, space, metric, objective, sampler, seed, kinds=kinds, worst_case=worst_case, variant=variant
+        )
         with store.translate_errors():
             self._study = open_study(store, metric, objective)
             self._sampler = build_sampler(
@@ -182,7 +187,7 @@ class Trials:
                 if trial.state == TrialState.RUNNING:
                     logger.info("trial %d was left running by a process that ended; its plan is next", trial.number)
                     self._study.tell(trial.number, state=TrialState.FAIL)
-        evaluated = self.store.losses.list_evaluated(num_windows=num_windows, split="proxy")
+        evaluated = self.store.losses.list_evaluated(num_windows=num_windows, split="proxy", variant=self._variant)
         for plan in dict.fromkeys([*evaluated, *orphans]):
             if plan in self.space:  # layers may have been frozen since
                 yield plan, origins.get(plan.key, "enqueued")
@@ -220,7 +225,8 @@ class Trials:
     def tell(self, job: Job, *, state: State, loss: Loss) -> TrialResult:
         """Tell the values of an evaluated plan, and return its result."""
         assert job.trial is not None
-        result = TrialResult(job.plan, RAW, job.trial.number, job.origin, state, loss)
+        variant = choose_variant(job.plan, self._variant)
+        result = TrialResult(job.plan, variant, job.trial.number, job.origin, state, loss)
         if self._estimate_latency_ms is not None:
             baseline_ms = self._estimate_latency_ms(Plan.baseline(self.space.num_layers))
             result = set_latency(result, self._estimate_latency_ms(job.plan), baseline_ms)

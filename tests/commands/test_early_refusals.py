@@ -347,6 +347,7 @@ _SAID_BY = {
     "models/tokenizer_check.py": ["optimize"],
     "recovery": ["recover"],
     "recovery/refit.py": ["optimize", "recover"],
+    "recovery/evaluator.py": ["optimize"],
     "report": [],  # pages, with commands to copy
     "report/study.py": ["optimize", "report", "dashboard"],
     "search": ["optimize", "report", "dashboard"],

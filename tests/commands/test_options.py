@@ -25,6 +25,7 @@ TYPED = {
     "seq_len": ("64", 64),
     "max_group": ("4", 4),
     "metric": ("kl", "kl"),
+    "recover": ("refit", "refit"),
     "objective": ("latency", "latency"),
     "sampler": ("random", "random"),
     "seed": ("9", 9),
