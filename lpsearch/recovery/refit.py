@@ -267,13 +267,16 @@ class Refitter:
 
     def _enter(self, windows: Windows, window_weights: Sequence[float] | None, batch_size: int) -> list[_Batch]:
         weights = torch.ones(windows.num_windows) if window_weights is None else torch.tensor(window_weights)
-        # Kinds of text are interleaved: each gives its share to both.
-        places = torch.arange(windows.num_windows) // len(windows.kinds)
+        # Kinds of text are interleaved: where there are enough windows, each kind gives its share to both.
+        indices = torch.arange(windows.num_windows)
+        places = (
+            indices // len(windows.kinds) if windows.num_windows >= VALIDATION_EVERY * len(windows.kinds) else indices
+        )
         is_validation = places % VALIDATION_EVERY == VALIDATION_EVERY - 1
         if not bool(is_validation.any()):
             raise DataError(
-                f"{int(places[-1]) + 1} windows of each kind of text are too few for a refit, which chooses its ridge "
-                f"by one in {VALIDATION_EVERY}; give at least {VALIDATION_EVERY} (--windows)"
+                f"{windows.num_windows} windows are too few for a refit, which chooses its ridge by one in "
+                f"{VALIDATION_EVERY}; give at least {VALIDATION_EVERY} of each kind of text (--windows)"
             )
         batches = []
         for flag in (False, True):

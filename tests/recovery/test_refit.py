@@ -250,9 +250,9 @@ def test_every_kind_of_text_chooses_the_ridge(model: PreTrainedModel, num_kinds:
     found = refit(model, windows=windows, window_weights=shares)
     assert found.products[0].error_before > 1e-3
     with pytest.raises(
-        DataError, match=r"4 windows of each kind of text are too few .*; give at least 5 \(--windows\)"
+        DataError, match=r"4 windows are too few .*; give at least 5 of each kind of text \(--windows\)"
     ):
-        refit(model, windows=build_windows(4, num_kinds=num_kinds))
+        refit(model, windows=build_windows(4))
 
 
 # ---- What is refused -------------------------------------------------------------------------------------------------
