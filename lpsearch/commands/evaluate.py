@@ -160,7 +160,7 @@ def evaluate(
     }
     if task_run is None:
         return document
-    table = task_run.score(loaded, list_variants(loaded.model, plan, plan_path))
+    table = task_run.score(loaded, list_variants(loaded.model, plan, weights))
     return Answer({**document, **table.build_document()}, table)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,10 +20,12 @@ from rich.text import Text
 
 from lpsearch.commands.steps import format_seconds, show_steps
 from lpsearch.errors import UsageError
-from lpsearch.plan import Plan, find_recovered_weights
+from lpsearch.plan import Plan
+from lpsearch.search.losses import finite_or_none
 from lpsearch.wording import format_value, name_count
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from lpsearch.evaluation.harness import TaskSuite
@@ -177,16 +178,13 @@ def prepare_tasks(
     return TaskRun(suite, num_fewshot, limit, batch_size, apply_chat_template)
 
 
-def list_variants(model: PreTrainedModel, plan: Plan, plan_path: Path) -> dict[str, Variant]:
+def list_variants(model: PreTrainedModel, plan: Plan, weights: Mapping[str, Tensor]) -> dict[str, Variant]:
     """Return what is scored: the model as it is, under the plan, and with weights that were repaired for it, if any.
 
     Args:
         model: the unmodified model.
-        plan: what was read from ``plan_path``.
-        plan_path: the plan file, or the directory that ``recover`` wrote.
-
-    Raises:
-        PlanError: if the plan was repaired and its weights are not beside it.
+        plan: for the model.
+        weights: what :func:`lpsearch.recovery.read_recovery` read for it; empty where they were never repaired.
     """
     from lpsearch.transform import applied_plan
 
@@ -194,31 +192,19 @@ def list_variants(model: PreTrainedModel, plan: Plan, plan_path: Path) -> dict[s
         "base": nullcontext,
         "plan": lambda: applied_plan(model, plan.without_recovery()),
     }
-    weights_file = find_recovered_weights(plan, plan_path)
-    if weights_file is not None:
-        variants["repaired"] = lambda: _repaired(model, plan, weights_file)
+    if weights:
+        variants["repaired"] = lambda: _repaired(model, plan, weights)
     return variants
 
 
 @contextmanager
-def _repaired(model: PreTrainedModel, plan: Plan, weights_file: Path) -> Iterator[None]:
+def _repaired(model: PreTrainedModel, plan: Plan, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Run a model under a plan with its repaired weights; afterwards it has its own again, bit for bit."""
-    from lpsearch.recovery import apply_recovery
-    from lpsearch.recovery.directory import load_recovered_weights, name_parameters
+    from lpsearch.recovery import swapped_weights
     from lpsearch.transform import applied_plan
 
-    repaired = load_recovered_weights(weights_file)
-    parameters = {name: parameter for name, parameter in name_parameters(model).items() if name in repaired}
-    originals = {name: parameter.data for name, parameter in parameters.items()}
-    try:
-        for parameter in parameters.values():
-            parameter.data = parameter.data.clone()
-        apply_recovery(model, weights_file.parent)
-        with applied_plan(model, plan):
-            yield
-    finally:
-        for name, parameter in parameters.items():
-            parameter.data = originals[name]
+    with swapped_weights(model, weights), applied_plan(model, plan):
+        yield
 
 
 @dataclass(frozen=True)
@@ -270,10 +256,10 @@ class TaskTable:
     def _describe(self, result: TaskResult) -> dict[str, Any]:
         scores: dict[str, dict[str, float | None]] = {}
         for name, score in result.scores.items():
-            scores[name] = {"value": _finite(score.value), "standard_error": score.standard_error}
+            scores[name] = {"value": finite_or_none(score.value), "standard_error": score.standard_error}
             if name in result.deltas:
                 scores[name] |= {
-                    "delta": _finite(result.deltas[name]),
+                    "delta": finite_or_none(result.deltas[name]),
                     "delta_standard_error": result.delta_ses[name],
                     "retained": result.retained[name],
                 }
@@ -338,7 +324,3 @@ class TaskTable:
 
 def _mark(chance: float | None, share: str) -> str:
     return f"{share}*" if chance is None else share
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -16,7 +16,7 @@ from rich.console import Console
 from lpsearch.commands.tasks import list_variants
 from lpsearch.models import fingerprint_model, load_model, resolve_source
 from lpsearch.plan import ModelIdentity, Plan, PlanMetadata, Recovery, load_plan, save_plan
-from lpsearch.recovery import save_recovered
+from lpsearch.recovery import read_recovery, save_recovered
 from lpsearch.transform import applied_plan
 from tests.commands.conftest import Outcome, Run
 from tests.task_files import CHOICES, WORDS, write_choices, write_words
@@ -198,10 +198,11 @@ def test_repaired_weights_are_there_for_their_variant_alone(tmp_path: Path) -> N
             expected["repaired"] = twin(ids).logits
         assert not torch.equal(expected["plan"], expected["repaired"])
         for path in (tmp_path / "recovered", tmp_path / "recovered" / "plan.json"):
-            variants = list_variants(model, load_plan(path), path)
+            found = load_plan(path)
+            variants = list_variants(model, found, read_recovery(model, found, path))
             assert list(variants) == ["base", "plan", "repaired"]
             for name in ("repaired", "base", "plan", "repaired", "base"):
                 with variants[name]():
                     assert torch.equal(model(ids).logits, expected[name]), name
     assert fingerprint_model(model) == original
-    assert list(list_variants(model, plan, tmp_path)) == ["base", "plan"]
+    assert list(list_variants(model, plan, read_recovery(model, plan, tmp_path))) == ["base", "plan"]
