@@ -21,7 +21,6 @@ from rich.text import Text
 from lpsearch.commands.steps import format_seconds, show_steps
 from lpsearch.errors import UsageError
 from lpsearch.plan import Plan
-from lpsearch.search.losses import finite_or_none
 from lpsearch.wording import format_value, name_count
 
 if TYPE_CHECKING:
@@ -254,6 +253,8 @@ class TaskTable:
         yield Text(self._explain(), "dim", no_wrap=False, overflow="fold")
 
     def _describe(self, result: TaskResult) -> dict[str, Any]:
+        from lpsearch.search.losses import finite_or_none
+
         scores: dict[str, dict[str, float | None]] = {}
         for name, score in result.scores.items():
             scores[name] = {"value": finite_or_none(score.value), "standard_error": score.standard_error}
