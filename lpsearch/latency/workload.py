@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from lpsearch.errors import ConfigError
-from lpsearch.models.traits import read_traits
 from lpsearch.plan import Plan
 
 if TYPE_CHECKING:
@@ -38,7 +37,9 @@ class Workload:
 
 def limit_context(config: PretrainedConfig, context_len: int) -> int:
     """Return so many cached tokens, or as many as a model reads beside the one that is decoded."""
-    longest = _find_longest(config)
+    from lpsearch.models import find_max_positions  # which needs torch
+
+    longest = find_max_positions(config)
     return context_len if longest is None else min(context_len, longest - 1)
 
 
@@ -48,7 +49,9 @@ def check_workloads(config: PretrainedConfig, workloads: Sequence[Workload]) -> 
     Raises:
         ConfigError: naming the option that sets the tokens.
     """
-    longest = _find_longest(config)
+    from lpsearch.models import find_max_positions  # which needs torch
+
+    longest = find_max_positions(config)
     if longest is None:
         return
     for workload in workloads:
@@ -59,12 +62,6 @@ def check_workloads(config: PretrainedConfig, workloads: Sequence[Workload]) -> 
             )
         if workload.kind == "prefill" and workload.context_len > longest:
             raise ConfigError(f"--prefill {workload.context_len}: the model reads at most {longest} tokens")
-
-
-def _find_longest(config: PretrainedConfig) -> int | None:
-    """Return how many tokens a model reads; None where its configuration does not say."""
-    longest: int | None = getattr(read_traits(config).config, "max_position_embeddings", None)
-    return longest
 
 
 @dataclass(frozen=True)

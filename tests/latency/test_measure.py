@@ -17,6 +17,7 @@ from lpsearch.latency.profile import ProfileGeometry
 from lpsearch.latency.ranks.measuring import emulate_profile_on_ranks, measure_profile_on_ranks
 from lpsearch.latency.runtime.memory import Workspace
 from lpsearch.latency.timing import StepTiming, bootstrap_ratio, measure_interleaved
+from lpsearch.latency.workload import check_workloads, limit_context
 from lpsearch.models.traits import read_traits
 from lpsearch.plan import Plan
 from lpsearch.transform import applied_plan
@@ -162,6 +163,16 @@ def test_more_tokens_than_the_model_reads_are_refused(workload, message):
         measure_profile(config, workloads=workloads, **options)
     with pytest.raises(ConfigError, match=message):
         measure_profile_on_ranks(config, num_ranks=2, workloads=workloads, **options)
+
+
+def test_what_yarn_adds_counts_as_in_generate_and_evaluate():
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 16}
+    config = build_tiny_model("llama", max_position_embeddings=16, rope_parameters=rope).config
+    assert limit_context(config, 100) == 31
+    check_workloads(config, [Workload("decode", 1, 31), Workload("prefill", 1, 32)])
+    for workload in (Workload("decode", 1, 32), Workload("prefill", 1, 33)):
+        with pytest.raises(ConfigError, match="reads at most 32 tokens"):
+            check_workloads(config, [workload])
 
 
 def test_a_profile_is_measured_once(tmp_path, monkeypatch, caplog):
