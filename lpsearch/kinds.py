@@ -11,14 +11,18 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lpsearch.errors import DataError
+
+if TYPE_CHECKING:
+    from lpsearch.plan import ProxyMetrics
 
 __all__ = [
     "TextKind",
     "describe_kinds",
     "dump_kinds",
+    "list_measured_kinds",
     "name_kinds",
     "normalise_weights",
     "parse_dumped_kinds",
@@ -108,6 +112,11 @@ def normalise_weights(kinds: Sequence[TextKind]) -> tuple[float, ...]:
 def dump_kinds(kinds: Iterable[TextKind]) -> list[dict[str, Any]]:
     """Return kinds as JSON values."""
     return [{"spec": kind.spec, "weight": kind.weight} for kind in kinds]
+
+
+def list_measured_kinds(measured: ProxyMetrics) -> list[TextKind]:
+    """Return the kinds of text that an entry of a plan file was measured on."""
+    return [TextKind(part.data, part.weight) for part in measured.by_kind] or [TextKind(measured.data)]
 
 
 def parse_dumped_kinds(document: Iterable[Mapping[str, Any]]) -> tuple[TextKind, ...]:

@@ -24,7 +24,7 @@ from lpsearch.commands.tasks import (
 )
 from lpsearch.config import Metric, Split
 from lpsearch.evaluation.losses import RAW
-from lpsearch.kinds import TextKind, parse_kinds, write_kind
+from lpsearch.kinds import TextKind, list_measured_kinds, parse_kinds, write_kind
 from lpsearch.plan import Plan, ProxyMetrics, find_recovered_weights, load_plan
 from lpsearch.wording import describe_repair
 
@@ -87,7 +87,7 @@ def evaluate(
     if repair is not None:
         logger.warning("%s; what is measured now is the plan without them", repair)
     measured = getattr(metadata.metrics, split) or metadata.metrics.proxy
-    recorded = [TextKind(_DEFAULT_DATA)] if measured is None else _list_kinds(measured)
+    recorded = [TextKind(_DEFAULT_DATA)] if measured is None else list_measured_kinds(measured)
     data = data or list(map(write_kind, recorded))
     num_windows = windows or (_DEFAULT_WINDOWS if measured is None else measured.windows // len(recorded))
     seq_len = seq_len or (_DEFAULT_SEQ_LEN if measured is None else measured.seq_len)
@@ -195,7 +195,7 @@ def _build_windows(
 
     after = None
     if split == "heldout" and searched is not None:
-        former = _list_kinds(searched)
+        former = list_measured_kinds(searched)
         again = [old for old in former if any(is_same_text(old.spec, kind.spec, split=split) for kind in kinds)]
         if again:
             after = build(again, "proxy", searched.windows // len(former), searched.seq_len)
@@ -206,8 +206,3 @@ def _name_variant(plan: Plan) -> str:
     """Return what was done to the weights of a recovered directory."""
     recovery = None if plan.metadata is None else plan.metadata.provenance.recovery
     return RAW if recovery is None else recovery.method
-
-
-def _list_kinds(measured: ProxyMetrics) -> list[TextKind]:
-    """Return the kinds of text that were measured."""
-    return [TextKind(part.data, part.weight) for part in measured.by_kind] or [TextKind(measured.data)]

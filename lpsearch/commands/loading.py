@@ -219,14 +219,13 @@ def settle_dtype(model: PreTrainedModel, *, dtype: str, device: torch.device, wi
 
 def fits_in_float32(source: ModelSource, device: torch.device) -> bool:
     """Say whether the float32 weights of a model, and a bfloat16 copy, leave room on a device."""
-    import psutil
     import torch
     from transformers import AutoModelForCausalLM
 
     from lpsearch.models import load_geometry
+    from lpsearch.models.memory import find_free_bytes
 
     build: Any = AutoModelForCausalLM.from_config
     with torch.device("meta"):
         num_parameters = build(load_geometry(source)).num_parameters()
-    free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return bool(6 * num_parameters < _WEIGHTS_SHARE * free_bytes)
+    return bool(6 * num_parameters < _WEIGHTS_SHARE * find_free_bytes(device))

@@ -118,8 +118,15 @@ def recover(
             f"{plan_path}: the plan joins no layers, so there is nothing to recover; give a plan with groups"
         )
     check_target(out)
-    options = {"num_tokens": tokens, "learning_rate": learning_rate, "train": train, "lora_rank": lora}
-    settings = {**options, "micro_batch": micro_batch, "checkpointing": checkpointing, "seed": seed}
+    settings = {
+        "num_tokens": tokens,
+        "learning_rate": learning_rate,
+        "train": train,
+        "lora_rank": lora,
+        "micro_batch": micro_batch,
+        "checkpointing": checkpointing,
+        "seed": seed,
+    }
     if method == "distill":
         _check_settings(settings)
     kinds = parse_kinds(data) if data else choose_kinds(plan)
@@ -186,9 +193,7 @@ def _refit(loaded: LoadedModel, plan: Plan, windows: Windows, *, passes: int) ->
     from lpsearch.recovery import Refitter
 
     with show_steps("refitting") as on_step:
-        weights = [windows.kinds[index % len(windows.kinds)].weight for index in range(windows.num_windows)]
-        refitter = Refitter(loaded.model, windows, window_weights=weights, num_passes=passes)
-        refit = refitter.fit(plan, on_progress=on_step)
+        refit = Refitter(loaded.model, windows, num_passes=passes).fit(plan, on_progress=on_step)
     for name in refit.not_fitted:
         logger.warning("%s has no output projection that could be fitted; it stays as it is", name)
     logger.info("refitted %d of %d products", sum(p.ridge is not None for p in refit.products), len(refit.products))

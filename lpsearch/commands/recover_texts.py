@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lpsearch.commands.steps import show_steps
-from lpsearch.kinds import TextKind, write_kind
+from lpsearch.kinds import TextKind, list_measured_kinds, write_kind
 from lpsearch.plan import Plan
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def choose_kinds(plan: Plan) -> tuple[TextKind, ...]:
     measured = plan.metadata.metrics.proxy if plan.metadata is not None else None
     if measured is None:
         return (TextKind("wikitext2"), TextKind("self"))
-    kinds = [TextKind(part.data, part.weight) for part in measured.by_kind] or [TextKind(measured.data)]
+    kinds = list_measured_kinds(measured)
     return tuple(kinds if any(kind.spec == "self" for kind in kinds) else [*kinds, TextKind("self")])
 
 

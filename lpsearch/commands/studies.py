@@ -22,7 +22,7 @@ from lpsearch.front_file import FRONT_NAME, load_front_file
 from lpsearch.kinds import parse_kinds
 from lpsearch.models import ModelSource
 from lpsearch.models.sources import normalise_id
-from lpsearch.search import FIXED_SETTINGS, StoredWindows, StudyStore, compare_settings
+from lpsearch.search import FIXED_SETTINGS, StoredWindows, StudyStore, compare_settings, complete_settings
 from lpsearch.search.database import is_writable
 from lpsearch.search.kinds import read_kinds, write_kinds
 from lpsearch.search.locks import HeldElsewhereError, hold_file_lock
@@ -179,7 +179,7 @@ def follow_record(
         del requested["dtype"]
     if "sampler" in config.explicit:
         requested["sampler"] = values.sampler
-    begun_with = {"worst_case": False, "recover": "off", **recorded, "model": normalise_id(recorded["model"])}
+    begun_with = {**complete_settings(recorded), "model": normalise_id(recorded["model"])}
     for name in ("data", "heldout"):
         for settings in (begun_with, requested):
             if settings.get(name):

@@ -83,6 +83,10 @@ class Windows:
             for index, (kind, provenance) in enumerate(zip(self.kinds, provenances, strict=True))
         ]
 
+    def list_weights(self) -> list[float]:
+        """Return for each window the weight of its kind."""
+        return [self.kinds[index % len(self.kinds)].weight for index in range(self.num_windows)]
+
     @property
     def num_windows(self) -> int:
         """Number of windows."""

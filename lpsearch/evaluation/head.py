@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from lpsearch.errors import FamilyError
+from lpsearch.models.forwards import replaced_forwards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +63,7 @@ class OutputHead:
         """
         output = dataclasses.replace(cast(Any, self._decoder_output), last_hidden_state=hidden_states)
         placeholder = torch.zeros(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)
-        with _decoder_returning(self._model, output):
+        with replaced_forwards([self._model.base_model], [lambda *args, **kwargs: output]):
             return cast(Tensor, self._model(input_ids=placeholder, use_cache=False).logits)
 
 
@@ -83,19 +82,3 @@ def run_decoder(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 
 def _run_decoder(model: PreTrainedModel, input_ids: Tensor) -> BaseModelOutputWithPast:
     return cast("BaseModelOutputWithPast", model.base_model(input_ids=input_ids, use_cache=False))
-
-
-@contextmanager
-def _decoder_returning(model: PreTrainedModel, output: BaseModelOutputWithPast) -> Iterator[None]:
-    """Let the model's decoder return ``output`` without running."""
-    decoder: Any = model.base_model
-    had_own_forward = "forward" in decoder.__dict__  # e.g. set by accelerate
-    own_forward = decoder.__dict__.get("forward")
-    decoder.forward = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        if had_own_forward:
-            decoder.forward = own_forward
-        else:
-            del decoder.forward

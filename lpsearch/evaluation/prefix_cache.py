@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from lpsearch.evaluation.losses import RAW, Variant
 from lpsearch.evaluation.prefix_tree import Boundary, PrefixTree
 from lpsearch.models.families import get_decoder_layers
+from lpsearch.models.forwards import replaced_forwards
+from lpsearch.models.memory import find_free_bytes
 from lpsearch.plan import Plan
 
 if TYPE_CHECKING:
@@ -63,10 +64,8 @@ def choose_cache_bytes(device: torch.device, *, location: Literal["device", "hos
         location: where the states are to be kept.
     """
     if device.type == "cuda" and location == "device":
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-        unused_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(_DEVICE_SHARE * (free_bytes + unused_bytes))
-    available_bytes = int(_HOST_SHARE * psutil.virtual_memory().available)
+        return int(_DEVICE_SHARE * find_free_bytes(device))
+    available_bytes = int(_HOST_SHARE * find_free_bytes(torch.device("cpu")))
     return available_bytes if device.type == "cuda" else min(_MAX_CPU_BYTES, available_bytes)
 
 
@@ -197,18 +196,10 @@ def _hooked(layer: nn.Module, hook: _Keep) -> Iterator[None]:
         handle.remove()
 
 
-@contextmanager
-def _skipping(layers: Sequence[nn.Module], hidden_states: Tensor) -> Iterator[None]:
+def _skipping(layers: Sequence[nn.Module], hidden_states: Tensor) -> AbstractContextManager[None]:
     """Let layers return their input, and the last of them ``hidden_states``."""
-    replaced = [layer.__dict__.get("forward") for layer in layers]
-    for layer in layers:
-        layer.__dict__["forward"] = lambda hidden_states, **layer_kwargs: hidden_states
-    layers[-1].__dict__["forward"] = lambda _, **layer_kwargs: hidden_states
-    try:
-        yield
-    finally:
-        for layer, forward in zip(layers, replaced, strict=True):
-            if forward is None:
-                del layer.__dict__["forward"]
-            else:
-                layer.__dict__["forward"] = forward
+
+    def skip(hidden_states: Tensor, **layer_kwargs: Any) -> Tensor:
+        return hidden_states
+
+    return replaced_forwards(layers, [*[skip] * (len(layers) - 1), lambda _, **layer_kwargs: hidden_states])

@@ -31,14 +31,12 @@ class Beginning(Generic[Product]):
         states: for each batch of windows, the hidden states there along the plan, (batch, seq, hidden).
         weights: the parameters that were fitted by then, by name.
         products: the regressions by then.
-        has_joined: one of the groups has several layers.
     """
 
     num_layers: int
     states: tuple[Tensor, ...]
     weights: Mapping[str, Tensor]
     products: tuple[Product, ...]
-    has_joined: bool
 
 
 class TargetStates:
@@ -128,7 +126,7 @@ class BeginningCache(Generic[Product]):
 
             def keep(beginning: Beginning[Product]) -> None:
                 boundary = wanted.get(beginning.num_layers)
-                if boundary is not None and beginning.has_joined:  # before a join it is the unmodified model's state
+                if boundary is not None:
                     num_bytes = state_bytes + sum(weight.nbytes for weight in beginning.weights.values())
                     self._tree.hold(boundary, beginning, nbytes=num_bytes)
 

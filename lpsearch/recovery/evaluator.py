@@ -78,11 +78,9 @@ def build_search_refitter(model: PreTrainedModel, windows: Windows, *, cache_byt
         windows: to calibrate on.
         cache_bytes: most bytes to keep between fits.
     """
-    weights = [windows.kinds[index % len(windows.kinds)].weight for index in range(windows.num_windows)]
     return Refitter(
         model,
         windows,
-        window_weights=weights,
         extent="grouped",
         num_passes=1,
         ridges=SEARCH_RIDGES,

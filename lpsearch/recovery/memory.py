@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import psutil
 import torch
 
 from lpsearch.errors import LpsearchError
+from lpsearch.models.memory import find_free_bytes
 
-__all__ = ["check_memory", "choose_micro_batch", "describe_exhaustion", "estimate_state_bytes", "find_free_bytes"]
+__all__ = ["check_memory", "choose_micro_batch", "describe_exhaustion", "estimate_state_bytes"]
 
 BYTES_PER_TRAINED = 4 + 4 + 8
 """A float32 master, its gradient, and AdamW's two averages."""
@@ -26,14 +26,6 @@ def estimate_state_bytes(num_trained: int) -> int:
         num_trained: values that are trained.
     """
     return num_trained * BYTES_PER_TRAINED
-
-
-def find_free_bytes(device: torch.device) -> int:
-    """Return the bytes that can still be allocated on a device."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    return int(psutil.virtual_memory().available)
 
 
 def check_memory(device: torch.device, *, num_trained: int, num_grouped: int, uses_lora: bool) -> None:
@@ -103,7 +95,7 @@ def describe_exhaustion(
         options: of ``checkpointing``, ``grouped`` and ``lora``, those that are in use.
     """
     advice = [f"--micro-batch {micro_batch // 2}"] if micro_batch > 1 else [f"--seq-len {seq_len // 2}"]
-    advice += [f"--{name}" for name in ("checkpointing",) if name not in options]
+    advice += ["--checkpointing"] if "checkpointing" not in options else []
     advice += ["--train grouped"] if not options & {"grouped", "lora"} else []
     advice += ["--lora 16"] if "lora" not in options else []
     return (

@@ -25,7 +25,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -33,6 +32,7 @@ from transformers import PreTrainedModel
 from lpsearch.data import Windows
 from lpsearch.errors import DataError, LpsearchError, ModelError, PlanError
 from lpsearch.models.families import DecoderBlock, build_blocks, check_family, run_group
+from lpsearch.models.memory import find_free_bytes
 from lpsearch.models.traits import read_traits
 from lpsearch.plan import Group, Plan
 from lpsearch.recovery.beginnings import Beginning, BeginningCache, TargetStates
@@ -143,7 +143,7 @@ class Refitter:
     Args:
         model: the unmodified model, in eval mode.
         windows: to calibrate on.
-        window_weights: what each window counts; None for 1.
+        window_weights: what each window counts; None for the weight of its kind of text.
         extent: ``grouped`` fits the layers of groups; ``after`` also each single layer behind the first group, which
             takes up what is left of the error.
         num_passes: walks through the model; each later one begins from the weights that the former found.
@@ -244,7 +244,7 @@ class Refitter:
         products: list[FittedProduct] = []
         with cache.visit(plan.groups, state_bytes=self._state_bytes) as (begun, keep):
             if begun is None:
-                begun = Beginning(plan.groups[joined[0]][0], (), {}, (), has_joined=False)
+                begun = Beginning(plan.groups[joined[0]][0], (), {}, ())
             states = begun.states or self._targets.get(begun.num_layers)
             weights.update(begun.weights)
             products += begun.products
@@ -260,18 +260,17 @@ class Refitter:
                     states = tuple(
                         self._run_group(group, batch, state) for batch, state in zip(self._batches, states, strict=True)
                     )
-                keep(Beginning(group[-1] + 1, states, dict(weights), tuple(products), has_joined=True))
+                keep(Beginning(group[-1] + 1, states, dict(weights), tuple(products)))
                 on_group(position + 1)
         on_group(len(plan.groups))
         return tuple(products)
 
     def _enter(self, windows: Windows, window_weights: Sequence[float] | None, batch_size: int) -> list[_Batch]:
-        weights = torch.ones(windows.num_windows) if window_weights is None else torch.tensor(window_weights)
+        weights = torch.tensor(windows.list_weights() if window_weights is None else window_weights)
         # Kinds of text are interleaved: where there are enough windows, each kind gives its share to both.
         indices = torch.arange(windows.num_windows)
-        places = (
-            indices // len(windows.kinds) if windows.num_windows >= VALIDATION_EVERY * len(windows.kinds) else indices
-        )
+        has_all = windows.num_windows >= VALIDATION_EVERY * len(windows.kinds)
+        places = indices // len(windows.kinds) if has_all else indices
         is_validation = places % VALIDATION_EVERY == VALIDATION_EVERY - 1
         if not bool(is_validation.any()):
             raise DataError(
@@ -309,7 +308,7 @@ class Refitter:
             )
         needed_bytes = _SUMS_HELD * 8 * widest**2
         device = self._model.device
-        free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        free_bytes = find_free_bytes(device)
         if needed_bytes > free_bytes:
             raise LpsearchError(
                 f"{device}: the fit needs {needed_bytes / 1e9:.1f} GB for sums over {widest} inputs, and "

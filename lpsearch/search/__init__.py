@@ -15,7 +15,7 @@ from lpsearch.search.results import (
     read_results,
 )
 from lpsearch.search.samplers import SAMPLER_NAMES, build_sampler
-from lpsearch.search.settings import FIXED_SETTINGS, compare_settings
+from lpsearch.search.settings import FIXED_SETTINGS, compare_settings, complete_settings
 from lpsearch.search.space import PlanSpace
 from lpsearch.search.store import Split, StoredWindows, StudyStore
 from lpsearch.search.study import run_study
@@ -39,6 +39,7 @@ __all__ = [
     "build_front",
     "build_sampler",
     "compare_settings",
+    "complete_settings",
     "evaluate_stored_plan",
     "read_results",
     "run_study",

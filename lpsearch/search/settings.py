@@ -25,6 +25,7 @@ from lpsearch.search.store import StudyStore
 __all__ = [
     "FIXED_SETTINGS",
     "compare_settings",
+    "complete_settings",
     "has_own_database",
     "list_study_options",
     "open_study",
@@ -49,6 +50,11 @@ FIXED_SETTINGS = (
     "recover",
 )
 """Settings that define what a trial's values mean: changing one would mix values that cannot be compared."""
+
+
+def complete_settings(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a study was begun with; of a study from before a setting was known, that it was off."""
+    return {"worst_case": False, "recover": "off", **recorded}
 
 
 def compare_settings(recorded: Mapping[str, Any], requested: Mapping[str, Any]) -> None:
@@ -109,7 +115,7 @@ def record_settings(
     }
     recorded = store.load_settings() or {}
     if "num_layers" in recorded:
-        recorded = {"worst_case": False, "recover": "off", **recorded}  # studies that knew neither say nothing
+        recorded = complete_settings(recorded)
         _compare_kinds(read_kinds(recorded, "proxy"), kinds)
     compare_settings(recorded, requested)
     if not requested.keys() <= recorded.keys():

@@ -31,6 +31,14 @@ Run = Callable[..., Outcome]
 
 
 @pytest.fixture
+def code_file(tmp_path: Path) -> Path:
+    """Return a text of another kind than ``text_file``."""
+    path = tmp_path / "code.txt"
+    path.write_text("".join(f"def f{i}(x): return {i} * x\n" for i in range(800)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
 def run_lpsearch(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """Return a function that runs ``lpsearch ARGUMENTS`` in this process, with a cache of its own.
 

@@ -16,13 +16,6 @@ KIND_FIELDS = {"data", "weight", "nll", "delta_nll", "delta_nll_se", "perplexity
 
 
 @pytest.fixture
-def code_file(tmp_path: Path) -> Path:
-    path = tmp_path / "code.txt"
-    path.write_text("".join(f"def f{i}(x): return {i} * x\n" for i in range(400)), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
 def arguments(tiny_model_dir: Path, text_file: Path, code_file: Path, tmp_path: Path) -> list[object]:
     """Return a search of the tiny model's 13 plans on two kinds of text."""
     return [

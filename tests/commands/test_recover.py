@@ -44,13 +44,6 @@ def write_plan(path: Path, directory: Path, *, groups: object = GROUPS, proxy: P
 
 
 @pytest.fixture
-def code_file(tmp_path: Path) -> Path:
-    path = tmp_path / "code.txt"
-    path.write_text("".join(f"def f{i}(x): return {i} * x\n" for i in range(800)), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
 def recover(run_lpsearch: Run, plan_file: Path, text_file: Path, tmp_path: Path) -> Callable[..., Outcome]:
     """Return a function that recovers the plan into a directory, on the squares if no other text is named."""
 
