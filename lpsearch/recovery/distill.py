@@ -2,9 +2,9 @@
 
 The layers are trained until their logits under the plan are the unmodified model's again: the loss is KL(base || plan)
 over the whole vocabulary, the mean over positions (knowledge distillation, Hinton et al., arXiv 1503.02531; of a model
-with less depth, Muralidharan et al., arXiv 2407.14679). Text sampled from the unmodified model serves as well as any
-other (Agarwal et al., arXiv 2306.13649 argue for sampled text), so nothing need be downloaded; train on several kinds,
-since one kind repairs that kind alone.
+with less depth, Muralidharan et al., arXiv 2407.14679). Text sampled from the unmodified model will do (on sampled
+text: Agarwal et al., arXiv 2306.13649), so nothing need be downloaded; train on several kinds, since weights are only
+held to what they are shown.
 
 Embeddings, final norm and output head stay as they are. On a GPU products are in bfloat16 with float32 masters, on a
 CPU all is in float32. Accelerate carries the loop to as many processes as it was launched with.

@@ -21,7 +21,7 @@ _GOLDEN_RATIO = (5**0.5 - 1) / 2
 class Mixture:
     """Windows of several kinds of text, and how often each kind comes.
 
-    Training on one kind repairs that kind alone, so it takes several.
+    It takes several, since nothing holds the weights to what they do on a kind that they are not shown.
 
     Attributes:
         windows: by kind, all of one length.
