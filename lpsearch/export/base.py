@@ -147,12 +147,15 @@ def _find_dtype(directory: Path) -> torch.dtype:
 
 
 def _is_stored(loaded: Tensor, stored: Tensor | None) -> bool:
-    """Say whether a tensor of the loaded model is the one that its file holds, by its shape and some elements."""
+    """Say whether a tensor of the loaded model is the one that its file holds, by its shape and some elements.
+
+    NaN in both is the same element: a damaged weight is no converted one.
+    """
     if stored is None or stored.shape != loaded.shape:
         return False
     flat, other = stored.reshape(-1), loaded.reshape(-1)
     places = torch.arange(_NUM_SAMPLES) * flat.numel() // _NUM_SAMPLES
-    return torch.equal(flat[places].to(other.dtype), other[places])
+    return torch.allclose(flat[places].to(other.dtype), other[places], rtol=0, atol=0, equal_nan=True)
 
 
 def _find_notices(directory: Path) -> tuple[Path, ...]:

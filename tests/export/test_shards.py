@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lpsearch.export.base import open_source
 from lpsearch.export.shards import INDEX_NAME, SafetensorsReader, TensorSpec, list_shards, write_shard
+from lpsearch.models import resolve_source
 from tests.export.byte_tokenizer import write_byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +53,7 @@ import json, sys
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from lpsearch.export import export_source
+from lpsearch.export.base import open_source
 from lpsearch.export.shards import SafetensorsReader
 from lpsearch.models import resolve_source
 from lpsearch.plan import Plan
@@ -97,6 +100,25 @@ def test_the_memory_needed_is_that_of_a_tensor_not_of_a_shard(tmp_path: Path) ->
     peak, largest = measure_peak(tmp_path, hidden_size=1024, intermediate_size=4096, shard_bytes=10**9)
     assert largest > 100 * 10**6
     assert peak < 1.2 * largest
+
+
+def test_what_is_no_number_is_read_from_its_file_too(tmp_path: Path) -> None:
+    """What transformers converted is kept in memory; that NaN is unequal to itself is no sign of a conversion."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4,
+        vocab_size=4096,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    name = "lm_head.weight"
+    with torch.no_grad():
+        model.get_parameter(name)[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    write_byte_tokenizer(tmp_path / "model")
+    base = open_source(resolve_source(str(tmp_path / "model")))
+    assert base.read(name) is not base.read(name)  # what is kept would be the same tensor
+    torch.testing.assert_close(base.read(name), model.get_parameter(name).detach(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.slow
