@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lpsearch.errors import FamilyError, ModelError
 from lpsearch.models.traits import FAMILIES, BlockForm
+from lpsearch.plan import Group
 
 __all__ = [
     "DecoderBlock",
@@ -32,6 +33,7 @@ __all__ = [
     "get_decoder",
     "get_decoder_layers",
     "run_group",
+    "select_group",
 ]
 
 logger = logging.getLogger(__name__)
@@ -49,10 +51,19 @@ _PASSED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 @dataclass(frozen=True)
 class DecoderBlock:
-    """A decoder layer seen as its two residual branches. It holds the layer, not its weights."""
+    """A decoder layer seen as its two residual branches. It holds the layer, not its weights.
+
+    Attributes:
+        layer: the layer.
+        form: which of its submodules plays which part.
+        runs_attention: whether its attention counts in :func:`run_group`; a plan may drop it.
+        runs_mlp: and its MLP.
+    """
 
     layer: nn.Module
     form: BlockForm
+    runs_attention: bool = True
+    runs_mlp: bool = True
 
     @property
     def parallel(self) -> bool:
@@ -109,7 +120,8 @@ def run_group(
         y  = x' + sum_k F_k(N'_k(x'))
 
     and y = x + sum_k (A_k(N_k(x)) + F_k(N'_k(x))) for families with parallel attention and MLP. The branches are summed
-    before they are added to the residual stream, in layer order.
+    before they are added to the residual stream, in layer order. A branch that is dropped is in no sum, and an empty
+    sum adds nothing: a group without branches returns what it was given.
 
     Args:
         blocks: the members, in layer order, all parallel or none.
@@ -119,18 +131,40 @@ def run_group(
     Returns:
         y, (batch, seq, hidden).
     """
-    calls = list(zip(blocks, layer_kwargs, strict=True))
     if blocks[0].parallel:
-        return hidden_states + _sum(
-            [block.attention_branch(hidden_states, kwargs) + block.mlp_branch(hidden_states) for block, kwargs in calls]
+        return _add_sum(
+            hidden_states,
+            [
+                branches
+                for block, kwargs in zip(blocks, layer_kwargs, strict=True)
+                if (branches := _run_parallel_branches(block, hidden_states, kwargs)) is not None
+            ],
         )
-    hidden_states = hidden_states + _sum([block.attention_branch(hidden_states, kwargs) for block, kwargs in calls])
-    return hidden_states + _sum([block.mlp_branch(hidden_states) for block in blocks])
+    hidden_states = _add_sum(
+        hidden_states,
+        [
+            block.attention_branch(hidden_states, kwargs)
+            for block, kwargs in zip(blocks, layer_kwargs, strict=True)
+            if block.runs_attention
+        ],
+    )
+    return _add_sum(hidden_states, [block.mlp_branch(hidden_states) for block in blocks if block.runs_mlp])
 
 
-def _sum(branches: list[Tensor]) -> Tensor:
-    """Add tensors left to right; unlike the builtin, without adding 0 first."""
-    return reduce(add, branches)
+def _run_parallel_branches(
+    block: DecoderBlock, hidden_states: Tensor, layer_kwargs: Mapping[str, Any]
+) -> Tensor | None:
+    """Return the sum of what a parallel block runs; None where it runs nothing."""
+    attention = block.attention_branch(hidden_states, layer_kwargs) if block.runs_attention else None
+    mlp = block.mlp_branch(hidden_states) if block.runs_mlp else None
+    if attention is None or mlp is None:
+        return mlp if attention is None else attention
+    return attention + mlp
+
+
+def _add_sum(hidden_states: Tensor, branches: list[Tensor]) -> Tensor:
+    """Add the sum of branches, left to right; unlike the builtin, without adding 0 first."""
+    return hidden_states + reduce(add, branches) if branches else hidden_states
 
 
 def get_decoder(model: nn.Module) -> nn.Module:
@@ -193,6 +227,23 @@ def build_blocks(model: nn.Module) -> tuple[DecoderBlock, ...]:
     if len({block.parallel for block in blocks}) > 1:
         raise FamilyError(f"{_name(model)}: only some of its decoder layers run attention and MLP in parallel. {_MEND}")
     return tuple(blocks)
+
+
+def select_group(blocks: Sequence[DecoderBlock], group: Group) -> tuple[DecoderBlock, ...]:
+    """Return the layers of a group, as :func:`run_group` takes them, each without the branches that the group drops.
+
+    Args:
+        blocks: every layer of the model, as :func:`build_blocks` returns them.
+        group: of a plan for the model.
+    """
+    return tuple(
+        replace(
+            blocks[layer_idx],
+            runs_attention=layer_idx in group.attention_layers,
+            runs_mlp=layer_idx in group.mlp_layers,
+        )
+        for layer_idx in group
+    )
 
 
 def check_family(model: nn.Module) -> None:
