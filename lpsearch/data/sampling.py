@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,15 +25,19 @@ from lpsearch.data.windows import Windows
 from lpsearch.errors import ModelError
 from lpsearch.models import fingerprint_model, fingerprint_parts
 from lpsearch.models.cache import cache_directory
+from lpsearch.models.memory import find_free_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["load_or_sample_windows", "sample_tokens"]
+__all__ = ["estimate_sampling_bytes", "load_or_sample_windows", "sample_tokens"]
 
 logger = logging.getLogger(__name__)
 
-_MAX_BATCH_SIZE = 32
+_CPU_BATCH_SIZE = 32
+_MAX_BATCH_SIZE = 2048
+_SHARE_OF_FREE = 0.4
+"""Of a GPU's free memory, for a batch: when a cache grows by a token, it is there twice."""
 
 
 def load_or_sample_windows(
@@ -109,7 +113,7 @@ def sample_tokens(
     """
     uniforms = torch.rand((num_windows, seq_len - 1), generator=generator, dtype=torch.float64)
     tokens = torch.full((num_windows, seq_len), first_token, dtype=torch.long)
-    batches = torch.split(torch.arange(num_windows), _MAX_BATCH_SIZE)
+    batches = torch.split(torch.arange(num_windows), _choose_batch_size(model, seq_len))
     num_steps = len(batches) * (seq_len - 1)
     for batch_index, rows in enumerate(batches):
         past_key_values = None
@@ -128,6 +132,29 @@ def sample_tokens(
             if on_progress is not None:
                 on_progress(batch_index * (seq_len - 1) + position, num_steps)
     return tokens.numpy().astype(np.int32)
+
+
+def _choose_batch_size(model: PreTrainedModel, seq_len: int) -> int:
+    """Choose how many sequences are drawn at once. On a GPU a step takes as long for one as for hundreds."""
+    if model.device.type != "cuda":
+        return _CPU_BATCH_SIZE
+    free_bytes = int(_SHARE_OF_FREE * find_free_bytes(model.device))
+    return max(1, min(_MAX_BATCH_SIZE, free_bytes // estimate_sampling_bytes(model, seq_len)))
+
+
+def estimate_sampling_bytes(model: PreTrainedModel, seq_len: int) -> int:
+    """Estimate the memory that one sequence takes while it is sampled: its KV cache twice, and its logits.
+
+    Args:
+        model: a causal language model.
+        seq_len: tokens in a sequence.
+    """
+    config: Any = model.config.get_text_config(decoder=True)
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache_bytes = 2 * config.num_hidden_layers * num_kv_heads * head_dim * seq_len * model.dtype.itemsize
+    logits_bytes = config.vocab_size * (2 * model.dtype.itemsize + 3 * torch.float64.itemsize)
+    return 2 * int(cache_bytes) + int(logits_bytes)
 
 
 def _find_first_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -12,7 +12,7 @@ from scipy.stats import chisquare
 from transformers import AutoTokenizer
 
 from lpsearch.data import Windows, build_windows
-from lpsearch.data.sampling import sample_tokens
+from lpsearch.data.sampling import estimate_sampling_bytes, sample_tokens
 from lpsearch.errors import ModelError
 from tests.tiny_models import build_tiny_model
 
@@ -128,3 +128,19 @@ def test_progress_reaches_its_end(model, tokenizer):
     _build(model, tokenizer, on_progress=lambda done, total: steps.append((done, total)))
     assert steps[-1] == (11, 11)
     assert len(steps) == 11
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen3"])
+def test_a_sequence_takes_the_memory_that_is_estimated(family, dtype):
+    model = build_tiny_model(family).to(dtype)
+    seq_len = 24
+    cache = model(input_ids=torch.zeros((1, seq_len), dtype=torch.long), use_cache=True).past_key_values
+    cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    logits_bytes = estimate_sampling_bytes(model, 0)
+    assert logits_bytes >= 3 * 8 * model.config.vocab_size  # a distribution, its sum and one more in float64
+    estimated = (estimate_sampling_bytes(model, seq_len) - logits_bytes) // 2
+    if family == "qwen3":  # whose last layers keep a window alone
+        assert estimated / 2 < cache_bytes < estimated
+    else:
+        assert cache_bytes == estimated
