@@ -154,7 +154,7 @@ def _load_unrepaired(plan_path: Path) -> Plan:
     plan = given.without_recovery()
     if plan is not given:
         logger.info("%s was repaired already; the repair begins again from the unmodified weights", plan_path)
-    if plan.num_joins == 0:
+    if plan.num_joins == 0 and plan.num_dropped == 0:
         raise PlanError(
             f"{plan_path}: the plan joins no layers, so there is nothing to recover; give a plan with groups"
         )
@@ -214,7 +214,8 @@ def _measure_untouched(loaded: LoadedModel, plan: Plan, windows: Windows) -> _Un
     from lpsearch.commands.results import check_finite
     from lpsearch.evaluation import ModelEvaluator
 
-    evaluator = ModelEvaluator(model=loaded.model, windows=windows)
+    # Without a cache, which would take the memory that the repair needs.
+    evaluator = ModelEvaluator(model=loaded.model, windows=windows, cache_bytes=0)
     indices = range(windows.num_windows)
     with show_steps("measuring the plan without repair") as on_step:
         base = evaluator.evaluate_windows(Plan.baseline(plan.num_layers), indices).nll_nats_per_token
