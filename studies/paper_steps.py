@@ -26,7 +26,7 @@ from lpsearch.commands.console import Answer
 from lpsearch.commands.loading import describe_device
 from lpsearch.commands.tasks import TaskRun
 from lpsearch.data import Windows
-from lpsearch.errors import ResumeError, StudyError
+from lpsearch.errors import LpsearchError, ResumeError, StudyError, describe_error
 from lpsearch.evaluation import ModelEvaluator, compute_paired_delta
 from lpsearch.json_file import load_json
 from lpsearch.latency import LatencyModel, LatencyProfile
@@ -234,6 +234,7 @@ def measure_times(
 
     Raises:
         FamilyError: if transformers cannot build the model from its configuration.
+        LpsearchError: if the model does not fit on the device.
     """
     traits = read_traits(config)
     builder: StepBuilder
@@ -243,7 +244,13 @@ def measure_times(
         builder = TransformersSteps(traits, workload, device=device, dtype=dtype)
     if not builder.fuses:
         return {"runtime": builder.runtime, "modes": {}, "left_out": "its groups do not run as one wide layer"}
-    builder.reserve(traits.num_layers)
+    try:
+        builder.reserve(traits.num_layers)
+    except torch.OutOfMemoryError as error:
+        raise LpsearchError(
+            f"the model does not fit on {device} to be timed ({describe_error(error)}); use a larger device, fewer "
+            "--context or --batch, --latency with a profile of several GPUs, or --no-times"
+        ) from None
     named = {UNMODIFIED: Plan.baseline(traits.num_layers), **plans}
     modes: dict[str, dict[str, Any]] = {}
     for mode in builder.modes:
