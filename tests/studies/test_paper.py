@@ -20,7 +20,7 @@ from lpsearch.models import load_geometry, load_model, resolve_source
 from lpsearch.plan import Plan
 from lpsearch.recovery import apply_recovery
 from lpsearch.transform import applied_plan
-from studies import paper, paper_steps
+from studies import paper, paper_experiment, paper_steps
 from tests.task_files import CHOICES, write_choices
 from tests.tolerances import FLOAT32_LOSS
 
@@ -167,7 +167,7 @@ def test_a_finished_step_is_not_run_again(
     def refuse(line: list[str]) -> dict[str, Any]:
         raise AssertionError(f"{line} was run again")
 
-    monkeypatch.setattr(paper, "run_command", refuse)
+    monkeypatch.setattr(paper_experiment, "run_command", refuse)
     assert paper.main(arguments) == 0
     after = {file.name: file.stat().st_mtime_ns for file in steps.glob("*.json")}
     assert set(after) - set(before) == {"scores.json"}
