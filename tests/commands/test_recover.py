@@ -362,7 +362,7 @@ def test_plans_and_places_that_cannot_be_used_are_refused_first(
     save_plan(Plan(Plan.baseline(6).groups, PlanMetadata(model=identity)), tmp_path / "baseline.json")
     outcome = recover(plan=tmp_path / "baseline.json")
     assert outcome.exit_code == 2
-    assert "joins no layers, so there is nothing to recover; give a plan with groups" in outcome.stderr
+    assert "joins and drops nothing, so there is nothing to recover; give a plan with groups" in outcome.stderr
     outcome = recover(out="plan.json")
     assert outcome.exit_code == 2
     assert "plan.json is a file; name a new directory" in outcome.document["error"]["message"]
