@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -29,6 +30,9 @@ from lpsearch.plan import Plan, ProxyMetrics, find_recovered_weights, load_plan
 from lpsearch.wording import describe_repair
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
     from lpsearch.data import Windows
     from lpsearch.evaluation import WindowLosses
     from lpsearch.models import LoadedModel
@@ -72,29 +76,20 @@ def evaluate(
     What is not given is taken from the plan file, so that a plan alone repeats the values in it. Of a directory that
     recover wrote, the loss is that with the repaired weights, and untouched_delta_nll what the plan costs without them.
     """
-    from lpsearch.commands.results import build_proxy_metrics
     from lpsearch.data import check_seq_len, check_text_kinds
-    from lpsearch.evaluation import ModelEvaluator
-    from lpsearch.evaluation.losses import PlanLosses
-    from lpsearch.recovery import read_recovery, swapped_weights
-    from lpsearch.search.results import compute_loss
+    from lpsearch.recovery import read_recovery
 
     plan = load_plan(plan_path)
     find_recovered_weights(plan, plan_path)  # which must be there, before anything is loaded
-    metadata = plan.metadata
-    assert metadata is not None  # a plan file has it
+    assert plan.metadata is not None  # a plan file has it
     repair = describe_repair(plan, plan_path)
     if repair is not None:
         logger.warning("%s; what is measured now is the plan without them", repair)
-    measured = getattr(metadata.metrics, split) or metadata.metrics.proxy
-    recorded = [TextKind(_DEFAULT_DATA)] if measured is None else list_measured_kinds(measured)
-    data = data or list(map(write_kind, recorded))
-    num_windows = windows or (_DEFAULT_WINDOWS if measured is None else measured.windows // len(recorded))
-    seq_len = seq_len or (_DEFAULT_SEQ_LEN if measured is None else measured.seq_len)
-    seed = (metadata.provenance.seed or 0) if seed is None else seed
+    measured = getattr(plan.metadata.metrics, split) or plan.metadata.metrics.proxy
+    texts = _choose_texts(plan, measured, data=data, windows=windows, seq_len=seq_len, split=split, seed=seed)
     target = resolve_device(device)
     chosen_dtype = resolve_dtype(measured.dtype if dtype == "auto" and measured is not None else dtype, target)
-    check_text_kinds(data, split=split)
+    check_text_kinds(list(map(write_kind, texts.kinds)), split=split)
     task_run = prepare_tasks(
         tasks,
         task_path=task_path,
@@ -103,54 +98,165 @@ def evaluate(
         batch_size=batch_size,
         apply_chat_template=apply_chat_template,
     )
+
+    def check_tokenizer(config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        if task_run is not None:
+            task_run.check(tokenizer)
+        texts.read(tokenizer)
+
     loaded = load_model_of_plan(
         plan,
         model=model,
         device=target,
         dtype=chosen_dtype,
         trust_remote_code=trust_remote_code,
-        check=lambda config: check_seq_len(seq_len, config),
+        check=lambda config: check_seq_len(texts.seq_len, config),
+        check_tokenizer=check_tokenizer,
     )
-    if task_run is not None:
-        task_run.check(loaded)
-    built = _build_windows(
-        parse_kinds(data),
-        loaded,
-        num_windows=num_windows,
-        seq_len=seq_len,
-        split=split,
-        seed=seed,
-        searched=metadata.metrics.proxy,
-    )
-    evaluator = ModelEvaluator(model=loaded.model, windows=built, metric=metric)
-    window_indices = range(built.num_windows)
     weights = read_recovery(loaded.model, plan, plan_path)
+    document = {"plan": str(plan_path), **_measure(loaded, plan, weights, texts.build(loaded), metric=metric)}
+    if task_run is None:
+        return document
+    table = task_run.score(loaded, list_variants(loaded.model, plan, weights))
+    return Answer({**document, **table.build_document()}, table)
+
+
+def _choose_texts(
+    plan: Plan,
+    measured: ProxyMetrics | None,
+    *,
+    data: list[str] | None,
+    windows: int | None,
+    seq_len: int | None,
+    split: Split,
+    seed: int | None,
+) -> _Texts:
+    """Take what the command line leaves out from what the plan file measured, or else the defaults."""
+    assert plan.metadata is not None  # a plan file has it
+    recorded = [TextKind(_DEFAULT_DATA)] if measured is None else list_measured_kinds(measured)
+    return _Texts(
+        kinds=parse_kinds(data) if data else tuple(recorded),
+        num_windows=windows or (_DEFAULT_WINDOWS if measured is None else measured.windows // len(recorded)),
+        seq_len=seq_len or (_DEFAULT_SEQ_LEN if measured is None else measured.seq_len),
+        split=split,
+        seed=(plan.metadata.provenance.seed or 0) if seed is None else seed,
+        searched=plan.metadata.metrics.proxy,
+    )
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """The windows to evaluate on. Held-out ones of the text that a plan was searched on come after the search's own.
+
+    Attributes:
+        kinds: of text.
+        num_windows: of each kind.
+        seq_len: tokens in a window.
+        split: windows that a search uses, or those held out from it.
+        seed: of sampled text.
+        searched: what the plan was searched on; None where that is not known.
+    """
+
+    kinds: Sequence[TextKind]
+    num_windows: int
+    seq_len: int
+    split: Split
+    seed: int
+    searched: ProxyMetrics | None
+    _built: dict[str, Windows] = field(default_factory=dict, init=False, repr=False)
+
+    def read(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Build what needs the tokenizer alone, so that a text that is too short ends this before weights are read.
+
+        Raises:
+            DataError: if a text is too short.
+            SourceError: if one cannot be fetched now.
+        """
+        from lpsearch.data import build_text_windows
+
+        self._built.update(
+            build_text_windows(
+                self.kinds,
+                tokenizer=tokenizer,
+                num_windows=self.num_windows,
+                seq_len=self.seq_len,
+                split=self.split,
+                after=self._build_searched(tokenizer),
+            )
+        )
+
+    def build(self, loaded: LoadedModel) -> Windows:
+        """Build the windows; only what was not read before."""
+        from lpsearch.data import build_mixed_windows
+
+        with show_steps("preparing windows") as on_progress:
+            return build_mixed_windows(
+                self.kinds,
+                tokenizer=loaded.tokenizer,
+                num_windows=self.num_windows,
+                seq_len=self.seq_len,
+                split=self.split,
+                seed=self.seed,
+                model=loaded.model,
+                built=self._built,
+                on_progress=on_progress,
+            )
+
+    def _build_searched(self, tokenizer: PreTrainedTokenizerBase) -> list[Windows]:
+        """Build the windows that the search saw of the same texts; none of them is sampled."""
+        from lpsearch.data import build_text_windows, is_same_text
+
+        if self.split != "heldout" or self.searched is None:
+            return []
+        former = list_measured_kinds(self.searched)
+        again = [
+            old for old in former if any(is_same_text(old.spec, kind.spec, split=self.split) for kind in self.kinds)
+        ]
+        num_windows, seq_len = self.searched.windows // len(former), self.searched.seq_len
+        built = build_text_windows(again, tokenizer=tokenizer, num_windows=num_windows, seq_len=seq_len, split="proxy")
+        return list(built.values())
+
+
+def _measure(
+    loaded: LoadedModel, plan: Plan, weights: Mapping[str, Tensor], windows: Windows, *, metric: Metric
+) -> dict[str, Any]:
+    """Measure the plan, with repaired weights too where there are any, and build the part of the document on losses.
+
+    Raises:
+        LpsearchError: if a loss is not finite.
+    """
+    from lpsearch.commands.results import build_proxy_metrics
+    from lpsearch.evaluation import ModelEvaluator
+    from lpsearch.evaluation.losses import PlanLosses
+    from lpsearch.recovery import swapped_weights
+    from lpsearch.search.results import compute_loss
+
+    evaluator = ModelEvaluator(model=loaded.model, windows=windows, metric=metric)
+    indices = range(windows.num_windows)
     with show_steps("evaluating the unmodified model and the plan") as on_step:
-        base_losses = evaluator.evaluate_windows(Plan.baseline(plan.num_layers), window_indices)
+        base_losses = evaluator.evaluate_windows(Plan.baseline(plan.num_layers), indices)
         on_step(1, 3)
-        losses = evaluator.evaluate_windows(plan.without_recovery(), window_indices)
+        losses = evaluator.evaluate_windows(plan.without_recovery(), indices)
         on_step(2, 3)
         with swapped_weights(loaded.model, weights):
-            repaired_losses = evaluator.evaluate_windows(plan, window_indices, variant="repaired") if weights else None
+            repaired_losses = evaluator.evaluate_windows(plan, indices, variant="repaired") if weights else None
 
     def compare(found: WindowLosses) -> Loss:
         return compute_loss(
-            PlanLosses.build(built.num_windows, window_indices, found),
-            PlanLosses.build(built.num_windows, window_indices, base_losses),
+            PlanLosses.build(windows.num_windows, indices, found),
+            PlanLosses.build(windows.num_windows, indices, base_losses),
             metric=metric,
-            kinds=built.kinds,
+            kinds=windows.kinds,
         )
 
-    loss = compare(losses if repaired_losses is None else repaired_losses)
     metrics = build_proxy_metrics(
-        loss,
-        windows=built,
+        compare(losses if repaired_losses is None else repaired_losses),
+        windows=windows,
         dtype=str(loaded.model.dtype).removeprefix("torch."),
-        device_name=describe_device(target),
+        device_name=describe_device(loaded.model.device),
         variant=RAW if repaired_losses is None else _name_variant(plan),
     )
-    document = {
-        "plan": str(plan_path),
+    return {
         "model": loaded.identity.id,
         "num_joins": plan.num_joins,
         "depth_reduction": plan.depth_reduction,
@@ -158,48 +264,6 @@ def evaluate(
         "untouched_delta_nll": compare(losses).delta_nll if weights else None,
         **metrics.model_dump(mode="json"),
     }
-    if task_run is None:
-        return document
-    table = task_run.score(loaded, list_variants(loaded.model, plan, weights))
-    return Answer({**document, **table.build_document()}, table)
-
-
-def _build_windows(
-    kinds: Sequence[TextKind],
-    loaded: LoadedModel,
-    *,
-    num_windows: int,
-    seq_len: int,
-    split: Split,
-    seed: int,
-    searched: ProxyMetrics | None,
-) -> Windows:
-    """Build the windows. Held-out ones of the text that the plan was searched on come after the search's own."""
-    from lpsearch.data import build_mixed_windows, is_same_text
-
-    def build(
-        kinds: Sequence[TextKind], split: Split, num_windows: int, seq_len: int, after: Windows | None = None
-    ) -> Windows:
-        with show_steps("preparing windows") as on_progress:
-            return build_mixed_windows(
-                kinds,
-                tokenizer=loaded.tokenizer,
-                num_windows=num_windows,
-                seq_len=seq_len,
-                split=split,
-                seed=seed,
-                model=loaded.model,
-                after=after,
-                on_progress=on_progress,
-            )
-
-    after = None
-    if split == "heldout" and searched is not None:
-        former = list_measured_kinds(searched)
-        again = [old for old in former if any(is_same_text(old.spec, kind.spec, split=split) for kind in kinds)]
-        if again:
-            after = build(again, "proxy", searched.windows // len(former), searched.seq_len)
-    return build(kinds, split, num_windows, seq_len, after)
 
 
 def _name_variant(plan: Plan) -> str:

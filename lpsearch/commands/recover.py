@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,8 +23,10 @@ from lpsearch.commands.loading import (
     resolve_source_of_plan,
 )
 from lpsearch.commands.options import DeviceOption, DtypeOption, ModelOption, PlanArgument, TrustOption
+from lpsearch.commands.recover_methods import Repair, distill_plan, refit_plan
 from lpsearch.commands.recover_texts import RecoveryTexts, choose_kinds, find_seq_len
 from lpsearch.commands.steps import show_steps
+from lpsearch.config import Dtype
 from lpsearch.errors import LpsearchError, PlanError, UsageError
 from lpsearch.kinds import parse_kinds, write_kind
 from lpsearch.plan import Plan, RecoveredLoss, Recovery, load_plan
@@ -33,7 +35,6 @@ from lpsearch.versions import read_versions
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from torch import Tensor
 
     from lpsearch.data import Windows
     from lpsearch.models import LoadedModel
@@ -45,25 +46,19 @@ logger = logging.getLogger(__name__)
 Method = Literal["refit", "distill"]
 
 _DEFAULT_WINDOWS: dict[Method, int] = {"refit": 64, "distill": 512}
-_VALIDATION_SHARE = 16
-"""One window in so many of each kind tells when distilling has helped most."""
 
 
 @dataclass(frozen=True)
-class _Repair:
-    """What a method found.
+class _Untouched:
+    """Losses before a repair on the windows to measure on, in nats per token.
 
     Attributes:
-        weights: by name in the model.
-        num_tokens: tokens that it saw, each as often as it saw it.
-        steps: steps of training; None for a refit.
-        settings: what decided the result.
+        base: of the unmodified model.
+        untouched: under the plan.
     """
 
-    weights: Mapping[str, Tensor]
-    num_tokens: int
-    steps: int | None
-    settings: Mapping[str, str | int | float | bool | None]
+    base: tuple[float, ...]
+    untouched: tuple[float, ...]
 
 
 def recover(
@@ -109,14 +104,7 @@ def recover(
     is_first = os.environ.get("RANK", "0") == "0"
     if method == "refit" and not is_first:  # one process is enough for it, and would write the same directory
         return {"recovered": None}
-    given = load_plan(plan_path)
-    plan = given.without_recovery()
-    if plan is not given:
-        logger.info("%s was repaired already; the repair begins again from the unmodified weights", plan_path)
-    if plan.num_joins == 0:
-        raise PlanError(
-            f"{plan_path}: the plan joins no layers, so there is nothing to recover; give a plan with groups"
-        )
+    plan = _load_unrepaired(plan_path)
     check_target(out)
     settings = {
         "num_tokens": tokens,
@@ -138,29 +126,57 @@ def recover(
         seed=seed,
     )
     texts.check()
+    loaded = _load_model(plan, texts, model=model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    began = time.monotonic()
+    calibration, unseen = texts.build(loaded)
+    text_seconds = time.monotonic() - began
+    before = _measure_untouched(loaded, plan, unseen)
+    began = time.monotonic()
+    repair = refit_plan(loaded, plan, calibration, passes=passes)
+    if method == "distill":
+        repair = distill_plan(loaded, plan, calibration, repair, settings=settings, checkpoints=_name_checkpoints(out))
+        if not is_first:
+            return {"recovered": None}
+    seconds = text_seconds + time.monotonic() - began
+    losses = _measure(loaded, plan, repair, unseen, before)
+    recovery = _build_recovery(method, repair, calibration, losses, loaded, seconds=seconds)
+    _write(out, plan, loaded, repair, recovery)
+    return Answer(_build_document(plan_path, out, recovery), _build_table(recovery))
+
+
+def _load_unrepaired(plan_path: Path) -> Plan:
+    """Read the plan, without what an earlier repair made of its weights.
+
+    Raises:
+        PlanError: if it joins no layers.
+    """
+    given = load_plan(plan_path)
+    plan = given.without_recovery()
+    if plan is not given:
+        logger.info("%s was repaired already; the repair begins again from the unmodified weights", plan_path)
+    if plan.num_joins == 0 and plan.num_dropped == 0:
+        raise PlanError(
+            f"{plan_path}: the plan joins and drops nothing, so there is nothing to recover; give a plan with groups"
+        )
+    return plan
+
+
+def _load_model(
+    plan: Plan, texts: RecoveryTexts, *, model: str | None, device: str, dtype: Dtype, trust_remote_code: bool
+) -> LoadedModel:
+    """Load the unmodified model in float32 where that fits; texts that are too short end this before its weights."""
     target = _resolve_rank_device(device)
     if dtype == "auto" and not trust_remote_code and fits_in_float32(resolve_source_of_plan(plan, model), target):
         dtype = "float32"  # the weights are written in it, and rounded once when they are exported
-    loaded = load_model_of_plan(
+    return load_model_of_plan(
         plan,
         model=model,
         device=target,
         dtype=resolve_dtype(dtype, target),
         trust_remote_code=trust_remote_code,
         check=texts.check_config,
+        check_tokenizer=lambda config, tokenizer: texts.read(tokenizer),
     )
-    began = time.monotonic()
-    calibration, unseen = texts.build(loaded)
-    repair = _refit(loaded, plan, calibration, passes=passes)
-    if method == "distill":
-        repair = _distill(loaded, plan, calibration, repair, settings=settings, checkpoints=_name_checkpoints(out))
-        if not is_first:
-            return {"recovered": None}
-    seconds = time.monotonic() - began
-    losses = _measure(loaded, plan, repair, unseen)
-    recovery = _build_recovery(method, repair, calibration, losses, loaded, seconds=seconds)
-    _write(out, plan, loaded, repair, recovery)
-    return Answer(_build_document(plan_path, out, recovery), _build_table(recovery))
 
 
 def _check_settings(settings: Mapping[str, Any]) -> None:
@@ -189,95 +205,50 @@ def _name_checkpoints(out: Path) -> Path:
     return out.absolute().parent / f".{out.name}.checkpoints"
 
 
-def _refit(loaded: LoadedModel, plan: Plan, windows: Windows, *, passes: int) -> _Repair:
-    from lpsearch.recovery import Refitter
-
-    with show_steps("refitting") as on_step:
-        refit = Refitter(loaded.model, windows, num_passes=passes).fit(plan, on_progress=on_step)
-    for name in refit.not_fitted:
-        logger.warning("%s has no output projection that could be fitted; it stays as it is", name)
-    logger.info("refitted %d of %d products", sum(p.ridge is not None for p in refit.products), len(refit.products))
-    num_tokens = windows.num_windows * windows.seq_len * passes
-    return _Repair(refit.weights, num_tokens, None, {"passes": passes})
-
-
-def _distill(
-    loaded: LoadedModel,
-    plan: Plan,
-    windows: Windows,
-    refit: _Repair,
-    *,
-    settings: Mapping[str, Any],
-    checkpoints: Path,
-) -> _Repair:
-    from lpsearch.data import Windows
-    from lpsearch.recovery.distill import DistillSettings, distill
-    from lpsearch.recovery.mixture import Mixture
-
-    training, validation = {}, {}
-    for part in windows.split_kinds():
-        num_kept = part.num_windows - max(1, part.num_windows // _VALIDATION_SHARE)
-        training[part.spec] = Windows(part.input_ids[:num_kept], part.spec)
-        validation[part.spec] = Windows(part.input_ids[num_kept:], part.spec)
-    mixture = Mixture(training, {kind.spec: kind.weight for kind in windows.kinds})
-    reported = 0.0
-
-    def report(step: int, steps: int, training_kl: float, recovered: float) -> None:
-        nonlocal reported
-        on_step(step, steps)
-        if recovered != reported:
-            reported = recovered
-            message = "step %d of %d: KL %.4f nats per token on training text, %.1f %% won back on validation windows"
-            logger.info(message, step, steps, training_kl, 100 * recovered)
-
-    with show_steps("distilling") as on_step:
-        distilled = distill(
-            loaded.model,
-            plan,
-            training=mixture,
-            validation=validation,
-            settings=DistillSettings(**settings),
-            weights=refit.weights,
-            checkpoint_dir=checkpoints,
-            on_progress=report,
-        )
-    logger.info(
-        "distilled %d steps (%s); the best is step %d: KL on validation windows is down by %.1f %%",
-        distilled.steps,
-        distilled.stopped,
-        distilled.best_step,
-        100 * distilled.recovered,
-    )
-    weights = {name: weight.to(loaded.model.device) for name, weight in distilled.weights.items()}
-    recorded = {name: value for name, value in settings.items() if value is not None}
-    return _Repair(weights, refit.num_tokens + distilled.tokens, distilled.steps, {**refit.settings, **recorded})
-
-
-def _measure(loaded: LoadedModel, plan: Plan, repair: _Repair, windows: Windows) -> tuple[RecoveredLoss, ...]:
-    """Measure the plan with and without the repair on windows of every kind.
+def _measure_untouched(loaded: LoadedModel, plan: Plan, windows: Windows) -> _Untouched:
+    """Measure the unmodified model and the plan, before the work of a repair.
 
     Raises:
-        LpsearchError: if the repair does not help on average, so that nothing is written.
+        LpsearchError: if a loss is not finite, so that there is nothing to repair by.
     """
+    from lpsearch.commands.results import check_finite
+    from lpsearch.evaluation import ModelEvaluator
+
+    # Without a cache, which would take the memory that the repair needs.
+    evaluator = ModelEvaluator(model=loaded.model, windows=windows, cache_bytes=0)
+    indices = range(windows.num_windows)
+    with show_steps("measuring the plan without repair") as on_step:
+        base = evaluator.evaluate_windows(Plan.baseline(plan.num_layers), indices).nll_nats_per_token
+        on_step(1, 2)
+        untouched = evaluator.evaluate_windows(_without_metadata(plan), indices).nll_nats_per_token
+        on_step(2, 2)
+    check_finite([*base, *untouched], spec=windows.spec, dtype=_name_dtype(loaded))
+    return _Untouched(base, untouched)
+
+
+def _measure(
+    loaded: LoadedModel, plan: Plan, repair: Repair, windows: Windows, known: _Untouched
+) -> tuple[RecoveredLoss, ...]:
+    """Measure the plan with the repair on windows of every kind.
+
+    Raises:
+        LpsearchError: if a loss is not finite or the repair does not help on average, so that nothing is written.
+    """
+    from lpsearch.commands.results import check_finite
     from lpsearch.evaluation import ModelEvaluator, compute_paired_delta
     from lpsearch.recovery import swapped_weights
 
-    evaluator = ModelEvaluator(model=loaded.model, windows=windows)
-    bare = Plan(plan.groups)  # whose model was checked when it was loaded
+    evaluator = ModelEvaluator(model=loaded.model, windows=windows, cache_bytes=0)
     indices = range(windows.num_windows)
-    with show_steps("measuring what was won back") as on_step:
-        base = evaluator.evaluate_windows(Plan.baseline(plan.num_layers), indices).nll_nats_per_token
-        on_step(1, 3)
-        untouched = evaluator.evaluate_windows(bare, indices).nll_nats_per_token
-        on_step(2, 3)
-        with swapped_weights(loaded.model, repair.weights):
-            repaired = evaluator.evaluate_windows(bare, indices, variant="repaired").nll_nats_per_token
-        on_step(3, 3)
+    with show_steps("measuring what was won back"), swapped_weights(loaded.model, repair.weights):
+        found = evaluator.evaluate_windows(_without_metadata(plan), indices, variant="repaired")
+    repaired = found.nll_nats_per_token
+    check_finite(repaired, spec=windows.spec, dtype=_name_dtype(loaded))
     losses = []
     for number, part in enumerate(windows.split_kinds()):
         chosen = slice(number, None, len(windows.kinds))
-        before = compute_paired_delta(untouched[chosen], base[chosen])
-        after = compute_paired_delta(repaired[chosen], base[chosen])
+        before = compute_paired_delta(known.untouched[chosen], known.base[chosen])
+        after = compute_paired_delta(repaired[chosen], known.base[chosen])
         losses.append(
             RecoveredLoss(
                 data=part.spec,
@@ -297,9 +268,18 @@ def _measure(loaded: LoadedModel, plan: Plan, repair: _Repair, windows: Windows)
     return tuple(losses)
 
 
+def _without_metadata(plan: Plan) -> Plan:
+    """Return the plan alone; its model was checked when it was loaded, and repaired weights are another model's."""
+    return replace(plan, metadata=None)
+
+
+def _name_dtype(loaded: LoadedModel) -> str:
+    return str(loaded.model.dtype).removeprefix("torch.")
+
+
 def _build_recovery(
     method: Method,
-    repair: _Repair,
+    repair: Repair,
     windows: Windows,
     losses: tuple[RecoveredLoss, ...],
     loaded: LoadedModel,
@@ -320,13 +300,13 @@ def _build_recovery(
         settings={"windows": windows.num_windows, "seq_len": windows.seq_len, **repair.settings},
         losses=losses,
         fingerprint=fingerprint,
-        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        dtype=_name_dtype(loaded),
         device=describe_device(loaded.model.device),
         versions=read_versions(),
     )
 
 
-def _write(out: Path, plan: Plan, loaded: LoadedModel, repair: _Repair, recovery: Recovery) -> None:
+def _write(out: Path, plan: Plan, loaded: LoadedModel, repair: Repair, recovery: Recovery) -> None:
     """Write the directory, and remove what training kept to go on with."""
     import shutil
 

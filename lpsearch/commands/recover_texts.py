@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lpsearch.commands.steps import show_steps
@@ -10,6 +10,8 @@ from lpsearch.kinds import TextKind, list_measured_kinds, write_kind
 from lpsearch.plan import Plan
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from lpsearch.data import Windows
     from lpsearch.models import LoadedModel
 
@@ -33,6 +35,13 @@ class RecoveryTexts:
     num_windows: int
     seq_len: int
     seed: int
+    _fitted: dict[str, Windows] = field(default_factory=dict, init=False, repr=False)
+    _unseen: dict[str, Windows] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def num_unseen(self) -> int:
+        """Windows to measure on, of each kind: a quarter as many, but at most 64."""
+        return min(64, max(1, self.num_windows // 4))
 
     def check(self) -> None:
         """Check that the texts are there, before anything is loaded.
@@ -55,24 +64,45 @@ class RecoveryTexts:
 
         check_seq_len(self.seq_len, config)
 
+    def read(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Build what needs the tokenizer alone, so that a text that is too short ends this before weights are read.
+
+        Raises:
+            DataError: if a text is too short.
+            SourceError: if one cannot be fetched now.
+        """
+        from lpsearch.data import build_text_windows
+
+        options: dict[str, Any] = {"tokenizer": tokenizer, "seq_len": self.seq_len}
+        self._fitted.update(build_text_windows(self.kinds, num_windows=self.num_windows, split="proxy", **options))
+        after = list(self._fitted.values())
+        self._unseen.update(
+            build_text_windows(self.heldout, num_windows=self.num_unseen, split="heldout", after=after, **options)
+        )
+
     def build(self, loaded: LoadedModel) -> tuple[Windows, Windows]:
-        """Build the windows to fit to, and others to measure on, a quarter as many but at most 64 of a kind."""
+        """Build the windows to fit to, and others to measure on; only what was not read before."""
         from lpsearch.data import build_mixed_windows
 
         options: dict[str, Any] = {
             "tokenizer": loaded.tokenizer, "seq_len": self.seq_len, "seed": self.seed, "model": loaded.model
         }  # fmt: skip
-        num_unseen = min(64, max(1, self.num_windows // 4))
         with show_steps("preparing windows to fit to") as on_progress:
             calibration = build_mixed_windows(
-                self.kinds, num_windows=self.num_windows, split="proxy", on_progress=on_progress, **options
+                self.kinds,
+                num_windows=self.num_windows,
+                split="proxy",
+                built=self._fitted,
+                on_progress=on_progress,
+                **options,
             )
         with show_steps("preparing windows to measure on") as on_progress:
             unseen = build_mixed_windows(
                 self.heldout,
-                num_windows=num_unseen,
+                num_windows=self.num_unseen,
                 split="heldout",
                 after=calibration,
+                built=self._unseen,
                 on_progress=on_progress,
                 **options,
             )

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lpsearch.data import Windows
     from lpsearch.latency import LatencyModel
 
-__all__ = ["build_front_file", "build_proxy_metrics", "build_summary", "name_plan_files", "write_front"]
+__all__ = ["build_front_file", "build_proxy_metrics", "build_summary", "check_finite", "name_plan_files", "write_front"]
 
 _SUMMARY_FIELDS = {
     "plan",
@@ -47,6 +47,21 @@ _KL_FIELDS = {"kl_nats_per_token", "heldout_kl_nats_per_token"}
 _KIND_FIELDS = {"by_kind", "heldout_by_kind"}
 _REFIT_FIELDS = {"untouched_delta_nll", "untouched_heldout_delta_nll"}
 _WORST_CASE_FIELDS = {"worst_kind_loss", "heldout_worst_kind_loss"}
+
+
+def check_finite(losses: Sequence[float], *, spec: str, dtype: str) -> None:
+    """Refuse losses that no file can hold.
+
+    Args:
+        losses: in nats per token.
+        spec: what was evaluated on.
+        dtype: dtype of the weights.
+
+    Raises:
+        LpsearchError: if one is not finite.
+    """
+    if not all(map(math.isfinite, losses)):
+        raise LpsearchError(f"a loss on {spec} is not finite in {dtype}; use --dtype float32 or bfloat16")
 
 
 def name_plan_files(front: Sequence[TrialResult]) -> list[TrialResult]:
@@ -194,8 +209,7 @@ def build_proxy_metrics(
     Raises:
         LpsearchError: if the loss is not finite.
     """
-    if not math.isfinite(loss.delta_nll):
-        raise LpsearchError(f"a loss on {windows.spec} is not finite in {dtype}; use --dtype float32 or bfloat16")
+    check_finite([loss.delta_nll], spec=windows.spec, dtype=dtype)
     return ProxyMetrics(
         variant=variant,
         nll=loss.nll,

@@ -25,7 +25,7 @@ from lpsearch.wording import format_value, name_count
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lpsearch.evaluation.harness import TaskSuite
     from lpsearch.evaluation.task_scores import TaskResult
@@ -93,8 +93,8 @@ class TaskRun:
     batch_size: int
     apply_chat_template: bool
 
-    def check(self, loaded: LoadedModel) -> None:
-        """Refuse a chat template that a model does not have, before anything is evaluated.
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse a chat template that a model does not have, before its weights are read.
 
         Raises:
             UsageError: if it has none and one is to be applied.
@@ -102,7 +102,7 @@ class TaskRun:
         from lpsearch.evaluation.tasks import check_chat_template
 
         if self.apply_chat_template:
-            check_chat_template(loaded.tokenizer)
+            check_chat_template(tokenizer)
 
     def score(self, loaded: LoadedModel, variants: Mapping[str, Variant]) -> TaskTable:
         """Score variants of a model.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from lpsearch.wording import name_count
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["build_mixed_windows", "build_windows", "check_seq_len"]
+__all__ = ["build_mixed_windows", "build_text_windows", "build_windows", "check_seq_len"]
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,7 @@ def build_mixed_windows(
     seed: int = 0,
     model: PreTrainedModel | None = None,
     after: Windows | Sequence[Windows] | None = None,
+    built: Mapping[str, Windows] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Windows:
     """Build windows of several kinds of text, interleaved; see :func:`build_windows`.
@@ -123,6 +124,7 @@ def build_mixed_windows(
         seed: seed of ``self``.
         model: the unmodified model.
         after: windows that must not be overlapped, or several.
+        built: what :func:`build_text_windows` built of these kinds before the model was loaded.
         on_progress: called with steps done and steps in all while ``self`` is sampled.
 
     Raises:
@@ -130,8 +132,13 @@ def build_mixed_windows(
         ModelError: as :func:`build_windows`.
         SourceError: as :func:`build_windows`.
     """
+    built = built or {}
+    for windows in built.values():
+        _check_vocabulary(windows, model)
     parts = [
-        build_windows(
+        built[kind.spec]
+        if kind.spec in built
+        else build_windows(
             kind.spec,
             tokenizer=tokenizer,
             num_windows=num_windows,
@@ -145,6 +152,40 @@ def build_mixed_windows(
         for kind in kinds
     ]
     return Windows.interleave(parts, [kind.weight for kind in kinds])
+
+
+def build_text_windows(
+    kinds: Sequence[TextKind],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    num_windows: int,
+    seq_len: int,
+    split: Split = "proxy",
+    after: Windows | Sequence[Windows] | None = None,
+) -> dict[str, Windows]:
+    """Build those windows of :func:`build_mixed_windows` that need no model, by specification: all but ``self``.
+
+    The tokenizer is there long before the weights, and tells whether a text is long enough.
+
+    Args:
+        kinds: specifications and weights.
+        num_windows: number of windows of each kind.
+        tokenizer: the model's tokenizer.
+        seq_len: tokens in a window.
+        split: ``proxy`` to search on, ``heldout`` to report on.
+        after: windows that must not be overlapped, or several.
+
+    Raises:
+        DataError: as :func:`build_windows`.
+        SourceError: as :func:`build_windows`.
+    """
+    return {
+        kind.spec: build_windows(
+            kind.spec, tokenizer=tokenizer, num_windows=num_windows, seq_len=seq_len, split=split, after=after
+        )
+        for kind in kinds
+        if kind.spec != "self"
+    }
 
 
 def _list_windows(windows: Windows | Sequence[Windows] | None) -> Sequence[Windows]:

@@ -6,13 +6,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lpsearch.data.columns import select_values
-from lpsearch.errors import DataError, SourceError
+from lpsearch.errors import DataError, SourceError, describe_error
 
 __all__ = ["WIKITEXT_ID", "check_hub_reachable", "read_hub_values"]
 
 WIKITEXT_ID = "Salesforce/wikitext"
 
 _HUB_PROBE_TIMEOUT_S = 5
+_MEND = (
+    "give a local file with --data FILE, use --data self, which needs no download, or set HF_HUB_OFFLINE=1 if it was "
+    "downloaded before"
+)
 
 
 def read_hub_values(
@@ -35,8 +39,7 @@ def read_hub_values(
     from datasets.exceptions import DatasetNotFoundError
 
     offline = datasets.config.HF_HUB_OFFLINE
-    if not offline:
-        check_hub_reachable(dataset_id)
+    check_hub_reachable(dataset_id)
     # The small default is stored whole in the cache of `datasets`; without a network only that cache can answer.
     streaming = dataset_id != WIKITEXT_ID and not offline
     try:
@@ -55,13 +58,22 @@ def read_hub_values(
         raise DataError(f"dataset {spec}: {error}; write ID:CONFIG:SPLIT") from None
 
 
-def check_hub_reachable(dataset_id: str) -> None:
-    """Ask the hub for the dataset once, since `datasets` itself retries for minutes.
+def check_hub_reachable(dataset_id: str, *, subject: str = "dataset", mend: str = _MEND) -> None:
+    """Ask the hub for a dataset once, since `datasets` itself retries for minutes; never where it is set to offline.
+
+    Args:
+        dataset_id: id of the dataset on the hub.
+        subject: what it is, for messages, e.g. ``task arc_easy: its dataset``.
+        mend: what else to do where the hub does not answer.
 
     Raises:
         DataError: if there is no such dataset.
         SourceError: if it is gated or the hub does not answer within seconds.
     """
+    import datasets
+
+    if datasets.config.HF_HUB_OFFLINE:
+        return
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -72,19 +84,17 @@ def check_hub_reachable(dataset_id: str) -> None:
         call_within(_HUB_PROBE_TIMEOUT_S, lambda: api.dataset_info(dataset_id, timeout=_HUB_PROBE_TIMEOUT_S))
     except GatedRepoError:
         raise SourceError(
-            f"dataset {dataset_id} is gated; accept its terms at {api.endpoint}/datasets/{dataset_id} and log in with "
-            "`hf auth login`"
+            f"{subject} {dataset_id} is gated; accept its terms at {api.endpoint}/datasets/{dataset_id} and log in "
+            "with `hf auth login`"
         ) from None
     except RepositoryNotFoundError:
         raise DataError(
-            f"dataset {dataset_id} is neither a local file nor on the hub at {api.endpoint} (a private one needs "
+            f"{subject} {dataset_id} is neither a local file nor on the hub at {api.endpoint} (a private one needs "
             "`hf auth login`); check the spelling"
         ) from None
     except Exception as error:  # the HTTP client under the hub library differs between its versions
-        raise SourceError(
-            f"dataset {dataset_id} cannot be reached at {api.endpoint}: {error}; give a local file with --data FILE, "
-            "use --data self, which needs no download, or set HF_HUB_OFFLINE=1 if it was downloaded before"
-        ) from None
+        reason = describe_error(error)
+        raise SourceError(f"{subject} {dataset_id} cannot be reached at {api.endpoint}: {reason}; {mend}") from None
 
 
 def _choose_split(names: Sequence[str]) -> str:

@@ -84,10 +84,7 @@ class TextSource:
             if not any(not isinstance(value, str) or value.strip() for value in self._read_values()):
                 raise DataError(f"{self.spec} holds no text; give a file or dataset that does")
             return
-        import datasets
-
-        if not datasets.config.HF_HUB_OFFLINE:
-            check_hub_reachable(self.location)
+        check_hub_reachable(self.location)
 
     def _read_values(self) -> Iterator[Any]:
         if self.kind == "file":

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lpsearch.data.hub import check_hub_reachable
 from lpsearch.errors import ConfigError, DataError, SourceError, UsageError, describe_error
 from lpsearch.models.quiet import quiet_transformers
 
@@ -27,7 +28,10 @@ logger = logging.getLogger(__name__)
 FEWSHOT_SEED = 1234
 """The harness's own seed of the examples before a question, so that its published numbers can be compared."""
 
-_PROBE_TIMEOUT_S = 5
+_MEND = (
+    "try again, set HF_DATASETS_OFFLINE=1 and HF_HUB_OFFLINE=1 if it was downloaded before, or write a task file over "
+    "local data and name its directory with --task-path"
+)
 _NUM_NEAR_NAMES = 5
 _NUM_SHOWN_WARNINGS = 5
 
@@ -66,7 +70,7 @@ def load_tasks(names: Sequence[str], *, task_path: Path | None = None, num_fewsh
     Raises:
         ConfigError: if lm-evaluation-harness is not installed.
         UsageError: if a name is not known, or a task is not of a kind that runs here.
-        DataError: if a task's definition or its local data is wrong.
+        DataError: if a task's definition or its local data is wrong, or the hub has no such data.
         SourceError: if a task's data cannot be fetched.
     """
     version = _check_installed()
@@ -168,18 +172,18 @@ def _index_tasks(names: Iterable[str], task_path: Path | None) -> Any:
 
 def _load_named(index: Any, name: str) -> Any:
     """Load one name; the harness fetches the data meanwhile."""
-    from datasets import config
-
     entries = _find_entries(index.task_index, name)
     datasets = {str(entry["dataset_path"]) for entry in entries if isinstance(entry.get("dataset_path"), str)}
     remote = sorted(path for path in datasets if not _is_local(path))
-    for dataset_id in [] if config.HF_HUB_OFFLINE else remote:
-        _check_reachable(name, dataset_id)
+    for dataset_id in remote:
+        check_hub_reachable(dataset_id, subject=f"task {name}: its dataset", mend=_MEND)
     try:
         return index.load([name])
     except Exception as error:  # the libraries below the harness have no common error
         if remote and isinstance(error, (OSError, ConnectionError)):
-            raise SourceError(_describe_unfetched(name, ", ".join(remote), describe_error(error))) from error
+            raise SourceError(
+                f"task {name}: its dataset {', '.join(remote)} cannot be fetched ({describe_error(error)}); {_MEND}"
+            ) from error
         raise DataError(
             f"task {name} cannot be loaded: {describe_error(error)}; check its file and its data"
         ) from error
@@ -213,39 +217,6 @@ def _list_readers() -> frozenset[str]:
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
     return frozenset(_PACKAGED_DATASETS_MODULES)
-
-
-def _check_reachable(name: str, dataset_id: str) -> None:
-    """Ask the hub for a dataset once, since `datasets` itself retries for minutes.
-
-    Raises:
-        SourceError: if the hub does not answer, or does not give it.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError
-
-    from lpsearch.models.hub import call_within
-
-    api = HfApi()
-    try:
-        call_within(_PROBE_TIMEOUT_S, lambda: api.dataset_info(dataset_id, timeout=_PROBE_TIMEOUT_S))
-    except GatedRepoError:
-        raise SourceError(
-            f"task {name}: its dataset {dataset_id} is gated; accept its terms at {api.endpoint}/datasets/{dataset_id} "
-            "and log in with `hf auth login`"
-        ) from None
-    except Exception as error:  # the HTTP client under the hub library differs between its versions
-        raise SourceError(
-            _describe_unfetched(name, dataset_id, f"{api.endpoint} says: {describe_error(error)}")
-        ) from None
-
-
-def _describe_unfetched(name: str, dataset_id: str, reason: str) -> str:
-    return (
-        f"task {name}: its dataset {dataset_id} cannot be fetched ({reason}); try again, set HF_DATASETS_OFFLINE=1 and "
-        "HF_HUB_OFFLINE=1 if it was downloaded before, or write a task file over local data and name its directory "
-        "with --task-path"
-    )
 
 
 def _check_distinct(loaded: Mapping[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """The directory that ``recover`` writes: the plan, and the weights that differ from the unmodified model's.
 
 ``recovered.safetensors`` names its tensors as ``layers.<layer>.<name within the layer>``, whatever the decoder is
-called in the model. A layer that was not touched is not in it: a refit of six pairs of Llama 2 7B stores their output
-projections alone, about a tenth of the model.
+called in the model. What was not changed is not in it: a refit stores the output projections of the groups, and of the
+single layers behind the first, which is at most a third of Llama 2 7B.
 """
 
 from __future__ import annotations

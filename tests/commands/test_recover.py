@@ -362,7 +362,7 @@ def test_plans_and_places_that_cannot_be_used_are_refused_first(
     save_plan(Plan(Plan.baseline(6).groups, PlanMetadata(model=identity)), tmp_path / "baseline.json")
     outcome = recover(plan=tmp_path / "baseline.json")
     assert outcome.exit_code == 2
-    assert "joins no layers, so there is nothing to recover; give a plan with groups" in outcome.stderr
+    assert "joins and drops nothing, so there is nothing to recover; give a plan with groups" in outcome.stderr
     outcome = recover(out="plan.json")
     assert outcome.exit_code == 2
     assert "plan.json is a file; name a new directory" in outcome.document["error"]["message"]
@@ -403,3 +403,52 @@ def test_adapters_without_peft_are_refused_first(
     assert outcome.exit_code == 2
     assert "pip install 'lpsearch[recover]'" in outcome.document["error"]["message"]
     assert "loading" not in outcome.stderr
+
+
+@pytest.mark.parametrize("method", ["refit", "distill"])
+def test_a_loss_that_is_not_finite_is_said_as_evaluate_says_it(
+    run_lpsearch: Run,
+    recover: Callable[..., Outcome],
+    tiny_model_dir: Path,
+    plan_file: Path,
+    text_file: Path,
+    tmp_path: Path,
+    method: str,
+) -> None:
+    """The weights are finite, and the logits overflow."""
+    directory = tmp_path / "overflowing"
+    model = LlamaForCausalLM.from_pretrained(tiny_model_dir)
+    with torch.no_grad():
+        model.lm_head.weight[:] = model.lm_head.weight * 3e38
+    model.save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_model_dir / name, directory)
+    plan = write_plan(tmp_path / "overflowing.json", directory)
+    evaluated = run_lpsearch("evaluate", plan, "--data", text_file, *OPTIONS)
+    outcome = recover(*OPTIONS, "--method", method, plan=plan)
+    for found in (evaluated, outcome):
+        assert found.exit_code == 1, found.stderr
+        assert found.document["error"]["message"] == (
+            f"a loss on {text_file} is not finite in float32; use --dtype float32 or bfloat16"
+        )
+        assert "Traceback" not in found.stderr
+    assert "refitting" not in outcome.stderr
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("command", ["recover", "evaluate"])
+def test_a_text_that_is_too_short_is_refused_before_weights_are_read(
+    run_lpsearch: Run, tiny_model_dir: Path, plan_file: Path, tmp_path: Path, command: str
+) -> None:
+    directory = tmp_path / "weightless"
+    shutil.copytree(tiny_model_dir, directory)
+    (directory / "model.safetensors").write_bytes(b"not weights")
+    (tmp_path / "short.txt").write_text("Too short by far. " * 20, encoding="utf-8")
+    options = [*OPTIONS, "--model", directory, "--data", tmp_path / "short.txt"]
+    out = ["--out", tmp_path / "out"] if command == "recover" else []
+    outcome = run_lpsearch(command, plan_file, *options, *out)
+    assert outcome.exit_code == 2
+    message = outcome.document["error"]["message"]
+    assert f"{tmp_path / 'short.txt'} is too short: 40 windows of 32 tokens need 1280 tokens" in message
+    assert not (tmp_path / "out").exists()

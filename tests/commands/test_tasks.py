@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -148,6 +149,20 @@ def test_what_cannot_be_done_is_refused(
     outcome = evaluate(*(task_dir if option == "TASKS" else option for option in options))
     assert outcome.exit_code == exit_code
     assert message in outcome.document["error"]["message"]
+
+
+@needs_harness
+def test_a_missing_chat_template_is_found_before_weights_are_read(
+    evaluate: Run, tiny_model_dir: Path, task_dir: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "weightless"
+    shutil.copytree(tiny_model_dir, directory)
+    (directory / "model.safetensors").write_bytes(b"not weights")
+    tasks = ["--tasks", CHOICES, "--task-path", task_dir, "--model", directory]
+    outcome = evaluate(*tasks, "--apply-chat-template")
+    assert outcome.exit_code == 2
+    assert "no chat template" in outcome.document["error"]["message"]
+    assert "no chat template" not in evaluate(*tasks).document["error"]["message"]
 
 
 @needs_harness
