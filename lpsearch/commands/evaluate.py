@@ -153,6 +153,7 @@ def evaluate(
         "plan": str(plan_path),
         "model": loaded.identity.id,
         "num_joins": plan.num_joins,
+        "num_dropped": plan.num_dropped,
         "depth_reduction": plan.depth_reduction,
         "baseline_nll": metrics.nll - metrics.delta_nll,
         "untouched_delta_nll": compare(losses).delta_nll if weights else None,
