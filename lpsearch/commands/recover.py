@@ -113,9 +113,9 @@ def recover(
     plan = given.without_recovery()
     if plan is not given:
         logger.info("%s was repaired already; the repair begins again from the unmodified weights", plan_path)
-    if plan.num_joins == 0:
+    if plan.num_joins == 0 and plan.num_dropped == 0:
         raise PlanError(
-            f"{plan_path}: the plan joins no layers, so there is nothing to recover; give a plan with groups"
+            f"{plan_path}: the plan joins and drops nothing, so there is nothing to recover; give a plan with groups"
         )
     check_target(out)
     settings = {
