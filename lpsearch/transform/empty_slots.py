@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 __all__ = ["count_tokens"]
 
 
-class _EmptySlot(DynamicLayer):
+class _EmptySlot(DynamicLayer):  # type: ignore[no-untyped-call]  # its base registers every class
     """A growing slot of keys of width 0; the class above takes one without numbers for one without tokens."""
 
     def get_seq_length(self) -> int:
@@ -33,9 +33,10 @@ def count_tokens(cache: Cache, layer_idx: int, hidden_states: Tensor) -> None:
     if cache.layer_class_to_replicate is not None:  # slots are added when they are first used
         while len(cache.layers) <= layer_idx:
             cache.layers.append(cache.layer_class_to_replicate())
+    batch, seq, _ = hidden_states.shape
     slot = cache.layers[layer_idx]
     if isinstance(slot, DynamicLayer) and not isinstance(slot, (DynamicSlidingWindowLayer, _EmptySlot)):
-        cache.layers[layer_idx] = _EmptySlot()
-    batch, seq, _ = hidden_states.shape
+        cache.layers[layer_idx] = _EmptySlot()  # type: ignore[no-untyped-call]
+        seq += slot.get_seq_length()  # which another plan kept
     states = hidden_states.new_empty((batch, 1, seq, 0))
     cache.update(states, states, layer_idx)

@@ -232,6 +232,20 @@ def test_beams_and_caches_of_every_make_follow_a_plan_that_drops(family_name: st
     torch.testing.assert_close(torch.cat(steps, dim=1), untouched, rtol=0, atol=FLOAT32_LOGITS)
 
 
+def test_a_plan_that_drops_goes_on_with_a_cache_of_the_unmodified_model(llama: PreTrainedModel) -> None:
+    """What is kept of the first tokens is the unmodified model's; positions and masks count them."""
+    rows = build_left_padded_batch()["input_ids"][:1]
+    at_once, stepwise = DynamicCache(config=llama.config), DynamicCache(config=llama.config)
+    for cache in (at_once, stepwise):
+        llama(input_ids=rows[:, :9], past_key_values=cache)
+    with applied_plan(llama, DROPPING):
+        expected = llama(input_ids=rows[:, 9:], past_key_values=at_once).logits
+        steps = [llama(input_ids=rows[:, i : i + 1], past_key_values=stepwise).logits for i in range(9, rows.shape[1])]
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected, rtol=0, atol=FLOAT32_LOGITS)
+    for cache in (at_once, stepwise):
+        assert [cache.get_seq_length(layer_idx) for layer_idx in range(6)] == [rows.shape[1]] * 6
+
+
 @pytest.mark.parametrize("plan", [MIXED, DROPPING], ids=["mixed", "dropping"])
 def test_gradients_are_those_of_the_equations(family: str, family_model: PreTrainedModel, plan: Plan) -> None:
     batch = build_left_padded_batch()
