@@ -20,7 +20,6 @@ from lpsearch.plan import (
     PlanMetadata,
     build_plan_document,
     build_plan_schema,
-    check_supported,
     load_plan,
     parse_plan,
     save_plan,
@@ -101,8 +100,17 @@ def test_a_plan_of_dropped_branches_counts_the_stages_that_are_left() -> None:
     for dropped, message in [({"norm": [0]}, "names 'norm'"), ({"mlp": [5]}, "layers 0 to 4")]:
         with pytest.raises(PlanError, match=message):
             whole.drop(dropped)
-    with pytest.raises(PlanError, match="cannot be run by this version yet"):
-        check_supported(plan)
+
+
+def test_running_groups_take_in_those_of_which_nothing_is_left() -> None:
+    plan = Plan.from_groups([[0], [1, 2], [3], [4], [5]], dropped={"attention": [0, 1, 3, 4], "mlp": [0, 3, 4]})
+    assert plan.running_groups == (Group((0, 1, 2, 3, 4), (2,), (1, 2)), Group.whole([5]))
+    assert [group.is_changed for group in plan.running_groups] == [True, False]
+    assert Plan.from_groups(plan.running_groups).depth == plan.depth == 2
+    for unchanged in (Plan.baseline(3), Plan.from_groups([[0, 1], [2]], dropped={"mlp": [0]})):
+        assert unchanged.running_groups == unchanged.groups
+    nothing = Plan.from_groups([[0], [1]], dropped={"attention": [0, 1], "mlp": [0, 1]})
+    assert nothing.running_groups == (Group((0, 1), (), ()),)
 
 
 def test_a_group_is_the_sequence_of_its_layers() -> None:
@@ -111,6 +119,16 @@ def test_a_group_is_the_sequence_of_its_layers() -> None:
     assert 4 in group
     assert group == Group((3, 4, 5), (3, 4, 5), (3, 4, 5))
     assert group.drop([4, 9], []) == Group((3, 4, 5), (3, 5), (3, 4, 5))
+
+
+def test_a_plan_file_keeps_what_is_dropped(tmp_path: Path) -> None:
+    dropped = {"attention": [3], "mlp": [0, 3]}
+    plan = Plan.from_groups([[0], [1, 2], [3]], dropped=dropped, metadata=METADATA)
+    save_plan(plan, tmp_path / "plan.json")
+    document = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    assert (document["dropped"], document["depth"], document["depth_reduction"]) == (dropped, 1.5, 0.625)
+    loaded = load_plan(tmp_path / "plan.json")
+    assert (loaded, loaded.groups, loaded.metadata) == (plan, plan.groups, METADATA)
 
 
 def test_plan_files_of_the_first_version_are_read(tmp_path: Path) -> None:
@@ -158,10 +176,6 @@ def test_a_plan_without_a_model_is_not_saved(tmp_path: Path) -> None:
         ({"dropped": {"attention": [4]}}, "dropped attention of layer 4: the plan has layers 0 to 3"),
         ({"dropped": {"heads": []}}, "unknown field dropped.heads"),
         ({"dropped": {"attention": [3]}, "depth": 3}, "set depth to 2.5"),
-        (
-            {"dropped": {"attention": [3], "mlp": [0, 1]}, "depth": 2, "depth_reduction": 0.5},
-            "drops the attention of layers [3] and the MLP of layers [0, 1], which cannot be run by this version yet",
-        ),
         ({"colour": "red"}, "unknown field colour"),
         ({"groups": [[0], [1, 2], [2, 3]]}, "layer 2 is in groups [1, 2] and [2, 3]"),
         ({"groups": [[0], [1, 2]]}, "groups cover 3 layers but model.num_layers is 4"),

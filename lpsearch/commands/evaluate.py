@@ -259,6 +259,7 @@ def _measure(
     return {
         "model": loaded.identity.id,
         "num_joins": plan.num_joins,
+        "num_dropped": plan.num_dropped,
         "depth_reduction": plan.depth_reduction,
         "baseline_nll": metrics.nll - metrics.delta_nll,
         "untouched_delta_nll": compare(losses).delta_nll if weights else None,

@@ -143,7 +143,9 @@ class PrefixCache:
         """
         layers = list(get_decoder_layers(self._model))
         state_bytes = len(batch) * seq_len * self._hidden_size * self._model.dtype.itemsize
-        with self._tree.visit((variant, *batch), plan.groups, state_bytes=state_bytes) as visit, ExitStack() as stack:
+        # A group of which nothing is left changes how the one before it is repaired, so the two are one step.
+        groups = plan.running_groups
+        with self._tree.visit((variant, *batch), groups, state_bytes=state_bytes) as visit, ExitStack() as stack:
             num_skipped = 0
             if visit.resume is not None and visit.state is not None:
                 num_skipped = visit.resume.num_layers

@@ -18,7 +18,7 @@ from lpsearch.plan.file import (
     save_plan,
     write_json,
 )
-from lpsearch.plan.groups import Group, Plan, check_supported
+from lpsearch.plan.groups import Group, Plan
 from lpsearch.plan.metadata import (
     KindMetrics,
     LatencyMetrics,
@@ -48,7 +48,6 @@ __all__ = [
     "Recovery",
     "build_plan_document",
     "build_plan_schema",
-    "check_supported",
     "find_recovered_weights",
     "load_plan",
     "parse_plan",

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, StrictFloat, StrictInt, ValidationError
 
 from lpsearch.errors import PlanError
 from lpsearch.json_file import load_json
-from lpsearch.plan.groups import Plan, check_supported
+from lpsearch.plan.groups import Plan
 from lpsearch.plan.metadata import FileModel, ModelIdentity, PlanMetadata, PlanMetrics, Provenance
 
 __all__ = [
@@ -126,7 +126,6 @@ def parse_plan(document: Any, *, where: str = "plan") -> Plan:
             f"{where}: depth_reduction is {file.depth_reduction} but 1 - depth / num_layers is "
             f"{plan.depth_reduction:.6f}; set it to that"
         )
-    check_supported(plan, where=where)
     return plan
 
 

@@ -13,7 +13,7 @@ from typing import Any, overload
 from lpsearch.errors import PlanError
 from lpsearch.plan.metadata import PlanMetadata
 
-__all__ = ["Group", "Plan", "check_supported"]
+__all__ = ["Group", "Plan"]
 
 BRANCHES = ("attention", "mlp")
 """What a layer is made of, and a plan can drop."""
@@ -45,6 +45,11 @@ class Group(Sequence[int]):
     def num_stages(self) -> int:
         """Steps that it takes one after the other: one for its attentions, one for its MLPs, if any are left."""
         return bool(self.attention_layers) + bool(self.mlp_layers)
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether it is anything but one whole layer."""
+        return len(self.layers) > 1 or self.num_stages < 2
 
     def drop(self, attention: Iterable[int], mlp: Iterable[int]) -> Group:
         """Return the group without some branches.
@@ -152,6 +157,24 @@ class Plan:
             else:
                 groups.append([layer_idx])
         return cls(tuple(map(Group.whole, groups)))
+
+    @cached_property
+    def running_groups(self) -> tuple[Group, ...]:
+        """The groups, each together with those behind it of which nothing is left.
+
+        They compute the same. Those at the beginning of which nothing is left are taken together with the next group.
+        """
+        running: list[Group] = []
+        for group in self.groups:
+            if running and (group.num_stages == 0 or running[-1].num_stages == 0):
+                before = running.pop()
+                group = Group(
+                    before.layers + group.layers,
+                    before.attention_layers + group.attention_layers,
+                    before.mlp_layers + group.mlp_layers,
+                )
+            running.append(group)
+        return tuple(running)
 
     def without_recovery(self) -> Plan:
         """Return the plan as it is for the unmodified weights."""
@@ -263,26 +286,6 @@ class Plan:
     def __hash__(self) -> int:
         """Return a hash of the key, which is computed once."""
         return hash(self.key)
-
-
-def check_supported(plan: Plan, *, where: str = "plan") -> None:
-    """Refuse a plan that this version can read but not run.
-
-    What runs a plan asks its groups for their layers alone, and would run the branches that the plan drops.
-
-    Args:
-        plan: the plan.
-        where: name of its source, for the message.
-
-    Raises:
-        PlanError: if it drops a branch.
-    """
-    if plan.num_dropped:
-        dropped = plan.dropped
-        raise PlanError(
-            f"{where}: drops the attention of layers {dropped['attention']} and the MLP of layers {dropped['mlp']}, "
-            "which cannot be run by this version yet; use a plan that drops nothing, or install a newer lpsearch"
-        )
 
 
 def _check_partition(groups: Sequence[tuple[int, ...]]) -> None:

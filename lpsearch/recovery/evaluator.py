@@ -68,7 +68,7 @@ def split_cache_bytes(device: torch.device) -> tuple[int, int]:
 
 
 def build_search_refitter(model: PreTrainedModel, windows: Windows, *, cache_bytes: int) -> Refitter:
-    """Build what fits every plan of a search: the layers of groups alone, in one walk.
+    """Build what fits every plan of a search: the groups that it changes alone, in one walk.
 
     The plans of the front are worth more: ``lpsearch recover`` also fits the single layers behind a group, and chooses
     the ridge of each product.
@@ -128,7 +128,7 @@ class RefitEvaluator:
             LpsearchError: if the device runs out of memory.
         """
         self._evaluator.remember_base(window_indices)
-        with swapped_weights(self._model, self._fit(plan) if plan.num_joins else {}):
+        with swapped_weights(self._model, self._fit(plan) if plan.num_joins or plan.num_dropped else {}):
             return self._evaluator.evaluate_windows(plan, window_indices, variant=REFIT)
 
     def _fit(self, plan: Plan) -> Mapping[str, Tensor]:

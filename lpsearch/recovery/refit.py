@@ -6,6 +6,10 @@ attention output projections, and then of its MLP output projections, ridge regr
 the stacked weight. The walk goes on with the new weights, so that later groups also take up what earlier ones left.
 Nothing is added at run time.
 
+A group that drops branches is fitted by the projections that are left of it. One of which nothing is left counts as
+part of the group before it, which is then fitted to what the unmodified model computes behind both; at the very
+beginning, as part of the group behind it.
+
 A token counts by the inverse of its mean square in the unmodified model, since the norm that reads it divides by that:
 without it a few tokens with huge hidden states (Sun et al., arXiv 2402.17762) decide the fit.
 
@@ -31,7 +35,7 @@ from transformers import PreTrainedModel
 
 from lpsearch.data import Windows
 from lpsearch.errors import DataError, LpsearchError, ModelError, PlanError
-from lpsearch.models.families import DecoderBlock, build_blocks, check_family, run_group
+from lpsearch.models.families import DecoderBlock, build_blocks, check_family, run_group, select_group
 from lpsearch.models.memory import find_free_bytes
 from lpsearch.models.traits import read_traits
 from lpsearch.plan import Group, Plan
@@ -45,6 +49,8 @@ __all__ = ["FittedProduct", "Refit", "Refitter", "find_widest_input", "swapped_w
 
 Extent = Literal["grouped", "after"]
 Stage = Literal["attention", "mlp"]
+
+_STAGES: tuple[Stage, ...] = ("attention", "mlp")
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Ridges to choose from, as shares of the mean square of an input."""
@@ -66,7 +72,7 @@ class FittedProduct:
     """One regression.
 
     Attributes:
-        layers: whose projections.
+        layers: whose projections; those of a group that do not drop the branch.
         module: of the projections, within a layer, e.g. ``self_attn.o_proj``.
         ridge: the ridge taken; None where no ridge lowered the error on validation windows.
         error_before: error per token of the group's output on validation windows, its mean square divided by that of
@@ -144,8 +150,8 @@ class Refitter:
         model: the unmodified model, in eval mode.
         windows: to calibrate on.
         window_weights: what each window counts; None for the weight of its kind of text.
-        extent: ``grouped`` fits the layers of groups; ``after`` also each single layer behind the first group, which
-            takes up what is left of the error.
+        extent: ``grouped`` fits the groups that the plan changes; ``after`` also each single layer behind the first of
+            them, which takes up what is left of the error.
         num_passes: walks through the model; each later one begins from the weights that the former found.
         ridges: to choose from.
         batch_size: windows that run together; None for what suits the device.
@@ -207,7 +213,7 @@ class Refitter:
             on_progress: called with groups done and groups in all.
 
         Raises:
-            PlanError: if the plan is for another model, or joins no layers.
+            PlanError: if the plan is for another model, changes nothing, or leaves nothing to fit.
             DataError: if there are fewer tokens than inputs of a group's projections.
             LpsearchError: if the device has too little memory for the sums.
         """
@@ -215,7 +221,7 @@ class Refitter:
         self._check_amount(plan)
         weights: dict[str, Tensor] = {}
         products: list[FittedProduct] = []
-        num_groups = len(plan.groups)
+        num_groups = len(plan.running_groups)
         with torch.no_grad():  # in inference mode nobody could train what is returned
             for num_pass in range(self._num_passes):
 
@@ -239,19 +245,20 @@ class Refitter:
         Returns:
             The regressions.
         """
-        joined = [position for position, group in enumerate(plan.groups) if len(group) > 1]
-        num_groups = len(plan.groups) if self._extent == "after" else joined[-1] + 1  # nothing is fitted behind them
+        groups = plan.running_groups
+        changed = [position for position, group in enumerate(groups) if group.is_changed]
+        num_groups = len(groups) if self._extent == "after" else changed[-1] + 1  # nothing is fitted behind them
         products: list[FittedProduct] = []
-        with cache.visit(plan.groups, state_bytes=self._state_bytes) as (begun, keep):
+        with cache.visit(groups, state_bytes=self._state_bytes) as (begun, keep):
             if begun is None:
-                begun = Beginning(plan.groups[joined[0]][0], (), {}, ())
+                begun = Beginning(groups[changed[0]][0], (), {}, ())
             states = begun.states or self._targets.get(begun.num_layers)
             weights.update(begun.weights)
             products += begun.products
-            for position, group in enumerate(plan.groups[:num_groups]):
+            for position, group in enumerate(groups[:num_groups]):
                 if group[0] < begun.num_layers:
                     continue
-                if len(group) > 1 or self._extent == "after":
+                if group.is_changed or self._extent == "after":
                     targets = self._targets.get(group[-1] + 1)
                     for stage in ("attention", "mlp"):
                         product = self._fit_stage(stage, group, states, targets, weights)
@@ -262,7 +269,7 @@ class Refitter:
                     )
                 keep(Beginning(group[-1] + 1, states, dict(weights), tuple(products)))
                 on_group(position + 1)
-        on_group(len(plan.groups))
+        on_group(len(groups))
         return tuple(products)
 
     def _enter(self, windows: Windows, window_weights: Sequence[float] | None, batch_size: int) -> list[_Batch]:
@@ -288,13 +295,14 @@ class Refitter:
 
     def _check_amount(self, plan: Plan) -> None:
         """Refuse a plan with nothing to fit, and text or memory that is too little for its widest product."""
-        joined = [group for group in plan.groups if len(group) > 1]
-        if not joined:
-            raise PlanError("the plan joins no layers, so there is nothing to refit; give a plan with groups")
-        stages: tuple[Stage, ...] = ("attention", "mlp")
+        changed = [group for group in plan.running_groups if group.is_changed]
+        if not changed:
+            raise PlanError("the plan joins and drops nothing, so there is nothing to refit; give a plan with groups")
+        if changed[0].num_stages == 0:  # only where it is the whole model
+            raise PlanError("the plan drops every branch of the model, so there is nothing to refit; keep some of them")
         widths = []
-        for group, stage in itertools.product(joined, stages):
-            outputs = [self._find_output(self._blocks[layer], stage)[1] for layer in group]
+        for group, stage in itertools.product(changed, _STAGES):
+            outputs = [self._find_output(self._blocks[layer], stage)[1] for layer in _list_running(group, stage)]
             widths.append(sum(output.linear.in_features for output in outputs if output is not None))
         widest = max(widths)
         seq_len = self._batches[0].entry.hidden_states.shape[1]
@@ -322,7 +330,7 @@ class Refitter:
         return output
 
     def _run_group(self, group: Group, batch: _Batch, hidden_states: Tensor) -> Tensor:
-        blocks = [self._blocks[layer_idx] for layer_idx in group]
+        blocks = select_group(self._blocks, group)
         return run_group(blocks, hidden_states, [batch.entry.layer_kwargs[layer_idx] for layer_idx in group])
 
     def _fit_stage(
@@ -334,9 +342,9 @@ class Refitter:
         weights: dict[str, Tensor],
     ) -> FittedProduct | None:
         """Fit the attention's or the MLP's projections of a group, and put the new weights into ``weights``."""
-        found = {layer: self._find_output(self._blocks[layer], stage) for layer in group}
+        found = {layer: self._find_output(self._blocks[layer], stage) for layer in _list_running(group, stage)}
         outputs = [output for _, output in found.values() if output is not None]
-        if len(outputs) < len(group):
+        if not found or len(outputs) < len(found):
             return None
         num_inputs = sum(output.linear.in_features + (output.linear.bias is not None) for output in outputs)
         device = outputs[0].linear.weight.device
@@ -361,7 +369,7 @@ class Refitter:
         if fit.ridge is not None:
             weights.update(changed)
         module = next(name for name, _ in found.values())
-        return FittedProduct(tuple(group), module, fit.ridge, fit.error_before / hidden, fit.error_after / hidden)
+        return FittedProduct(tuple(found), module, fit.ridge, fit.error_before / hidden, fit.error_after / hidden)
 
     def _measure_error(
         self, group: Group, states: Sequence[Tensor], targets: Sequence[Tensor], weights: Mapping[str, Tensor]
@@ -433,23 +441,26 @@ class Refitter:
                         )
 
     def _list_unfitted(self, plan: Plan) -> tuple[str, ...]:
-        """Name the branches of joined layers that have no projection to fit."""
-        stages: tuple[Stage, ...] = ("attention", "mlp")
+        """Name the branches of changed groups that have no projection to fit."""
         return tuple(
             f"layers.{layer}.{self._find_output(self._blocks[layer], stage)[0]}"
-            for group in plan.groups
-            if len(group) > 1
+            for group in plan.running_groups
+            if group.is_changed
             for layer in group
-            for stage in stages
-            if any(self._find_output(self._blocks[member], stage)[1] is None for member in group)
+            for stage in _STAGES
+            if layer in (running := _list_running(group, stage))
+            and any(self._find_output(self._blocks[member], stage)[1] is None for member in running)
         )
 
 
 def find_widest_input(blocks: Sequence[DecoderBlock]) -> int:
     """Return the most inputs of a layer's output projection; 0 where none can be fitted."""
-    stages: tuple[Stage, ...] = ("attention", "mlp")
-    linears = [_find_projection(block, stage)[2] for block in blocks for stage in stages]
+    linears = [_find_projection(block, stage)[2] for block in blocks for stage in _STAGES]
     return max((linear.in_features for linear in linears if linear is not None), default=0)
+
+
+def _list_running(group: Group, stage: Stage) -> tuple[int, ...]:
+    return group.attention_layers if stage == "attention" else group.mlp_layers
 
 
 def _find_projection(block: DecoderBlock, stage: Stage) -> tuple[str, str | None, nn.Linear | None]:

@@ -83,7 +83,8 @@ def name_trained(model: PreTrainedModel, plan: Plan, train: Train) -> tuple[str,
     Args:
         model: the unmodified model.
         plan: for the model.
-        train: ``all`` layers, or the ``grouped`` ones, which the plan changes.
+        train: ``all`` layers, or the ``grouped`` ones, which the plan changes; a layer of which nothing is left counts
+            as part of the group before it.
 
     Raises:
         PlanError: for a plan that changes nothing.
@@ -94,9 +95,8 @@ def name_trained(model: PreTrainedModel, plan: Plan, train: Train) -> tuple[str,
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     blocks = build_blocks(model)
     chosen: list[str] = []
-    for group in plan.groups:
-        is_changed = len(group) > 1 or group.num_stages < 2
-        for layer_idx in group if is_changed or train == "all" else ():
+    for group in plan.running_groups:
+        for layer_idx in group if group.is_changed or train == "all" else ():
             unused = _list_unused(blocks[layer_idx], layer_idx in group.attention_layers, layer_idx in group.mlp_layers)
             for name, parameter in blocks[layer_idx].layer.named_parameters():
                 if name.partition(".")[0] in unused:
@@ -108,6 +108,8 @@ def name_trained(model: PreTrainedModel, plan: Plan, train: Train) -> tuple[str,
                         "model without quantisation"
                     )
                 chosen.append(full_name)
+    if not chosen:
+        raise PlanError("the plan drops every branch of the model, so there is nothing to train; keep some of them")
     return tuple(chosen)
 
 

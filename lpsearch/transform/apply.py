@@ -1,11 +1,14 @@
 """Apply a plan to a Hugging Face model in place, and undo it.
 
 ``model.layers`` keeps its length and its modules, since models look up masks, rotary embeddings and caches by layer
-index. Each layer of a group of two or more gets a ``forward`` of its own, an instance attribute that stands before the
-class's: the group's first slots keep the arguments that the model made for them and return the hidden states as they
-came; the last slot runs the whole group. Every member is run with its own keyword arguments and so with its own mask,
-rotary embedding and cache slot. Layers alone in their group are not touched. Weights, ``state_dict`` keys and what
-``save_pretrained`` writes are those of the unmodified model.
+index. Each layer of a group of two or more, or of one that drops a branch, gets a ``forward`` of its own, an instance
+attribute that stands before the class's: the group's first slots keep the arguments that the model made for them and
+return the hidden states as they came; the last slot runs the whole group. Every member is run with its own keyword
+arguments and so with its own mask, rotary embedding and cache slot. Whole layers alone in their group are not touched.
+Weights, ``state_dict`` keys and what ``save_pretrained`` writes are those of the unmodified model.
+
+A branch that the plan drops does not run. The cache slot of a dropped attention counts tokens and keeps none
+(:mod:`lpsearch.transform.empty_slots`), so a cache has to belong to one plan: reset it, or make a new one, for another.
 
 Under a plan, ``output_hidden_states`` gives the hidden states after each slot: within a group they repeat the group's
 input, after its last slot they are its output. A model runs one forward at a time, as with its cache.
@@ -23,6 +26,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 
 from lpsearch.errors import ModelError, PlanError
 from lpsearch.models.families import (
@@ -32,9 +36,11 @@ from lpsearch.models.families import (
     get_decoder,
     get_decoder_layers,
     run_group,
+    select_group,
 )
 from lpsearch.models.fingerprint import fingerprint_model, fingerprints_match
-from lpsearch.plan import Plan, check_supported
+from lpsearch.plan import Plan
+from lpsearch.transform.empty_slots import count_tokens
 
 __all__ = [
     "applied_plan",
@@ -59,7 +65,7 @@ def apply_plan(model: _Model, plan: Plan) -> _Model:
 
     Args:
         model: a decoder-only transformers model; changed in place.
-        plan: the groups of layers to run in parallel.
+        plan: the groups of layers to run in parallel, and the branches to leave out.
 
     Returns:
         The same model.
@@ -104,7 +110,7 @@ def applied_plan(model: _Model, plan: Plan) -> Generator[_Model, None, None]:
 
     Args:
         model: a decoder-only transformers model; changed in place.
-        plan: the groups of layers to run in parallel.
+        plan: the groups of layers to run in parallel, and the branches to leave out.
 
     Yields:
         The same model.
@@ -161,9 +167,8 @@ def check_plan_numbers(plan: Plan, *, num_layers: int, fingerprint: str, name: s
         name: what to call the model in a message.
 
     Raises:
-        PlanError: saying which model the plan is for, or that this version cannot run it.
+        PlanError: saying which model the plan is for.
     """
-    check_supported(plan)
     meant_for = plan.metadata.model if plan.metadata is not None else None
     subject = f"the plan is for {meant_for.id}, but" if meant_for is not None else "the plan does not fit:"
     if plan.num_layers != num_layers:
@@ -203,8 +208,14 @@ def check_unplanned(model: PreTrainedModel) -> None:
 
 @dataclass
 class _LayerGroup:
-    """Layers that run together, and what has been kept for them in the forward under way."""
+    """Layers that run together, and what has been kept for them in the forward under way.
 
+    Attributes:
+        layers: their numbers, which are those of their cache slots.
+        blocks: the layers, without the branches that the plan drops.
+    """
+
+    layers: tuple[int, ...]
     blocks: tuple[DecoderBlock, ...]
     kept: list[dict[str, Any]] = field(default_factory=list)
     checkpoint: Callable[..., Tensor] | None = None  # in a forward with gradient checkpointing
@@ -233,10 +244,33 @@ class _LayerGroup:
             return hidden_states
         kept, self.kept = self.kept, []
         if self.checkpoint is None:
-            return run_group(self.blocks, hidden_states, kept)
+            self._count_dropped(kept, hidden_states)
+            return self._run(hidden_states, kept)
         # As transformers does: the recomputation would write to a cache again.
-        kept = [{name: None if name == "past_key_values" else value for name, value in k.items()} for k in kept]
-        return self.checkpoint(partial(run_group, self.blocks, layer_kwargs=kept), hidden_states)
+        kept = [{name: None if isinstance(value, Cache) else value for name, value in k.items()} for k in kept]
+        return self.checkpoint(partial(self._run, kept=kept), hidden_states)
+
+    def _run(self, hidden_states: Tensor, kept: list[dict[str, Any]]) -> Tensor:
+        """Run what is left of the group; a whole layer alone runs its class's own ``forward``, to the same bits."""
+        running = [
+            (block, layer_kwargs)
+            for block, layer_kwargs in zip(self.blocks, kept, strict=True)
+            if block.runs_attention or block.runs_mlp
+        ]
+        if len(running) == 1 and running[0][0].runs_attention and running[0][0].runs_mlp:
+            block, layer_kwargs = running[0]
+            layer: Any = block.layer
+            output: Tensor = type(layer).forward(layer, hidden_states, **layer_kwargs)
+            return output
+        return run_group(self.blocks, hidden_states, kept)
+
+    def _count_dropped(self, kept: list[dict[str, Any]], hidden_states: Tensor) -> None:
+        """Let the cache slots of dropped attentions count the tokens."""
+        for layer_idx, block, layer_kwargs in zip(self.layers, self.blocks, kept, strict=True):
+            if not block.runs_attention:
+                for value in layer_kwargs.values():  # GPT-NeoX has a name of its own for it
+                    if isinstance(value, Cache):
+                        count_tokens(value, layer_idx, hidden_states)
 
     def enter(self) -> None:
         """Begin a forward: with gradient checkpointing, the group is recomputed as a whole and not slot by slot."""
@@ -304,7 +338,7 @@ class _Leave:
 
 
 def _find_application(model: PreTrainedModel) -> _Application | None:
-    """Return the plan that stands on a model; None without one, or with every layer alone."""
+    """Return the plan that stands on a model; None without one, or with one that changes nothing."""
     for layer in get_decoder_layers(model):
         forward = layer.__dict__.get("forward")
         if isinstance(forward, _Slot):
@@ -336,10 +370,10 @@ def _replace_application(model: PreTrainedModel, plan: Plan | None) -> None:
         for layer in layers:
             if isinstance(layer.__dict__.get("forward"), _Slot):
                 del layer.forward
-    if plan is None or plan.num_joins == 0:
+    if plan is None or not any(group.is_changed for group in plan.groups):
         return
     blocks = build_blocks(model)
-    groups = tuple(_LayerGroup(tuple(blocks[i] for i in group)) for group in plan.groups if len(group) > 1)
+    groups = tuple(_LayerGroup(group.layers, select_group(blocks, group)) for group in plan.groups if group.is_changed)
     decoder = get_decoder(model)
     handles = (
         decoder.register_forward_pre_hook(_Enter(groups)),
@@ -349,4 +383,4 @@ def _replace_application(model: PreTrainedModel, plan: Plan | None) -> None:
     for group in groups:
         for position, block in enumerate(group.blocks):
             block.layer.__dict__["forward"] = _Slot(application, group, position)
-    logger.debug("%s runs %d layers in %d groups", type(model).__name__, plan.num_layers, plan.depth)
+    logger.debug("%s runs %d layers in %d groups", type(model).__name__, plan.num_layers, len(plan.groups))

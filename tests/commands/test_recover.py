@@ -21,6 +21,7 @@ from lpsearch.evaluation import ModelEvaluator
 from lpsearch.models import fingerprint_model, load_model, resolve_source
 from lpsearch.plan import ModelIdentity, Plan, PlanMetadata, PlanMetrics, ProxyMetrics, load_plan, save_plan
 from lpsearch.recovery import apply_recovery
+from lpsearch.transform import apply_plan
 from tests.commands.conftest import Outcome, Run
 from tests.task_files import CHOICES, write_choices
 from tests.tolerances import LOSS_AGAIN
@@ -36,10 +37,17 @@ def plan_file(tiny_model_dir: Path, tmp_path: Path) -> Path:
     return write_plan(tmp_path / "plan.json", tiny_model_dir)
 
 
-def write_plan(path: Path, directory: Path, *, groups: object = GROUPS, proxy: ProxyMetrics | None = None) -> Path:
+def write_plan(
+    path: Path,
+    directory: Path,
+    *,
+    groups: object = GROUPS,
+    dropped: dict[str, list[int]] | None = None,
+    proxy: ProxyMetrics | None = None,
+) -> Path:
     identity = load_model(resolve_source(str(directory)), device="cpu", dtype=torch.float32).identity
     metadata = PlanMetadata(model=identity, metrics=PlanMetrics(proxy=proxy))
-    save_plan(Plan.from_groups(groups, metadata=metadata), path)
+    save_plan(Plan.from_groups(groups, dropped=dropped, metadata=metadata), path)
     return path
 
 
@@ -157,6 +165,46 @@ def test_every_command_takes_the_directory(
     assert study.exit_code == 0, study.stderr
     found = {tuple(map(tuple, load_plan(path).groups)) for path in (tmp_path / "study" / "plans").iterdir()}
     assert GROUPS in found, "as a plan of the unmodified weights"
+
+
+DROPPED = {"attention": [1, 3, 4], "mlp": [3, 4]}
+"""One member of a pair without its attention, and a pair of which nothing is left."""
+
+
+@pytest.mark.parametrize("options", [OPTIONS, (*DISTILL, "--train", "grouped")], ids=["refit", "distill"])
+def test_plans_that_drop_branches_are_repaired_and_run(
+    run_lpsearch: Run,
+    recover: Callable[..., Outcome],
+    tiny_model_dir: Path,
+    text_file: Path,
+    tmp_path: Path,
+    options: tuple[object, ...],
+) -> None:
+    path = write_plan(tmp_path / "dropping.json", tiny_model_dir, dropped=DROPPED)
+    recovered = recover(*options, plan=path)
+    assert recovered.exit_code == 0, recovered.stderr
+    (loss,) = recovered.document["losses"]
+    assert loss["delta_nll"] < loss["untouched_delta_nll"]
+    unused = ("layers.1.self_attn.", "layers.3.", "layers.4.")
+    assert not any(name.startswith(unused) for name in read_weights(tmp_path / "out"))
+    assert any(name.startswith("layers.2.") for name in read_weights(tmp_path / "out"))
+
+    measured = ("--data", text_file, "--split", "heldout", "--windows", 10, "--seq-len", 32, "--device", "cpu")
+    evaluated = run_lpsearch("evaluate", tmp_path / "out", *measured, "--dtype", "float32")
+    assert evaluated.exit_code == 0, evaluated.stderr
+    found = evaluated.document
+    assert (found["num_joins"], found["num_dropped"], found["depth_reduction"]) == (2, 5, 0.5)
+    assert found["delta_nll"] < found["untouched_delta_nll"]
+    model = LlamaForCausalLM.from_pretrained(tiny_model_dir)
+    apply_plan(model, apply_recovery(model, tmp_path / "out"))
+    loaded = load_model(resolve_source(str(tiny_model_dir)), device="cpu", dtype=torch.float32)
+    prompt = loaded.tokenizer("The square", return_tensors="pt").input_ids
+    expected = model.generate(input_ids=prompt, max_new_tokens=8, do_sample=False, use_cache=False)[0]
+    words = ("--prompt", "The square", "--max-new-tokens", 8, "--device", "cpu", "--dtype", "float32")
+    generated = run_lpsearch("generate", tmp_path / "out", *words)
+    assert generated.exit_code == 0, generated.stderr
+    new_ids = expected[prompt.shape[1] :]
+    assert generated.document["text"] == loaded.tokenizer.decode(new_ids, skip_special_tokens=True)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")

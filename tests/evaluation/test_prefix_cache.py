@@ -43,16 +43,27 @@ def _draw_plans(count: int, *, seed: int) -> list[Plan]:
 PLANS = _draw_plans(9, seed=0)
 
 
+def _draw_dropping_plans(count: int) -> list[Plan]:
+    """Plans that drop branches, each behind the same plan without; many drop whole groups."""
+    rng = random.Random(3)
+    plans: list[Plan] = []
+    for plan in _draw_plans(count, seed=1):
+        layers = [layer_idx for layer_idx in range(NUM_LAYERS) if rng.random() < 0.4]
+        both = [layer_idx for layer_idx in layers if rng.random() < 0.5]
+        plans += [plan, plan.drop({"attention": layers}), plan.drop({"attention": both, "mlp": layers})]
+    return plans
+
+
 def _count_layers_that_must_run(requests: Sequence[tuple[Plan, tuple[int, ...]]]) -> int:
     """Count, one layer on one window each, what no earlier plan ran on the same batch; the slow and obvious way."""
     known: set[tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]] = set()
     layers = 0
     for plan, batch in requests:
         must_run = NUM_LAYERS
-        for end in range(1, plan.depth):
+        for end in range(1, len(plan.groups)):
             if (batch, plan.groups[:end]) in known:
                 must_run = NUM_LAYERS - sum(len(group) for group in plan.groups[:end])
-        known.update((batch, plan.groups[:end]) for end in range(1, plan.depth))
+        known.update((batch, plan.groups[:end]) for end in range(1, len(plan.groups)))
         layers += must_run * len(batch)
     return layers
 
@@ -78,7 +89,7 @@ def test_results_are_those_without_a_cache_bit_for_bit(family, cache_bytes, wind
         ModelEvaluator(model=model, windows=windows, metric="kl", batch_size=2, cache_bytes=size)
         for size in (0, cache_bytes)
     )
-    for plan in PLANS:
+    for plan in PLANS + _draw_dropping_plans(4):
         assert cached.evaluate_windows(plan, range(4)) == plain.evaluate_windows(plan, range(4)), plan
         assert cached.cache_usage.held_bytes <= cache_bytes
     assert cached.cache_usage.layers_run < cached.cache_usage.layers_asked
@@ -126,6 +137,26 @@ def test_the_budget_bounds_the_memory_that_is_kept(windows):
         assert sum(storages.values()) == evaluator.cache_usage.held_bytes <= budget
         assert len(storages) == evaluator.cache_usage.num_boundaries
     assert evaluator.cache_usage.num_boundaries == 5
+
+
+def test_plans_share_what_they_run_before_they_differ_in_what_they_drop(windows):
+    evaluator = ModelEvaluator(model=build_tiny_model("llama"), windows=windows, cache_bytes=UNBOUNDED)
+
+    def count_layers_run(plan: Plan) -> int:
+        before = evaluator.cache_usage.layers_run
+        evaluator.evaluate_windows(plan, range(4))
+        return (evaluator.cache_usage.layers_run - before) // 4
+
+    joined = Plan.from_groups([[0], [1, 2], [3], [4], [5]])
+    dropping = joined.drop({"attention": [2]})
+    assert count_layers_run(joined) == 6
+    assert count_layers_run(dropping) == 5
+    assert count_layers_run(dropping.drop({"mlp": [4]})) == 2
+    assert count_layers_run(joined.drop({"mlp": [4]})) == 2
+    assert count_layers_run(dropping) == 1, "it ran before; the head of the model and its last layer always run"
+    whole_layer = dropping.drop({"attention": [3], "mlp": [3]})
+    assert count_layers_run(whole_layer) == 5, "a repair of what runs before layer 3 depends on that"
+    assert count_layers_run(whole_layer.drop({"mlp": [4]})) == 2
 
 
 def test_nothing_of_the_cache_stays_on_the_model(windows):

@@ -70,25 +70,32 @@ def measure_errors(model: PreTrainedModel, weights: Mapping[str, Tensor], window
 class _Group:
     """Llama-style layers of a double-precision model as one group, with what their output projections read."""
 
-    def __init__(self, layers: Sequence[Any], layer_kwargs: Sequence[dict[str, Any]]) -> None:
-        self.layers, self.layer_kwargs = layers, layer_kwargs
+    def __init__(self, model: Any, members: Sequence[int], kwargs_of: dict[int, Any], dropped: dict[str, Any]) -> None:
+        self.attentions = [
+            (model.model.layers[n], kwargs_of[n]) for n in members if n not in dropped.get("attention", ())
+        ]
+        self.mlps = [model.model.layers[n] for n in members if n not in dropped.get("mlp", ())]
 
     def run(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the group's output, and the stacked inputs of its o_proj and of its down_proj, each (seq, ...)."""
+        """Return the group's output, and the stacked inputs of its o_proj and of its down_proj, each (seq, ...).
+
+        A member without an attention or an MLP adds nothing to either.
+        """
         attention_inputs, mlp_inputs = [], []
         x1 = x
-        for layer, kwargs in zip(self.layers, self.layer_kwargs, strict=True):
+        for layer, kwargs in self.attentions:
             inputs = keep_inputs(layer.self_attn.o_proj)
             output = layer.self_attn(layer.input_layernorm(x), **kwargs)[0]
             x1 = x1 + multiplier_of(layer) * output
             attention_inputs.append(with_ones(layer.self_attn.o_proj, multiplier_of(layer), inputs()[0]))
         y = x1
-        for layer in self.layers:
+        for layer in self.mlps:
             normed = layer.post_attention_layernorm(x1)
             inside = layer.mlp.act_fn(layer.mlp.gate_proj(normed)) * layer.mlp.up_proj(normed)
             y = y + multiplier_of(layer) * layer.mlp.down_proj(inside)
             mlp_inputs.append(with_ones(layer.mlp.down_proj, multiplier_of(layer), inside[0]))
-        return y, torch.cat(attention_inputs, 1), torch.cat(mlp_inputs, 1)
+        nothing = torch.zeros(x.shape[1], 0, dtype=torch.float64)
+        return y, torch.cat([nothing, *attention_inputs], 1), torch.cat([nothing, *mlp_inputs], 1)
 
 
 def keep_inputs(module: nn.Module) -> Callable[[], Tensor]:
@@ -133,10 +140,12 @@ def refit_slowly(
     window_weights: Sequence[float],
     extent: str,
     num_passes: int,
+    steps: Sequence[Sequence[int]] | None = None,
 ) -> tuple[dict[str, Tensor], list[tuple[float | None, float, float]]]:
     """Refit a model of Llama-style layers, window by window in double precision.
 
-    Every fifth window of each kind chooses the ridge.
+    Every fifth window of each kind chooses the ridge. ``steps`` are the layers between one fit and the next, where they
+    are not the groups of the plan.
 
     Returns:
         The new parameters by name, and of every regression the ridge and the error before and after it.
@@ -154,12 +163,16 @@ def refit_slowly(
     for _ in range(num_passes):
         states = list(entries)
         is_behind = False
-        for members in plan.groups:
-            is_behind = is_behind or len(members) > 1
-            groups = [
-                _Group([changed.model.layers[n] for n in members], [kwargs[n] for n in members]) for kwargs in kwargs_of
-            ]
-            for stage in ("attention", "mlp") if len(members) > 1 or (is_behind and extent == "after") else ():
+        dropped = plan.dropped
+        for members in steps or plan.groups:
+            is_changed = len(members) > 1 or any(n in members for layers in dropped.values() for n in layers)
+            is_behind = is_behind or is_changed
+            groups = [_Group(changed, members, kwargs, dropped) for kwargs in kwargs_of]
+            stages = ("attention", "mlp") if is_changed or (is_behind and extent == "after") else ()
+            for stage in stages:
+                running = [n for n in members if n not in dropped[stage]]
+                if not running:
+                    continue
                 parts: dict[bool, list[tuple[Tensor, Tensor, Tensor]]] = {False: [], True: []}
                 for index, group in enumerate(groups):
                     y, of_attention, of_mlp = group.run(states[index])
@@ -175,7 +188,7 @@ def refit_slowly(
                 found.append((best, errors[None], errors[best]))
                 if best is not None:
                     change = solve_slowly(*[torch.cat(t) for t in zip(fitted, validation, strict=True)], best)
-                    add(changed, members, stage, change)
+                    add(changed, running, stage, change)
             states = [group.run(state)[0] for group, state in zip(groups, states, strict=True)]
     before = dict(base.named_parameters())
     return {name: p for name, p in changed.named_parameters() if not torch.equal(p, before[name])}, found

@@ -31,6 +31,17 @@ def draw_plans(count: int) -> list[Plan]:
     return plans[:count]
 
 
+def draw_dropping_plans(count: int) -> list[Plan]:
+    """The same without some branches; of some groups nothing is left."""
+    rng = random.Random(1)
+    layers = [[layer_idx for layer_idx in range(6) if rng.random() < 0.4] for _ in range(count)]
+    joined = [Plan.baseline(6), *draw_plans(count - 1)]
+    return [
+        plan.drop({"attention": chosen, "mlp": chosen[rng.randrange(2) :]})
+        for plan, chosen in zip(joined, layers, strict=True)
+    ]
+
+
 def fit_from_scratch(model, plan: Plan, **options) -> dict[str, torch.Tensor]:
     return dict(Refitter(model, CALIBRATION, **options).fit(plan).weights)
 
@@ -39,7 +50,9 @@ def evaluate_from_scratch(model, plan: Plan, *, metric: str = "nll") -> WindowLo
     """Fit and evaluate a plan with nothing kept of any other."""
     evaluator = ModelEvaluator(model=model, windows=PROXY, metric=metric, cache_bytes=0)
     evaluator.evaluate_windows(Plan.baseline(6), range(8))
-    weights = fit_from_scratch(model, plan, extent="grouped", num_passes=1, ridges=(0.1,)) if plan.num_joins else {}
+    weights = (
+        fit_from_scratch(model, plan, extent="grouped", num_passes=1, ridges=(0.1,)) if plan != Plan.baseline(6) else {}
+    )
     with swapped_weights(model, weights):
         return evaluator.evaluate_windows(plan, range(8), variant="by hand" if weights else "raw")
 
@@ -56,7 +69,7 @@ def test_what_plans_share_changes_no_bit(extent: str, num_passes: int, num_state
     model = build_tiny_model("llama")
     options = {"extent": extent, "num_passes": num_passes}
     refitter = Refitter(model, CALIBRATION, cache_bytes=2 * num_states * STATE_BYTES, **options)
-    for plan in draw_plans(12):
+    for plan in draw_plans(12) + draw_dropping_plans(6):
         found = refitter.fit(plan)
         expected = Refitter(model, CALIBRATION, **options).fit(plan)
         assert found.weights.keys() == expected.weights.keys()
@@ -87,7 +100,7 @@ def test_losses_are_those_of_fitting_and_evaluating_each_plan_from_scratch(famil
     model = build_tiny_model(family)
     before = {name: parameter.clone() for name, parameter in model.state_dict().items()}
     evaluator = build_evaluator(model, metric=metric)
-    for plan in [Plan.baseline(6), *draw_plans(8), *draw_plans(3)]:
+    for plan in [Plan.baseline(6), *draw_plans(8), *draw_plans(3), *draw_dropping_plans(8)]:
         first, rest = (evaluator.evaluate_windows(plan, windows) for windows in [range(4), range(4, 8)])
         expected = evaluate_from_scratch(model, plan, metric=metric)
         assert first.nll_nats_per_token + rest.nll_nats_per_token == expected.nll_nats_per_token

@@ -66,6 +66,29 @@ def test_a_refit_is_what_loops_compute(family: str, options: dict[str, Any], ext
         assert float((change - expected).norm() / expected.norm()) < FLOAT32_REFIT, name
 
 
+@pytest.mark.parametrize(("extent", "num_passes"), [("grouped", 1), ("after", 2)])
+def test_a_refit_of_what_is_left_of_dropped_groups_is_what_loops_compute(extent: Any, num_passes: int) -> None:
+    """One layer of which nothing is left, behind a whole one that takes up its error; a pair with one branch less."""
+    plan = Plan.from_groups([[0], [1], [2], [3, 4], [5]], dropped={"attention": [2, 4, 5], "mlp": [2]})
+    model = build_tiny_model("llama", mlp_bias=True)
+    windows = build_windows(40, num_kinds=2)
+    arguments: dict[str, Any] = {"extent": extent, "num_passes": num_passes, "window_weights": [1.0] * 80}
+    found = refit(model, plan, windows, batch_size=4, **arguments)
+    steps = [[0], [1, 2], [3, 4], [5]]
+    weights, products = refit_slowly(model, plan, windows, ridges=RIDGES, steps=steps, **arguments)
+    expected_layers = [(1,), (1,), (3,), (3, 4), (5,)]
+    assert [product.layers for product in found.products] == expected_layers * num_passes
+    assert found.weights.keys() == weights.keys()
+    assert not any("layers.2." in name or "layers.5.self_attn" in name for name in weights)
+    for product, (ridge, before, after) in zip(found.products, products, strict=True):
+        assert product.ridge == ridge
+        assert product.error_before == pytest.approx(before, rel=FLOAT32_REFIT)
+        assert product.error_after == pytest.approx(after, rel=FLOAT32_REFIT)
+    for name, weight in found.weights.items():
+        change, expected = (w.double() - model.get_parameter(name).double() for w in (weight, weights[name]))
+        assert float((change - expected).norm() / expected.norm()) < FLOAT32_REFIT, name
+
+
 # ---- What it lowers --------------------------------------------------------------------------------------------------
 
 
@@ -92,6 +115,41 @@ def test_a_refit_lowers_the_error_on_text_that_it_did_not_see(family: str) -> No
     assert {product.ridge is not None for product in found.products[:2]} == {True}
     for product in found.products:
         assert (product.error_after < product.error_before) == (product.ridge is not None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("extent", ["grouped", "after"])
+def test_a_refit_takes_up_what_dropped_branches_did(family: str, extent: Any) -> None:
+    model = build_tiny_model(family)
+    plan = Plan.from_groups([[0], [1], [2], [3, 4], [5]], dropped={"attention": [1, 4], "mlp": [2, 5]})
+    found = refit(model, plan, build_windows(60), extent=extent)
+    for product in found.products:
+        assert product.layers in {(1,), (2,), (3,), (3, 4), (5,)}
+        assert not set(product.layers) & set(plan.dropped["mlp" if "mlp" in product.module else "attention"])
+        assert product.error_after < product.error_before or product.ridge is None
+    unseen = build_windows(16, seed=1)
+    before, after = measure_errors(model, {}, unseen, plan), measure_errors(model, found.weights, unseen, plan)
+    assert after[0] == 0
+    assert after[-1] < 0.9 * before[-1]
+
+
+@pytest.mark.parametrize("dropped", [[0], [0, 1], [5], [2, 3]])
+def test_the_error_of_a_layer_of_which_nothing_is_left_is_taken_up_beside_it(dropped: list[int]) -> None:
+    """By the layer before it; where there is none, by the layer behind it."""
+    model = build_tiny_model("llama")
+    plan = Plan.baseline(6).drop({"attention": dropped, "mlp": dropped})
+    found = refit(model, plan, extent="grouped")
+    neighbour = dropped[-1] + 1 if dropped[0] == 0 else dropped[0] - 1
+    assert {product.layers for product in found.products} == {(neighbour,)}
+    end = max(neighbour, dropped[-1])
+    unseen = build_windows(16, seed=1)
+    before, after = (measure_errors(model, weights, unseen, plan)[end] for weights in ({}, found.weights))
+    assert after < 0.95 * before
+
+
+def test_a_model_without_any_branch_is_refused(model: PreTrainedModel) -> None:
+    with pytest.raises(PlanError, match="drops every branch of the model, so there is nothing to refit"):
+        refit(model, Plan.from_groups([[0, 1], [2, 3], [4, 5]], dropped={"attention": range(6), "mlp": range(6)}))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -267,7 +325,9 @@ def test_too_little_text_is_refused_with_how_much_is_needed(model: PreTrainedMod
 
 
 def test_a_plan_that_joins_nothing_is_refused(model: PreTrainedModel) -> None:
-    with pytest.raises(PlanError, match="joins no layers, so there is nothing to refit; give a plan with groups"):
+    with pytest.raises(
+        PlanError, match="joins and drops nothing, so there is nothing to refit; give a plan with groups"
+    ):
         refit(model, Plan.baseline(6))
 
 
@@ -277,8 +337,6 @@ def test_plans_of_other_models_and_planned_models_are_refused(model: PreTrainedM
     identity = ModelIdentity(id="other", num_layers=6, fingerprint="0" * 16 + "-" + "1" * 16)
     with pytest.raises(PlanError, match="the plan is for other"):
         refit(model, Plan(PLAN.groups, PlanMetadata(model=identity)))
-    with pytest.raises(PlanError, match="cannot be run by this version"):
-        refit(model, PLAN.drop({"mlp": [3]}))
     apply_plan(model, PLAN)
     with pytest.raises(ModelError, match="a plan is applied"):
         refit(model)

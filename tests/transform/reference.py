@@ -7,7 +7,7 @@ each family's branches are spelled out from its submodules.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,10 +89,14 @@ def run_reference(
     *,
     family: str,
     groups: Sequence[Sequence[int]],
+    dropped: Mapping[str, Sequence[int]] | None = None,
     input_ids: Tensor,
     attention_mask: Tensor,
 ) -> Tensor:
-    """Run the decoder by the paper's equations and return the normed last hidden states, (batch, seq, hidden)."""
+    """Run the decoder by the paper's equations and return the normed last hidden states, (batch, seq, hidden).
+
+    The branches of ``dropped`` are in no sum; a sum of none is 0.
+    """
     tiny = TINY_FAMILIES[family]
     decoder: Any = model.gpt_neox if family.startswith("gpt_neox") else model.model
     embeddings = decoder.embed_in if family.startswith("gpt_neox") else decoder.embed_tokens
@@ -115,13 +119,16 @@ def run_reference(
     def transform(layer_idx: int, x: Tensor) -> Tensor:
         return tiny.residual_scale * mlp_branch(decoder.layers[layer_idx], x)
 
+    without = dropped or {"attention": (), "mlp": ()}
     for group in groups:
+        attending = [layer_idx for layer_idx in group if layer_idx not in without["attention"]]
+        transforming = [layer_idx for layer_idx in group if layer_idx not in without["mlp"]]
         if tiny.parallel:
-            attended = sum(attend(layer_idx, x) for layer_idx in group)
-            x = x + attended + sum(transform(layer_idx, x) for layer_idx in group)
+            attended = sum(attend(layer_idx, x) for layer_idx in attending)
+            x = x + attended + sum(transform(layer_idx, x) for layer_idx in transforming)
         else:
-            x = x + sum(attend(layer_idx, x) for layer_idx in group)
-            x = x + sum(transform(layer_idx, x) for layer_idx in group)
+            x = x + sum(attend(layer_idx, x) for layer_idx in attending)
+            x = x + sum(transform(layer_idx, x) for layer_idx in transforming)
     if family.startswith("gpt_neox"):
         return decoder.final_layer_norm(x)
     return decoder.final_layernorm(x) if family == "phi" else decoder.norm(x)

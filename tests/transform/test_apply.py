@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import re
 import weakref
 from collections import Counter
@@ -32,6 +33,17 @@ PLANS = {
 }
 MIXED = Plan.from_groups([[0], [1, 2], [3, 4, 5]])
 PAIRS = Plan.from_groups([[0, 1], [2, 3], [4, 5]])
+DROPPING = Plan.from_groups([[0], [1, 2], [3], [4, 5]], dropped={"attention": [0, 1, 3], "mlp": [2, 3]})
+"""Drops the attention that every mask is sized by, a branch of each member of a pair, and a layer as a whole."""
+
+MLP_ONLY = Plan.from_groups([[i] for i in range(6)], dropped={"attention": range(6)})
+DROPPING_PLANS = {
+    "branches": DROPPING,
+    "every attention": MLP_ONLY,
+    "every MLP": Plan.from_groups([[0, 1], [2], [3], [4], [5]], dropped={"mlp": range(6)}),
+    "whole layers": Plan.from_groups([[i] for i in range(6)], dropped={"attention": [0, 5], "mlp": [0, 5]}),
+    "the second members": Plan.from_groups(PAIRS.groups, dropped={"attention": [1, 3, 5], "mlp": [1, 3, 5]}),
+}
 
 
 def last_hidden_states(model: PreTrainedModel, **inputs: Any) -> Tensor:
@@ -77,6 +89,44 @@ def test_a_plan_obeys_the_equations(family: str, family_model: PreTrainedModel, 
     assert (expected - alone)[tokens].abs().max() > 0.1  # the plan matters on this model
 
 
+@pytest.mark.parametrize("plan", DROPPING_PLANS.values(), ids=DROPPING_PLANS.keys())
+def test_dropped_branches_are_in_no_sum(family: str, family_model: PreTrainedModel, plan: Plan) -> None:
+    batch = build_left_padded_batch()
+    tokens = batch["attention_mask"].bool()
+    expected = run_reference(family_model, family=family, groups=plan.to_lists(), dropped=plan.dropped, **batch)
+    before = attributes_of_modules(family_model)
+    with applied_plan(family_model, plan):
+        actual = last_hidden_states(family_model, **batch)
+    assert attributes_of_modules(family_model) == before
+    torch.testing.assert_close(actual[tokens], expected[tokens], rtol=0, atol=FLOAT32_LOGITS)
+    whole = run_reference(family_model, family=family, groups=plan.to_lists(), **batch)
+    assert (expected - whole)[tokens].abs().max() > 0.1  # what is dropped matters on this model
+
+
+def test_a_whole_layer_beside_one_of_which_nothing_is_left_is_the_layer_alone(family_model: PreTrainedModel) -> None:
+    batch = build_left_padded_batch()
+    dropped = {"attention": [0, 3, 5], "mlp": [0, 3, 5]}
+    plans = [
+        Plan.from_groups(groups, dropped=dropped)
+        for groups in ([[0], [1], [2], [3], [4], [5]], [[0, 1], [2, 3], [4, 5]], [[0], [1], [2, 3], [4, 5]])
+    ]
+    logits = []
+    for plan in plans:
+        with applied_plan(family_model, plan):
+            logits.append(family_model(**batch).logits)
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+
+
+def test_a_model_without_any_branch_returns_its_embeddings(family_model: PreTrainedModel) -> None:
+    plan = Plan.from_groups(PAIRS.groups, dropped={"attention": range(6), "mlp": range(6)})
+    with applied_plan(family_model, plan):
+        hidden_states = family_model(**build_left_padded_batch(), output_hidden_states=True).hidden_states
+    assert len(hidden_states) == 7
+    for layer_idx in range(1, 6):  # the last ones are normed
+        assert torch.equal(hidden_states[layer_idx], hidden_states[0])
+
+
 def test_baseline_and_undone_models_are_the_untouched_one_bit_for_bit(family_model: PreTrainedModel) -> None:
     batch = build_left_padded_batch()
     before = attributes_of_modules(family_model)
@@ -102,17 +152,24 @@ def test_a_layer_alone_in_its_group_runs_bit_for_bit(family_model: PreTrainedMod
 
 
 @pytest.mark.parametrize("cache_kind", ["dynamic", "static"])
-def test_cached_decoding_equals_the_full_forward(family_model: PreTrainedModel, cache_kind: str) -> None:
+@pytest.mark.parametrize(
+    ("plan", "prefills"),
+    [(MIXED, [9]), (DROPPING, [4, 9]), (MLP_ONLY, [9])],  # ends of parts that are read at once
+    ids=["mixed", "dropping", "every attention dropped"],
+)
+def test_cached_decoding_equals_the_full_forward(
+    family_model: PreTrainedModel, cache_kind: str, plan: Plan, prefills: list[int]
+) -> None:
     batch = build_left_padded_batch(lengths=(16, 11))
     input_ids, attention_mask = batch["input_ids"], batch["attention_mask"]
     if cache_kind == "static":
         cache = StaticCache(config=family_model.config, max_cache_len=24)
     else:
         cache = DynamicCache(config=family_model.config)
-    with applied_plan(family_model, MIXED):
+    with applied_plan(family_model, plan):
         full = family_model(**batch, use_cache=False).logits
         parts = []
-        for start, end in [(0, 9), *((i, i + 1) for i in range(9, 16))]:  # a prefill of 9 tokens, then one at a time
+        for start, end in itertools.pairwise([0, *prefills, *range(10, 17)]):  # the prefills, then one token at a time
             step = family_model(
                 input_ids=input_ids[:, start:end],
                 attention_mask=attention_mask[:, :end],
@@ -122,12 +179,19 @@ def test_cached_decoding_equals_the_full_forward(family_model: PreTrainedModel, 
             parts.append(step.logits)
     tokens = attention_mask.bool()
     torch.testing.assert_close(torch.cat(parts, dim=1)[tokens], full[tokens], rtol=0, atol=FLOAT32_LOGITS)
+    for layer_idx, slot in enumerate(cache.layers):
+        assert int(cache.get_seq_length(layer_idx)) in (16, getattr(slot, "max_cache_len", 16))  # a full window of one
+        is_dropped = layer_idx in plan.dropped["attention"]
+        assert (slot.keys.numel() == 0, slot.values.numel() == 0) == (is_dropped, is_dropped)
 
 
 @pytest.mark.parametrize("cache_implementation", ["dynamic", "static"])
-def test_generate_equals_argmax_of_full_forwards(family_model: PreTrainedModel, cache_implementation: str) -> None:
+@pytest.mark.parametrize("plan", [MIXED, DROPPING, MLP_ONLY], ids=["mixed", "dropping", "every attention dropped"])
+def test_generate_equals_argmax_of_full_forwards(
+    family_model: PreTrainedModel, cache_implementation: str, plan: Plan
+) -> None:
     batch = build_left_padded_batch()
-    with applied_plan(family_model, MIXED):
+    with applied_plan(family_model, plan):
         generated = family_model.generate(
             **batch, max_new_tokens=6, do_sample=False, cache_implementation=cache_implementation
         )
@@ -142,7 +206,48 @@ def test_generate_equals_argmax_of_full_forwards(family_model: PreTrainedModel, 
     assert torch.equal(generated, input_ids)
 
 
-def test_gradients_are_those_of_the_equations(family: str, family_model: PreTrainedModel) -> None:
+@pytest.mark.parametrize("family_name", ["llama", "gemma3_text", "gpt_neox"])
+def test_beams_and_caches_of_every_make_follow_a_plan_that_drops(family_name: str) -> None:
+    model = build_tiny_model(family_name)
+    batch = build_left_padded_batch()
+    with applied_plan(model, DROPPING):
+        uncached = model.generate(**batch, max_new_tokens=6, num_beams=3, do_sample=False, use_cache=False)
+        assert torch.equal(model.generate(**batch, max_new_tokens=6, num_beams=3, do_sample=False), uncached)
+        greedy = model.generate(**batch, max_new_tokens=6, do_sample=False, use_cache=False)
+        chunked = model.generate(**batch, max_new_tokens=6, do_sample=False, prefill_chunk_size=4)
+        assert torch.equal(chunked, greedy)
+    cache = DynamicCache()  # its slots are added when they are used
+    rows = batch["input_ids"][:1]
+    with applied_plan(model, DROPPING):
+        full = model(input_ids=rows, use_cache=False).logits
+        model(input_ids=rows[:, :3], past_key_values=cache)
+        model(input_ids=rows[:, 3:9], past_key_values=cache)
+        cache.crop(-5)
+        assert [cache.get_seq_length(layer_idx) for layer_idx in range(6)] == [4] * 6
+        rest = model(input_ids=rows[:, 4:], past_key_values=cache).logits
+        torch.testing.assert_close(rest, full[:, 4:], rtol=0, atol=FLOAT32_LOGITS)
+    cache.reset()
+    untouched = model(input_ids=rows, use_cache=False).logits
+    steps = [model(input_ids=rows[:, i : i + 1], past_key_values=cache).logits for i in range(rows.shape[1])]
+    torch.testing.assert_close(torch.cat(steps, dim=1), untouched, rtol=0, atol=FLOAT32_LOGITS)
+
+
+def test_a_plan_that_drops_goes_on_with_a_cache_of_the_unmodified_model(llama: PreTrainedModel) -> None:
+    """What is kept of the first tokens is the unmodified model's; positions and masks count them."""
+    rows = build_left_padded_batch()["input_ids"][:1]
+    at_once, stepwise = DynamicCache(config=llama.config), DynamicCache(config=llama.config)
+    for cache in (at_once, stepwise):
+        llama(input_ids=rows[:, :9], past_key_values=cache)
+    with applied_plan(llama, DROPPING):
+        expected = llama(input_ids=rows[:, 9:], past_key_values=at_once).logits
+        steps = [llama(input_ids=rows[:, i : i + 1], past_key_values=stepwise).logits for i in range(9, rows.shape[1])]
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected, rtol=0, atol=FLOAT32_LOGITS)
+    for cache in (at_once, stepwise):
+        assert [cache.get_seq_length(layer_idx) for layer_idx in range(6)] == [rows.shape[1]] * 6
+
+
+@pytest.mark.parametrize("plan", [MIXED, DROPPING], ids=["mixed", "dropping"])
+def test_gradients_are_those_of_the_equations(family: str, family_model: PreTrainedModel, plan: Plan) -> None:
     batch = build_left_padded_batch()
     tokens = batch["attention_mask"].bool()
     model = copy.deepcopy(family_model).requires_grad_(True)
@@ -153,8 +258,8 @@ def test_gradients_are_those_of_the_equations(family: str, family_model: PreTrai
         (hidden_states[tokens] @ weights).sum().backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
-    expected = gradients(run_reference(model, family=family, groups=MIXED.groups, **batch))
-    apply_plan(model, MIXED).train()
+    expected = gradients(run_reference(model, family=family, groups=plan.to_lists(), dropped=plan.dropped, **batch))
+    apply_plan(model, plan).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -191,6 +296,8 @@ def test_plans_nest_replace_and_come_off_after_exceptions(llama: PreTrainedModel
         mixed = llama(**batch).logits
     assert not torch.equal(pairs, mixed)
     with applied_plan(llama, MIXED):
+        with applied_plan(llama, DROPPING):
+            assert not torch.equal(llama(**batch).logits, mixed)
         with applied_plan(llama, PAIRS):
             assert torch.equal(llama(**batch).logits, pairs)
             with applied_plan(llama, Plan.baseline(6)):
@@ -210,11 +317,12 @@ def test_plans_nest_replace_and_come_off_after_exceptions(llama: PreTrainedModel
     assert torch.equal(undo_plan(llama)(**batch).logits, untouched)
 
 
-def test_a_deep_copy_is_an_independent_working_model(llama: PreTrainedModel) -> None:
+@pytest.mark.parametrize("plan", [MIXED, DROPPING], ids=["mixed", "dropping"])
+def test_a_deep_copy_is_an_independent_working_model(llama: PreTrainedModel, plan: Plan) -> None:
     batch = build_left_padded_batch()
     untouched = llama(**batch).logits
     before = attributes_of_modules(llama)
-    apply_plan(llama, MIXED)
+    apply_plan(llama, plan)
     mixed = llama(**batch).logits
     clone = copy.deepcopy(llama)
     undo_plan(llama)
@@ -292,11 +400,15 @@ def test_slots_out_of_order_are_refused(llama: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")  # its name before transformers 5.23
-def test_gradient_checkpointing_recomputes_groups_as_a_whole(llama: PreTrainedModel, use_reentrant: bool) -> None:
+@pytest.mark.parametrize("plan", [MIXED, DROPPING], ids=["mixed", "dropping"])
+def test_gradient_checkpointing_recomputes_groups_as_a_whole(
+    llama: PreTrainedModel, use_reentrant: bool, plan: Plan
+) -> None:
     batch = build_left_padded_batch()
-    apply_plan(llama, MIXED).requires_grad_(True)
+    apply_plan(llama, plan).requires_grad_(True)
     _backward(llama(**batch).logits)
     expected = {name: parameter.grad for name, parameter in llama.named_parameters()}
+    running = [layer_idx for layer_idx in range(6) if layer_idx not in plan.dropped["mlp"]]
     llama.zero_grad(set_to_none=True)
 
     llama.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
@@ -306,16 +418,19 @@ def test_gradient_checkpointing_recomputes_groups_as_a_whole(llama: PreTrainedMo
         layer.mlp.register_forward_pre_hook(lambda *_, layer_idx=layer_idx: num_runs.update([layer_idx]))
     first, second = (llama(**batch).logits for _ in range(2))  # both before either is recomputed
     _backward(first)
-    assert num_runs == dict.fromkeys(range(6), 3)
+    assert num_runs == dict.fromkeys(running, 3)
     _backward(second)
     for name, parameter in llama.named_parameters():
-        assert torch.equal(parameter.grad, 2 * expected[name]), name
+        if expected[name] is None:  # of a branch that is dropped
+            assert parameter.grad is None, name
+        else:
+            assert torch.equal(parameter.grad, 2 * expected[name]), name
     assert all(layer.gradient_checkpointing for layer in get_decoder_layers(llama))
 
     num_runs.clear()
     llama.eval()
     _backward(llama(**batch, use_cache=False).logits)  # it plays no part in eval mode
-    assert num_runs == dict.fromkeys(range(6), 1)
+    assert num_runs == dict.fromkeys(running, 1)
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
