@@ -168,9 +168,11 @@ class FeedForward(nn.Module):
         names: the entry ``lpsearch`` of the configuration.
     """
 
+    mlp: nn.Module
+
     def __init__(self, layer: Any, names: dict[str, Any]) -> None:
         super().__init__()
-        self.mlp_norm = names["mlp_norm"]
+        self.mlp_norm: str | None = names["mlp_norm"]
         self.mlp_post = tuple(names["mlp_post"])
         for name in _name_mlp_modules(names):
             self.add_module(name, layer.get_submodule(name))
@@ -286,7 +288,7 @@ def _build_entry(layer_class: Any, config: Any, slot: int, overrides: dict[str, 
     group = next(group for group in names["groups"] if names["slots"][slot][0] in group)
     alike = [members for members in names["slots"] if members[0] in group]  # the slots of the group
     members, mlp = names["slots"][slot], list_mlps(names)[slot]
-    layer = _build_layer(layer_class, config, slot, overrides)
+    layer: Any = _build_layer(layer_class, config, slot, overrides)
     if names.get("widened") and len(members) > 1:
         _widen_attention(layer, names, LayerConfig(config, overrides), slot, num_members=len(members))
     _give_attentions_their_own(layer, names, num_members=len(members), num_attending=sum(map(len, alike)))
@@ -294,24 +296,32 @@ def _build_entry(layer_class: Any, config: Any, slot: int, overrides: dict[str, 
     if len(alike) > 1:
         stock: Any = type(layer.self_attn)
         layer.self_attn.__class__ = _carrying_attention(stock, side_by_side=names["post_norms"] is not None)
-    is_leading = members != alike[-1]
-    if is_leading:
-        layer = LeadingSlot(layer, names["attention_norm"])
-    elif not mlp:
-        for name in _name_mlp_modules(names):
-            delattr(layer, name)
-        layer.stage = (names["attention_norm"], names["attention"], *names["attention_post"])
-        layer.residual_multiplier = getattr(layer, "residual_multiplier", None)
-        layer.__class__ = _attending_layer(layer_class)
-    if len(alike) > 1 and not is_leading:
-        layer.__class__ = _carrying_layer(type(layer))
+    entry_class = layer_class
+    if members != alike[-1]:
+        layer, entry_class = LeadingSlot(layer, names["attention_norm"]), LeadingSlot
+    else:
+        if not mlp:
+            _remove_mlp(layer, names)
+            entry_class = _attending_layer(entry_class)
+        if len(alike) > 1:
+            entry_class = _carrying_layer(entry_class)
     further = list_more_mlps(names, slot)
     if any(further.values()):
         for attribute, mlps in further.items():
             built = [_build_feed_forward(layer_class, config, slot, more) for more in mlps]
             setattr(layer, attribute, nn.ModuleList(built))
-        layer.__class__ = _longer_layer(type(layer))
-    return layer
+        entry_class = _longer_layer(entry_class)
+    layer.__class__ = entry_class
+    entry: nn.Module = layer
+    return entry
+
+
+def _remove_mlp(layer: Any, names: dict[str, Any]) -> None:
+    """Take the MLP out of a decoder layer, and note what its attention needs without the stock forward."""
+    for name in _name_mlp_modules(names):
+        delattr(layer, name)
+    layer.stage = (names["attention_norm"], names["attention"], *names["attention_post"])
+    layer.residual_multiplier = getattr(layer, "residual_multiplier", None)
 
 
 def list_mlps(names: dict[str, Any]) -> list[list[int]]:
@@ -322,11 +332,10 @@ def list_mlps(names: dict[str, Any]) -> list[list[int]]:
     if "mlps" in names:
         mlps: list[list[int]] = names["mlps"]
         return mlps
-    closing = {
-        tuple(group): slot for group in names["groups"] for slot, m in enumerate(names["slots"]) if m[0] in group
-    }
-    at = {slot: list(group) for group, slot in closing.items()}
-    return [at.get(slot, []) for slot in range(len(names["slots"]))]
+    closing: dict[int, list[int]] = {}
+    for group in names["groups"]:
+        closing[max(slot for slot, members in enumerate(names["slots"]) if members[0] in group)] = group
+    return [closing.get(slot, []) for slot in range(len(names["slots"]))]
 
 
 def _build_layer(layer_class: Any, config: Any, slot: int, overrides: dict[str, Any]) -> Any:
