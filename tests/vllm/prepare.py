@@ -45,8 +45,8 @@ SMOLLM2_PROMPTS = [
 SMOLLM2_NEW_TOKENS = 16
 
 TINY_PLAN = [[0], [1, 2], [3, 4, 5]]
-# An MLP ahead of the first attention, one after another group's, a group with one MLP fewer, one without any, and a layer
-# without. Where layers attend in several ways, the groups are of two slots.
+# An MLP ahead of the first attention, one after another group's, a group with one MLP fewer, one without any, a single
+# layer without. Where layers attend in several ways, the groups are of two slots.
 DROPPING_GROUPS = [[0], [1, 2], [3], [4, 5], [6], [7]]
 DROPPED = {"attention": [0, 3], "mlp": [2, 4, 5, 7]}
 TINY_PROMPTS = [[3 + (7 * i * j + 5 * j) % (VOCAB_SIZE - 3) for j in range(11 + 3 * i)] for i in range(4)]
