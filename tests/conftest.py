@@ -36,21 +36,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a saved six-layer Llama with a byte-level tokenizer: everything a command needs of a model."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
+    from tests.export.byte_tokenizer import write_character_tokenizer
     from tests.tiny_models import build_tiny_model
 
     directory = tmp_path_factory.mktemp("tiny-llama")
-    model = build_tiny_model("llama", vocab_size=512)
-    model.save_pretrained(directory)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<s>": 0} | {symbol: i + 1 for i, symbol in enumerate(alphabet)}
-    assert len(vocabulary) <= model.config.vocab_size
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>").save_pretrained(directory)
+    build_tiny_model("llama", vocab_size=512).save_pretrained(directory)
+    write_character_tokenizer(directory)
     return directory
 
 

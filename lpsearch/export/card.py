@@ -57,21 +57,34 @@ def write_card(path: Path, *, plan: Plan, config: Any, licence: str | None, noti
     elif notices:
         header += ["license: other", f"license_link: {notices[0].name}"]
     joined = [group for group in plan.groups if len(group) > 1]
+    content = json.dumps(json.loads(plan.key))
     parts = [
         "\n".join(["---", *header, "---"]),
-        f"# {base}, {plan.num_layers} layers as {plan.depth}",
+        f"# {base}, {plan.num_layers} layers as {plan.depth:g}",
         f"The decoder layers of {base}{f' ({identity.revision})' if identity.revision else ''} were grouped by "
-        f"lpsearch {__version__}: its {plan.num_layers} layers run as {plan.depth} groups, one after another "
+        f"lpsearch {__version__}: its {plan.num_layers} layers run as {len(plan.groups)} groups, one after another "
         f"({plan.depth_reduction:.1%} less depth). The layers of a group read the same hidden states and their outputs "
         f"are summed, so that a group is one wide layer. {_describe_recovery(plan)} Weights were joined, and norms "
         f"folded into them in float32; the result is stored in {str(config.dtype).removeprefix('torch.')}.",
         f"Layers together: {', '.join(f'{group[0]} to {group[-1]}' for group in joined) or 'none'}.",
+        *_describe_dropped(plan),
         *_describe_metrics(plan),
         _LOAD.rstrip(),
         "## Licence\n\n" + _describe_licence(licence, notices),
-        f"The plan is `plan.json` in this directory:\n\n```json\n{json.dumps(plan.to_lists())}\n```",
+        f"The plan is `plan.json` in this directory:\n\n```json\n{content}\n```",
     ]
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _describe_dropped(plan: Plan) -> list[str]:
+    """Say which branches the checkpoint lacks; nothing of a plan that drops none."""
+    words = {"attention": "the attention", "mlp": "the MLP"}
+    left_out = [
+        f"{words[branch]} of {'layer' if len(layers) == 1 else 'layers'} {', '.join(map(str, layers))}"
+        for branch, layers in plan.dropped.items()
+        if layers
+    ]
+    return [f"Left out, and not stored: {' and '.join(left_out)}."] if left_out else []
 
 
 def _describe_recovery(plan: Plan) -> str:

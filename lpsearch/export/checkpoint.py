@@ -53,7 +53,8 @@ def export_checkpoint(
 
     The directory holds safetensors, the configuration, the modelling code for
     ``AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)``, the generation configuration, the
-    tokenizer, a model card and the plan. It appears whole or not at all. The model stays as it is.
+    tokenizer, a model card and the plan. Branches that the plan drops are not stored. It appears whole or not at all.
+    The model stays as it is.
 
     Args:
         model: an unmodified language model of a family that can be fused, on any device.
@@ -67,7 +68,7 @@ def export_checkpoint(
         The directory.
 
     Raises:
-        PlanError: if the plan is for another model.
+        PlanError: if the plan is for another model, or drops the attention of every layer.
         FamilyError: if the family cannot be fused.
         ModelError: if the model is quantised, fused already or has a plan applied.
         UsageError: if the directory is not empty.
@@ -118,7 +119,7 @@ def export_source(
         The directory.
 
     Raises:
-        PlanError: if the plan is for another model.
+        PlanError: if the plan is for another model, or drops the attention of every layer.
         FamilyError: if the family cannot be fused.
         ModelError: if the model does not exist, is quantised, incomplete or unusable.
         SourceError: if the model exists but cannot be fetched now.
@@ -212,7 +213,7 @@ def _write_directory(
             shutil.copyfile(notice, staging / notice.name)
         save_plan(plan, staging / RECOVERED_PLAN_NAME)
         write_card(staging / "README.md", plan=plan, config=config, licence=base.licence, notices=base.notices)
-    logger.info("wrote %s: %d layers as %d, %s", target, plan.num_layers, plan.depth, config.dtype)
+    logger.info("wrote %s: %d layers as %g, %s", target, plan.num_layers, plan.depth, config.dtype)
     return target
 
 

@@ -15,7 +15,7 @@ from lpsearch.models.traits import read_traits
 from lpsearch.plan import Plan
 from lpsearch.transform import modeling_lpsearch as modeling
 from lpsearch.transform.apply import check_plan_model, check_unplanned
-from lpsearch.transform.fused_config import build_fused_config
+from lpsearch.transform.fused_config import build_fused_config, list_last_uses
 from lpsearch.transform.fused_weights import InterleavedWeights, name_tensors
 from lpsearch.transform.stock import check_stock
 
@@ -30,9 +30,10 @@ def fuse_plan(model: _Model, plan: Plan) -> _Model:
     """Turn the groups of a plan into wide layers; this cannot be undone.
 
     A group of m layers becomes one layer of m times the heads and the intermediate size, with the sum over the group
-    inside its products. The result differs from the model under :func:`lpsearch.apply_plan` by rounding alone. Layers
-    alone in their group keep their weights bit for bit. The model gets a class and a configuration of its own, so that
-    ``save_pretrained`` writes what ``AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`` loads.
+    inside its products. The result differs from the model under :func:`lpsearch.apply_plan` by rounding alone. Branches
+    alone in their group keep their weights bit for bit, and those that the plan drops are not there. The model gets a
+    class and a configuration of its own, so that ``save_pretrained`` writes what
+    ``AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`` loads.
 
     Above the model itself, the memory needed is that of one group.
 
@@ -44,7 +45,7 @@ def fuse_plan(model: _Model, plan: Plan) -> _Model:
         The same model.
 
     Raises:
-        PlanError: if the plan is for another model.
+        PlanError: if the plan is for another model, or drops the attention of every layer.
         FamilyError: if the family cannot be fused.
         ModelError: if the model is quantised, has a plan applied, or anything in it is not as transformers builds it;
             the model is left as it was.
@@ -73,12 +74,12 @@ def fuse_plan(model: _Model, plan: Plan) -> _Model:
     weights = InterleavedWeights(base_config, fused_config, tensors.get)
     with torch.device("meta"):
         layers = modeling.build_layers(fused_config)
-    for group in plan.groups:
-        for slot, members in enumerate(fused_config.lpsearch["slots"]):
-            if members[0] in group:
-                _fill_layer(layers[slot], f"{prefix}.layers.{slot}.", weights, like=next(iter(tensors.values())))
-        used = tuple(f"{prefix}.layers.{layer_idx}." for layer_idx in group)
-        for name in [name for name in tensors if name.startswith(used)]:
+    like = next(iter(tensors.values()))
+    last_uses = list_last_uses(fused_config.lpsearch)
+    for slot, layer in enumerate(layers):
+        _fill_layer(layer, f"{prefix}.layers.{slot}.", weights, like=like)
+        done = tuple(f"{prefix}.layers.{i}." for i in range(plan.num_layers) if last_uses.get(i, -1) <= slot)
+        for name in [name for name in tensors if name.startswith(done)]:
             del tensors[name]
     decoder.layers = layers.train(is_training)
     for module in model.modules():
@@ -87,7 +88,7 @@ def fuse_plan(model: _Model, plan: Plan) -> _Model:
         # Transformers hooks the layers for `output_hidden_states` once a model; these layers are new.
         vars(module).pop("_output_capturing_hooks_installed", None)
     model.__class__ = getattr(modeling, fused_config.architectures[0])
-    logger.debug("%s: %d layers became %d wide ones", type(model).__name__, plan.num_layers, plan.depth)
+    logger.debug("%s: %d layers became %d wide ones", type(model).__name__, plan.num_layers, len(layers))
     return model
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from lpsearch.models.traits import OUTPUTS, AttentionPart, FamilyTraits, Projection, read_traits
-from lpsearch.transform.modeling_lpsearch import count_mlp_blocks
+from lpsearch.transform.modeling_lpsearch import count_mlp_blocks, list_more_mlps
 
 __all__ = ["InterleavedWeights", "MemberWeights", "StackedWeights", "WideLayer", "name_tensors"]
 
@@ -37,6 +37,7 @@ _FOLDED_ELEMENTS = 1 << 20
 """Elements of a weight that are in float32 at a time while a norm is folded into it."""
 
 _LAYER_NAME = re.compile(r"\w+\.layers\.(\d+)\.(.+)")
+_MORE_MLPS_NAME = re.compile(r"(mlps_ahead|more_mlps)\.(\d+)\.(.+)")
 _MEMBER_NAME = re.compile(r"(.+)\.(\d+)\.(\w+)")
 
 
@@ -136,12 +137,20 @@ class InterleavedWeights:
     def __init__(self, config: PretrainedConfig, fused_config: PretrainedConfig, read: TensorReader) -> None:
         self._traits = read_traits(config)
         self._members = MemberWeights(self._traits, read)
-        self._slots: list[list[int]] = fused_config.lpsearch["slots"]
-        # What is kept apart for each member of a group stands in the order of the slots.
-        self._group_of_slot = [
+        names = fused_config.lpsearch
+        self._slots: list[list[int]] = names["slots"]
+        self._mlps: list[list[int]] = names["mlps"]
+        self._more_mlps = {
+            (attribute, slot, position): more["layers"]
+            for slot in range(len(self._slots))
+            for attribute, stages in list_more_mlps(names, slot).items()
+            for position, more in enumerate(stages)
+        }
+        # What is kept apart for each attention of a group stands in the order of the slots.
+        self._attending = [
             [layer for slot in self._slots if slot[0] in group for layer in slot]
             for members in self._slots
-            for group in fused_config.lpsearch["groups"]
+            for group in names["groups"]
             if members[0] in group
         ]
 
@@ -158,12 +167,11 @@ class InterleavedWeights:
             tensor = self._members.read(name)
             assert tensor is not None, name
             return tensor.to(dtype)
-        slot, rest = int(match[1]), match[2]
         block = self._traits.family.block
-        in_attention = rest.startswith((f"{block.attention}.", f"{block.attention_norm}."))
-        layers = self._slots[slot] if in_attention else self._group_of_slot[slot]
+        rest, layers = self._find_members(int(match[1]), match[2])
+        in_attention = rest.startswith(f"{block.attention}.")
         if len(layers) == 1:
-            return self._members.get(layers[0], rest).to(dtype)
+            return self._get_alone(layers[0], rest).to(dtype)
         if match := _MEMBER_NAME.fullmatch(rest):
             module = match[1].replace("_projs", "_proj")
             return self._members.get(layers[int(match[2])], f"{module}.{match[3]}").to(dtype)
@@ -182,6 +190,31 @@ class InterleavedWeights:
             self._fold_blocks(layer, module, "weight" if kind == "weight" else "bias", dtype) for layer in layers
         )
         return _take_turns(members, len(layers), num_turns, dim=1 if is_output else 0, dtype=dtype)
+
+    def _find_members(self, slot: int, name: str) -> tuple[str, list[int]]:
+        """Return the name of a tensor as one layer has it, and the layers that it is made of.
+
+        Args:
+            slot: an entry of ``model.layers``.
+            name: of the tensor within the entry.
+        """
+        block = self._traits.family.block
+        if match := _MORE_MLPS_NAME.fullmatch(name):
+            return match[3], self._more_mlps[match[1], slot, int(match[2])]
+        if name.startswith((f"{block.attention}.", f"{block.attention_norm}.")):
+            return name, self._slots[slot]
+        return name, self._attending[slot] if name.startswith(f"{block.attention_post_norm}.") else self._mlps[slot]
+
+    def _get_alone(self, layer: int, name: str) -> Tensor:
+        """Return a tensor of a branch that is alone in its group, as it is stored.
+
+        A bias that it has not is zero: where attention and MLP have one option for biases, a wide one needs it.
+        """
+        tensor = self._members.find(layer, name)
+        if tensor is None and name.endswith(".bias"):
+            weight = self._members.get(layer, f"{name.removesuffix('.bias')}.weight")
+            return weight.new_zeros(weight.shape[0])
+        return self._members.get(layer, name) if tensor is None else tensor
 
     def _fold_blocks(self, layer: int, module: str, kind: _TensorKind, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Return what takes turns in a linear module: its projections, or all at once where each head packs its own."""

@@ -10,11 +10,18 @@ own decoder layer, built for m times the heads, key-value heads and intermediate
 * ``stem``: what the names of the family's classes in transformers begin with, e.g. ``Llama`` or ``Gemma3Text``, and
   ``layer``: what that of the decoder layer ends with.
 * ``groups``: for each group its layers in the base model. Their attention outputs are added to the residual stream at
-  once, then their MLP outputs.
+  once, then their MLP outputs. Attentions and MLPs that were dropped are in none of the following lists.
 * ``slots``: the layers that attend alike within a group share a cache slot, and ``model.layers`` has one entry a slot.
   Most groups are one slot. In a group of several (sliding and full attention, with and without rotary embedding), the
   last slot is the layer; those before it only attend, and hand what they found on beside the hidden states.
+* ``mlps``: for each entry of ``model.layers`` the layers whose MLPs follow its attention; empty for one that only
+  attends.
+* ``more_mlps``: MLPs of groups that have no attention left. They have no cache slot and so no entry of their own, and
+  stand in the entry numbered ``slot``, at its end or ``ahead`` of its attention (before the first of the model).
+  ``config`` is what the configuration of such an MLP says otherwise than the model's.
 * ``attention``: the submodule that attends, and ``attention_norm``: the one that norms what it reads, or null.
+* ``mlp_norm``: likewise of the MLP; ``attention_post`` and ``mlp_post``: all that their outputs pass before they are
+  added to the residual stream.
 * ``widened``: the linear modules of an attention whose heads share the hidden size, whatever ``head_dim`` says
   (GPT-NeoX), the output's last. It is built for a hidden size m times as large and reads and writes the model's. Null
   for an attention that has a head size of its own.
@@ -33,7 +40,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from inspect import signature
@@ -153,6 +160,51 @@ class LeadingSlot(nn.Module):
         return torch.cat([hidden_states, attended], dim=-1)
 
 
+class FeedForward(nn.Module):
+    """The MLP of a group that has no attention: x + F(N'(x)).
+
+    Args:
+        layer: a decoder layer, of which the MLP and what stands before and after it are kept.
+        names: the entry ``lpsearch`` of the configuration.
+    """
+
+    mlp: nn.Module
+
+    def __init__(self, layer: Any, names: dict[str, Any]) -> None:
+        super().__init__()
+        self.mlp_norm: str | None = names["mlp_norm"]
+        self.mlp_post = tuple(names["mlp_post"])
+        for name in _name_mlp_modules(names):
+            self.add_module(name, layer.get_submodule(name))
+        self.residual_multiplier = getattr(layer, "residual_multiplier", None)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Keep the shape, (..., hidden)."""
+        normed = hidden_states if self.mlp_norm is None else getattr(self, self.mlp_norm)(hidden_states)
+        return hidden_states + _finish_branch(self, self.mlp(normed), self.mlp_post)
+
+
+def _name_mlp_modules(names: dict[str, Any]) -> list[str]:
+    """Return the submodules of a decoder layer that belong to its MLP."""
+    return [name for name in (names["mlp_norm"], "mlp", *names["mlp_post"]) if name is not None]
+
+
+def _finish_branch(owner: Any, output: Tensor, post: Iterable[str]) -> Tensor:
+    """Take the output of an attention or an MLP to what is added to the residual stream."""
+    for name in post:
+        output = getattr(owner, name)(output)
+    return output if owner.residual_multiplier is None else output * owner.residual_multiplier
+
+
+def list_more_mlps(names: dict[str, Any], slot: int) -> dict[str, list[dict[str, Any]]]:
+    """Return the further MLPs of an entry of ``model.layers``, by the attribute that has them."""
+    own = [more for more in names.get("more_mlps", ()) if more["slot"] == slot]
+    return {
+        "mlps_ahead": [more for more in own if more["ahead"]],
+        "more_mlps": [more for more in own if not more["ahead"]],
+    }
+
+
 def _split_carried(hidden_states: Tensor, hidden_size: int) -> tuple[Tensor, Tensor | None]:
     """Split what a slot got into the hidden states and what earlier slots of its group found, if there are any."""
     if hidden_states.shape[-1] == hidden_size:
@@ -188,6 +240,36 @@ def _carrying_layer(layer_class: Any) -> type[nn.Module]:
     return CarryingLayer
 
 
+@cache
+def _attending_layer(layer_class: Any) -> type[nn.Module]:
+    """Return a family's decoder layer without MLP."""
+
+    class AttendingLayer(layer_class):  # type: ignore[misc]
+        def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+            norm, attention, *post = self.stage
+            normed = hidden_states if norm is None else getattr(self, norm)(hidden_states)
+            attended, _ = getattr(self, attention)(hidden_states=normed, **kwargs)
+            return hidden_states + _finish_branch(self, attended, post)
+
+    return AttendingLayer
+
+
+@cache
+def _longer_layer(layer_class: Any) -> type[nn.Module]:
+    """Return a decoder layer with further MLPs ahead of it and after it."""
+
+    class LongerLayer(layer_class):  # type: ignore[misc]
+        def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+            for mlp in self.mlps_ahead:
+                hidden_states = mlp(hidden_states)
+            hidden_states = super().forward(hidden_states, **kwargs)
+            for mlp in self.more_mlps:
+                hidden_states = mlp(hidden_states)
+            return hidden_states
+
+    return LongerLayer
+
+
 def build_layers(config: Any) -> nn.ModuleList:
     """Build one entry a cache slot for a configuration of one of this file's classes."""
     names = config.lpsearch
@@ -195,26 +277,79 @@ def build_layers(config: Any) -> nn.ModuleList:
     modeling = sys.modules[getattr(transformers, f"{stem}Model").__module__]
     layer_class = getattr(modeling, f"{stem.removesuffix('Text')}{names.get('layer', 'DecoderLayer')}")
     overrides = {int(slot): values for slot, values in (config.to_dict().get("per_layer_config") or {}).items()}
-    group_of = {layer: tuple(group) for group in names["groups"] for layer in group}
-    layers: list[nn.Module] = []
-    for slot, members in enumerate(names["slots"]):
-        group = group_of[members[0]]
-        layer = layer_class(LayerConfig(config, overrides[slot]) if slot in overrides else config, slot)
-        layer.hidden_size = config.hidden_size
-        if names.get("widened") and len(members) > 1:
-            _widen_attention(layer, names, LayerConfig(config, overrides[slot]), slot, num_members=len(members))
-        _give_members_their_own(layer, names, num_members=len(members), num_grouped=len(group))
-        if len(members) < len(group):
-            side_by_side = names["post_norms"] is not None
-            stock: Any = type(layer.self_attn)
-            layer.self_attn.__class__ = _carrying_attention(stock, side_by_side=side_by_side)
-            is_last = all(later[0] not in group for later in names["slots"][slot + 1 :])
-            if is_last:
-                layer.__class__ = _carrying_layer(layer_class)
-            else:
-                layer = LeadingSlot(layer, names["attention_norm"])
-        layers.append(layer)
-    return nn.ModuleList(layers)
+    return nn.ModuleList(
+        _build_entry(layer_class, config, slot, overrides.get(slot) or {}) for slot in range(len(names["slots"]))
+    )
+
+
+def _build_entry(layer_class: Any, config: Any, slot: int, overrides: dict[str, Any]) -> nn.Module:
+    """Build one entry of ``model.layers``."""
+    names = config.lpsearch
+    group = next(group for group in names["groups"] if names["slots"][slot][0] in group)
+    alike = [members for members in names["slots"] if members[0] in group]  # the slots of the group
+    members, mlp = names["slots"][slot], list_mlps(names)[slot]
+    layer: Any = _build_layer(layer_class, config, slot, overrides)
+    if names.get("widened") and len(members) > 1:
+        _widen_attention(layer, names, LayerConfig(config, overrides), slot, num_members=len(members))
+    _give_attentions_their_own(layer, names, num_members=len(members), num_attending=sum(map(len, alike)))
+    _give_mlps_their_own(layer, names, num_members=len(mlp))
+    if len(alike) > 1:
+        stock: Any = type(layer.self_attn)
+        layer.self_attn.__class__ = _carrying_attention(stock, side_by_side=names["post_norms"] is not None)
+    entry_class = layer_class
+    if members != alike[-1]:
+        layer, entry_class = LeadingSlot(layer, names["attention_norm"]), LeadingSlot
+    else:
+        if not mlp:
+            _remove_mlp(layer, names)
+            entry_class = _attending_layer(entry_class)
+        if len(alike) > 1:
+            entry_class = _carrying_layer(entry_class)
+    further = list_more_mlps(names, slot)
+    if any(further.values()):
+        for attribute, mlps in further.items():
+            built = [_build_feed_forward(layer_class, config, slot, more) for more in mlps]
+            setattr(layer, attribute, nn.ModuleList(built))
+        entry_class = _longer_layer(entry_class)
+    layer.__class__ = entry_class
+    entry: nn.Module = layer
+    return entry
+
+
+def _remove_mlp(layer: Any, names: dict[str, Any]) -> None:
+    """Take the MLP out of a decoder layer, and note what its attention needs without the stock forward."""
+    for name in _name_mlp_modules(names):
+        delattr(layer, name)
+    layer.stage = (names["attention_norm"], names["attention"], *names["attention_post"])
+    layer.residual_multiplier = getattr(layer, "residual_multiplier", None)
+
+
+def list_mlps(names: dict[str, Any]) -> list[list[int]]:
+    """Return for each entry of ``model.layers`` the layers whose MLPs follow its attention.
+
+    Directories of versions that dropped nothing do not say: all those of a group, after its last slot.
+    """
+    if "mlps" in names:
+        mlps: list[list[int]] = names["mlps"]
+        return mlps
+    closing: dict[int, list[int]] = {}
+    for group in names["groups"]:
+        closing[max(slot for slot, members in enumerate(names["slots"]) if members[0] in group)] = group
+    return [closing.get(slot, []) for slot in range(len(names["slots"]))]
+
+
+def _build_layer(layer_class: Any, config: Any, slot: int, overrides: dict[str, Any]) -> Any:
+    """Build a family's decoder layer for a configuration of its own."""
+    layer = layer_class(LayerConfig(config, overrides) if overrides else config, slot)
+    layer.hidden_size = config.hidden_size
+    return layer
+
+
+def _build_feed_forward(layer_class: Any, config: Any, slot: int, more: dict[str, Any]) -> nn.Module:
+    """Build the MLP of a group without attention."""
+    layer = _build_layer(layer_class, config, slot, more["config"])
+    _give_mlps_their_own(layer, config.lpsearch, num_members=len(more["layers"]))
+    return FeedForward(layer, config.lpsearch)
 
 
 def _widen_attention(layer: Any, names: dict[str, Any], config: LayerConfig, slot: int, *, num_members: int) -> None:
@@ -231,8 +366,15 @@ def _widen_attention(layer: Any, names: dict[str, Any], config: LayerConfig, slo
     setattr(layer, names["attention"], attention)
 
 
-def _give_members_their_own(layer: Any, names: dict[str, Any], *, num_members: int, num_grouped: int) -> None:
-    """Replace the modules of a wide layer that may not mix its members by one a member."""
+def _give_attentions_their_own(layer: Any, names: dict[str, Any], *, num_members: int, num_attending: int) -> None:
+    """Replace the modules of a wide attention that may not mix its members by one a member.
+
+    Args:
+        layer: a decoder layer.
+        names: the entry ``lpsearch`` of the configuration.
+        num_members: layers that attend in it.
+        num_attending: layers that attend in its group.
+    """
     axis = names["qk_norm_axis"]
     if axis is None and names["post_norms"] is None:
         return
@@ -249,12 +391,23 @@ def _give_members_their_own(layer: Any, names: dict[str, Any], *, num_members: i
         return
     if num_members > 1:
         _split_linear(attention, "o_proj", num_members, query_block * head_dim)
-    if num_grouped > 1:
-        inner = layer.mlp.down_proj.in_features // num_grouped
-        _split_linear(layer.mlp, "down_proj", num_grouped, inner // count_mlp_blocks(inner))
-        for name in names["post_norms"]:
-            norm = getattr(layer, name)
-            setattr(layer, name, MemberPostNorms([_build_norm(norm, layer.hidden_size) for _ in range(num_grouped)]))
+    if num_attending > 1:
+        _give_post_norms(layer, names["post_norms"][0], num_attending)
+
+
+def _give_mlps_their_own(layer: Any, names: dict[str, Any], *, num_members: int) -> None:
+    """Replace the modules of a wide MLP that may not mix its members by one a member."""
+    if names["post_norms"] is None or num_members <= 1:
+        return
+    inner = layer.mlp.down_proj.in_features // num_members
+    _split_linear(layer.mlp, "down_proj", num_members, inner // count_mlp_blocks(inner))
+    _give_post_norms(layer, names["post_norms"][1], num_members)
+
+
+def _give_post_norms(layer: Any, name: str, num_members: int) -> None:
+    """Replace a post-norm by one a member."""
+    norm = getattr(layer, name)
+    setattr(layer, name, MemberPostNorms([_build_norm(norm, layer.hidden_size) for _ in range(num_members)]))
 
 
 def _build_norm(norm: Any, size: int) -> nn.Module:
@@ -302,14 +455,21 @@ def _without_layers(config: Any) -> Iterator[None]:
 
 def _plan_members(decoder: Any, config: Any) -> None:
     """Let tensor parallelism do to modules that there are one a member what it does to the stock one."""
-    if config.lpsearch["post_norms"] is None and config.lpsearch["qk_norm_axis"] is None:
-        return
     plan: dict[str, str] = vars(decoder)["_tp_plan"]
-    decoder._tp_plan = plan | {
-        f"{name}.*" if name.endswith("_norm") else f"{name}s.*": style
-        for name, style in plan.items()
-        if name.endswith(("_norm", ".o_proj", ".down_proj"))
-    }
+    if config.lpsearch.get("more_mlps"):
+        plan = plan | {
+            name.replace(".mlp.", f".{attribute}.*.mlp."): style
+            for name, style in plan.items()
+            if ".mlp." in name
+            for attribute in ("mlps_ahead", "more_mlps")
+        }
+    if config.lpsearch["post_norms"] is not None or config.lpsearch["qk_norm_axis"] is not None:
+        plan = plan | {
+            f"{name}.*" if name.endswith("_norm") else f"{name}s.*": style
+            for name, style in plan.items()
+            if name.endswith(("_norm", ".o_proj", ".down_proj"))
+        }
+    decoder._tp_plan = plan
 
 
 @cache

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from lpsearch.models import fingerprint_model
-from lpsearch.plan import ModelIdentity, Plan, PlanMetadata, save_plan
+from lpsearch.plan import ModelIdentity, Plan, PlanMetadata, load_plan, save_plan
+from lpsearch.transform import applied_plan
 from tests.commands.conftest import Run
+from tests.fusing import silence_dropped
 
 
 def write_plan(tiny_model_dir: Path, path: Path, fingerprint: str | None = None) -> Path:
@@ -37,6 +39,29 @@ def test_export_then_generate(run_lpsearch: Run, tiny_model_dir: Path, tmp_path:
     assert fused.document["tokens_per_s"] > 0
     assert "tokens/s" in fused.stderr
     assert fused.document["text"] in fused.stderr
+
+
+def test_a_plan_that_drops_branches_is_exported_without_them(
+    run_lpsearch: Run, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    whole = write_plan(tiny_model_dir, tmp_path / "whole.json")
+    save_plan(load_plan(whole).drop({"attention": [1, 2], "mlp": [5]}), tmp_path / "plan.json")
+    sizes = []
+    for plan in (whole, tmp_path / "plan.json"):
+        exported = run_lpsearch("export", plan, tmp_path / plan.stem)
+        assert exported.exit_code == 0
+        sizes.append(exported.document["num_bytes"])
+    assert exported.document["depth"] == 3
+    assert sizes[1] < 0.9 * sizes[0]
+    options = ("--prompt", "The square", "--max-new-tokens", 6, "--device", "cpu", "--dtype", "float32")
+    generated = run_lpsearch("generate", tmp_path / "plan", *options)
+    assert generated.exit_code == 0
+    model = LlamaForCausalLM.from_pretrained(tiny_model_dir).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    ids = tokenizer("The square", return_tensors="pt").input_ids
+    with applied_plan(model, silence_dropped(model, load_plan(tmp_path / "plan.json"))):
+        tokens = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+    assert generated.document["text"] == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def test_export_in_another_dtype_and_model(run_lpsearch: Run, tiny_model_dir: Path, tmp_path: Path) -> None:

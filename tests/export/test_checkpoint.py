@@ -22,7 +22,15 @@ from lpsearch.export import export_checkpoint, export_source, load_exported
 from lpsearch.models import ModelSource, fingerprint_model, resolve_source
 from lpsearch.plan import ModelIdentity, Plan, PlanMetadata, PlanMetrics, ProxyMetrics, load_plan
 from tests.export.byte_tokenizer import write_byte_tokenizer
-from tests.fusing import MIXED, PAIRS, compute_logits, compute_planned_logits, relative_difference
+from tests.fusing import (
+    DROPPING,
+    MIXED,
+    PAIRS,
+    compute_logits,
+    compute_planned_logits,
+    relative_difference,
+    silence_dropped,
+)
 from tests.tiny_models import FUSED_FAMILIES, build_tiny_model
 from tests.tolerances import FLOAT32_FUSED
 
@@ -72,12 +80,13 @@ def run_elsewhere(directory: Path, tmp_path: Path, **environment: str) -> dict[s
     return answer
 
 
+@pytest.mark.parametrize("plan", [MIXED, DROPPING["within groups"]], ids=["joins", "drops"])
 @pytest.mark.parametrize("family", FUSED_FAMILIES)
-def test_a_directory_computes_what_the_plan_computes(family: str, tmp_path: Path) -> None:
+def test_a_directory_computes_what_the_plan_computes(family: str, plan: Plan, tmp_path: Path) -> None:
     model = build_tiny_model(family)
-    expected = compute_planned_logits(model, MIXED)
+    expected = compute_planned_logits(model, plan)
     untouched = compute_logits(model)
-    assert export_checkpoint(model, MIXED, tmp_path / "out") == tmp_path / "out"
+    assert export_checkpoint(model, plan, tmp_path / "out") == tmp_path / "out"
     assert torch.equal(compute_logits(model), untouched)
     loaded, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", trust_remote_code=True, output_loading_info=True
@@ -98,6 +107,68 @@ def test_a_directory_loads_without_lpsearch(tiny_model_dir: Path, tiny_plan: Pla
         tokens = model.generate(input_ids, max_new_tokens=5, do_sample=False)[0].tolist()
     assert answer["runs"] == [tokens, tokens]
     assert relative_difference(torch.tensor(answer["logits"]), logits) < FLOAT32_FUSED
+
+
+@pytest.mark.parametrize("where", DROPPING)
+def test_what_a_plan_drops_is_not_stored(where: str, tiny_model_dir: Path, tiny_plan: Plan, tmp_path: Path) -> None:
+    source, dropped = resolve_source(str(tiny_model_dir)), DROPPING[where]
+    export_source(source, Plan(dropped.groups, tiny_plan.metadata), tmp_path / "out")
+    base, stored = load_file(tiny_model_dir / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+
+    def count_elements(*parts: str, layers: set[int] | None = None) -> int:
+        return sum(
+            tensor.numel()
+            for name, tensor in (stored if layers is None else base).items()
+            if any(part in name for part in parts) and (layers is None or int(name.split(".")[2]) in layers)
+        )
+
+    layers = set(range(6))
+    assert count_elements("_proj.") == count_elements(
+        ".self_attn.", layers=layers - set(dropped.dropped["attention"])
+    ) + count_elements(".mlp.", layers=layers - set(dropped.dropped["mlp"]))
+    num_norms = sum(group.num_stages for group in dropped.groups)
+    assert sum("layernorm" in name for name in stored) == num_norms
+    assert load_plan(tmp_path / "out") == dropped
+    model = LlamaForCausalLM.from_pretrained(tiny_model_dir).eval()
+    loaded, _ = load_exported(tmp_path / "out", device="cpu", dtype=torch.float32)
+    assert relative_difference(compute_logits(loaded), compute_planned_logits(model, dropped)) < FLOAT32_FUSED
+    export_checkpoint(model, Plan(dropped.groups, tiny_plan.metadata), tmp_path / "memory")
+    assert (tmp_path / "memory" / "model.safetensors").read_bytes() == (
+        tmp_path / "out" / "model.safetensors"
+    ).read_bytes()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["LPLlamaForCausalLM"]  # not the stock one, whatever is left
+
+
+def test_a_directory_without_some_branches_loads_without_lpsearch(
+    tiny_model_dir: Path, tiny_plan: Plan, tmp_path: Path
+) -> None:
+    plan = DROPPING["before the first attention and after another"]
+    export_source(resolve_source(str(tiny_model_dir)), Plan(plan.groups, tiny_plan.metadata), tmp_path / "out")
+    answer = run_elsewhere(tmp_path / "out", tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tiny_model_dir).eval()
+    from lpsearch import applied_plan
+
+    with applied_plan(model, silence_dropped(model, plan)), torch.no_grad():
+        tokens = model.generate(torch.arange(3, 15)[None], max_new_tokens=5, do_sample=False)[0].tolist()
+    assert answer["runs"] == [tokens, tokens]
+
+
+def test_a_plan_that_drops_from_single_layers_alone_is_no_stock_model(tiny_model_dir: Path, tmp_path: Path) -> None:
+    plan = Plan.baseline(6).drop(
+        {"attention": [3], "mlp": [3]}
+    )  # five stock layers would be the same: one name for all
+    model = LlamaForCausalLM.from_pretrained(tiny_model_dir).eval()
+    export_checkpoint(model, plan, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["LPLlamaForCausalLM"]
+    assert config["num_hidden_layers"] == 5
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Left out, and not stored: the attention of layer 3 and the MLP of layer 3." in card
+    assert "6 layers as 5" in card
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    expected = compute_planned_logits(model, plan)
+    assert relative_difference(compute_logits(loaded), expected) < FLOAT32_FUSED
 
 
 @pytest.mark.skipif("LPSEARCH_OTHER_TRANSFORMERS" not in os.environ, reason="names another transformers to load with")

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from lpsearch.export import export_checkpoint
-from tests.fusing import MIXED, compute_planned_logits, relative_difference
+from lpsearch.plan import Plan
+from tests.fusing import DROPPING, MIXED, compute_planned_logits, relative_difference
 from tests.tiny_models import FUSED_FAMILIES, build_tiny_model
 from tests.tolerances import FLOAT32_FUSED
 
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 torch.set_num_threads(1)
+SHOWN = (".layers.1.", "more_mlps", "mlps_ahead")
 batch = {name: torch.tensor(rows) for name, rows in json.loads(sys.argv[1]).items()}
 for directory in sys.argv[2:]:
     config = DistributedConfig(tp_size=2)
@@ -34,7 +36,7 @@ for directory in sys.argv[2:]:
     shares = {
         name: parameter.to_local().numel() / parameter.numel()
         for name, parameter in model.named_parameters()
-        if hasattr(parameter, "to_local") and ".layers.1." in name
+        if hasattr(parameter, "to_local") and any(part in name for part in SHOWN)
     }
     if dist.get_rank() == 0:
         print(json.dumps({"logits": logits.tolist(), "tokens": tokens.tolist(), "shares": shares}), flush=True)
@@ -68,7 +70,10 @@ def run_two_ranks(arguments: list[str]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_two_ranks_together_are_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "plan", [MIXED, DROPPING["before the first attention and after another"]], ids=["joins", "drops"]
+)
+def test_two_ranks_together_are_one(plan: Plan, tmp_path: Path) -> None:
     from tests.tiny_models import build_left_padded_batch
 
     batch = build_left_padded_batch()
@@ -76,15 +81,18 @@ def test_two_ranks_together_are_one(tmp_path: Path) -> None:
     families = FUSED_FAMILIES
     models = {family: build_tiny_model(family) for family in families}
     for family, model in models.items():
-        export_checkpoint(model, MIXED, tmp_path / family)
+        export_checkpoint(model, plan, tmp_path / family)
     encoded = json.dumps({name: tensor.tolist() for name, tensor in batch.items()})
     lines = run_two_ranks([encoded, *(str(tmp_path / family) for family in families)])
     answers = [json.loads(line) for line in lines if line.startswith("{")]
     for family, answer in zip(families, answers, strict=True):
-        expected = compute_planned_logits(models[family], MIXED)
+        expected = compute_planned_logits(models[family], plan)
         logits = torch.tensor(answer["logits"])[tokens]
         assert relative_difference(logits, expected) < FLOAT32_FUSED, family
         assert answer["shares"], family
+        further = {name: share for name, share in answer["shares"].items() if "mlps" in name and "norm" not in name}
+        assert bool(further) == bool(plan.num_dropped), family
+        assert all(share == 0.5 for name, share in further.items() if name.endswith("weight")), (family, further)
         linears = ("_proj", "c_fc", "query_key_value")
         assert any(share == 0.5 for name, share in answer["shares"].items() if any(part in name for part in linears)), (
             family

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from lpsearch import Plan, applied_plan, export_checkpoint
 from lpsearch.models import load_model, resolve_source
+from lpsearch.plan import PlanMetadata, save_plan
+from tests.fusing import silence_dropped
 from tests.tiny_models import FUSED_FAMILIES, VOCAB_SIZE, build_tiny_model
 
 SMOLLM2_PLANS = {
@@ -41,8 +45,22 @@ SMOLLM2_PROMPTS = [
 SMOLLM2_NEW_TOKENS = 16
 
 TINY_PLAN = [[0], [1, 2], [3, 4, 5]]
+# An MLP ahead of the first attention, one after another group's, a group with one MLP fewer, one without any, a single
+# layer without. Where layers attend in several ways, the groups are of two slots.
+DROPPING_GROUPS = [[0], [1, 2], [3], [4, 5], [6], [7]]
+DROPPED = {"attention": [0, 3], "mlp": [2, 4, 5, 7]}
 TINY_PROMPTS = [[3 + (7 * i * j + 5 * j) % (VOCAB_SIZE - 3) for j in range(11 + 3 * i)] for i in range(4)]
 TINY_NEW_TOKENS = 8
+TINY_SHAPE: dict[str, Any] = {  # vLLM's attention for CPUs takes heads of 32 and more
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "max_position_embeddings": 256,
+    "head_dim": 32,
+}
+DROPPING = "-dropping"
+"""What follows a family's name in that of the directory whose plan drops branches."""
+
+RECOVERED = "llama-recovered"
 
 
 def main(root: Path) -> None:
@@ -52,17 +70,15 @@ def main(root: Path) -> None:
     root.mkdir(parents=True)
     torch.manual_seed(0)
     for family in FUSED_FAMILIES:
-        # vLLM's attention for CPUs takes heads of 32 and more.
-        model = build_tiny_model(
-            family,
-            hidden_size=128,
-            intermediate_size=192,
-            max_position_embeddings=256,
-            head_dim=32,
-        )
+        model = build_tiny_model(family, **TINY_SHAPE)
         plan = Plan.from_groups(TINY_PLAN)
         export_checkpoint(model, plan, root / family)
         _write_expected(root, family, model, plan, TINY_PROMPTS, TINY_NEW_TOKENS)
+        model, name = build_tiny_model(family, num_layers=8, **TINY_SHAPE), f"{family}{DROPPING}"
+        plan = Plan.from_groups(DROPPING_GROUPS, dropped=DROPPED)
+        export_checkpoint(model, plan, root / name)
+        _write_expected(root, name, model, silence_dropped(model, plan), TINY_PROMPTS, TINY_NEW_TOKENS)
+    _write_recovered(root)
     loaded = load_model(resolve_source("smollm2-135m"), device="cpu", dtype=torch.float32)
     prompts = [loaded.tokenizer(prompt)["input_ids"] for prompt in SMOLLM2_PROMPTS]
     loaded.model.generation_config.eos_token_id = None
@@ -70,6 +86,30 @@ def main(root: Path) -> None:
         plan = Plan.from_groups(groups)
         export_checkpoint(loaded.model, plan, root / name, tokenizer=loaded.tokenizer)
         _write_expected(root, name, loaded.model, plan, prompts, SMOLLM2_NEW_TOKENS)
+
+
+def _write_recovered(root: Path) -> None:
+    """Recover a plan of a tiny model by the command, and export the directory by the command."""
+    from lpsearch.recovery import apply_recovery  # which the tests' own environment has, and vLLM's need not
+    from tests.export.byte_tokenizer import write_character_tokenizer
+
+    base, recovered = root / "bases" / RECOVERED, root / "recovered"
+    model = build_tiny_model("llama", vocab_size=512, **TINY_SHAPE)
+    model.save_pretrained(base)
+    write_character_tokenizer(base)
+    loaded = load_model(resolve_source(str(base)), device="cpu", dtype=torch.float32)
+    plan = Plan.from_groups(TINY_PLAN, metadata=PlanMetadata(model=loaded.identity))
+    save_plan(plan, root / "plan.json")
+    recover = ["recover", root / "plan.json", "--method", "refit", "--out", recovered, "--data", "self"]
+    recover += ["--windows", 200, "--seq-len", 32, "--device", "cpu", "--dtype", "float32"]
+    for arguments in (recover, ["export", recovered, root / RECOVERED]):
+        subprocess.run([sys.executable, "-m", "lpsearch", *map(str, arguments)], check=True)
+    model = loaded.model
+    model.generation_config.eos_token_id = None
+    untouched = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    repaired = apply_recovery(model, recovered)
+    assert any(not torch.equal(tensor, untouched[name]) for name, tensor in model.state_dict().items())
+    _write_expected(root, RECOVERED, model, repaired, TINY_PROMPTS, TINY_NEW_TOKENS)
 
 
 @torch.no_grad()

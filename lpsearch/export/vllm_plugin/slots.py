@@ -1,9 +1,10 @@
 """One entry of ``model.layers`` in vLLM: a family's stock decoder layer, built for a whole group.
 
-``config.lpsearch`` names the layers of the base model in each group, and those that share a cache slot. A group whose
-members attend in several ways has several slots. vLLM's layers pass on a pair, what is still to be added to the
-residual stream and that stream; within a group the pair is instead what earlier slots found and the stream as the
-group got it, so nothing but the group's own slots needs to know.
+``config.lpsearch`` names the layers of the base model in each group, those that share a cache slot, and those whose
+MLPs follow. A group whose members attend in several ways has several slots. Every entry attends, so vLLM's cache has no
+exceptions: the MLP of a group that has no attention left is a part of the entry before it. vLLM's layers pass on a
+pair, what is still to be added to the residual stream and that stream; within a group the pair is instead what earlier
+slots found and the stream as the group got it, so nothing but the group's own slots needs to know.
 """
 
 from __future__ import annotations
@@ -14,16 +15,31 @@ from importlib import import_module
 from inspect import signature
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer
 
 from lpsearch.errors import ModelError
+from lpsearch.export.vllm_plugin.layers import (
+    AttendingSlot,
+    ClosingPostNormSlot,
+    ClosingSlot,
+    FeedForward,
+    LeadingSlot,
+    MemberLinears,
+    NoRotaryAttention,
+    build_longer_slot,
+)
 from lpsearch.models.traits import BlockForm, Family, FamilyTraits, read_traits
-from lpsearch.transform.modeling_lpsearch import MemberNorms, MemberPostNorms, count_mlp_blocks
+from lpsearch.transform.modeling_lpsearch import (
+    MemberNorms,
+    MemberPostNorms,
+    count_mlp_blocks,
+    list_mlps,
+    list_more_mlps,
+)
 
 
 def build_slot(vllm_config: VllmConfig, *, family: Family, prefix: str) -> nn.Module:
@@ -39,24 +55,45 @@ def build_slot(vllm_config: VllmConfig, *, family: Family, prefix: str) -> nn.Mo
     """
     config = vllm_config.model_config.hf_config
     traits = read_traits(config, family=family)
-    slots, slot = config.lpsearch["slots"], int(prefix.rpartition(".")[2])
-    group = next(group for group in config.lpsearch["groups"] if slots[slot][0] in group)
-    num_members = len(slots[slot])
+    names, slot = config.lpsearch, int(prefix.rpartition(".")[2])
+    slots, mlp = names["slots"], list_mlps(names)[slot]
+    group = next(group for group in names["groups"] if slots[slot][0] in group)
+    alike = [members for members in slots if members[0] in group]  # the slots of the group
+    num_members, num_attending = len(slots[slot]), sum(map(len, alike))
     layer = _build_layer(traits, vllm_config, prefix=prefix, slot=slot)
-    if len(group) > 1:
-        _check_tensor_parallel(traits, layer, num_members=num_members, num_grouped=len(group), prefix=prefix)
+    further = {
+        attribute: [
+            _build_feed_forward(
+                traits, layer, vllm_config, num_members=len(more["layers"]), prefix=f"{prefix}.{attribute}.{position}"
+            )
+            for position, more in enumerate(mlps)
+        ]
+        for attribute, mlps in list_more_mlps(names, slot).items()
+    }
+    if num_attending > 1:
+        _check_heads(traits, layer, num_members=num_members, prefix=prefix)
     if traits.qk_norm != "none" and num_members > 1:
         _give_head_norms(layer.self_attn, num_members)
-    if traits.has_post_norms and len(group) > 1:
-        _give_post_norms(layer, family.block, num_members=num_members, num_grouped=len(group), prefix=prefix)
-    if num_members == len(group):
-        built: nn.Module = layer
-        return built
-    is_first = slots[slot][0] == group[0]
-    is_last = slot + 1 == len(slots) or slots[slot + 1][0] not in group
-    if not is_last:
-        return LeadingSlot(layer, is_first=is_first, side_by_side=traits.has_post_norms)
-    return ClosingPostNormSlot(layer, family.block) if traits.has_post_norms else ClosingSlot(layer)
+    if traits.has_post_norms:
+        _give_attention_post_norms(
+            layer, family.block, num_members=num_members, num_attending=num_attending, prefix=prefix
+        )
+        _give_mlp_post_norms(layer, family.block, num_members=len(mlp), prefix=prefix)
+    is_leading, is_closing = slots[slot] != alike[-1], len(alike) > 1
+    if is_leading:
+        layer = LeadingSlot(layer, is_first=slots[slot] == alike[0], side_by_side=traits.has_post_norms)
+    elif not mlp:
+        layer = AttendingSlot(layer, family.block, is_closing=is_closing)
+    elif is_closing:
+        layer = ClosingPostNormSlot(layer, family.block) if traits.has_post_norms else ClosingSlot(layer)
+    if any(further.values()):
+        for attribute, mlps in further.items():
+            layer.add_module(attribute, nn.ModuleList(mlps))
+        slot_class: Any = type(layer)
+        keeps_pair = getattr(layer, "residual_multiplier", None) is None
+        layer.__class__ = build_longer_slot(slot_class, keeps_pair=keeps_pair)
+    built: nn.Module = layer
+    return built
 
 
 def _build_layer(traits: FamilyTraits, vllm_config: VllmConfig, *, prefix: str, slot: int) -> Any:
@@ -81,22 +118,47 @@ def _build_layer(traits: FamilyTraits, vllm_config: VllmConfig, *, prefix: str, 
     return layer_class(config=config, prefix=prefix, **own)
 
 
-def _check_tensor_parallel(
-    traits: FamilyTraits, layer: Any, *, num_members: int, num_grouped: int, prefix: str
-) -> None:
-    """Refuse more GPUs than a single member can be split over: its norms see its own heads and features alone."""
-    world_size = get_tensor_model_parallel_world_size()
-    counts = {}
-    if traits.qk_norm != "none" or traits.has_post_norms:
-        counts["key-value heads"] = layer.self_attn.total_num_kv_heads // num_members
+def _build_feed_forward(
+    traits: FamilyTraits, layer: Any, vllm_config: VllmConfig, *, num_members: int, prefix: str
+) -> nn.Module:
+    """Build the MLP of a group without attention, of the kinds that a decoder layer has."""
+    config, block = vllm_config.model_config.hf_config, traits.family.block
+    options: dict[str, Any] = {
+        "hidden_size": traits.hidden_size,
+        "intermediate_size": num_members * traits.intermediate_size,
+        "hidden_act": getattr(config, "hidden_act", None),
+        "hidden_activation": getattr(config, "hidden_activation", None),
+        "bias": traits.has_bias("up"),
+        "quant_config": vllm_config.quant_config,
+        "prefix": f"{prefix}.mlp",
+    }
+    mlp_class = type(layer.mlp)
+    taken = signature(mlp_class).parameters
+    built = FeedForward(
+        mlp_class(**{name: option for name, option in options.items() if name in taken}),
+        {name: _build_norm(getattr(layer, name)) for name in (block.mlp_norm, block.mlp_post_norm) if name is not None},
+        block,
+        residual_multiplier=getattr(layer, "residual_multiplier", None),
+    )
     if traits.has_post_norms:
-        counts["blocks of MLP features"] = count_mlp_blocks(layer.mlp.down_proj.input_size // num_grouped)
-    for what, count in counts.items():
-        if count % world_size:
-            raise ModelError(
-                f"{prefix}: each of the {num_grouped} layers of this group has {count} {what}, which "
-                f"{world_size} tensor-parallel ranks cannot share equally; use a tensor parallel size that divides it"
-            )
+        _give_mlp_post_norms(built, block, num_members=num_members, prefix=prefix)
+    return built
+
+
+def _check_heads(traits: FamilyTraits, layer: Any, *, num_members: int, prefix: str) -> None:
+    """Refuse more GPUs than the heads of a single member can be split over: its norms see its own alone."""
+    if traits.qk_norm != "none" or traits.has_post_norms:
+        _check_share(layer.self_attn.total_num_kv_heads // num_members, "key-value heads", prefix=prefix)
+
+
+def _check_share(count: int, what: str, *, prefix: str) -> None:
+    """Refuse a tensor parallel size that does not divide a number."""
+    world_size = get_tensor_model_parallel_world_size()
+    if count % world_size:
+        raise ModelError(
+            f"{prefix}: each of the layers of this group has {count} {what}, which {world_size} tensor-parallel ranks "
+            "cannot share equally; use a tensor parallel size that divides it"
+        )
 
 
 def _give_head_norms(attention: Any, num_members: int) -> None:
@@ -108,17 +170,33 @@ def _give_head_norms(attention: Any, num_members: int) -> None:
         setattr(attention, name, MemberNorms(norms, -2, block))
 
 
-def _give_post_norms(layer: Any, block: BlockForm, *, num_members: int, num_grouped: int, prefix: str) -> None:
-    """Give every member its own output projections and post-norms."""
-    attention, mlp = layer.self_attn, layer.mlp
+def _give_attention_post_norms(
+    layer: Any, block: BlockForm, *, num_members: int, num_attending: int, prefix: str
+) -> None:
+    """Give every member of a slot its own output projection, and every one of its group its own norm after that."""
+    attention = layer.self_attn
     if num_members > 1:
         turn = attention.head_dim * attention.num_heads // attention.num_kv_heads
         _split_linear(attention, "o_proj", num_members, turn, prefix=f"{prefix}.self_attn")
-    inner = mlp.down_proj.input_size // num_grouped
-    _split_linear(mlp, "down_proj", num_grouped, inner // count_mlp_blocks(inner), prefix=f"{prefix}.mlp")
-    for name in (block.attention_post_norm, block.mlp_post_norm):
-        assert name is not None  # it has post-norms
-        setattr(layer, name, MemberPostNorms([_build_norm(getattr(layer, name)) for _ in range(num_grouped)]))
+    if num_attending > 1:
+        _repeat_norm(layer, block.attention_post_norm, num_attending)
+
+
+def _give_mlp_post_norms(owner: Any, block: BlockForm, *, num_members: int, prefix: str) -> None:
+    """Give every member of an MLP its own output projection and the norm after it."""
+    if num_members <= 1:
+        return
+    inner = owner.mlp.down_proj.input_size // num_members
+    num_blocks = count_mlp_blocks(inner)
+    _check_share(num_blocks, "blocks of MLP features", prefix=prefix)
+    _split_linear(owner.mlp, "down_proj", num_members, inner // num_blocks, prefix=f"{prefix}.mlp")
+    _repeat_norm(owner, block.mlp_post_norm, num_members)
+
+
+def _repeat_norm(owner: Any, name: str | None, num_members: int) -> None:
+    """Replace a norm by one a member."""
+    assert name is not None  # it has post-norms
+    setattr(owner, name, MemberPostNorms([_build_norm(getattr(owner, name)) for _ in range(num_members)]))
 
 
 def _split_linear(owner: Any, name: str, num_members: int, block: int, *, prefix: str) -> None:
@@ -147,125 +225,3 @@ def _build_norm(norm: Any) -> nn.Module:
     """Build another norm of the same kind and size."""
     built: nn.Module = type(norm)(norm.weight.shape[0], eps=norm.variance_epsilon)
     return built
-
-
-class NoRotaryAttention(LlamaAttention):  # type: ignore[misc]
-    """Llama's attention without position information (NoPE)."""
-
-    def _init_rotary_emb(self, config: Any, quant_config: Any) -> None:
-        self.rotary_emb = _leave_unrotated
-
-
-def _leave_unrotated(positions: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Stand where a rotary embedding would."""
-    return query, key
-
-
-class MemberLinears(nn.ModuleList):
-    """One row-parallel linear module a member, each on its own features; the outputs stand side by side.
-
-    Each rank sums over its own features, and one all-reduce adds the outputs of all members up.
-
-    Args:
-        linears: one a member.
-        block: features that a member has in each of its turns.
-        is_reduced: whether the modules add up over ranks themselves.
-    """
-
-    def __init__(self, linears: list[nn.Module], block: int, *, is_reduced: bool) -> None:
-        super().__init__(linears)
-        self.block = block
-        self.needs_reduction = not is_reduced and get_tensor_model_parallel_world_size() > 1
-
-    def forward(self, features: Tensor) -> tuple[Tensor, None]:
-        """Take (tokens, turns x members x block) to (tokens, members x hidden)."""
-        parts = features.unflatten(-1, (-1, len(self), self.block)).unbind(-2)  # type: ignore[no-untyped-call]
-        output = torch.cat([linear(part.flatten(-2))[0] for linear, part in zip(self, parts, strict=True)], dim=-1)
-        if self.needs_reduction:
-            output = tensor_model_parallel_all_reduce(output)
-        return output, None
-
-
-class LeadingSlot(nn.Module):
-    """The members of a group that attend in a way of their own, ahead of the slot that is the layer.
-
-    Args:
-        layer: a decoder layer, of which the attention and the norm before it are kept.
-        is_first: whether this slot begins its group.
-        side_by_side: whether attention outputs are put beside each other rather than added up.
-    """
-
-    def __init__(self, layer: Any, *, is_first: bool, side_by_side: bool) -> None:
-        super().__init__()
-        self.input_layernorm = layer.input_layernorm
-        self.self_attn = layer.self_attn
-        self.is_first = is_first
-        self.side_by_side = side_by_side
-
-    def forward(
-        self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Return what the group's slots found so far and the residual stream as the group got it."""
-        if not self.is_first:
-            assert residual is not None
-            attended = self.self_attn(positions=positions, hidden_states=self.input_layernorm(residual))
-            return _join(hidden_states, attended, side_by_side=self.side_by_side), residual
-        if residual is None:
-            normed, residual = self.input_layernorm(hidden_states), hidden_states
-        else:
-            normed, residual = self.input_layernorm(hidden_states, residual)
-        return self.self_attn(positions=positions, hidden_states=normed), residual
-
-
-class ClosingSlot(nn.Module):
-    """The slot of a group of several that is its layer, for families without post-norms."""
-
-    input_layernorm: Any
-    self_attn: Any
-    post_attention_layernorm: Any
-    mlp: Any
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        for name, module in layer.named_children():
-            self.add_module(name, module)
-
-    def forward(
-        self, positions: Tensor, hidden_states: Tensor, residual: Tensor, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Take what earlier slots found and the residual stream as the group got it, and finish the group."""
-        attended = self.self_attn(positions=positions, hidden_states=self.input_layernorm(residual))
-        attended = _join(hidden_states, attended, side_by_side=False)
-        hidden_states, residual = self.post_attention_layernorm(attended, residual)
-        return self.mlp(hidden_states), residual
-
-
-class ClosingPostNormSlot(ClosingSlot):
-    """The same for families with post-norms.
-
-    Args:
-        layer: a decoder layer.
-        block: which of its submodules is which norm.
-    """
-
-    def __init__(self, layer: Any, block: BlockForm) -> None:
-        super().__init__(layer)
-        self.block = block
-
-    def forward(
-        self, positions: Tensor, hidden_states: Tensor, residual: Tensor, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Take what earlier slots found and the residual stream as the group got it, and finish the group."""
-        attention_post, mlp_norm, mlp_post = (
-            getattr(self, str(name))
-            for name in (self.block.attention_post_norm, self.block.mlp_norm, self.block.mlp_post_norm)
-        )
-        attended = self.self_attn(positions=positions, hidden_states=self.input_layernorm(residual))
-        attended = attention_post(_join(hidden_states, attended, side_by_side=True))
-        hidden_states, residual = mlp_norm(attended, residual)
-        return mlp_post(self.mlp(hidden_states)), residual
-
-
-def _join(carried: Tensor, attended: Tensor, *, side_by_side: bool) -> Tensor:
-    """Put a slot's attention output to those of earlier slots."""
-    return torch.cat([carried, attended], dim=-1) if side_by_side else carried + attended
