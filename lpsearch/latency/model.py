@@ -15,7 +15,7 @@ from scipy.optimize import nnls
 
 from lpsearch.errors import ConfigError
 from lpsearch.latency.profile import LatencyProfile, WorkloadProfile
-from lpsearch.latency.workload import Workload
+from lpsearch.latency.workload import Workload, format_mix
 from lpsearch.plan import LatencyMetrics, Plan
 
 __all__ = ["GroupCosts", "LatencyModel", "fit_group_costs"]
@@ -115,10 +115,12 @@ class LatencyModel:
 
     @property
     def description(self) -> str | None:
-        """The mix as ``--workload`` takes it; None for one workload."""
-        workloads = ((self.profile.workloads[index], weight) for index, weight in self.mix)
-        specs = [f"{Workload(w.kind, w.batch_size, w.context_len).spec}@{weight:.4g}" for w, weight in workloads]
-        return ",".join(specs) or None
+        """The workloads as ``--workload`` takes them; None for decoding alone."""
+        held = ((self.profile.workloads[index], weight) for index, weight in self._weights)
+        mix = {Workload(w.kind, w.batch_size, w.context_len): weight for w, weight in held}
+        if not self.mix and self.workload.kind == "decode":
+            return None
+        return format_mix(mix) if self.mix else next(iter(mix)).spec
 
     @property
     def _weights(self) -> tuple[tuple[int, float], ...]:

@@ -6,7 +6,7 @@ This module imports no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from lpsearch.latency.sums import Ranks
 
-__all__ = ["Step", "StepBuilder", "Workload", "check_workloads", "limit_context", "parse_mix"]
+__all__ = ["Step", "StepBuilder", "Workload", "check_workloads", "format_mix", "limit_context", "parse_mix"]
 
 _MAX_DIGITS = 12
 """Of a number of sequences or tokens; no machine holds more."""
@@ -66,6 +66,11 @@ def parse_mix(texts: Iterable[str]) -> dict[Workload, float]:
         weights[workload] = weight
     total = sum(weights.values())
     return {workload: weight / total for workload, weight in weights.items()}
+
+
+def format_mix(mix: Mapping[Workload, float]) -> str:
+    """Write a mix in one way, whatever words it was given in: ``decode:1x1024@0.5,prefill:2048@0.5``."""
+    return ",".join(f"{workload.spec}@{weight:.4g}" for workload, weight in mix.items())
 
 
 def _parse_workload(text: str) -> tuple[Workload, float]:
