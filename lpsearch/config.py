@@ -115,6 +115,12 @@ class OptimizeConfig(BaseModel):
         description="auto measures on the device, off does not; or a file that `lpsearch profile` wrote",
         json_schema_extra={"metavar": "auto|off|PROFILE.json"},
     )
+    workload: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(),
+        description="workload whose latency counts: decode:SEQUENCESxTOKENS or prefill:TOKENS; several are a weighted"
+        " mix; default: the first of the profile",
+        json_schema_extra={"metavar": "KIND:SIZE[@WEIGHT],..."},
+    )
     study: str | None = Field(
         default=None, min_length=1, description="name of the Optuna study; default: that of the model"
     )
@@ -153,7 +159,7 @@ class OptimizeConfig(BaseModel):
             raise ValueError("a path is empty; the current directory is '.'")
         return value
 
-    @field_validator("data", "heldout", mode="before")
+    @field_validator("data", "heldout", "workload", mode="before")
     @classmethod
     def _take_one_text(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
@@ -206,10 +212,12 @@ def check_latency(values: OptimizeConfig) -> None:
     """Refuse to optimise a latency that is not to be known.
 
     Raises:
-        ConfigError: for the objective ``latency`` with latency off.
+        ConfigError: for the objective ``latency``, or a workload, with latency off.
     """
     if values.objective == "latency" and values.latency == "off":
         raise ConfigError("--objective latency needs a latency to optimise; drop --latency off")
+    if values.workload and values.latency == "off":
+        raise ConfigError("--workload says whose latency counts, and --latency off that none does; drop either")
 
 
 def load_preset(model: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +17,8 @@ from lpsearch.commands.options import DeviceOption, DtypeOption, ModelOption
 from lpsearch.commands.outputs import check_output_file
 from lpsearch.commands.steps import show_steps
 from lpsearch.errors import ConfigError
+from lpsearch.latency.allow import parse_allow
+from lpsearch.latency.workload import Workload, check_workloads, limit_context, parse_mix
 from lpsearch.plan import Plan
 from lpsearch.wording import name_count
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from transformers import PretrainedConfig
 
-    from lpsearch.latency import LatencyProfile, Workload
+    from lpsearch.latency import LatencyProfile
     from lpsearch.latency.profile import WorkloadProfile
 
 __all__ = ["profile"]
@@ -32,6 +34,10 @@ __all__ = ["profile"]
 logger = logging.getLogger(__name__)
 
 _DEFAULT_CONTEXT = 1024
+_DEEPEST = "fewest groups"
+_DIGITS = {_DEEPEST: 2, "an attention dropped": 3, "an MLP dropped": 3}
+"""After the point, by plan: what one branch takes is little."""
+
 _MAX_DIGITS = 12
 """Of a number of sequences or tokens; no machine holds more."""
 
@@ -39,7 +45,9 @@ _MAX_DIGITS = 12
 def profile(
     model: ModelOption = None,
     out: Annotated[Path, typer.Option(help="profile file to write", metavar="FILE")] = Path("profile.json"),
-    batch: Annotated[str, typer.Option(help="sequences decoded together, e.g. 1,16,64")] = "1",
+    batch: Annotated[
+        str | None, typer.Option(help="sequences decoded together, e.g. 1,16,64", show_default="1")
+    ] = None,
     context: Annotated[
         str | None,
         typer.Option(
@@ -48,7 +56,17 @@ def profile(
         ),
     ] = None,
     prefill: Annotated[str | None, typer.Option(help="tokens of prompts to time as well, e.g. 2048")] = None,
+    workload: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="workloads instead of --batch, --context and --prefill, e.g. decode:64x4096,prefill:2048; may be "
+            "repeated"
+        ),
+    ] = None,
     max_group: Annotated[int, typer.Option(help="most layers in a group", min=2)] = 2,
+    allow: Annotated[
+        str, typer.Option(help="what plans may do: joins, drops (or drop-attention, drop-mlp), e.g. joins,drops")
+    ] = "joins",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     tp: Annotated[int, typer.Option(help="GPUs that share the model (tensor parallelism)", min=1)] = 1,
@@ -65,8 +83,11 @@ def profile(
         raise ConfigError("--emulate-tp and --all-reduce-us go together: how many GPUs, and what a sum over them takes")
     if emulate_tp is not None and tp != 1:
         raise ConfigError("--tp measures real GPUs and --emulate-tp estimates; give one of them")
+    if workload and not (batch is context is prefill is None):
+        raise ConfigError("--workload says what is measured, and so do --batch, --context and --prefill; drop either")
     requested = _Requested(
-        batch_sizes=_parse_counts(batch, option="--batch", least=1),
+        mix=tuple(parse_mix(workload or ())),
+        batch_sizes=_parse_counts(batch or "1", option="--batch", least=1),
         context_lens=None if context is None else _parse_counts(context, option="--context", least=0),
         prefill_lens=() if prefill is None else _parse_counts(prefill, option="--prefill", least=1),
     )
@@ -79,6 +100,8 @@ def profile(
     num_layers = read_num_layers(config)
     if max_group > max(2, num_layers):
         raise ConfigError(f"--max-group is {max_group}; the model has only {num_layers} layers")
+    allowed = parse_allow(allow)
+    max_group = max_group if "joins" in allowed else 1
     measured = _measure(
         config,
         num_ranks=tp,
@@ -88,31 +111,35 @@ def profile(
         dtype=resolve_dtype(dtype, target),
         workloads=requested.list_workloads(config),
         max_group=max_group,
+        allow=allowed,
         budget_s=seconds,
     )
     if measured is None:  # a rank of torchrun that is not the first
         return {"profile": None}
     save_profile(measured, out)
     _warn_of_errors(measured, out)
-    return Answer(_build_document(measured, out, max_group), _build_table(measured, max_group))
+    extremes = _list_extremes(measured, max_group, allowed)
+    return Answer(_build_document(measured, out, extremes), _build_table(measured, extremes))
 
 
 @dataclass(frozen=True)
 class _Requested:
-    """The numbers whose combinations are measured; no ``context_lens`` is the default."""
+    """The workloads that are measured, or numbers whose combinations are; no ``context_lens`` is the default."""
 
+    mix: tuple[Workload, ...]
     batch_sizes: tuple[int, ...]
     context_lens: tuple[int, ...] | None
     prefill_lens: tuple[int, ...]
 
     def list_workloads(self, config: PretrainedConfig) -> list[Workload]:
-        """Return every batch with every context, then the prompts.
+        """Return the workloads that were named, or every batch with every context, then the prompts.
 
         Raises:
             ConfigError: for more tokens than the model reads.
         """
-        from lpsearch.latency.workload import Workload, check_workloads, limit_context
-
+        if self.mix:
+            check_workloads(config, self.mix)
+            return list(self.mix)
         context_lens = self.context_lens or (limit_context(config, _DEFAULT_CONTEXT),)
         workloads = [Workload("decode", batch, tokens) for batch in self.batch_sizes for tokens in context_lens]
         workloads += [Workload("prefill", 1, tokens) for tokens in self.prefill_lens]
@@ -156,12 +183,13 @@ def _warn_of_errors(measured: LatencyProfile, out: Path) -> None:
         logger.warning("%s", warning)
 
 
-def _build_document(measured: LatencyProfile, out: Path, max_group: int) -> dict[str, Any]:
+def _build_document(measured: LatencyProfile, out: Path, extremes: Mapping[str, Plan]) -> dict[str, Any]:
     """Build the last line of stdout; the times are those of the first workload."""
     from lpsearch.latency import LatencyModel
 
     latency_model = LatencyModel(measured)
-    deepest = _deepest(measured, max_group)
+    unmodified = Plan.baseline(measured.geometry.num_layers)
+    deepest = extremes.get(_DEEPEST, unmodified)
     return {
         "profile": str(out),
         "device": measured.device,
@@ -173,6 +201,12 @@ def _build_document(measured: LatencyProfile, out: Path, max_group: int) -> dict
         "baseline_latency_ms": next(iter(latency_model.estimate_unmodified_ms().values())),
         "least_depth": deepest.depth,
         "least_depth_latency_ms": latency_model.estimate_latency_ms(deepest),
+        "saved_ms": {
+            what: latency_model.estimate_latency_ms(unmodified) - latency_model.estimate_latency_ms(plan)
+            for what, plan in extremes.items()
+            if what != _DEEPEST
+        },
+        "kv_bytes_per_token": latency_model.estimate_kv_bytes_per_token(unmodified),
         "check_error": max((w.check_error for w in measured.workloads if w.check_error is not None), default=None),
     }
 
@@ -195,17 +229,30 @@ def _parse_counts(text: str, *, option: str, least: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
-def _deepest(measured: LatencyProfile, max_group: int) -> Plan:
+def _list_extremes(measured: LatencyProfile, max_group: int, allow: Collection[str]) -> dict[str, Plan]:
+    """Return plans that show what there is to gain: as many joins as there can be, and each drop by itself.
+
+    A branch is dropped where there is one kind of layer; of several kinds, that of the first layer.
+    """
     num_layers = measured.geometry.num_layers
-    return Plan.from_groups(range(i, min(i + max_group, num_layers)) for i in range(0, num_layers, max_group))
+    plans = {}
+    if "joins" in allow:
+        starts = range(0, num_layers, max_group)
+        plans[_DEEPEST] = Plan.from_groups(range(i, min(i + max_group, num_layers)) for i in starts)
+    unmodified = Plan.baseline(num_layers)
+    if "drop-attention" in allow:
+        plans["an attention dropped"] = unmodified.drop({"attention": [0]})
+    if "drop-mlp" in allow:
+        plans["an MLP dropped"] = unmodified.drop({"mlp": [0]})
+    return plans
 
 
 def _name_workload(workload: WorkloadProfile) -> str:
     return f"{workload.kind} {workload.batch_size} x {workload.context_len}"
 
 
-def _build_table(measured: LatencyProfile, max_group: int) -> Table:
-    """Lay out each workload: the unmodified model by every way of running it, and the deepest plan against them."""
+def _build_table(measured: LatencyProfile, extremes: Mapping[str, Plan]) -> Table:
+    """Lay out each workload: the unmodified model by every way of running it, and what plans take against it."""
     from rich import box
     from rich.table import Table
 
@@ -214,16 +261,18 @@ def _build_table(measured: LatencyProfile, max_group: int) -> Table:
     where = f"{measured.num_ranks} x {measured.device}" if measured.num_ranks > 1 else measured.device
     title = f"{where}, {measured.dtype}, {measured.runtime}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("workload", "unmodified, ms", "fewest groups", "ms", "speed-up against", "off by", "GB/s a GPU"):
-        table.add_column(column, justify="left" if column == "workload" else "right")
-    deepest = _deepest(measured, max_group)
+    for column in ("workload", "unmodified, ms", "plan", "depth", "ms", "speed-up against", "off by", "GB/s a GPU"):
+        table.add_column(column, justify="left" if column in ("workload", "plan") else "right")
     for index, workload in enumerate(measured.workloads):
         latency_model = LatencyModel(measured, index)
-        time_ms = latency_model.estimate_latency_ms(deepest)
         unmodified_ms = latency_model.estimate_unmodified_ms()
         base = ", ".join(f"{mode} {ms:.2f}" for mode, ms in unmodified_ms.items())
-        gains = ", ".join(f"{mode} {ms / time_ms:.2f}x" for mode, ms in unmodified_ms.items())
         error = "" if workload.check_error is None else f"{workload.check_error:.1%}"
         speed = "" if workload.achieved_gb_per_s is None else f"{workload.achieved_gb_per_s:.0f}"
-        table.add_row(_name_workload(workload), base, str(deepest.depth), f"{time_ms:.2f}", gains, error, speed)
+        cells = [_name_workload(workload), base]
+        for what, plan in extremes.items():
+            time_ms = latency_model.estimate_latency_ms(plan)
+            gains = ", ".join(f"{mode} {ms / time_ms:.{_DIGITS[what]}f}x" for mode, ms in unmodified_ms.items())
+            table.add_row(*cells, what, str(plan.depth), f"{time_ms:.{_DIGITS[what]}f}", gains, error, speed)
+            cells, error, speed = ["", ""], "", ""
     return table

@@ -38,6 +38,7 @@ from lpsearch.data import Windows, check_seq_len, check_text_kinds
 from lpsearch.errors import PlanError
 from lpsearch.front_file import FrontFile
 from lpsearch.latency.profile import check_profile_geometry, load_profile
+from lpsearch.latency.workload import parse_mix
 from lpsearch.models import resolve_source
 from lpsearch.plan import Plan, load_plan
 from lpsearch.search import (
@@ -145,6 +146,7 @@ def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
     """Check what was asked for, open the study and load what it needs; see :func:`search` for what raises."""
     values = config.values
     device = resolve_device(values.device)
+    parse_mix(values.workload)  # before anything is opened
     enqueued = {path: load_plan(path).without_recovery() for path in values.enqueue}
 
     def build_space(num_layers: int) -> PlanSpace:
@@ -206,6 +208,8 @@ def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
                 profile_name=str(values.latency),
                 objective=values.objective,
                 max_group=values.max_group,
+                mix=parse_mix(values.workload),
+                model_name=values.model,
             )
         yield _Run(
             values=values,
@@ -353,7 +357,7 @@ def _write_front(run: _Run, result: StudyResult) -> tuple[list[TrialResult], Fro
         objective=run.values.objective,
         metric=run.values.metric,
         result=result,
-        latency_error=None if model is None else model.workload.mean_error,
+        latency_error=None if model is None else model.mean_error,
         recover=run.values.recover,
     )
     write_front(

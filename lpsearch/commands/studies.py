@@ -20,6 +20,7 @@ from lpsearch.config import OptimizeConfig, ResolvedConfig, Split, StoredSplit, 
 from lpsearch.errors import ResumeError, StudyError, UsageError
 from lpsearch.front_file import FRONT_NAME, load_front_file
 from lpsearch.kinds import parse_kinds
+from lpsearch.latency.workload import format_mix, parse_mix
 from lpsearch.models import ModelSource
 from lpsearch.models.sources import normalise_id
 from lpsearch.search import FIXED_SETTINGS, StoredWindows, StudyStore, compare_settings, complete_settings
@@ -71,6 +72,7 @@ RECORDED_OPTIONS = (
     "dtype",
     "freeze",
     "staged",
+    "workload",
 )
 """Options that a study records; a resumed study keeps those that the user does not name."""
 
@@ -184,12 +186,16 @@ def follow_record(
         for settings in (begun_with, requested):
             if settings.get(name):
                 settings[name] = name_texts(settings[name], in_order=False)
+    for settings in (begun_with, requested):
+        if settings.get("workload"):
+            settings["workload"] = format_mix(parse_mix(settings["workload"]))
     compare_settings(begun_with, {**requested, "model": source.id})
     if "seed" in config.explicit and values.seed != recorded["seed"]:
         logger.warning("the study keeps the seed that it was begun with, %d", recorded["seed"])
     kept = {*RECORDED_OPTIONS} - config.explicit | {"dtype", "seed"}  # these were settled when the study was begun
     updates = {name: recorded[name] for name in kept if name in recorded}
     updates["freeze"] = tuple(updates.get("freeze", values.freeze))
+    updates["workload"] = tuple(updates.get("workload", values.workload))
     for name in ("data", "heldout"):
         if name in updates:  # studies of one kind of text record it as a string
             updates[name] = (updates[name],) if isinstance(updates[name], str) else tuple(updates[name] or ())

@@ -99,10 +99,10 @@ class SearchSummary:
             )
         lines += self._explain_kinds()
         if self.latency is not None:
+            workload = f"decoding, batch {self.latency.batch_size}, {self.latency.context_len:,} cached tokens"
             lines.append(
-                f"speed-up: {describe_estimate(self.latency.mean_error)}, for decoding, batch "
-                f"{self.latency.batch_size}, {self.latency.context_len:,} cached tokens, {self.latency.dtype} on "
-                f"{self.latency.device}; each group fused into one wide layer."
+                f"speed-up: {describe_estimate(self.latency.mean_error)}, for {self.latency.workload or workload}, "
+                f"{self.latency.dtype} on {self.latency.device}; each group fused into one wide layer."
             )
         return "\n".join(lines)
 

@@ -2,7 +2,8 @@
 
 Where a widened configuration gives a decoder layer with exactly the members' weights, a group is one wide layer: m
 times the heads, key-value heads and intermediate size. Elsewhere (mixtures of experts, packed heads) layers are timed
-alone, and a group costs what its layers cost. The profile says which. Only the time matters, so the weights are random.
+alone, and a group costs what its layers cost. The profile says which. A branch that a plan drops does not run. Only the
+time matters, so the weights are random.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from lpsearch.errors import FamilyError
 from lpsearch.latency.runtime.memory import Workspace, align_elements
 from lpsearch.latency.sums import OneRank
 from lpsearch.latency.workload import Step, Workload
-from lpsearch.models.families import get_decoder, get_decoder_layers
+from lpsearch.models.families import DecoderBlock, get_decoder, get_decoder_layers, run_group
 from lpsearch.models.traits import FamilyTraits
-from lpsearch.plan import Plan
+from lpsearch.plan import Group, Plan
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -33,17 +34,23 @@ __all__ = ["FixedCacheLayer", "TransformersSteps", "widen_config"]
 _MODE = "transformers eager"
 
 
-def widen_config(config: PretrainedConfig, group_size: int) -> PretrainedConfig:
-    """Return a copy of a text configuration whose decoder layers are ``group_size`` times as wide inside."""
+def widen_config(config: PretrainedConfig, num_attentions: int, num_mlps: int | None = None) -> PretrainedConfig:
+    """Return a copy of a text configuration whose decoder layers are wider inside.
+
+    Args:
+        config: of the model.
+        num_attentions: how many times as many heads.
+        num_mlps: how many times as large an intermediate size; None for as many.
+    """
     wide = copy.deepcopy(config)
-    if group_size == 1:
-        return wide
-    num_heads = config.num_attention_heads
-    wide.head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    wide.num_attention_heads = num_heads * group_size
-    if getattr(config, "num_key_value_heads", None) is not None:
-        wide.num_key_value_heads = config.num_key_value_heads * group_size
-    wide.intermediate_size = config.intermediate_size * group_size
+    if num_attentions != 1:
+        num_heads = config.num_attention_heads
+        wide.head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+        wide.num_attention_heads = num_heads * num_attentions
+        if getattr(config, "num_key_value_heads", None) is not None:
+            wide.num_key_value_heads = config.num_key_value_heads * num_attentions
+    if (num_mlps or num_attentions) != 1:
+        wide.intermediate_size = config.intermediate_size * (num_mlps or num_attentions)
     return wide
 
 
@@ -129,6 +136,7 @@ class TransformersSteps:
         self.runtime = f"{_MODE}, {'fused layers' if self.fuses else 'layers not fused'}"
         self.layer_elements = max(sum(align_elements(p.numel()) for p in layer.parameters()) for layer in singles)
         self.token_elements = 2 * traits.num_kv_heads * traits.head_dim
+        self._form = traits.family.block
         self._windows = [kind.window for kind in traits.kinds]
 
     def reserve(self, num_layers: int) -> None:
@@ -146,7 +154,16 @@ class TransformersSteps:
 
     def build(self, plan: Plan, layers: Sequence[int], mode: str = _MODE) -> Step:
         """Build a decode step: one token a sequence, embedding to argmax."""
-        built = self._build_layers([[layers[position] for position in group] for group in plan.groups])
+
+        def name(positions: Sequence[int]) -> tuple[int, ...]:
+            return tuple(layers[position] for position in positions)
+
+        groups = [
+            Group(name(group.layers), name(group.attention_layers), name(group.mlp_layers))
+            for group in plan.groups
+            if group.num_stages
+        ]
+        built = self._build_layers(groups)
 
         def run() -> torch.Tensor:
             self._use(built)
@@ -158,15 +175,21 @@ class TransformersSteps:
         run()  # takes the cache's memory now, before another plan rewinds the workspace
         return Step(run)
 
-    def _build_layers(self, groups: Sequence[Sequence[int]]) -> _Layers:
+    def _build_layers(self, groups: Sequence[Group]) -> _Layers:
         """Build one wide layer a group; members that attend differently all attend like one that sees everything."""
-        members = [max(group, key=lambda layer_idx: self._windows[layer_idx] is None) for group in groups]
+        members = [
+            max(group.attention_layers or group.layers, key=lambda layer_idx: self._windows[layer_idx] is None)
+            for group in groups
+        ]
         config_values = _select_layers(self._config, members)
         self._weights.rewind()
         self._caches.rewind()
         layers = []
         for slot, (member, group) in enumerate(zip(members, groups, strict=True)):
-            layer = _materialise(self._build_meta_layer(member, len(group)), self._weights)
+            meta = self._build_meta_layer(member, len(group.attention_layers) or 1, len(group.mlp_layers) or 1)
+            if not (group.attention_layers and group.mlp_layers):
+                _drop_branch(DecoderBlock(meta, self._form, bool(group.attention_layers), bool(group.mlp_layers)))
+            layer = _materialise(meta, self._weights)
             for module in layer.modules():  # which know their slot of the cache, and the configuration
                 known = vars(module)
                 if "layer_idx" in known:
@@ -203,11 +226,26 @@ class TransformersSteps:
         pairs = zip(singles[0].parameters(), self._build_meta_layer(0, 2).parameters(), strict=True)
         return all(wide.numel() == 2 * single.numel() for single, wide in pairs if single.ndim > 1)
 
-    def _build_meta_layer(self, layer_idx: int, group_size: int) -> nn.Module:
+    def _build_meta_layer(self, layer_idx: int, num_attentions: int, num_mlps: int | None = None) -> nn.Module:
         """Build a layer of the model, so many times as wide, without memory."""
         with torch.device("meta"):
-            layer = self._layer_class(widen_config(self._config, group_size), layer_idx)
+            layer = self._layer_class(widen_config(self._config, num_attentions, num_mlps), layer_idx)
         return layer.eval().requires_grad_(False)
+
+
+def _drop_branch(block: DecoderBlock) -> None:
+    """Have a layer run the one branch that is left of it, and hold no weights of the other."""
+    form, layer = block.form, block.layer
+    attention = {form.attention, form.attention_norm, *form.attention_post}
+    mlp = {"mlp", form.mlp_norm, *form.mlp_post}
+    for name in attention - mlp if block.runs_mlp else mlp - attention:
+        if name is not None:
+            delattr(layer, name)
+
+    def run(hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return run_group([block], hidden_states, [kwargs])
+
+    layer.forward = run
 
 
 def _select_layers(config: PretrainedConfig, layers: Sequence[int]) -> dict[str, Any]:

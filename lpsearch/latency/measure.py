@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
 
@@ -17,7 +16,8 @@ import psutil
 import torch
 
 from lpsearch.errors import LpsearchError
-from lpsearch.latency.depths import choose_depths, find_group_kinds
+from lpsearch.latency.allow import DROPS, JOINS
+from lpsearch.latency.depths import Depth, choose_depths, find_group_kinds
 from lpsearch.latency.fallback import TransformersSteps
 from lpsearch.latency.model import GroupCosts, fit_group_costs
 from lpsearch.latency.profile import LatencyProfile, MeasuredPoint, ProfileGeometry, WorkloadProfile
@@ -26,6 +26,7 @@ from lpsearch.latency.sums import OneRank, Ranks
 from lpsearch.latency.timing import MIN_BLOCKS, StepTiming, measure_interleaved
 from lpsearch.latency.workload import StepBuilder, Workload, check_workloads, limit_context
 from lpsearch.models.traits import read_traits
+from lpsearch.plan import Group, Plan
 from lpsearch.versions import read_versions
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def measure_profile(
     context_len: int = 1024,
     max_group: int = 2,
     budget_s: float = 15.0,
+    allow: Collection[str] = JOINS,
     usable_bytes: int | None = None,
     choose_ranks: Callable[[int], tuple[Ranks, Mapping[str, float]]] | None = None,
     on_progress: Callable[[float], None] | None = None,
@@ -71,6 +73,7 @@ def measure_profile(
         context_len: cached tokens of each, or as many as the model reads if these are fewer.
         max_group: largest group to measure.
         budget_s: about how long the timed part of each workload takes.
+        allow: what plans may do, as in :func:`lpsearch.latency.allow.parse_allow`: which kinds of group are measured.
         usable_bytes: memory to use on each rank; None for most of what is free.
         choose_ranks: given the elements of a step's sums, returns the ranks that share the model and the time in us of
             one sum of each kind that was tried; None for one rank. Every rank calls this function alike.
@@ -112,6 +115,7 @@ def measure_profile(
                 dtype=dtype,
                 max_group=min(max_group, geometry.num_layers),
                 budget_s=budget_s,
+                allow=allow,
                 usable_bytes=_find_usable_bytes(device) if usable_bytes is None else usable_bytes,
                 all_reduce_us=sum_us,
                 on_progress=report,
@@ -142,6 +146,7 @@ def _measure_workload(
     dtype: torch.dtype,
     max_group: int,
     budget_s: float,
+    allow: Collection[str],
     usable_bytes: int,
     all_reduce_us: Mapping[str, float],
     on_progress: Callable[[float], None],
@@ -152,7 +157,7 @@ def _measure_workload(
     )
     if num_layers < geometry.num_layers:
         logger.warning("latency is measured on %d of %d layers, which fit", num_layers, geometry.num_layers)
-    depths = choose_depths(geometry, num_layers=num_layers, max_group=max_group if builder.fuses else 1)
+    depths = choose_depths(geometry, num_layers=num_layers, max_group=max_group if builder.fuses else 1, allow=allow)
     builder.reserve(num_layers)
     mode, *other_modes = builder.modes
     steps = [builder.build(depth.plan, depth.layers, mode) for depth in depths]
@@ -165,11 +170,13 @@ def _measure_workload(
         on_progress=on_progress,
     )
     points = [_build_point(d.count_groups(geometry), d.use, t) for d, t in zip(depths, timings, strict=True)]
-    fitted = [point for point in points if point.use == "fit"]
-    costs = fit_group_costs([point.num_groups for point in fitted], [point.median_ms for point in fitted])
+    kinds = find_group_kinds(geometry, max_group=max_group, allow=allow)
+    costs = _fit_costs(geometry, depths, points, kinds, by_stage=not DROPS.isdisjoint(allow), fuses=builder.fuses)
     errors = [abs(costs.estimate_latency_ms(p.num_groups) / p.median_ms - 1) for p in points if p.use == "check"]
     if num_layers < geometry.num_layers:  # what ran is shallower than the model
-        unmodified_ms = {mode: costs.estimate_latency_ms(_count_layers(geometry))}
+        unmodified_ms = {
+            mode: costs.estimate_latency_ms(geometry.count_groups(Plan.baseline(geometry.num_layers).groups))
+        }
     else:
         unmodified_ms = {mode: timings[0].median_ms}
     if other_modes and num_layers == geometry.num_layers:
@@ -191,7 +198,7 @@ def _measure_workload(
         all_reduce_us=dict(all_reduce_us),
         points=tuple(points),
         overhead_ms=costs.overhead_ms,
-        cost_ms=dict(costs.cost_ms) if builder.fuses else _add_up_members(costs, geometry, max_group),
+        cost_ms=dict(costs.cost_ms),
         check_error=max(errors, default=None),
         check_mean_error=sum(errors) / len(errors) if errors else None,
         unmodified_ms=unmodified_ms,
@@ -199,18 +206,48 @@ def _measure_workload(
     )
 
 
-def _count_layers(geometry: ProfileGeometry) -> Counter[str]:
-    """Return the number of groups of each kind of the unmodified model."""
-    return Counter(geometry.describe_group([layer_idx]) for layer_idx in range(geometry.num_layers))
+def _fit_costs(
+    geometry: ProfileGeometry,
+    depths: Sequence[Depth],
+    points: Sequence[MeasuredPoint],
+    kinds: Mapping[str, Group],
+    *,
+    by_stage: bool,
+    fuses: bool,
+) -> GroupCosts:
+    """Fit the cost of every kind of group.
+
+    Args:
+        geometry: shape of the model.
+        depths: what was measured.
+        points: their times.
+        kinds: every kind of group that a plan may have, with such a group.
+        by_stage: whether costs of stages are fitted, of which those of groups are sums.
+        fuses: whether a group runs as one wide layer; if not, it costs what its layers cost.
+    """
+    fitted = [(depth, point) for depth, point in zip(depths, points, strict=True) if point.use == "fit"]
+    count = geometry.count_stages if by_stage else geometry.count_groups
+    found = fit_group_costs([count(depth.groups) for depth, _ in fitted], [point.median_ms for _, point in fitted])
+    measured = {geometry.describe_group(group): group for depth in depths for group in depth.groups}
+    cost_ms = {}
+    for kind, group in {**measured, **kinds}.items():
+        num_parts = count([group] if fuses else _split_members(group))
+        if kind:
+            cost_ms[kind] = sum(number * found.cost_ms[part] for part, number in num_parts.items())
+    order = dict.fromkeys([*kinds, *cost_ms])
+    return GroupCosts(found.overhead_ms, {kind: cost_ms[kind] for kind in order})
 
 
-def _add_up_members(costs: GroupCosts, geometry: ProfileGeometry, max_group: int) -> dict[str, float]:
-    """Return the cost of every kind of group whose layers run one after another."""
-    kinds = find_group_kinds(geometry, max_group=max_group)
-    return {
-        kind: sum(costs.cost_ms[geometry.describe_group([layer_idx])] for layer_idx in group)
-        for kind, group in kinds.items()
-    }
+def _split_members(group: Group) -> list[Group]:
+    """Return what a group's layers run, one by one."""
+    return [
+        Group(
+            (layer_idx,),
+            (layer_idx,) if layer_idx in group.attention_layers else (),
+            (layer_idx,) if layer_idx in group.mlp_layers else (),
+        )
+        for layer_idx in group
+    ]
 
 
 def _build_point(num_groups: dict[str, int], use: Literal["fit", "check"], timing: StepTiming) -> MeasuredPoint:

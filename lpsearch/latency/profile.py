@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from lpsearch.errors import ConfigError
 from lpsearch.json_file import load_json
 from lpsearch.models.traits import read_traits
-from lpsearch.plan import write_json
+from lpsearch.plan import Group, Plan, write_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -27,6 +28,7 @@ __all__ = [
     "ProfileGeometry",
     "WorkloadProfile",
     "check_profile_geometry",
+    "count_sums",
     "describe_estimate",
     "describe_profile_error",
     "load_profile",
@@ -57,6 +59,8 @@ class ProfileGeometry(_FileModel):
     Attributes:
         layer_kinds: for each layer what its time depends on: how far it attends, and whether its MLP is a mixture of
             experts, e.g. ``full``, ``sliding`` or ``full moe``.
+        attention_windows: tokens that a kind of attention reaches back at most, e.g. ``{"sliding": 4096}``; a kind that
+            is not named reaches all. Files that were written before this was noted name none.
     """
 
     model_type: str
@@ -68,6 +72,7 @@ class ProfileGeometry(_FileModel):
     head_dim: int = Field(gt=0)
     vocab_size: int = Field(gt=0)
     layer_kinds: tuple[str, ...]
+    attention_windows: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
 
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> ProfileGeometry:
@@ -86,19 +91,99 @@ class ProfileGeometry(_FileModel):
                 f"{kind.name} moe" if has_experts else kind.name
                 for kind, has_experts in zip(traits.kinds, traits.has_experts, strict=True)
             ),
+            attention_windows={kind.name: kind.window for kind in traits.kinds if kind.window is not None},
         )
 
     def describe_group(self, group: Sequence[int]) -> str:
-        """Name a group by what its time depends on, e.g. ``2 full`` or ``1 full + 1 sliding``."""
-        kinds = [self.layer_kinds[layer_idx] for layer_idx in group]
-        return " + ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
+        """Name a group by what its time depends on: what it keeps.
+
+        A group that keeps as many MLPs as attentions is named by layers, e.g. ``2 full`` or ``1 full + 1 sliding``: a
+        pair with one of each is as fast as a single layer. Others are named by branches, e.g. ``1 full, 2 MLPs`` or
+        ``no attention, 1 MLP``.
+
+        Args:
+            group: its layers; what a :class:`~lpsearch.plan.Group` drops does not count.
+        """
+        group = group if isinstance(group, Group) else Group.whole(group)
+        if group.attention_layers == group.mlp_layers:
+            return _join_counts([self.layer_kinds[layer_idx] for layer_idx in group.attention_layers])
+        attentions = sorted(self._attention_kind(layer_idx) for layer_idx in group.attention_layers)
+        mlps = sorted(self._mlp_suffix(layer_idx) for layer_idx in group.mlp_layers)
+        is_alike = len(set(attentions)) == 1 or len(set(mlps)) == 1  # so that it is clear which go together
+        if len(attentions) == len(mlps) and is_alike:
+            return _join_counts([f"{kind}{suffix}" for kind, suffix in zip(attentions, mlps, strict=True)])
+        named = [f"{count}{suffix} MLP{'s' if count > 1 else ''}" for suffix, count in sorted(Counter(mlps).items())]
+        return f"{_join_counts(attentions) or 'no attention'}, {' + '.join(named) or 'no MLP'}"
+
+    def describe_stages(self, group: Sequence[int]) -> tuple[str, ...]:
+        """Name what a group runs one after the other, e.g. ``attention: 2 full`` and ``MLP: 2 dense``.
+
+        Where a family's attention and MLP read the same input, they are timed one after the other too.
+
+        Args:
+            group: as in :meth:`describe_group`.
+        """
+        group = group if isinstance(group, Group) else Group.whole(group)
+        attentions = _join_counts([self._attention_kind(layer_idx) for layer_idx in group.attention_layers])
+        mlps = _join_counts([self._mlp_suffix(layer_idx).strip() or "dense" for layer_idx in group.mlp_layers])
+        stages = (("attention", attentions), ("MLP", mlps))
+        return tuple(f"{branch}: {members}" for branch, members in stages if members)
+
+    def count_groups(self, groups: Iterable[Sequence[int]]) -> dict[str, int]:
+        """Return the number of groups of each kind; a group of which nothing is left is of none."""
+        return dict(Counter(kind for group in groups if (kind := self.describe_group(group))))
+
+    def count_stages(self, groups: Iterable[Sequence[int]]) -> dict[str, int]:
+        """Return the number of stages of each kind."""
+        return dict(Counter(stage for group in groups for stage in self.describe_stages(group)))
+
+    def count_cached_elements(self, plan: Plan, *, num_tokens: int) -> int | None:
+        """Return the elements of the KV cache of one sequence under a plan, over all GPUs.
+
+        Every attention that the plan keeps caches the tokens that it reaches.
+
+        Args:
+            plan: of the model.
+            num_tokens: length of the sequence.
+
+        Returns:
+            None where the file does not say how far a kind of attention reaches.
+        """
+        held = 0
+        for group in plan.groups:
+            for layer_idx in group.attention_layers:
+                kind = self._attention_kind(layer_idx)
+                if kind != "full" and kind not in self.attention_windows:
+                    return None
+                held += min(num_tokens, self.attention_windows.get(kind, num_tokens))
+        return held * 2 * self.num_key_value_heads * self.head_dim
+
+    def _attention_kind(self, layer_idx: int) -> str:
+        return self.layer_kinds[layer_idx].removesuffix(_EXPERTS)
+
+    def _mlp_suffix(self, layer_idx: int) -> str:
+        return _EXPERTS if self.layer_kinds[layer_idx].endswith(_EXPERTS) else ""
+
+
+_EXPERTS = " moe"
+
+
+def _join_counts(kinds: Sequence[str]) -> str:
+    """Write how many there are of each kind, e.g. ``1 full + 1 sliding``; empty for none."""
+    return " + ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
+
+
+def count_sums(kind: str) -> int:
+    """Return the sums over ranks that a kind of group takes: one for its attentions, one for its MLPs, if any."""
+    return 2 - kind.startswith("no attention,") - kind.endswith(", no MLP")
 
 
 class MeasuredPoint(_FileModel):
     """Times of one depth, decode steps or prefills.
 
     Attributes:
-        num_groups: number of groups of each kind, e.g. ``{"1 full": 18, "2 full": 7}``.
+        num_groups: number of groups of each kind, e.g. ``{"1 full": 18, "2 full": 7}``; see
+            :meth:`ProfileGeometry.describe_group`.
         use: whether the costs were fitted to it, or only checked on it.
         median_ms: median over blocks.
         p10_ms: 10th percentile.
@@ -288,6 +373,8 @@ def check_profile_geometry(profile: LatencyProfile, config: PretrainedConfig) ->
     """
     found = profile.geometry.model_dump()
     expected = ProfileGeometry.from_config(config).model_dump()
+    if not found["attention_windows"]:  # of an older file
+        del found["attention_windows"]
     different = [name for name in found if found[name] != expected[name]]
     if len(different) > 1 and "layer_kinds" in different and "num_layers" in different:
         different.remove("layer_kinds")  # the number says it

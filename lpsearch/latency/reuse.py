@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from lpsearch.errors import ConfigError
+from lpsearch.latency.allow import JOINS
 from lpsearch.latency.measure import measure_profile, name_device
 from lpsearch.latency.profile import PROFILE_SCHEMA_VERSION, LatencyProfile, load_profile, save_profile
+from lpsearch.latency.workload import Workload
 from lpsearch.models.cache import cache_directory
 from lpsearch.versions import read_versions
 
@@ -31,11 +33,13 @@ def measure_or_reuse_profile(
     dtype: torch.dtype,
     batch_size: int = 1,
     context_len: int = 1024,
+    workloads: Sequence[Workload] | None = None,
     max_group: int = 2,
+    allow: Collection[str] = JOINS,
     budget_s: float = 15.0,
     on_progress: Callable[[float], None] | None = None,
 ) -> LatencyProfile:
-    """Return the profile of a decode workload from the cache, or measure it and keep it.
+    """Return the profile of some workloads from the cache, or measure it and keep it.
 
     The key is device, threads, versions, configuration, dtype and workload, but not how long it was timed. The
     arguments are those of :func:`lpsearch.latency.measure_profile`.
@@ -50,6 +54,10 @@ def measure_or_reuse_profile(
         "dtype": str(dtype),
         "workload": [batch_size, context_len, max_group],
     }
+    if workloads is not None:  # these keys are new; what was measured before is still found without them
+        key["workloads"] = [workload.spec for workload in workloads]
+    if set(allow) != JOINS:
+        key["allow"] = sorted(allow)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:24]
     path = cache_directory() / "latency" / f"{digest}.json"
     if path.is_file():
@@ -66,7 +74,9 @@ def measure_or_reuse_profile(
         dtype=dtype,
         batch_size=batch_size,
         context_len=context_len,
+        workloads=workloads,
         max_group=max_group,
+        allow=allow,
         budget_s=budget_s,
         on_progress=on_progress,
     )

@@ -123,6 +123,11 @@ class LatencyMetrics(FileModel):
         versions: package versions at the measurement.
         mean_error: mean relative error of the model's estimates on depths that it was not fitted to; None where that is
             not known.
+        workload: None for one decode step; else what the time is of, e.g. ``prefill:2048``, or of a mix
+            ``decode:1x1024@0.5,prefill:2048@0.5``, where ``batch_size`` and ``context_len`` are those of the first.
+        kv_bytes_per_token: bytes of the plan's KV cache of one sequence of ``context_len`` tokens, over all GPUs, a
+            token; None where that is not known.
+        baseline_kv_bytes_per_token: those of the unmodified model.
     """
 
     kind: Literal["measured", "estimated"]
@@ -136,6 +141,9 @@ class LatencyMetrics(FileModel):
     runtime: str
     versions: dict[str, str]
     mean_error: float | None = Field(default=None, ge=0)
+    workload: str | None = None
+    kv_bytes_per_token: int | None = Field(default=None, ge=0)
+    baseline_kv_bytes_per_token: int | None = Field(default=None, ge=0)
 
 
 class PlanMetrics(FileModel):

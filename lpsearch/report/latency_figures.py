@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 import plotly.graph_objects as go
@@ -91,10 +90,10 @@ def compute_breakdown(workload: WorkloadProfile, geometry: ProfileGeometry, plan
     Raises:
         ConfigError: for a group of a kind that was not measured.
     """
-    counts = Counter(geometry.describe_group(group.layers) for group in plan.groups)
+    counts = geometry.count_groups(plan.groups)
     GroupCosts(workload.overhead_ms, workload.cost_ms).estimate_latency_ms(counts)
     return {"overhead": workload.overhead_ms} | {
-        kind: counts[kind] * cost_ms for kind, cost_ms in workload.cost_ms.items()
+        kind: counts.get(kind, 0) * cost_ms for kind, cost_ms in workload.cost_ms.items()
     }
 
 

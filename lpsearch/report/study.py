@@ -19,6 +19,7 @@ from lpsearch.errors import ConfigError, StudyError, StudyVersionError, UsageErr
 from lpsearch.front_file import FRONT_NAME, FrontFile, load_front_file
 from lpsearch.latency.model import LatencyModel
 from lpsearch.latency.profile import parse_recorded_profile
+from lpsearch.latency.workload import parse_mix
 from lpsearch.plan import Plan
 from lpsearch.report.progress import ProgressStep, find_reference_cost, trace_progress
 from lpsearch.search import PlanSpace, StudyStore, TrialResult, build_front, read_results
@@ -130,7 +131,7 @@ class StudyReport:
     @property
     def latency_error(self) -> float | None:
         """Mean relative error of the latency model on depths that it was not fitted to; None where not known."""
-        return None if self.latency_model is None else self.latency_model.workload.mean_error
+        return None if self.latency_model is None else self.latency_model.mean_error
 
     @property
     def proxy_tokens(self) -> int:
@@ -173,7 +174,8 @@ def load_report(store: StudyStore, directory: Path) -> StudyReport:
             "which moves it aside"
         )
     profile = parse_recorded_profile(store.load_latency_profile())
-    latency_model = None if profile is None else LatencyModel(profile)
+    mix = parse_mix(settings.get("workload") or ())
+    latency_model = None if profile is None else LatencyModel.from_mix(profile, mix, name=store.where)
     results = _read_finished(store, latency_model)
     file = _load_front_file(directory, store.study_name)
     results = [_name_plan_file(result, directory, file) for result in results]

@@ -153,12 +153,21 @@ def build_breakdown_table(report: StudyReport) -> Table:
     """List where the time of every plan of the front goes, for the workload that the search used."""
     assert report.latency_model is not None
     profile, workload = report.latency_model.profile, report.latency_model.workload
-    rows = []
+    found = []
     for result in report.front:
         try:
-            parts = compute_breakdown(workload, profile.geometry, result.plan)
+            found.append((result, compute_breakdown(workload, profile.geometry, result.plan)))
         except ConfigError:
             continue
-        rows.append([name_row(report, result), *(f"{ms:.3f}" for ms in (*parts.values(), sum(parts.values())))])
-    columns = ["joins", "overhead ms", *(f"{describe_kind(kind)} ms" for kind in workload.cost_ms), "sum ms"]
+    # Where branches may be dropped there are many kinds of group, most of which no plan has.
+    kinds = [kind for kind in workload.cost_ms if "," not in kind or any(parts[kind] for _, parts in found)]
+    rows = [
+        [
+            name_row(report, result),
+            *(f"{parts[cause]:.3f}" for cause in ("overhead", *kinds)),
+            f"{sum(parts.values()):.3f}",
+        ]
+        for result, parts in found
+    ]
+    columns = ["joins", "overhead ms", *(f"{describe_kind(kind)} ms" for kind in kinds), "sum ms"]
     return Table(f"Estimated time of a step: {describe_workload(workload)}", columns, rows)

@@ -48,13 +48,14 @@ FIXED_SETTINGS = (
     "max_group",
     "worst_case",
     "recover",
+    "workload",
 )
 """Settings that define what a trial's values mean: changing one would mix values that cannot be compared."""
 
 
 def complete_settings(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a study was begun with; of a study from before a setting was known, that it was off."""
-    return {"worst_case": False, "recover": "off", **recorded}
+    return {"worst_case": False, "recover": "off", "workload": [], **recorded}
 
 
 def compare_settings(recorded: Mapping[str, Any], requested: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from lpsearch.models.traits import OUTPUTS, AttentionPart, FamilyTraits, Projection, read_traits
+from lpsearch.plan import Group
 from lpsearch.transform.modeling_lpsearch import count_mlp_blocks, list_more_mlps
 
 __all__ = ["InterleavedWeights", "MemberWeights", "StackedWeights", "WideLayer", "name_tensors"]
@@ -267,8 +268,11 @@ def _take_turns(
 class WideLayer:
     """Weights of one group on one rank. P is 1, or the number of members where each has post-norms.
 
+    The members of an attention are the layers whose attention the plan keeps, and likewise for the MLP. A stage
+    without members has no tensors.
+
     Attributes:
-        parts: the members, by how they attend; every tensor has them in this order.
+        parts: the members whose attention runs, by how they attend; every tensor of it has them in this order.
         qkv: (rows, hidden); for each attention part the queries' rows of all its members, then keys', then values'.
         o: (P, hidden, columns): the members' columns side by side if P is 1.
         gate_up: (rows, hidden): the gates of all members, then the ups.
@@ -284,10 +288,10 @@ class WideLayer:
     """
 
     parts: tuple[AttentionPart, ...]
-    qkv: Tensor
-    o: Tensor
-    gate_up: Tensor
-    down: Tensor
+    qkv: Tensor | None
+    o: Tensor | None
+    gate_up: Tensor | None
+    down: Tensor | None
     qkv_bias: Tensor | None = None
     o_bias: Tensor | None = None
     gate_up_bias: Tensor | None = None
@@ -299,7 +303,8 @@ class WideLayer:
 
     def list_matrices(self) -> tuple[Tensor, ...]:
         """Return the matrices, which a decode step reads once."""
-        return self.qkv, self.o, self.gate_up, self.down
+        matrices = (self.qkv, self.o, self.gate_up, self.down)
+        return tuple(matrix for matrix in matrices if matrix is not None)
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> WideLayer:
         """Return a layer with each tensor replaced by what a function makes of it, in the order of the attributes."""
@@ -342,58 +347,75 @@ class StackedWeights:
 
     @torch.no_grad()
     def compute(self, group: Sequence[int]) -> WideLayer:
-        """Compute the wide layer of a group; what is folded is in float32."""
+        """Compute the wide layer of a group; what is folded is in float32.
+
+        Args:
+            group: its layers; what a :class:`~lpsearch.plan.Group` drops is not in the wide layer.
+        """
         traits, block = self._traits, self._traits.family.block
-        parts = traits.split_group(group)
-        layers = tuple(layer for part in parts for layer in part.layers)
-        found = {layer: self._read_projections(layer) for layer in layers}
+        group = group if isinstance(group, Group) else Group.whole(group)
+        parts = traits.split_group(group.attention_layers)
+        attentions = tuple(layer for part in parts for layer in part.layers)
+        mlps = tuple(layer for part in traits.split_group(group.mlp_layers) for layer in part.layers)
+        found = {
+            layer: self._read_projections(layer, attention=layer in attentions, mlp=layer in mlps) for layer in group
+        }
 
         def stack(kind: _TensorKind, names: tuple[Projection, ...], *runs: tuple[int, ...]) -> Tensor | None:
             order = [(layer, name) for run in runs for name in names for layer in run]
             rows = [self._shard(found[layer][name, kind], 0) for layer, name in order if (name, kind) in found[layer]]
             return torch.cat(rows) if rows else None
 
-        def join(name: Projection) -> Tensor:
+        def join(name: Projection, layers: tuple[int, ...]) -> Tensor | None:
+            if not layers:
+                return None
             columns = [self._shard(self._scale(found[layer][name, "weight"]), 1) for layer in layers]
             return torch.stack(columns) if traits.has_post_norms else torch.cat(columns, 1)[None]
 
-        def add_biases(name: Projection) -> Tensor | None:
+        def add_biases(name: Projection, layers: tuple[int, ...]) -> Tensor | None:
             biases = [tensor.float() for layer in layers if (tensor := found[layer].get((name, "bias"))) is not None]
             if not biases:
                 return None
             stacked = self._scale(torch.stack(biases)) * (self._rank == 0)
             return stacked if traits.has_post_norms else stacked.sum(0, keepdim=True)
 
-        def stack_post_norms(name: str | None) -> Tensor | None:
-            if name is None:
+        def stack_post_norms(name: str | None, layers: tuple[int, ...]) -> Tensor | None:
+            if name is None or not layers:
                 return None
             return torch.stack([self._members.read_norm(layer, name) for layer in layers]) * traits.residual_scale
 
         alike = [part.layers for part in parts]
-        qkv, gate_up = stack("weight", ("q", "k", "v"), *alike), stack("weight", ("gate", "up"), layers)
-        assert qkv is not None
-        assert gate_up is not None
         return WideLayer(
             parts=parts,
-            qkv=qkv,
-            o=join("o"),
-            gate_up=gate_up,
-            down=join("down"),
+            qkv=stack("weight", ("q", "k", "v"), *alike),
+            o=join("o", attentions),
+            gate_up=stack("weight", ("gate", "up"), mlps),
+            down=join("down", mlps),
             qkv_bias=stack("bias", ("q", "k", "v"), *alike),
-            o_bias=add_biases("o"),
-            gate_up_bias=stack("bias", ("gate", "up"), layers),
-            down_bias=add_biases("down"),
+            o_bias=add_biases("o", attentions),
+            gate_up_bias=stack("bias", ("gate", "up"), mlps),
+            down_bias=add_biases("down", mlps),
             q_norm=self._stack_head_norms(parts, "q_norm", traits.num_heads),
             k_norm=self._stack_head_norms(parts, "k_norm", traits.num_kv_heads),
-            attention_post=stack_post_norms(block.attention_post_norm),
-            mlp_post=stack_post_norms(block.mlp_post_norm),
+            attention_post=stack_post_norms(block.attention_post_norm, attentions),
+            mlp_post=stack_post_norms(block.mlp_post_norm, mlps),
         )
 
-    def _read_projections(self, layer: int) -> dict[tuple[Projection, _TensorKind], Tensor]:
-        """Return the weights and biases that a layer's projections have, with the norms before them folded in."""
+    def _read_projections(
+        self, layer: int, *, attention: bool, mlp: bool
+    ) -> dict[tuple[Projection, _TensorKind], Tensor]:
+        """Return the weights and biases that a layer's projections have, with the norms before them folded in.
+
+        Args:
+            layer: whose.
+            attention: whether those of its attention are wanted.
+            mlp: whether those of its MLP are.
+        """
         found: dict[tuple[Projection, _TensorKind], Tensor] = {}
         kinds: tuple[_TensorKind, ...] = ("weight", "bias")
         for module, names in self._traits.family.projections.items():
+            if not (attention if module.startswith(f"{self._traits.family.block.attention}.") else mlp):
+                continue
             for kind in kinds:
                 tensors = self._members.fold(layer, module, kind)
                 found |= {(name, kind): tensor for name, tensor in zip(names[: len(tensors)], tensors, strict=True)}

@@ -8,6 +8,7 @@ import pytest
 
 from lpsearch.latency import load_profile
 from tests.commands.conftest import Run
+from tests.tolerances import FLOAT64_COSTS
 
 
 @pytest.fixture
@@ -30,6 +31,23 @@ def test_every_batch_meets_every_context(run_lpsearch: Run, arguments: list, tmp
         ("prefill", 1, 6),
     ]
     assert "speed-up against" in outcome.stderr
+
+
+def test_what_plans_may_drop_is_measured(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
+    outcome = run_lpsearch(*arguments, "--allow", "joins,drops", "--workload", "decode:2x8,prefill:6")
+    assert outcome.exit_code == 0, outcome.stderr
+    profile = load_profile(tmp_path / "profile.json")
+    assert [(w.kind, w.batch_size, w.context_len) for w in profile.workloads] == [("decode", 2, 8), ("prefill", 1, 6)]
+    kinds = ["1 full", "2 full"]
+    kinds += ["no attention, 1 MLP", "no attention, 2 MLPs", "1 full, no MLP", "2 full, no MLP"]
+    kinds += ["1 full, 2 MLPs", "2 full, 1 MLP"]
+    assert all(set(workload.cost_ms) == set(kinds) for workload in profile.workloads)
+    assert set(outcome.document["saved_ms"]) == {"an attention dropped", "an MLP dropped"}
+    costs = profile.workloads[0].cost_ms
+    saved = costs["1 full"] - costs["no attention, 1 MLP"]
+    assert outcome.document["saved_ms"]["an attention dropped"] == pytest.approx(saved, abs=FLOAT64_COSTS)
+    assert outcome.stderr.count("an MLP dropped") == 2
+    assert outcome.document["kv_bytes_per_token"] > 0
 
 
 def test_an_estimate_says_so(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
@@ -104,6 +122,9 @@ def test_ranks_are_started(run_lpsearch: Run, arguments: list) -> None:
         (["--context", "1,²"], "expected whole numbers from 0"),
         (["--context", "8,100000000"], "--context 100000000: the model reads at most 128 tokens"),
         (["--context", 128, "--tp", 2], "--context 128: the model reads at most 128 tokens"),
+        (["--workload", "decode:8"], "--workload decode:8: expected decode:SEQUENCESxTOKENS"),
+        (["--workload", "decode:1x8", "--batch", 2], "--workload says what is measured"),
+        (["--allow", "splits"], "--allow splits: 'splits' is none of joins, drops"),
         (["--context", 8, "--prefill", 129], "--prefill 129: the model reads at most 128 tokens"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -11,15 +12,16 @@ from torch import nn
 
 from lpsearch.errors import ConfigError, FamilyError, LpsearchError
 from lpsearch.latency import LatencyModel, Workload, measure_or_reuse_profile, measure_profile
-from lpsearch.latency.depths import choose_depths, find_group_kinds
+from lpsearch.latency.depths import check_profile_kinds, choose_depths, find_group_kinds
 from lpsearch.latency.fallback import FixedCacheLayer, TransformersSteps, widen_config
 from lpsearch.latency.profile import ProfileGeometry
 from lpsearch.latency.ranks.measuring import emulate_profile_on_ranks, measure_profile_on_ranks
 from lpsearch.latency.runtime.memory import Workspace
 from lpsearch.latency.timing import StepTiming, bootstrap_ratio, measure_interleaved
 from lpsearch.latency.workload import check_workloads, limit_context
+from lpsearch.models.families import get_decoder_layers
 from lpsearch.models.traits import read_traits
-from lpsearch.plan import Plan
+from lpsearch.plan import Group, Plan
 from lpsearch.transform import applied_plan
 from tests.tiny_models import FAMILIES, RUNTIME_FAMILIES, SLIDING_WINDOW, build_tiny_model
 from tests.tolerances import FLOAT32_LOGITS, TWICE
@@ -86,6 +88,55 @@ def test_every_family_is_measured(family):
         assert LatencyModel(profile).estimate_latency_ms(Plan.from_groups(groups)) > 0
 
 
+DROPPING = Plan.from_groups([[0], [1, 2], [3, 4, 5]]).drop({"attention": [0, 1, 4], "mlp": [2, 3, 4, 5]})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_measured_without_some_branches(family):
+    config = build_tiny_model(family).config
+    allow = {"joins", "drop-attention", "drop-mlp"}
+    options = {"device": "cpu", "dtype": torch.float32, "context_len": 12, "max_group": 3, "budget_s": 0.05}
+    profile = measure_profile(config, allow=allow, **options)
+    (workload,) = profile.workloads
+    assert {*find_group_kinds(profile.geometry, max_group=3, allow=allow)} <= {*workload.cost_ms}
+    assert len([point for point in workload.points if point.use == "check"]) >= 2
+    check_profile_kinds(profile, max_group=3, allow=allow, name="p.json")
+    model = LatencyModel(profile)
+    costs = {kind: workload.cost_ms[kind] for kind in profile.geometry.count_groups(DROPPING.groups)}
+    assert model.estimate_latency_ms(DROPPING) == pytest.approx(workload.overhead_ms + sum(costs.values()))
+    nothing = Plan.baseline(6).drop({"attention": range(6), "mlp": range(6)})
+    assert profile.geometry.count_groups(nothing.groups) == {}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_runs_what_a_plan_keeps(family):
+    """Which matrices run: those of the branches that are left, as many times as wide."""
+    model = build_tiny_model(family)
+    steps = TransformersSteps(
+        read_traits(copy_config(model)), Workload("decode", 2, 9), device=torch.device("cpu"), dtype=torch.float32
+    )
+    plan = Plan.baseline(6).drop({"attention": [1, 3], "mlp": [2, 3]})
+    layer_class = type(get_decoder_layers(model)[0])
+    seen = []
+
+    def record(module, arguments, output):
+        if isinstance(module, layer_class):
+            seen.append(sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1))
+
+    with torch.inference_mode(), nn.modules.module.register_module_forward_hook(record):
+        steps.reserve(6)
+        step = steps.build(plan, range(6))
+        seen.clear()
+        assert step.run().shape == (2,)
+    dropped = {1: read_traits(model.config).family.block.attention, 2: "mlp"}
+    expected = []
+    for layer_idx in (0, 1, 2, 4, 5):
+        layer = get_decoder_layers(model)[layer_idx]
+        parts = [module for name, module in layer.named_children() if name != dropped.get(layer_idx)]
+        expected.append(sum(p.numel() for part in parts for p in part.parameters() if p.ndim > 1))
+    assert seen == expected
+
+
 def test_unfused_groups_cost_what_their_layers_cost():
     config = build_tiny_model("mixtral").config
     (workload,) = measure_profile(config, device="cpu", dtype=torch.float32, context_len=4, budget_s=0.05).workloads
@@ -107,6 +158,45 @@ def test_a_group_of_unlike_layers_costs_what_they_cost_when_they_are_not_fused()
     }
     assert costs["1 full + 2 full moe"] == pytest.approx(costs["1 full"] + 2 * costs["1 full moe"])
     assert profile.workloads[0].num_layers_measured == 6
+
+
+ALLOWED = [{"joins", "drop-attention", "drop-mlp"}, {"drop-attention", "drop-mlp"}, {"joins", "drop-attention"}]
+
+
+def list_possible_kinds(geometry, max_group, allow):
+    """Return the kinds of all groups that there are, layer by layer and branch by branch."""
+    kinds = set()
+    for first in range(geometry.num_layers):
+        for size in range(1, min(max_group if "joins" in allow else 1, geometry.num_layers - first) + 1):
+            layers = tuple(range(first, first + size))
+            for kept in itertools.product([False, True], repeat=2 * size):
+                attentions = tuple(itertools.compress(layers, kept[:size]))
+                mlps = tuple(itertools.compress(layers, kept[size:]))
+                if (attentions == layers or "drop-attention" in allow) and (mlps == layers or "drop-mlp" in allow):
+                    kinds.add(geometry.describe_group(Group(layers, attentions, mlps)))
+    return kinds - {""}
+
+
+@pytest.mark.parametrize("num_layers", [6, 12])
+@pytest.mark.parametrize("max_group", [1, 2, 3])
+@pytest.mark.parametrize("allow", ALLOWED, ids=[",".join(sorted(allow)) for allow in ALLOWED])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_moe"])
+def test_depths_tell_every_kind_of_stage_apart(family, allow, max_group, num_layers):
+    geometry = ProfileGeometry.from_config(build_tiny_model(family, num_layers=12).config)
+    depths = choose_depths(geometry, num_layers=num_layers, max_group=max_group, allow=allow)
+    fitted = [geometry.count_stages(depth.groups) for depth in depths if depth.use == "fit"]
+    stages = sorted({stage for count in fitted for stage in count})
+    matrix = torch.tensor([[1.0, *(count.get(stage, 0) for stage in stages)] for count in fitted])
+    assert torch.linalg.matrix_rank(matrix) == 1 + len(stages)
+    kinds = find_group_kinds(geometry, max_group=max_group, allow=allow)
+    assert set(kinds) == list_possible_kinds(geometry, max_group, allow)
+    assert all(geometry.describe_group(group) == kind for kind, group in kinds.items())
+    assert {stage for group in kinds.values() for stage in geometry.describe_stages(group)} <= set(stages)
+    assert max(len(depth.layers) for depth in depths) <= num_layers
+    checks = [depth for depth in depths if depth.use == "check"]
+    assert any(depth.plan.num_dropped for depth in checks)
+    assert all(geometry.count_stages(depth.groups) not in fitted for depth in checks)
+    assert {stage for depth in checks for stage in geometry.count_stages(depth.groups)} <= set(stages)
 
 
 @pytest.mark.parametrize("num_layers", [6, 12])
@@ -198,6 +288,11 @@ def test_ranks_that_are_not_there_are_an_estimate():
     assert "estimate" in profile.runtime
     # Two sums a group, and what was measured: a cost of 0 where a tiny layer is lost in the noise.
     assert all(2000 <= cost < 2100 for cost in profile.workloads[0].cost_ms.values())
+    options["allow"] = {"drop-attention", "drop-mlp"}
+    profile = emulate_profile_on_ranks(config, num_ranks=2, all_reduce_us=1e6, workloads=workloads, **options)
+    costs = profile.workloads[0].cost_ms
+    assert set(costs) == {"1 full", "1 full, no MLP", "no attention, 1 MLP"}
+    assert {kind: cost // 1000 for kind, cost in costs.items()} == {kind: 1 + (kind == "1 full") for kind in costs}
     with pytest.raises(ConfigError, match="decode steps only"):
         emulate_profile_on_ranks(config, num_ranks=2, all_reduce_us=1, workloads=[Workload("prefill", 1, 8)], **options)
     with pytest.raises(ConfigError, match="cannot be divided over 3 ranks"):

@@ -11,6 +11,8 @@ import pytest
 
 from lpsearch.errors import ConfigError
 from lpsearch.latency import LatencyModel, LatencyProfile, check_profile_geometry, load_profile, save_profile
+from lpsearch.latency.allow import parse_allow
+from lpsearch.latency.depths import check_profile_kinds, find_group_kinds
 from lpsearch.latency.model import fit_group_costs
 from lpsearch.latency.profile import (
     MeasuredPoint,
@@ -19,8 +21,9 @@ from lpsearch.latency.profile import (
     describe_profile_error,
     parse_recorded_profile,
 )
-from lpsearch.plan import Plan
-from tests.tiny_models import build_tiny_model
+from lpsearch.latency.workload import Workload, parse_mix
+from lpsearch.plan import Group, Plan
+from tests.tiny_models import SLIDING_WINDOW, build_tiny_model
 
 OVERHEAD_MS, COST_MS = 0.7, {"1 full": 0.5, "2 full": 0.8, "3 full": 1.1}
 DEPTHS = [
@@ -211,6 +214,151 @@ def test_layers_of_different_kinds_cost_differently():
     ]
     moe = ProfileGeometry.from_config(build_tiny_model("qwen3_moe").config)
     assert moe.layer_kinds[:3] == ("full moe", "full", "full moe")
+
+
+STAGE_MS = {"attention: 1 full": 0.2, "attention: 2 full": 0.3, "MLP: 1 dense": 0.3, "MLP: 2 dense": 0.5}
+
+
+@pytest.fixture
+def dropping_profile(profile) -> LatencyProfile:
+    """Made up: every kind of group costs what its stages cost."""
+    kinds = find_group_kinds(profile.geometry, max_group=2, allow=parse_allow("joins,drops"))
+    costs = {k: sum(STAGE_MS[stage] for stage in profile.geometry.describe_stages(g)) for k, g in kinds.items()}
+    workload = profile.workloads[0].model_copy(update={"cost_ms": costs})
+    return profile.model_copy(update={"workloads": (workload,)})
+
+
+def test_groups_are_known_by_what_they_keep():
+    geometry = ProfileGeometry.from_config(build_tiny_model("gemma3_text").config)  # sliding, sliding, full, ...
+    plan = Plan.from_groups([[0], [1, 2], [3, 4], [5]])
+
+    def describe(attention, mlp):
+        return [geometry.describe_group(group) for group in plan.drop({"attention": attention, "mlp": mlp}).groups]
+
+    assert describe([], []) == ["1 sliding", "1 full + 1 sliding", "2 sliding", "1 full"]
+    assert describe([0, 1, 3], [3, 5]) == ["no attention, 1 MLP", "1 full, 2 MLPs", "1 sliding", "1 full, no MLP"]
+    assert describe([1, 3], [2, 4]) == ["1 sliding", "1 full", "1 sliding", "1 full"]  # one of each, of other layers
+    assert describe([3, 4, 5], [0, 1, 5]) == [
+        "1 sliding, no MLP",
+        "1 full + 1 sliding, 1 MLP",
+        "no attention, 2 MLPs",
+        "",
+    ]
+    moe = ProfileGeometry.from_config(build_tiny_model("qwen3_moe").config)  # full moe, full, full moe, ...
+    pair = Group.whole((0, 1))
+    assert moe.describe_group(pair) == "1 full + 1 full moe"
+    assert moe.describe_group(pair.drop([0], [1])) == "1 full moe"
+    assert moe.describe_group(pair.drop([0], [0])) == "1 full"
+    assert moe.describe_group(pair.drop([0], [])) == "1 full, 1 MLP + 1 moe MLP"
+
+
+def test_a_plan_that_drops_costs_what_is_left_of_it(dropping_profile):
+    model = LatencyModel(dropping_profile)
+    plan = Plan.from_groups([[0], [1, 2], [3, 4], [5]]).drop({"attention": [0, 1, 5], "mlp": [3, 5]})
+    assert model.estimate_latency_ms(plan) == pytest.approx(0.7 + 0.3 + (0.2 + 0.5) + (0.3 + 0.3) + 0)
+    nothing = Plan.baseline(6).drop({"attention": range(6), "mlp": range(6)})
+    assert model.estimate_latency_ms(nothing) == OVERHEAD_MS
+
+
+def test_a_profile_of_joins_alone_is_refused_by_name_where_plans_drop(profile):
+    dropped = Plan.baseline(6).drop({"attention": [2]})
+    with pytest.raises(ConfigError, match=r"no groups that keep no attention, 1 MLP .*--allow joins,drops"):
+        LatencyModel(profile).estimate_latency_ms(dropped)
+    check_profile_kinds(profile, max_group=3, name="p.json")
+    with pytest.raises(
+        ConfigError,
+        match=r"p\.json: it has no cost of a group of no attention, 1 MLP .*--model m --allow drop-attention`",
+    ):
+        check_profile_kinds(profile, max_group=2, allow={"drop-attention"}, name="p.json", model="m")
+    with pytest.raises(ConfigError, match="--allow joins,drops --max-group 2`"):
+        check_profile_kinds(profile, max_group=2, allow=parse_allow("joins,drops"), name="p.json")
+
+
+def test_what_is_allowed_is_said_by_name():
+    assert parse_allow("joins") == {"joins"}
+    assert parse_allow("drops, joins") == parse_allow(["joins", "drop-attention", "drop-mlp"])
+    for words in ("", "joins,splits", []):
+        with pytest.raises(ConfigError, match="--allow"):
+            parse_allow(words)
+
+
+def test_the_cache_shrinks_with_every_attention_that_goes(profile, dropping_profile):
+    plan = Plan.from_groups([[0], [1, 2], [3], [4], [5]]).drop({"attention": [1, 4], "mlp": [0, 2]})
+    metrics = LatencyModel(dropping_profile).build_metrics(plan)
+    assert metrics.baseline_kv_bytes_per_token == 6 * 2 * 2 * 8 * 4  # layers, keys and values, heads, elements, bytes
+    assert metrics.kv_bytes_per_token == 4 * 2 * 2 * 8 * 4
+    joined = LatencyModel(profile).build_metrics(Plan.from_groups([[0, 1], [2, 3], [4, 5]]))
+    assert joined.kv_bytes_per_token == joined.baseline_kv_bytes_per_token
+
+
+def test_a_sliding_attention_caches_no_more_than_its_window():
+    geometry = ProfileGeometry.from_config(build_tiny_model("gemma3_text").config)
+    assert geometry.attention_windows == {"sliding": SLIDING_WINDOW}
+    per_token = 2 * geometry.num_key_value_heads * geometry.head_dim
+    plan = Plan.baseline(6).drop({"attention": [0, 2]})  # one sliding, one full
+    assert geometry.count_cached_elements(plan, num_tokens=100) == per_token * (100 + 3 * SLIDING_WINDOW)
+    assert geometry.count_cached_elements(plan, num_tokens=2) == per_token * 4 * 2
+    unknown = geometry.model_copy(update={"attention_windows": {}})  # as in an older file
+    assert unknown.count_cached_elements(plan, num_tokens=2) is None
+
+
+def test_older_files_are_read(profile, tmp_path):
+    config = build_tiny_model("gemma3_text").config
+    document = profile.model_dump(mode="json")
+    document["geometry"] = ProfileGeometry.from_config(config).model_dump(mode="json")
+    del document["geometry"]["attention_windows"]
+    for workload in document["workloads"]:
+        workload["cost_ms"] = {"1 sliding": 0.5, "1 full": 0.6}
+    (tmp_path / "profile.json").write_text(json.dumps(document))
+    found = load_profile(tmp_path / "profile.json")
+    check_profile_geometry(found, config)
+    assert LatencyModel(found).build_metrics(Plan.baseline(6)).kv_bytes_per_token is None
+
+
+def test_a_mix_of_workloads_is_one_time(profile):
+    """By hand: each workload's share of the unmodified model's time, scaled by what the plan makes of it."""
+    first, second = profile.workloads
+    slower = {kind: 3 * cost for kind, cost in COST_MS.items()}
+    prefill = second.model_copy(update={"kind": "prefill", "context_len": 8, "cost_ms": slower, "check_error": 0.03})
+    profile = profile.model_copy(update={"workloads": (first, prefill)})
+    mix = parse_mix(["prefill:8@3", "decode:1x16@1"])
+    model = LatencyModel.from_mix(profile, mix, name="p.json")
+    plan = Plan.from_groups([[0], [1, 2], [3, 4, 5]])
+    base = [LatencyModel(profile, index).estimate_latency_ms(Plan.baseline(6)) for index in (0, 1)]
+    times = [LatencyModel(profile, index).estimate_latency_ms(plan) for index in (0, 1)]
+    ratio = 0.25 * times[0] / base[0] + 0.75 * times[1] / base[1]
+    assert model.estimate_latency_ms(Plan.baseline(6)) == pytest.approx(0.25 * base[0] + 0.75 * base[1])
+    assert model.estimate_speedup(plan) == pytest.approx(1 / ratio)
+    metrics = model.build_metrics(plan)
+    assert metrics.workload == "prefill:8@0.75,decode:1x16@0.25"
+    assert metrics.latency_ms == pytest.approx(ratio * metrics.baseline_latency_ms)
+    assert metrics.mean_error == pytest.approx(0.25 * 0.01 + 0.75 * 0.03)
+    assert LatencyModel.from_mix(profile, {}, name="p.json") == LatencyModel(profile)
+    assert LatencyModel.from_mix(profile, parse_mix(["prefill:8"]), name="p.json") == LatencyModel(profile, 1)
+    with pytest.raises(
+        ConfigError, match=r"p\.json: it has no workload decode:64x16 .*profile --workload decode:64x16`"
+    ):
+        LatencyModel.from_mix(profile, parse_mix(["decode:64x16"]), name="p.json")
+
+
+def test_workloads_are_written_in_one_way():
+    mix = parse_mix(["decode:1x1024,decode:64x4096", "prefill:2048@2"])
+    assert [workload.spec for workload in mix] == ["decode:1x1024", "decode:64x4096", "prefill:2048"]
+    assert list(mix.values()) == [0.25, 0.25, 0.5]
+    assert parse_mix(["prefill:4x8"]) == {Workload("prefill", 4, 8): 1.0}
+    for text in (
+        "decode:1024",
+        "encode:1x2",
+        "decode:0x4",
+        "prefill:0",
+        "decode:1x2@0",
+        "decode:1x2@x",
+        "decode:1x2@inf",
+    ):
+        with pytest.raises(ConfigError, match=f"--workload {text}: "):
+            parse_mix([text])
+    with pytest.raises(ConfigError, match="named twice"):
+        parse_mix(["decode:1x2,decode:1x2@3"])
 
 
 def test_a_wider_group_costs_no_less_than_what_it_holds():

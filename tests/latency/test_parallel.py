@@ -19,7 +19,7 @@ from tests.tiny_models import RUNTIME_FAMILIES, build_tiny_model
 from tests.tolerances import BFLOAT16_LOGITS, FLOAT32_LOGITS
 
 PLAN = Plan.from_groups([[0, 1, 2], [3], [4, 5]])
-PLANS = (Plan.baseline(6), PLAN)
+PLANS = (Plan.baseline(6), PLAN, PLAN.drop({"attention": [1, 3], "mlp": [0, 4, 5]}))
 NUM_STEPS = 8
 WIDE = {"num_attention_heads": 8, "num_key_value_heads": 4}
 OPTIONS = {

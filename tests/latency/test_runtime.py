@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -18,6 +20,11 @@ PLANS = {
     "pairs": Plan.from_groups([[0], [1, 2], [3, 4], [5]]),
     "three": Plan.from_groups([[0, 1, 2], [3], [4, 5]]),
     "four": Plan.from_groups([[0], [1, 2, 3, 4], [5]]),
+}
+DROPPING = {
+    "branches": PLANS["unmodified"].drop({"attention": [0, 3], "mlp": [1, 3, 5]}),
+    "unequal": PLANS["three"].drop({"attention": [1, 3, 4], "mlp": [0, 2]}),
+    "one of each": PLANS["pairs"].drop({"attention": [1, 3, 4], "mlp": [2, 3, 4]}),
 }
 OPTIONS = {
     "llama": {"attention_bias": True, "mlp_bias": True},
@@ -64,6 +71,52 @@ def test_the_runtime_is_the_model_with_the_plan(family, options, name):
     tokens, logits = continue_greedily(build_decoder(model, PLANS[name], batch_size=2, capacity=80), prompt, 64)
     expected = reference_logits(model, PLANS[name], prompt, tokens)
     assert torch.equal(expected.argmax(-1), tokens)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=FLOAT32_LOGITS)
+
+
+def drop_by_zeros(model, plan: Plan):
+    """Return a copy of a model whose dropped branches add nothing, since their last product gives zero."""
+    model = copy.deepcopy(model)
+    outputs = {"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"}
+    for branch, layers in plan.dropped.items():
+        for layer_idx in layers:
+            for parameter in model.model.layers[layer_idx].get_submodule(outputs[branch]).parameters():
+                parameter.zero_()
+    return model
+
+
+@pytest.mark.parametrize(("family", "options"), CASES, ids=IDS)
+@pytest.mark.parametrize("name", DROPPING)
+def test_a_branch_that_is_dropped_adds_nothing(family, options, name):
+    model, plan = build_tiny_model(family, **options), DROPPING[name]
+    prompt = build_prompt()
+    tokens, logits = continue_greedily(build_decoder(model, plan, batch_size=2, capacity=40), prompt, 24)
+    joined = Plan.from_groups(plan.to_lists())
+    expected = reference_logits(drop_by_zeros(model, plan), joined, prompt, tokens)
+    assert torch.equal(expected.argmax(-1), tokens)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=FLOAT32_LOGITS)
+
+
+def test_a_branch_that_is_dropped_reads_nothing():
+    model = build_tiny_model("llama")
+    decoder = build_decoder(model, PLANS["pairs"], batch_size=2, capacity=16)
+    plan = PLANS["pairs"].drop({"attention": [1, 3, 4], "mlp": [0, 5]})
+    fewer = build_decoder(model, plan, batch_size=2, capacity=16)
+    for each in (decoder, fewer):
+        each.prefill(build_prompt())
+    weights = [model.model.layers[layer_idx].self_attn for layer_idx in (1, 3, 4)]
+    weights += [model.model.layers[layer_idx].mlp for layer_idx in (0, 5)]
+    num_weights = sum(parameter.numel() for module in weights for parameter in module.parameters())
+    num_cached = 3 * 2 * 2 * 2 * 12 * 8  # layers, keys and values, sequences, heads, tokens, elements
+    assert decoder.count_step_bytes() - fewer.count_step_bytes() == 4 * (num_weights + num_cached)
+
+
+def test_a_model_of_which_nothing_is_left_is_its_embedding_and_head():
+    model = build_tiny_model("llama")
+    nothing = PLANS["pairs"].drop({"attention": range(6), "mlp": range(6)})
+    prompt = build_prompt()
+    logits = build_decoder(model, nothing, batch_size=2, capacity=16).prefill(prompt)
+    expected = model.lm_head(model.model.norm(model.model.embed_tokens(prompt[:, -1])))
     torch.testing.assert_close(logits, expected, rtol=0, atol=FLOAT32_LOGITS)
 
 
@@ -118,7 +171,7 @@ def test_captured_steps_are_eager_steps(family, options, batch_size, mode):
     """Graph against eager bit for bit; fused kernels against transformers in float32."""
     model = build_tiny_model(family, **options).to("cuda")
     prompt = build_prompt()[:batch_size].to("cuda")
-    for plan in (PLANS["unmodified"], PLANS["three"]):
+    for plan in (PLANS["unmodified"], PLANS["three"], DROPPING["unequal"]):
         eager, captured = (
             build_decoder(model, plan, batch_size=batch_size, capacity=80, mode=m) for m in ("eager", mode)
         )
@@ -132,7 +185,8 @@ def test_captured_steps_are_eager_steps(family, options, batch_size, mode):
             assert torch.equal(captured.tokens, eager.tokens)
         logits = captured.decode_logits()
         tokens = torch.cat(tokens, dim=1)
-        expected = reference_logits(model, plan, prompt, torch.cat([tokens, tokens[:, :1]], dim=1))
+        joined, read = Plan.from_groups(plan.to_lists()), torch.cat([tokens, tokens[:, :1]], dim=1)
+        expected = reference_logits(drop_by_zeros(model, plan), joined, prompt, read)
         assert torch.equal(expected[:, :-1].argmax(-1), tokens)
         torch.testing.assert_close(logits, expected[:, -1], rtol=0, atol=FLOAT32_LOGITS)
 

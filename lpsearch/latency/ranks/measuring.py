@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from lpsearch.errors import ConfigError
+from lpsearch.latency.allow import JOINS
 from lpsearch.latency.measure import measure_profile
-from lpsearch.latency.profile import LatencyProfile
+from lpsearch.latency.profile import LatencyProfile, count_sums
 from lpsearch.latency.ranks.parallel import EmulatedRanks
 from lpsearch.latency.ranks.processes import get_torchrun_size, join_ranks, run_ranks
 from lpsearch.latency.ranks.symmetric import choose_ranks
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["emulate_profile_on_ranks", "measure_profile_on_ranks"]
 
-_SUMS_PER_GROUP = 2
-
 
 def measure_profile_on_ranks(
     config: PretrainedConfig,
@@ -34,6 +33,7 @@ def measure_profile_on_ranks(
     workloads: Sequence[Workload],
     max_group: int,
     budget_s: float,
+    allow: Collection[str] = JOINS,
     on_progress: Callable[[float], None] | None = None,
 ) -> LatencyProfile | None:
     """Measure with a model shared by ranks: those that ``torchrun`` started, else new processes, which end with it.
@@ -46,6 +46,7 @@ def measure_profile_on_ranks(
         workloads: what to measure.
         max_group: largest group.
         budget_s: about how long the timed part of each workload takes.
+        allow: what plans may do, as in :func:`lpsearch.latency.allow.parse_allow`.
         on_progress: called with the share done.
 
     Returns:
@@ -57,7 +58,7 @@ def measure_profile_on_ranks(
     """
     _check_model(config, num_ranks, workloads)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    options = (config, device.type, dtype, list(workloads), max_group, budget_s)
+    options = (config, device.type, dtype, list(workloads), max_group, budget_s, frozenset(allow))
     started = get_torchrun_size()
     if started is None:
         found = run_ranks(
@@ -84,6 +85,7 @@ def emulate_profile_on_ranks(
     workloads: Sequence[Workload],
     max_group: int,
     budget_s: float,
+    allow: Collection[str] = JOINS,
     on_progress: Callable[[float], None] | None = None,
 ) -> LatencyProfile:
     """Estimate the profile of ranks that are not there: one rank's work, measured, plus a time for each sum.
@@ -97,6 +99,7 @@ def emulate_profile_on_ranks(
         workloads: what to measure.
         max_group: largest group.
         budget_s: about how long the timed part of each workload takes.
+        allow: what plans may do, as in :func:`lpsearch.latency.allow.parse_allow`.
         on_progress: called with the share done.
 
     Raises:
@@ -112,16 +115,17 @@ def emulate_profile_on_ranks(
         workloads=workloads,
         max_group=max_group,
         budget_s=budget_s,
+        allow=allow,
         choose_ranks=lambda num_elements: (EmulatedRanks(num_ranks), {"given": all_reduce_us}),
         on_progress=on_progress,
     )
-    added_ms = _SUMS_PER_GROUP * all_reduce_us / 1e3
+    sum_ms = all_reduce_us / 1e3
     estimated = [
         workload.model_copy(
             update={
-                "cost_ms": {kind: cost + added_ms for kind, cost in workload.cost_ms.items()},
+                "cost_ms": {kind: cost + count_sums(kind) * sum_ms for kind, cost in workload.cost_ms.items()},
                 "unmodified_ms": {
-                    mode: time_ms + added_ms * measured.geometry.num_layers
+                    mode: time_ms + 2 * sum_ms * measured.geometry.num_layers
                     for mode, time_ms in workload.unmodified_ms.items()
                 },
                 "all_reduce": "given",
@@ -155,6 +159,7 @@ def _measure_rank(
     workloads: list[Workload],
     max_group: int,
     budget_s: float,
+    allow: Collection[str],
     on_progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
     """Measure on one rank; returns the profile as a document."""
@@ -166,6 +171,7 @@ def _measure_rank(
         workloads=workloads,
         max_group=max_group,
         budget_s=budget_s,
+        allow=allow,
         choose_ranks=lambda num_elements: choose_ranks(group, num_elements=num_elements),
         on_progress=on_progress,
     )

@@ -257,14 +257,20 @@ class Decoder:
         return logits
 
     def _run_layer(self, layer: WideLayer, caches: list[Tensor], hidden: Tensor, batch: int) -> Tensor:
-        """Run a group: one attention and one MLP, each with one sum over ranks; (rows, hidden) to the same."""
+        """Run a group: one attention and one MLP, each with one sum over ranks; (rows, hidden) to the same.
+
+        A stage of which the plan drops every member is not there: no kernel, no cache and no sum.
+        """
         pre_norm = self._traits.has_pre_norms
-        qkv = self._ops.project(hidden, layer.qkv, layer.qkv_bias, norm=pre_norm)
-        position = self._position if self.fused_attention and len(qkv) == batch else None
-        attended = self._attention.attend(layer, caches, qkv, length=self._length, position=position)
-        hidden = self._finish(attended, layer.o, layer.o_bias, layer.attention_post, hidden)
-        inner = self._ops.gate(hidden, layer.gate_up, layer.gate_up_bias, norm=pre_norm)
-        return self._finish(inner, layer.down, layer.down_bias, layer.mlp_post, hidden)
+        if layer.qkv is not None and layer.o is not None:
+            qkv = self._ops.project(hidden, layer.qkv, layer.qkv_bias, norm=pre_norm)
+            position = self._position if self.fused_attention and len(qkv) == batch else None
+            attended = self._attention.attend(layer, caches, qkv, length=self._length, position=position)
+            hidden = self._finish(attended, layer.o, layer.o_bias, layer.attention_post, hidden)
+        if layer.gate_up is not None and layer.down is not None:
+            inner = self._ops.gate(hidden, layer.gate_up, layer.gate_up_bias, norm=pre_norm)
+            hidden = self._finish(inner, layer.down, layer.down_bias, layer.mlp_post, hidden)
+        return hidden
 
     def _finish(
         self, rows: Tensor, weight: Tensor, bias: Tensor | None, post: Tensor | None, residual: Tensor

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from lpsearch.latency.runtime.memory import Workspace
     from lpsearch.models.traits import FamilyTraits
-    from lpsearch.plan import Plan
+    from lpsearch.plan import Group, Plan
 
 __all__ = [
     "DecoderWeights",
@@ -34,7 +34,7 @@ class DecoderWeights:
 
     Attributes:
         embedding: (vocab_size, hidden), whole on every rank.
-        layers: one wide layer a group.
+        layers: one wide layer a group, but for groups of which nothing is left.
         head: (rows, hidden): this rank's part of the vocabulary, with the final norm folded in.
         head_start: first token of that part.
     """
@@ -68,7 +68,9 @@ def take_random_weights(
     """
     workspace.rewind()
     shapes = StackedWeights.from_shape(traits, num_ranks=num_ranks)
-    layers = [shapes.compute(group).map_tensors(lambda tensor: workspace.take(tensor.shape)) for group in plan.groups]
+    layers = [
+        shapes.compute(group).map_tensors(lambda tensor: workspace.take(tensor.shape)) for group in _list_kept(plan)
+    ]
     return DecoderWeights(embedding, tuple(layers), head, rank * split_vocabulary(traits, num_ranks))
 
 
@@ -89,7 +91,8 @@ def fuse_model(
     tensors = name_tensors(decoder.layers, decoder=traits.family.decoder)
     stacked = StackedWeights(traits, tensors.get, rank=rank, num_ranks=num_ranks)
     layers = [
-        stacked.compute(group).map_tensors(lambda tensor: tensor.to(model.dtype).contiguous()) for group in plan.groups
+        stacked.compute(group).map_tensors(lambda tensor: tensor.to(model.dtype).contiguous())
+        for group in _list_kept(plan)
     ]
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     norm = decoder.norm.weight.float() + traits.norm_offset
@@ -113,9 +116,14 @@ def count_weight_elements(traits: FamilyTraits, plan: Plan, num_ranks: int) -> i
         sizes.append(align_elements(tensor.numel()))
         return tensor
 
-    for group in plan.groups:
+    for group in _list_kept(plan):
         shapes.compute(group).map_tensors(count)
     return sum(sizes)
+
+
+def _list_kept(plan: Plan) -> list[Group]:
+    """Return the groups of which something is left."""
+    return [group for group in plan.groups if group.num_stages]
 
 
 def count_cache_elements(traits: FamilyTraits, *, batch_size: int, capacity: int, num_ranks: int) -> int:
