@@ -62,7 +62,7 @@ def validate(plan_path: PlanArgument, model: ModelOption = None) -> dict[str, An
 
 
 def diff(first: PlanArgument, second: PlanArgument) -> dict[str, Any]:
-    """Print the joins in which two plans differ."""
+    """Print the joins and the dropped branches in which two plans differ."""
     plans = load_plan(first), load_plan(second)
     if plans[0].num_layers != plans[1].num_layers:
         raise UsageError(
@@ -70,12 +70,16 @@ def diff(first: PlanArgument, second: PlanArgument) -> dict[str, Any]:
             "only plans of one model can be compared"
         )
     joins = set(plans[0].joins), set(plans[1].joins)
+    dropped = [{branch: set(layers) for branch, layers in plan.dropped.items()} for plan in plans]
     return {
         "first": str(first),
         "second": str(second),
         "joins_only_in_first": sorted(joins[0] - joins[1]),
         "joins_only_in_second": sorted(joins[1] - joins[0]),
         "joins_in_both": sorted(joins[0] & joins[1]),
+        "dropped_only_in_first": {branch: sorted(dropped[0][branch] - dropped[1][branch]) for branch in dropped[0]},
+        "dropped_only_in_second": {branch: sorted(dropped[1][branch] - dropped[0][branch]) for branch in dropped[0]},
+        "dropped_in_both": {branch: sorted(dropped[0][branch] & dropped[1][branch]) for branch in dropped[0]},
     }
 
 

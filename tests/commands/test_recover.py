@@ -189,6 +189,12 @@ def test_plans_that_drop_branches_are_repaired_and_run(
     assert not any(name.startswith(unused) for name in read_weights(tmp_path / "out"))
     assert any(name.startswith("layers.2.") for name in read_weights(tmp_path / "out"))
 
+    other = write_plan(tmp_path / "other.json", tiny_model_dir, dropped={"attention": [1, 2], "mlp": []})
+    difference = run_lpsearch("plan", "diff", tmp_path / "out", other).document
+    assert difference["dropped_only_in_first"] == {"attention": [3, 4], "mlp": [3, 4]}
+    assert difference["dropped_only_in_second"] == {"attention": [2], "mlp": []}
+    assert difference["dropped_in_both"] == {"attention": [1], "mlp": []}
+
     measured = ("--data", text_file, "--split", "heldout", "--windows", 10, "--seq-len", 32, "--device", "cpu")
     evaluated = run_lpsearch("evaluate", tmp_path / "out", *measured, "--dtype", "float32")
     assert evaluated.exit_code == 0, evaluated.stderr

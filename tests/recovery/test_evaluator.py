@@ -109,6 +109,15 @@ def test_losses_are_those_of_fitting_and_evaluating_each_plan_from_scratch(famil
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.state_dict().items())
 
 
+def test_a_repair_of_the_layer_before_one_of_which_nothing_is_left_is_not_shared() -> None:
+    model = build_tiny_model("llama")
+    evaluator = build_evaluator(model)
+    baseline = Plan.baseline(6)
+    for dropped in ({"attention": [3], "mlp": [3]}, {"mlp": [4]}, {"attention": [3]}):
+        plan = baseline.drop(dropped)  # the first repairs layer 2, the others do not
+        assert evaluator.evaluate_windows(plan, range(8)) == evaluate_from_scratch(model, plan)
+
+
 def test_divergences_after_a_refit_are_from_the_unmodified_model_where_it_was_not_evaluated() -> None:
     """A resumed study has its losses, so nothing asks for them again."""
     model = build_tiny_model("llama")
