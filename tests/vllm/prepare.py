@@ -78,7 +78,9 @@ def main(root: Path) -> None:
         plan = Plan.from_groups(DROPPING_GROUPS, dropped=DROPPED)
         export_checkpoint(model, plan, root / name)
         _write_expected(root, name, model, silence_dropped(model, plan), TINY_PROMPTS, TINY_NEW_TOKENS)
-    _write_recovered(root)
+    _write_recovered(root, RECOVERED, Plan.from_groups(TINY_PLAN))
+    dropping = Plan.from_groups([[0], [1, 2], [3], [4, 5]], dropped={"attention": [0, 3], "mlp": [2, 5]})
+    _write_recovered(root, f"{RECOVERED}{DROPPING}", dropping)
     loaded = load_model(resolve_source("smollm2-135m"), device="cpu", dtype=torch.float32)
     prompts = [loaded.tokenizer(prompt)["input_ids"] for prompt in SMOLLM2_PROMPTS]
     loaded.model.generation_config.eos_token_id = None
@@ -88,28 +90,27 @@ def main(root: Path) -> None:
         _write_expected(root, name, loaded.model, plan, prompts, SMOLLM2_NEW_TOKENS)
 
 
-def _write_recovered(root: Path) -> None:
+def _write_recovered(root: Path, name: str, plan: Plan) -> None:
     """Recover a plan of a tiny model by the command, and export the directory by the command."""
     from lpsearch.recovery import apply_recovery  # which the tests' own environment has, and vLLM's need not
     from tests.export.byte_tokenizer import write_character_tokenizer
 
-    base, recovered = root / "bases" / RECOVERED, root / "recovered"
+    base, recovered, plan_file = (root / "recovered" / name / part for part in ("base", "repaired", "plan.json"))
     model = build_tiny_model("llama", vocab_size=512, **TINY_SHAPE)
     model.save_pretrained(base)
     write_character_tokenizer(base)
     loaded = load_model(resolve_source(str(base)), device="cpu", dtype=torch.float32)
-    plan = Plan.from_groups(TINY_PLAN, metadata=PlanMetadata(model=loaded.identity))
-    save_plan(plan, root / "plan.json")
-    recover = ["recover", root / "plan.json", "--method", "refit", "--out", recovered, "--data", "self"]
+    save_plan(Plan(plan.groups, PlanMetadata(model=loaded.identity)), plan_file)
+    recover = ["recover", plan_file, "--method", "refit", "--out", recovered, "--data", "self"]
     recover += ["--windows", 200, "--seq-len", 32, "--device", "cpu", "--dtype", "float32"]
-    for arguments in (recover, ["export", recovered, root / RECOVERED]):
+    for arguments in (recover, ["export", recovered, root / name]):
         subprocess.run([sys.executable, "-m", "lpsearch", *map(str, arguments)], check=True)
     model = loaded.model
     model.generation_config.eos_token_id = None
     untouched = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     repaired = apply_recovery(model, recovered)
     assert any(not torch.equal(tensor, untouched[name]) for name, tensor in model.state_dict().items())
-    _write_expected(root, RECOVERED, model, repaired, TINY_PROMPTS, TINY_NEW_TOKENS)
+    _write_expected(root, name, model, silence_dropped(model, repaired), TINY_PROMPTS, TINY_NEW_TOKENS)
 
 
 @torch.no_grad()

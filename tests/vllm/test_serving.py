@@ -24,6 +24,8 @@ BACKEND_MODULE = "vllm.model_executor.models.transformers"
 BACKEND_FAMILIES = {family for family in FUSED_FAMILIES if FAMILIES[build_tiny_config(family).model_type].vllm is None}
 """Of which vLLM has no decoder layer, so that the plugin too runs lpsearch's modelling code."""
 
+RECOVERED_NAMES = (RECOVERED, f"{RECOVERED}{DROPPING}")
+
 FAMILIES_TIMEOUT_S = 900
 
 
@@ -75,9 +77,10 @@ def test_a_plan_that_drops_branches_in_every_family(serve, exports, route, famil
 
 
 @pytest.mark.timeout(450)
+@pytest.mark.parametrize("name", RECOVERED_NAMES)
 @pytest.mark.parametrize("route", ROUTES)
-def test_a_recovered_directory(serve, exports, route):
-    check(serve((RECOVERED,), route=route), exports, RECOVERED, route=route, num_ranks=1)
+def test_a_recovered_directory(serve, exports, route, name):
+    check(serve(RECOVERED_NAMES, route=route), exports, name, route=route, num_ranks=1)
 
 
 @pytest.mark.timeout(450)
@@ -151,7 +154,9 @@ def _wait_until_healthy(server, url, *, log, timeout_s):
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("name", [*FUSED_FAMILIES, *(f + DROPPING for f in FUSED_FAMILIES), RECOVERED, *SMOLLM2_PLANS])
+@pytest.mark.parametrize(
+    "name", [*FUSED_FAMILIES, *(f + DROPPING for f in FUSED_FAMILIES), *RECOVERED_NAMES, *SMOLLM2_PLANS]
+)
 def test_this_older_transformers_computes_the_same(exports, name):
     """The directory's own code, without lpsearch's help, in the version of transformers that vLLM wants."""
     import torch
