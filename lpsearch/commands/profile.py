@@ -18,7 +18,8 @@ from lpsearch.commands.outputs import check_output_file
 from lpsearch.commands.steps import show_steps
 from lpsearch.errors import ConfigError
 from lpsearch.latency.allow import parse_allow
-from lpsearch.latency.workload import Workload, check_workloads, limit_context, parse_mix
+from lpsearch.latency.mix import Workload, parse_mix
+from lpsearch.latency.workload import check_workloads, limit_context
 from lpsearch.plan import Plan
 from lpsearch.wording import name_count
 

@@ -37,8 +37,8 @@ from lpsearch.config import OptimizeConfig, ResolvedConfig, Split, slug_of_model
 from lpsearch.data import Windows, check_seq_len, check_text_kinds
 from lpsearch.errors import PlanError
 from lpsearch.front_file import FrontFile
+from lpsearch.latency.mix import parse_mix
 from lpsearch.latency.profile import check_profile_geometry, load_profile
-from lpsearch.latency.workload import parse_mix
 from lpsearch.models import resolve_source
 from lpsearch.plan import Plan, load_plan
 from lpsearch.search import (
