@@ -139,7 +139,7 @@ class _Requested:
             ConfigError: for more tokens than the model reads.
         """
         if self.mix:
-            check_workloads(config, self.mix)
+            check_workloads(config, self.mix, are_named=True)
             return list(self.mix)
         context_lens = self.context_lens or (limit_context(config, _DEFAULT_CONTEXT),)
         workloads = [Workload("decode", batch, tokens) for batch in self.batch_sizes for tokens in context_lens]

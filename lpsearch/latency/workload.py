@@ -29,8 +29,13 @@ def limit_context(config: PretrainedConfig, context_len: int) -> int:
     return context_len if longest is None else min(context_len, longest - 1)
 
 
-def check_workloads(config: PretrainedConfig, workloads: Sequence[Workload]) -> None:
+def check_workloads(config: PretrainedConfig, workloads: Sequence[Workload], *, are_named: bool = False) -> None:
     """Refuse workloads of more tokens than a model reads, before anything is measured.
+
+    Args:
+        config: the model's configuration.
+        workloads: what is to be measured.
+        are_named: whether ``--workload`` names them, and not ``--context`` and ``--prefill``.
 
     Raises:
         ConfigError: naming the option that sets the tokens.
@@ -41,13 +46,15 @@ def check_workloads(config: PretrainedConfig, workloads: Sequence[Workload]) -> 
     if longest is None:
         return
     for workload in workloads:
+        option = f"--{'context' if workload.kind == 'decode' else 'prefill'} {workload.context_len}"
+        option = f"--workload {workload.spec}" if are_named else option
         if workload.kind == "decode" and workload.context_len >= longest:
             raise ConfigError(
-                f"--context {workload.context_len}: the model reads at most {longest} tokens, the one that is decoded "
+                f"{option}: the model reads at most {longest} tokens, the one that is decoded "
                 f"included; give at most {longest - 1}"
             )
         if workload.kind == "prefill" and workload.context_len > longest:
-            raise ConfigError(f"--prefill {workload.context_len}: the model reads at most {longest} tokens")
+            raise ConfigError(f"{option}: the model reads at most {longest} tokens")
 
 
 @dataclass(frozen=True)
