@@ -2,12 +2,14 @@
 
     python studies/latency_report.py --part bars --tp 2
     python studies/latency_report.py --part table --model llama3.1-8b --tp 1
-    python studies/latency_report.py --part additive --tp 2
+    python studies/latency_report.py --part additive,additive-drops --tp 2
+    python studies/latency_report.py --part drops --tp 2
     python studies/latency_report.py --part emulate --tp 2
     python studies/latency_report.py --part auto
 
-``bars`` measures 7 and 13 pairs, ``table`` several workloads and depths, ``additive`` the error of the latency model on
-random plans, ``emulate`` the error of ``--emulate-tp``, and ``auto`` the time that ``optimize --latency auto`` takes.
+``bars`` measures 7 and 13 pairs, ``drops`` dropped attentions and MLPs beside them, ``table`` several workloads and
+depths, ``additive`` the error of the latency model on random plans, ``additive-drops`` the same where these also drop
+branches, ``emulate`` the error of ``--emulate-tp``, and ``auto`` the time that ``optimize --latency auto`` takes.
 
 Weights are random, by shape. Each part prints a table; the last line is one JSON object. ``--model`` may be a directory
 with the config.json of a tiny model, which runs on a CPU.
@@ -23,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lpsearch.latency.allow import parse_allow
 from lpsearch.latency.measure import measure_profile
 from lpsearch.latency.model import LatencyModel
 from lpsearch.latency.ranks.parallel import EmulatedRanks
@@ -117,8 +120,13 @@ def run_part(group: Any, part: str, model: str, seconds: float) -> dict[str, Any
 
     modes = ("compiled", "graph", "eager") if mode == "compiled" else ("eager",)
     context = min(1024, config.max_position_embeddings - 2)
-    if part == "bars":
+    if part in ("bars", "drops"):
         plans = {"0 %": Plan.baseline(num_layers)} | {f"{n} pairs": grouped(num_layers, n) for n in (7, 13)}
+        if part == "drops":
+            chosen = range(1, num_layers, 4)
+            for name, dropped in (("attentions", {"attention": chosen}), ("MLPs", {"mlp": chosen})):
+                plans[f"{len(chosen)} {name} dropped"] = plans["0 %"].drop(dropped)
+                plans[f"7 pairs, {len(chosen)} {name} dropped"] = plans["7 pairs"].drop(dropped)
         result["rows"] = time_plans(shape(1, context + 1, ranks), plans, "decode", context, modes, seconds)
     elif part == "table":
         result["rows"] = {}
@@ -137,9 +145,11 @@ def run_part(group: Any, part: str, model: str, seconds: float) -> dict[str, Any
             del shaped
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    elif part == "additive":
+    elif part in ("additive", "additive-drops"):
+        drops = part == "additive-drops"
         profile = measure_profile(
             config, device=device, dtype=dtype, context_len=context, max_group=3, budget_s=seconds,
+            allow=parse_allow("joins,drops" if drops else "joins"),
             choose_ranks=None if group is None else lambda n: choose_ranks(group, num_elements=n),
         )  # fmt: skip
         rng = np.random.default_rng(0)
@@ -148,6 +158,11 @@ def run_part(group: Any, part: str, model: str, seconds: float) -> dict[str, Any
             joins = [i for i in range(num_layers - 1) if rng.random() < rng.uniform(0.1, 0.6)]
             plan = Plan.from_joins(num_layers, joins)
             if max(len(g) for g in plan.groups) <= 3:
+                if drops:
+                    shares = {"attention": rng.uniform(0, 0.4), "mlp": rng.uniform(0, 0.3)}
+                    plan = plan.drop(
+                        {branch: np.flatnonzero(rng.random(num_layers) < p).tolist() for branch, p in shares.items()}
+                    )
                 plans[str(len(plans))] = plan
         shaped = shape(1, context + 1, ranks)
         decoders = [shaped.build(plan, length=context, mode=mode) for plan in plans.values()]
@@ -195,7 +210,9 @@ def run_part(group: Any, part: str, model: str, seconds: float) -> dict[str, Any
 def main() -> None:
     """Run the parts on one or several ranks; print them, and the same as JSON on the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", required=True, help="comma-separated: bars, table, additive, emulate, auto")
+    parser.add_argument(
+        "--part", required=True, help="comma-separated: bars, drops, table, additive, additive-drops, emulate, auto"
+    )
     parser.add_argument("--model", default="llama2-7b")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=3.0, help="about how long each set of plans is timed")

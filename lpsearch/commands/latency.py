@@ -11,8 +11,8 @@ from lpsearch.config import Objective
 from lpsearch.errors import ConfigError, FamilyError, ResumeError
 from lpsearch.latency.allow import DROPS, JOINS
 from lpsearch.latency.depths import check_profile_kinds
+from lpsearch.latency.mix import Workload
 from lpsearch.latency.profile import LatencyProfile, describe_profile_error, parse_recorded_profile
-from lpsearch.latency.workload import Workload
 from lpsearch.search import StudyStore
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from lpsearch.commands.outputs import check_output_file
 from lpsearch.commands.steps import show_steps
 from lpsearch.errors import ConfigError
 from lpsearch.latency.allow import parse_allow
-from lpsearch.latency.workload import Workload, check_workloads, limit_context, parse_mix
+from lpsearch.latency.mix import Workload, parse_mix
+from lpsearch.latency.workload import check_workloads, limit_context
 from lpsearch.plan import Plan
 from lpsearch.wording import name_count
 
@@ -138,7 +139,7 @@ class _Requested:
             ConfigError: for more tokens than the model reads.
         """
         if self.mix:
-            check_workloads(config, self.mix)
+            check_workloads(config, self.mix, are_named=True)
             return list(self.mix)
         context_lens = self.context_lens or (limit_context(config, _DEFAULT_CONTEXT),)
         workloads = [Workload("decode", batch, tokens) for batch in self.batch_sizes for tokens in context_lens]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from lpsearch.commands.checks import read_config, read_num_layers
 from lpsearch.commands.console import Answer, adopt_optuna_log
 from lpsearch.commands.evaluators import Evaluators
-from lpsearch.commands.latency import get_latency_model
+from lpsearch.commands.latency import check_profile_use, get_latency_model
 from lpsearch.commands.loading import describe_device, load_for_search, resolve_device
 from lpsearch.commands.progress import show_search
 from lpsearch.commands.report import try_write_report
@@ -37,8 +37,10 @@ from lpsearch.config import OptimizeConfig, ResolvedConfig, Split, slug_of_model
 from lpsearch.data import Windows, check_seq_len, check_text_kinds
 from lpsearch.errors import PlanError
 from lpsearch.front_file import FrontFile
+from lpsearch.latency.allow import JOINS
+from lpsearch.latency.mix import parse_mix
 from lpsearch.latency.profile import check_profile_geometry, load_profile
-from lpsearch.latency.workload import parse_mix
+from lpsearch.latency.workload import check_workloads
 from lpsearch.models import resolve_source
 from lpsearch.plan import Plan, load_plan
 from lpsearch.search import (
@@ -157,8 +159,18 @@ def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
 
     def check_config(config: PretrainedConfig) -> None:
         build_space(read_num_layers(config))
+        mix = parse_mix(values.workload)
+        check_workloads(config, [*mix], are_named=True)
         if profile is not None:
             check_profile_geometry(profile, config)
+            check_profile_use(
+                profile,
+                max_group=values.max_group,
+                allow=JOINS,
+                mix=mix,
+                name=f"--latency {values.latency}",
+                model_name=values.model,
+            )
 
     def check_new_config(config: PretrainedConfig) -> None:
         check_config(config)

@@ -20,7 +20,7 @@ from lpsearch.config import OptimizeConfig, ResolvedConfig, Split, StoredSplit, 
 from lpsearch.errors import ResumeError, StudyError, UsageError
 from lpsearch.front_file import FRONT_NAME, load_front_file
 from lpsearch.kinds import parse_kinds
-from lpsearch.latency.workload import format_mix, parse_mix
+from lpsearch.latency.mix import format_mix, parse_mix
 from lpsearch.models import ModelSource
 from lpsearch.models.sources import normalise_id
 from lpsearch.search import FIXED_SETTINGS, StoredWindows, StudyStore, compare_settings, complete_settings

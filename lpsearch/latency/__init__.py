@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lpsearch.latency.measure import measure_profile
+    from lpsearch.latency.mix import Workload
     from lpsearch.latency.model import LatencyModel
     from lpsearch.latency.profile import LatencyProfile, check_profile_geometry, load_profile, save_profile
     from lpsearch.latency.ranks.measuring import emulate_profile_on_ranks, measure_profile_on_ranks
     from lpsearch.latency.reuse import measure_or_reuse_profile
     from lpsearch.latency.runtime.decoder import Decoder, build_decoder
-    from lpsearch.latency.workload import Workload
 
 __all__ = [
     "Decoder",
@@ -36,7 +36,7 @@ _MODULE_OF = {
     "Decoder": "runtime.decoder",
     "LatencyModel": "model",
     "LatencyProfile": "profile",
-    "Workload": "workload",
+    "Workload": "mix",
     "build_decoder": "runtime.decoder",
     "check_profile_geometry": "profile",
     "emulate_profile_on_ranks": "ranks.measuring",

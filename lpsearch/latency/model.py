@@ -14,8 +14,8 @@ import numpy as np
 from scipy.optimize import nnls
 
 from lpsearch.errors import ConfigError
+from lpsearch.latency.mix import Workload, format_mix
 from lpsearch.latency.profile import LatencyProfile, WorkloadProfile
-from lpsearch.latency.workload import Workload, format_mix
 from lpsearch.plan import LatencyMetrics, Plan
 
 __all__ = ["GroupCosts", "LatencyModel", "fit_group_costs"]
@@ -84,7 +84,7 @@ class LatencyModel:
 
         Args:
             profile: a profile of all of them.
-            mix: weight of each, as :func:`lpsearch.latency.workload.parse_mix` returns it; empty for the profile's
+            mix: weight of each, as :func:`lpsearch.latency.mix.parse_mix` returns it; empty for the profile's
                 first workload.
             name: of the profile, for the message.
 

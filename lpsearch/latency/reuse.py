@@ -13,8 +13,8 @@ import torch
 from lpsearch.errors import ConfigError
 from lpsearch.latency.allow import JOINS
 from lpsearch.latency.measure import measure_profile, name_device
+from lpsearch.latency.mix import Workload
 from lpsearch.latency.profile import PROFILE_SCHEMA_VERSION, LatencyProfile, load_profile, save_profile
-from lpsearch.latency.workload import Workload
 from lpsearch.models.cache import cache_directory
 from lpsearch.versions import read_versions
 

@@ -17,9 +17,9 @@ import optuna
 from lpsearch.config import Metric, Objective
 from lpsearch.errors import ConfigError, StudyError, StudyVersionError, UsageError
 from lpsearch.front_file import FRONT_NAME, FrontFile, load_front_file
+from lpsearch.latency.mix import parse_mix
 from lpsearch.latency.model import LatencyModel
 from lpsearch.latency.profile import parse_recorded_profile
-from lpsearch.latency.workload import parse_mix
 from lpsearch.plan import Plan
 from lpsearch.report.progress import ProgressStep, find_reference_cost, trace_progress
 from lpsearch.search import PlanSpace, StudyStore, TrialResult, build_front, read_results

@@ -70,14 +70,19 @@ def test_a_study_of_the_first_workload_keeps_it(run_lpsearch: Run, arguments: li
     ("options", "message"),
     [
         (["--workload", "decode:4x8"], "it has no workload decode:4x8 (it has decode:1x8, decode:2x8, prefill:16)"),
+        (["--workload", "prefill:500"], "--workload prefill:500: the model reads at most 128 tokens"),
         (["--workload", "decode:x8"], "--workload decode:x8: expected"),
         (["--workload", "decode:1x8", "--objective", "depth", "--latency", "off"], "--latency off that none does"),
     ],
 )
-def test_what_cannot_be_searched_by_is_refused(run_lpsearch: Run, arguments: list, options: list, message: str) -> None:
+def test_what_cannot_be_searched_by_is_refused(
+    run_lpsearch: Run, arguments: list, options: list, message: str, tmp_path: Path
+) -> None:
     outcome = run_lpsearch(*arguments, *options)
     assert outcome.exit_code == 2
     assert message in outcome.document["error"]["message"]
+    assert not (tmp_path / "study" / "front.json").exists()
+    assert run_lpsearch(*arguments, "--workload", "decode:2x8").exit_code == 0  # nothing was recorded
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from lpsearch.errors import ConfigError
 from lpsearch.latency import LatencyModel, LatencyProfile, check_profile_geometry, load_profile, save_profile
 from lpsearch.latency.allow import parse_allow
 from lpsearch.latency.depths import check_profile_kinds, find_group_kinds
+from lpsearch.latency.mix import Workload, parse_mix
 from lpsearch.latency.model import fit_group_costs
 from lpsearch.latency.profile import (
     MeasuredPoint,
@@ -21,7 +22,6 @@ from lpsearch.latency.profile import (
     describe_profile_error,
     parse_recorded_profile,
 )
-from lpsearch.latency.workload import Workload, parse_mix
 from lpsearch.plan import Group, Plan
 from tests.tiny_models import SLIDING_WINDOW, build_tiny_model
 
