@@ -147,7 +147,7 @@ class BlockProposer:
 
 def _find_open_counts(space: PlanSpace, taken: Set[Plan]) -> list[int]:
     """Return the numbers of joins with the fewest taken plans among those that have untaken ones, ascending."""
-    num_taken = [0] * (space.max_joins + 1)
+    num_taken = [0] * (space.max_choices + 1)
     for plan in taken:
         if plan in space:
             num_taken[plan.num_joins] += 1
