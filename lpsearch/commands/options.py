@@ -140,7 +140,7 @@ def _build_parameter(name: str) -> inspect.Parameter:
 
 
 def _name_typed(annotation: Any) -> Any:
-    """Return what a value is typed as: paths and texts one by one, a list of layers or kinds as one word that the field parses."""
+    """Return what a value is typed as: paths and texts one by one, lists as one word that the field parses."""
     if get_origin(annotation) is tuple:
         item = get_args(annotation)[0]
         item = item.__origin__ if get_origin(item) is Annotated else item

@@ -53,7 +53,7 @@ _WORST_CASE_FIELDS = {"worst_kind_loss", "heldout_worst_kind_loss"}
 def name_plan_files(front: Sequence[TrialResult]) -> list[TrialResult]:
     """Give every plan of a front the path of its file relative to the study's directory.
 
-    The names are stable as the front improves: they tell the joins and the dropped branches, and the trial where several
+    The names are stable as the front improves: they tell the joins and the drops, and the trial where several
     plans have as many of both.
     """
     num_with = Counter((result.num_joins, result.num_dropped) for result in front)

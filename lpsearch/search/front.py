@@ -18,8 +18,9 @@ def build_front(
     objective: Objective = "depth",
     include_partial: bool = False,
 ) -> list[TrialResult]:
-    """Return the baseline, then every plan that no other plan beats, fewest joins first; where some
-    drop branches, slowest first.
+    """Return the baseline, then every plan that no other plan beats, fewest joins first.
+
+    Where some of them drop branches, they come by their time, slowest first.
 
     A plan is beaten by one that saves at least as much and costs at most as much, and is strictly better in one of
     the two. Of equal plans the one that finished first stays. The baseline leads even where a plan with joins has a

@@ -10,7 +10,7 @@ import random
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 from typing import Any, Literal, get_args
 
 from optuna.distributions import CategoricalDistribution
@@ -361,7 +361,7 @@ class PlanSpace:
         for attention in subsets if "attention" in drops else [()]:
             for mlp in subsets if "mlp" in drops else [()]:
                 kept = [(i not in attention, i not in mlp) for i in whole]
-                if all(any(map(min, left, right)) for left, right in zip(kept, kept[1:], strict=False)):
+                if all(any(map(min, left, right)) for left, right in pairwise(kept)):
                     yield whole.drop(attention, mlp)
 
     @cached_property
