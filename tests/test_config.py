@@ -93,5 +93,5 @@ def test_drops_are_compared_by_latency_unless_depth_is_named():
     assert resolve_config(command_line={"model": "m", "allow": "joins"}).values.objective == "depth"
     with pytest.raises(ConfigError, match="--allow with drops needs a latency"):
         resolve_config(command_line={**drops, "latency": "off"})
-    with pytest.raises(ConfigError, match="--allow: .*'heads' is none of joins, drops"):
+    with pytest.raises(ConfigError, match=r"--allow: .*'heads' is none of joins, drops"):
         resolve_config(command_line={**drops, "allow": "joins,heads"})
