@@ -83,3 +83,15 @@ def test_data_that_names_no_text_is_refused(tmp_path: Path, data: str) -> None:
     file.write_text(f"data = {data}\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="--data"):
         resolve_config(command_line={"model": "m"}, config_file=file)
+
+
+def test_drops_are_compared_by_latency_unless_depth_is_named():
+    drops = {"model": "m", "allow": "joins, drops"}
+    values = resolve_config(command_line=drops).values
+    assert (values.allow, values.objective) == (("joins", "drop-attention", "drop-mlp"), "latency")
+    assert resolve_config(command_line={**drops, "objective": "depth", "latency": "off"}).values.objective == "depth"
+    assert resolve_config(command_line={"model": "m", "allow": "joins"}).values.objective == "depth"
+    with pytest.raises(ConfigError, match="--allow with drops needs a latency"):
+        resolve_config(command_line={**drops, "latency": "off"})
+    with pytest.raises(ConfigError, match=r"--allow: .*'heads' is none of joins, drops"):
+        resolve_config(command_line={**drops, "allow": "joins,heads"})

@@ -17,6 +17,7 @@ from lpsearch.commands.options import with_config_options
 from lpsearch.config import OptimizeConfig, resolve_config
 
 TYPED = {
+    "allow": ("joins,drop-mlp", ("joins", "drop-mlp")),
     "model": ("m", "m"),
     "budget": ("7", 7),
     "data": ("self@2", ("self@2",)),
@@ -91,7 +92,7 @@ def test_help_shows_every_default_and_choice() -> None:
         elif field.is_required() or field.default is None or field.default is False or field.default == ():
             assert "[default" not in row
         else:
-            shown = field.default[0] if name == "data" else field.default
+            shown = field.default[0] if name in ("allow", "data") else field.default
             assert f"[default: ({shown})]" in row
     assert "<pairset|evolution|nsga2|tpe|random|window>" in rows["--sampler"]
 
