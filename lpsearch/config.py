@@ -7,17 +7,18 @@ imports neither torch nor optuna.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lpsearch.errors import ConfigError, mask_urls
 
 __all__ = [
+    "Allowed",
     "Dtype",
     "Metric",
     "Objective",
@@ -26,10 +27,14 @@ __all__ = [
     "ResolvedConfig",
     "Split",
     "StoredSplit",
+    "parse_allowed",
     "parse_layer_list",
     "resolve_config",
     "slug_of_model",
 ]
+
+Allowed = Literal["joins", "drop-attention", "drop-mlp"]
+"""What a plan may do to a model: put neighbouring layers into one group, or drop a branch of a layer."""
 
 Metric = Literal["nll", "kl"]
 """The loss that is searched: the negative log-likelihood, or the divergence from the unmodified model."""
@@ -83,6 +88,11 @@ class OptimizeConfig(BaseModel):
     windows: int = Field(default=16, ge=1, description="evaluation windows of each kind of text")
     seq_len: int = Field(default=2048, ge=2, description="tokens in a window")
     max_group: int = Field(default=2, ge=2, description="most layers in a group")
+    allow: tuple[Allowed, ...] = Field(
+        default=("joins",),
+        description="what plans may do: joins, drops (drop-attention and drop-mlp), or several with commas between",
+        json_schema_extra={"metavar": "joins|drops|joins,drops"},
+    )
     metric: Metric = Field(
         default="nll", description="loss that is searched: nll on the data, or kl to the unmodified model"
     )
@@ -95,7 +105,9 @@ class OptimizeConfig(BaseModel):
         default="off",
         description="refit scores every plan after its closed-form refit, for use with `lpsearch recover`",
     )
-    objective: Objective = Field(default="depth", description="what is traded against the loss")
+    objective: Objective = Field(
+        default="depth", description="what is traded against the loss; where drops are allowed the default is latency"
+    )
     sampler: Literal["pairset", "evolution", "nsga2", "tpe", "random", "window"] = Field(
         default="pairset", description="search method; window tries blocks, the published method"
     )
@@ -169,6 +181,16 @@ class OptimizeConfig(BaseModel):
     def _parse_freeze(cls, value: Any) -> Any:
         return parse_layer_list(value) if isinstance(value, str) else value
 
+    @field_validator("allow", mode="before")
+    @classmethod
+    def _parse_allow(cls, value: Any) -> Any:
+        return parse_allowed([value] if isinstance(value, str) else value) if value else value
+
+    @property
+    def allows_drops(self) -> bool:
+        """Whether plans may drop branches."""
+        return self.allow != ("joins",)
+
 
 @dataclass(frozen=True)
 class ResolvedConfig:
@@ -204,6 +226,8 @@ def resolve_config(*, command_line: Mapping[str, Any], config_file: Path | None 
         values = OptimizeConfig.model_validate({**preset, **named})
     except ValidationError as error:
         raise ConfigError(_describe(error)) from None
+    if values.allows_drops and "objective" not in {**preset, **named}:
+        values = values.model_copy(update={"objective": "latency"})
     check_latency(values)
     return ResolvedConfig(values, frozenset(named))
 
@@ -215,6 +239,11 @@ def check_latency(values: OptimizeConfig) -> None:
         ConfigError: for the objective ``latency``, or a workload, with latency off.
     """
     if values.objective == "latency" and values.latency == "off":
+        if values.allows_drops:
+            raise ConfigError(
+                "--allow with drops needs a latency, since choices save unlike times; drop --latency off, name a "
+                "profile with --latency, or compare plans by depth with --objective depth"
+            )
         raise ConfigError("--objective latency needs a latency to optimise; drop --latency off")
     if values.workload and values.latency == "off":
         raise ConfigError("--workload says whose latency counts, and --latency off that none does; drop either")
@@ -260,6 +289,26 @@ def parse_layer_list(text: str) -> tuple[int, ...]:
             raise ValueError(f"{part!r} is no layer or range of layers; write e.g. 0,1,28-29")
         layers.update(range(int(first), int(last or first) + 1))
     return tuple(sorted(layers))
+
+
+def parse_allowed(words: Iterable[str]) -> tuple[str, ...]:
+    """Parse what plans may do, e.g. ``joins,drops``, where ``drops`` stands for both kinds of branches.
+
+    Args:
+        words: one or more texts, each with commas between its parts.
+
+    Returns:
+        The kinds, each once, in the order of :data:`Allowed`.
+
+    Raises:
+        ValueError: for anything else, and for nothing.
+    """
+    known = get_args(Allowed)
+    parts = [part.strip() for word in words for part in word.split(",")]
+    unknown = [part for part in parts if part not in (*known, "drops")]
+    if unknown or not parts:
+        raise ValueError(f"{', '.join(map(repr, unknown))} is none of joins, drops, drop-attention and drop-mlp")
+    return tuple(kind for kind in known if kind in parts or (kind != "joins" and "drops" in parts))
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -29,7 +29,8 @@ class FrontPoint(BaseModel):
 
     Attributes:
         plan: its plan file, relative to the study's directory.
-        num_joins: its joins; 0 is the unmodified model.
+        num_joins: its joins; the unmodified model has none, and drops nothing.
+        num_dropped: branches that it drops.
         depth_reduction: share of the depth that it removes.
         delta_nll: negative log-likelihood on the proxy windows, minus the unmodified model's.
         delta_nll_se: standard error of it over windows.
@@ -50,6 +51,7 @@ class FrontPoint(BaseModel):
         latency_ms: estimated time per output token; None with latency off.
         speedup: estimated time of the unmodified model over that of the plan; None with latency off.
         groups: its groups of layers.
+        dropped: layers without their ``attention``, and without their ``mlp``; None where nothing is dropped.
         origin: what proposed it.
         trial: number of its trial.
     """
@@ -58,6 +60,7 @@ class FrontPoint(BaseModel):
 
     plan: str
     num_joins: int
+    num_dropped: int = 0
     depth_reduction: float
     delta_nll: float
     delta_nll_se: float | None
@@ -77,6 +80,7 @@ class FrontPoint(BaseModel):
     latency_ms: float | None
     speedup: float | None
     groups: tuple[tuple[int, ...], ...]
+    dropped: dict[str, tuple[int, ...]] | None = None
     origin: str
     trial: int
 

@@ -21,6 +21,14 @@ class Pickable(Protocol):
     def speedup(self) -> float | None:
         """Estimated time of the unmodified model over that of the plan; None with latency off."""
 
+    @property
+    def num_dropped(self) -> int:
+        """Branches that it drops."""
+
+    @property
+    def depth_reduction(self) -> float:
+        """Share of the depth that it removes."""
+
     def get_reported_cost(self, metric: Metric) -> float:
         """Return its loss in nats per token: held out where that is known."""
 
@@ -35,12 +43,12 @@ def pick_plan(
 ) -> int | None:
     """Pick the plan that saves most within a loss, or without such a limit the one of least loss.
 
-    The unmodified model saves nothing, so it is picked only where no plan with a join meets the limits.
+    The unmodified model saves nothing, so it is picked only where no plan that changes it meets the limits.
 
     Args:
         front: the plans.
         metric: which loss counts.
-        objective: what is saved: joins, or estimated time.
+        objective: what is saved: depth, or estimated time.
         max_loss: largest loss, in nats per token.
         min_speedup: smallest speed-up.
 
@@ -53,11 +61,11 @@ def pick_plan(
         if (max_loss is None or plan.get_reported_cost(metric) <= max_loss)
         and (min_speedup is None or (plan.speedup is not None and plan.speedup >= min_speedup))
     ]
-    meeting = [index for index in meeting if front[index].num_joins > 0] or meeting
+    meeting = [index for index in meeting if front[index].num_joins + front[index].num_dropped > 0] or meeting
 
     def rank(index: int) -> tuple[float, float]:
         plan = front[index]
-        saving = plan.num_joins if objective == "depth" else plan.speedup or 0.0
+        saving = plan.depth_reduction if objective == "depth" else plan.speedup or 0.0
         return (0.0 if max_loss is None else saving, -plan.get_reported_cost(metric))
 
     return max(meeting, key=rank, default=None)

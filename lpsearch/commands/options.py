@@ -140,11 +140,11 @@ def _build_parameter(name: str) -> inspect.Parameter:
 
 
 def _name_typed(annotation: Any) -> Any:
-    """Return what a value is typed as: paths and texts one by one, several layers as one word that the field parses."""
+    """Return what a value is typed as: paths and texts one by one, lists as one word that the field parses."""
     if get_origin(annotation) is tuple:
         item = get_args(annotation)[0]
         item = item.__origin__ if get_origin(item) is Annotated else item
-        return str if item is int else list[item]  # type: ignore[valid-type]
+        return str if item is int or get_origin(item) is Literal else list[item]  # type: ignore[valid-type]
     if get_origin(annotation) is Literal:
         return annotation
     kinds = [kind for kind in get_args(annotation) if kind is not NoneType]

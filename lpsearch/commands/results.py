@@ -36,6 +36,7 @@ __all__ = ["build_front_file", "build_proxy_metrics", "build_summary", "check_fi
 _SUMMARY_FIELDS = {
     "plan",
     "num_joins",
+    "num_dropped",
     "depth_reduction",
     "delta_nll",
     "heldout_delta_nll",
@@ -67,12 +68,14 @@ def check_finite(losses: Sequence[float], *, spec: str, dtype: str) -> None:
 def name_plan_files(front: Sequence[TrialResult]) -> list[TrialResult]:
     """Give every plan of a front the path of its file relative to the study's directory.
 
-    The names are stable as the front improves: they tell the joins, and the trial where several plans have as many.
+    The names are stable as the front improves: they tell the joins and the drops, and the trial where several
+    plans have as many of both.
     """
-    num_with = Counter(result.num_joins for result in front)
+    num_with = Counter((result.num_joins, result.num_dropped) for result in front)
     named = []
     for result in front:
-        suffix = f"-trial-{result.trial}" if num_with[result.num_joins] > 1 else ""
+        suffix = f"-drops-{result.num_dropped:02d}" if result.num_dropped else ""
+        suffix += f"-trial-{result.trial}" if num_with[result.num_joins, result.num_dropped] > 1 else ""
         named.append(dataclasses.replace(result, plan_file=f"plans/joins-{result.num_joins:02d}{suffix}.json"))
     return named
 
@@ -274,6 +277,7 @@ def _build_point(result: TrialResult, metric: Metric) -> FrontPoint:
     return FrontPoint(
         plan=result.plan_file,
         num_joins=result.num_joins,
+        num_dropped=result.num_dropped,
         depth_reduction=result.depth_reduction,
         delta_nll=loss.delta_nll,
         delta_nll_se=loss.delta_nll_se,
@@ -293,6 +297,7 @@ def _build_point(result: TrialResult, metric: Metric) -> FrontPoint:
         latency_ms=result.latency_ms,
         speedup=result.speedup,
         groups=tuple(map(tuple, result.plan.to_lists())),
+        dropped={name: tuple(layers) for name, layers in result.plan.dropped.items()} if result.num_dropped else None,
         origin=result.origin,
         trial=result.trial,
     )

@@ -33,7 +33,7 @@ from lpsearch.commands.studies import (
     resume_study,
 )
 from lpsearch.commands.summary import SearchSummary
-from lpsearch.config import OptimizeConfig, ResolvedConfig, Split, slug_of_model
+from lpsearch.config import Allowed, OptimizeConfig, ResolvedConfig, Split, slug_of_model
 from lpsearch.data import Windows, check_seq_len, check_text_kinds
 from lpsearch.errors import PlanError
 from lpsearch.front_file import FrontFile
@@ -152,7 +152,9 @@ def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
     enqueued = {path: load_plan(path).without_recovery() for path in values.enqueue}
 
     def build_space(num_layers: int) -> PlanSpace:
-        return _build_space(num_layers, max_group=values.max_group, freeze=values.freeze, enqueued=enqueued)
+        return _build_space(
+            num_layers, max_group=values.max_group, freeze=values.freeze, allow=values.allow, enqueued=enqueued
+        )
 
     profile = None if values.latency in ("auto", "off") else load_profile(values.latency)
     source = resolve_source(values.model)
@@ -241,7 +243,12 @@ def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
 
 
 def _build_space(
-    num_layers: int, *, max_group: int, freeze: tuple[int, ...], enqueued: Mapping[Path, Plan]
+    num_layers: int,
+    *,
+    max_group: int,
+    freeze: tuple[int, ...],
+    allow: tuple[Allowed, ...],
+    enqueued: Mapping[Path, Plan],
 ) -> PlanSpace:
     """Return the plans to search, among which the enqueued ones must be.
 
@@ -249,7 +256,7 @@ def _build_space(
         ConfigError: for layers or groups that the model does not have.
         PlanError: for an enqueued plan outside the space.
     """
-    space = PlanSpace(num_layers, max_group, freeze)
+    space = PlanSpace(num_layers, max_group, freeze, allow)
     for path, plan in enqueued.items():
         space.check_plan(plan, where=f"--enqueue {path}")
     return space

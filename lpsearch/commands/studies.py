@@ -63,6 +63,7 @@ RECORDED_OPTIONS = (
     "windows",
     "seq_len",
     "max_group",
+    "allow",
     "metric",
     "worst_case",
     "recover",
@@ -196,6 +197,7 @@ def follow_record(
     updates = {name: recorded[name] for name in kept if name in recorded}
     updates["freeze"] = tuple(updates.get("freeze", values.freeze))
     updates["workload"] = tuple(updates.get("workload", values.workload))
+    updates["allow"] = tuple(begun_with["allow"])  # studies from before drops do not say
     for name in ("data", "heldout"):
         if name in updates:  # studies of one kind of text record it as a string
             updates[name] = (updates[name],) if isinstance(updates[name], str) else tuple(updates[name] or ())

@@ -161,7 +161,9 @@ def _describe_pick(report: StudyReport, pick: Pick) -> str:
     if pick.index is None:
         return f"{limit}: no plan with a join has so little"
     result = report.front[pick.index]
-    words = [name_count(result.num_joins, "join"), f"{result.depth_reduction:.1%} less depth"]
+    words = [name_count(result.num_joins, "join")]
+    words += [name_count(result.num_dropped, "drop")] if result.num_dropped else []
+    words += [f"{result.depth_reduction:.1%} less depth"]
     words += [] if result.speedup is None else [f"{result.speedup:.3f}x {describe_estimate(report.latency_error)}"]
     words += [f"{'loses' if report.metric == 'nll' else 'kl'} {result.get_reported_cost(report.metric):.3f}"]
     return f"{limit}: {', '.join(words)}  {result.plan_file or ''}".rstrip()

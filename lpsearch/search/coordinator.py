@@ -175,7 +175,11 @@ class Coordinator:
 
     def _begin_rung(self, job: Job) -> _Evaluation:
         """Begin the next evaluation of a plan, if it needs one."""
-        rival = None if job.trial is None or not job.plan.num_joins else self._trials.find_rival(job.plan)
+        rival = (
+            None
+            if job.trial is None or job.plan == Plan.baseline(job.plan.num_layers)
+            else self._trials.find_rival(job.plan)
+        )
         window_indices = self._racing.find_next_windows(job.plan, rival=rival)
         if not window_indices:
             return _Evaluation(job, [], None)

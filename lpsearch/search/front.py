@@ -20,6 +20,8 @@ def build_front(
 ) -> list[TrialResult]:
     """Return the baseline, then every plan that no other plan beats, fewest joins first.
 
+    Where some of them drop branches, they come by their time, slowest first.
+
     A plan is beaten by one that saves at least as much and costs at most as much, and is strictly better in one of
     the two. Of equal plans the one that finished first stays. The baseline leads even where a plan with joins has a
     lower loss than it: every other value is relative to it.
@@ -34,13 +36,13 @@ def build_front(
         Empty unless the baseline is among the results.
     """
     finished = sorted(results, key=lambda result: result.trial)
-    baseline = next((result for result in finished if result.num_joins == 0), None)
+    baseline = next((result for result in finished if result.is_baseline), None)
     if baseline is None:
         return []
     candidates = [
         result
         for result in finished
-        if result.num_joins > 0
+        if not result.is_baseline
         and math.isfinite(_get_time(result, objective))
         and (include_partial or result.state == "complete")
     ]
@@ -59,6 +61,8 @@ def build_front(
             for result in front
             if _get_time(result, objective) < baseline.latency_ms or result.get_cost(metric) < baseline.get_cost(metric)
         ]
+    if any(result.num_dropped for result in front):
+        return [baseline, *sorted(front, key=lambda result: (-_get_time(result, objective), result.trial))]
     return [baseline, *sorted(front, key=lambda result: (result.num_joins, result.trial))]
 
 
@@ -81,7 +85,7 @@ def find_rival(
     """
     limit = depth if objective == "depth" else latency_ms
     assert limit is not None
-    saving = [result for result in front if result.num_joins > 0 and _get_time(result, objective) <= limit]
+    saving = [result for result in front if not result.is_baseline and _get_time(result, objective) <= limit]
     return min(saving, key=lambda result: result.get_cost(metric), default=None)
 
 

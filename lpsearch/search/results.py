@@ -80,6 +80,16 @@ class TrialResult:
         return self.plan.num_joins
 
     @property
+    def num_dropped(self) -> int:
+        """Number of branches that the plan drops."""
+        return self.plan.num_dropped
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the plan changes nothing."""
+        return not self.plan.num_joins and not self.plan.num_dropped
+
+    @property
     def depth_reduction(self) -> float:
         """Share of the depth that the plan removes."""
         return self.plan.depth_reduction
@@ -288,8 +298,7 @@ class _ResultReader:
         self._raw_plans = store.losses.load_plans()
         self._plans = self._raw_plans if self._variant == RAW else store.losses.load_plans(variant=self._variant)
         self._plan_files = {
-            json.dumps(point["groups"], separators=(",", ":")): str(point["plan"])
-            for point in (store.load_front() or {}).get("front", ())
+            _read_key(point): str(point["plan"]) for point in (store.load_front() or {}).get("front", ())
         }
 
     def read(self, trial: FrozenTrial) -> TrialResult:
@@ -331,12 +340,18 @@ class _ResultReader:
         )
 
 
+def _read_key(point: Mapping[str, Any]) -> str:
+    """Return the key of the plan of a point of the front."""
+    return Plan.from_groups(point["groups"], dropped=point.get("dropped")).key
+
+
 def build_attributes(result: TrialResult) -> dict[str, Any]:
     """Return the user attributes of a result's trial, besides ``origin``; JSON has null for what is not finite."""
     loss = result.loss
     attributes: dict[str, Any] = {
         "groups": result.plan.key,
         "num_joins": result.num_joins,
+        **({"num_dropped": result.num_dropped} if result.num_dropped else {}),
         "nll": finite_or_none(loss.nll),
         "delta_nll": finite_or_none(loss.delta_nll),
         "delta_nll_se": finite_or_none(loss.delta_nll_se),

@@ -46,6 +46,7 @@ FIXED_SETTINGS = (
     "metric",
     "objective",
     "max_group",
+    "allow",
     "worst_case",
     "recover",
     "workload",
@@ -55,7 +56,7 @@ FIXED_SETTINGS = (
 
 def complete_settings(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a study was begun with; of a study from before a setting was known, that it was off."""
-    return {"worst_case": False, "recover": "off", "workload": [], **recorded}
+    return {"worst_case": False, "recover": "off", "workload": [], "allow": ["joins"], **recorded}
 
 
 def compare_settings(recorded: Mapping[str, Any], requested: Mapping[str, Any]) -> None:
@@ -106,6 +107,7 @@ def record_settings(
     requested = {
         "num_layers": space.num_layers,
         "max_group": space.max_group,
+        "allow": list(space.allow),
         "metric": metric,
         "objective": objective,
         "sampler": sampler,

@@ -10,14 +10,19 @@ import random
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from itertools import combinations, pairwise, product
+from typing import Any, Literal, get_args
 
 from optuna.distributions import CategoricalDistribution
 
+from lpsearch.config import Allowed
 from lpsearch.errors import ConfigError, PlanError
-from lpsearch.plan import Plan
+from lpsearch.plan import Group, Plan
 
 __all__ = ["Choice", "PlanSpace"]
+
+MAX_GROUP_WITH_DROPS = 4
+"""Most layers in a group where branches may be dropped: each of them keeps one of four sets of branches."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +30,11 @@ class Choice:
     """One bit of a plan.
 
     Attributes:
-        kind: what it does to its layers: ``join`` puts them into one group.
+        kind: what it does to its layers: ``join`` puts them into one group, the others drop a branch of one layer.
         layers: the layers.
     """
 
-    kind: Literal["join"]
+    kind: Literal["join", "drop_attention", "drop_mlp"]
     layers: tuple[int, ...]
 
     @property
@@ -42,22 +47,27 @@ class Choice:
 class PlanSpace:
     """Every plan of a model whose groups have at most ``max_group`` layers and leave frozen layers alone.
 
+    Where branches may be dropped, neighbours are joined only where both still have their attention, or both their
+    MLP: any other join saves no step. The plan that drops every branch of the model is left out.
+
     Attributes:
         num_layers: number of decoder layers.
         max_group: most layers in a group; 2 means pairs.
-        frozen_layers: layers that stay groups of their own, ascending.
+        frozen_layers: layers that stay whole groups of their own, ascending.
+        allow: what a plan may do: ``joins``, ``drop-attention``, ``drop-mlp``.
     """
 
     num_layers: int
     max_group: int = 2
     frozen_layers: tuple[int, ...] = ()
+    allow: tuple[Allowed, ...] = ("joins",)
 
     def __post_init__(self) -> None:
-        """Refuse impossible spaces and put the frozen layers in order.
+        """Refuse impossible spaces, and put the frozen layers and what is allowed in order.
 
         Raises:
-            ConfigError: for no layers, groups of fewer than two layers or more than there are, or a frozen layer that
-                does not exist.
+            ConfigError: for no layers, groups of fewer than two layers or more than there are, a frozen layer that
+                does not exist, nothing that is allowed, or groups too large to drop branches in.
         """
         if self.num_layers < 1:
             raise ConfigError(f"num_layers is {self.num_layers}; a model has at least one layer")
@@ -70,18 +80,34 @@ class PlanSpace:
                 raise ConfigError(
                     f"frozen layer {layer_idx} does not exist; the model has layers 0 to {self.num_layers - 1}"
                 )
+        unknown = sorted(set(self.allow) - set(get_args(Allowed)))
+        if unknown or not self.allow:
+            raise ConfigError(
+                f"allow is {list(self.allow)}; a plan may do one or more of {', '.join(get_args(Allowed))}"
+            )
+        if set(self.allow) > {"joins"} and self.max_group > MAX_GROUP_WITH_DROPS:
+            raise ConfigError(
+                f"max_group is {self.max_group}; where plans also drop branches it is at most {MAX_GROUP_WITH_DROPS}"
+            )
         object.__setattr__(self, "frozen_layers", tuple(sorted(set(self.frozen_layers))))
+        object.__setattr__(self, "allow", tuple(kind for kind in get_args(Allowed) if kind in self.allow))
 
     @property
     def num_join_positions(self) -> int:
         """Number of neighbouring layers that could be joined, frozen ones included: ``num_layers - 1``."""
         return self.num_layers - 1
 
+    @property
+    def allows_drops(self) -> bool:
+        """Whether a plan may drop a branch."""
+        return self.allow != ("joins",)
+
     @cached_property
     def free_joins(self) -> tuple[int, ...]:
-        """Joins that touch no frozen layer, ascending; every plan of the space is a subset of these."""
+        """Joins that touch no frozen layer, ascending; the joins of every plan of the space are a subset of these."""
         frozen = set(self.frozen_layers)
-        return tuple(i for i in range(self.num_join_positions) if i not in frozen and i + 1 not in frozen)
+        joins = range(self.num_join_positions if "joins" in self.allow else 0)
+        return tuple(i for i in joins if i not in frozen and i + 1 not in frozen)
 
     @cached_property
     def _free_join_set(self) -> frozenset[int]:
@@ -89,15 +115,42 @@ class PlanSpace:
 
     @cached_property
     def choices(self) -> tuple[Choice, ...]:
-        """Every choice, frozen ones included: the joins from the first layer on."""
-        return tuple(Choice("join", (i, i + 1)) for i in range(self.num_join_positions))
+        """Every choice, frozen ones included: of each allowed kind, from the first layer on."""
+        joins = range(self.num_join_positions if "joins" in self.allow else 0)
+        attention = range(self.num_layers if "drop-attention" in self.allow else 0)
+        mlp = range(self.num_layers if "drop-mlp" in self.allow else 0)
+        return (
+            *(Choice("join", (i, i + 1)) for i in joins),
+            *(Choice("drop_attention", (i,)) for i in attention),
+            *(Choice("drop_mlp", (i,)) for i in mlp),
+        )
+
+    @cached_property
+    def _places(self) -> dict[tuple[str, int], int]:
+        """Place in ``choices`` by kind and first layer."""
+        return {(choice.kind, choice.layers[0]): place for place, choice in enumerate(self.choices)}
 
     @cached_property
     def constraints(self) -> tuple[tuple[int, ...], ...]:
-        """Sets of places in ``choices`` of which a plan may not make all: frozen joins, joins of too long a group."""
-        frozen = [(i,) for i in range(self.num_join_positions) if i not in self._free_join_set]
-        runs = [tuple(range(i, i + self.max_group)) for i in range(self.num_join_positions - self.max_group + 1)]
-        return (*frozen, *runs)
+        """Sets of places in ``choices`` of which a plan may not make all.
+
+        They are choices of frozen layers; joins of too long a group; a join with drops that leave its two layers no
+        branch in common; all drops.
+        """
+        frozen_layers = set(self.frozen_layers)
+        frozen = [(place,) for place, choice in enumerate(self.choices) if frozen_layers.intersection(choice.layers)]
+        joins = range(self.num_join_positions if "joins" in self.allow else 0)
+        runs = [tuple(range(i, i + self.max_group)) for i in joins[: max(0, len(joins) - self.max_group + 1)]]
+        useless, everything = [], []
+        if {"drop-attention", "drop-mlp"} <= set(self.allow):
+            drops = [place for place, choice in enumerate(self.choices) if choice.kind != "join"]
+            everything = [tuple(drops)]
+            useless = [
+                (self._places["join", i], self._places["drop_attention", left], self._places["drop_mlp", right])
+                for i in joins
+                for left, right in product((i, i + 1), repeat=2)
+            ]
+        return (*frozen, *runs, *useless, *everything)
 
     @cached_property
     def distributions(self) -> dict[str, CategoricalDistribution]:
@@ -106,17 +159,29 @@ class PlanSpace:
 
     def encode(self, plan: Plan) -> tuple[bool, ...]:
         """Return which of the ``choices`` a plan makes."""
-        joined = set(plan.joins)
-        return tuple(choice.layers[0] in joined for choice in self.choices)
+        dropped = plan.dropped
+        made = {"join": set(plan.joins), "drop_attention": set(dropped["attention"]), "drop_mlp": set(dropped["mlp"])}
+        return tuple(choice.layers[0] in made[choice.kind] for choice in self.choices)
 
     def decode(self, bits: Iterable[bool]) -> Plan:
         """Return the plan of a point of the space, repaired where the point obeys no constraint.
 
+        What touches frozen layers is left out. Where every branch of the model would be dropped, the first layer keeps
+        its own. Then come the joins, of which :meth:`repair` cuts overlong runs.
+
         Args:
             bits: for each of the ``choices`` whether it is made.
         """
-        made = [choice for choice, bit in zip(self.choices, bits, strict=True) if bit]
-        return Plan.from_joins(self.num_layers, self.repair(choice.layers[0] for choice in made))
+        made: dict[str, set[int]] = {"join": set(), "drop_attention": set(), "drop_mlp": set()}
+        for choice, bit in zip(self.choices, bits, strict=True):
+            if bit:
+                made[choice.kind].add(choice.layers[0])
+        attention, mlp = (made[kind].difference(self.frozen_layers) for kind in ("drop_attention", "drop_mlp"))
+        if len(attention) + len(mlp) == 2 * self.num_layers:
+            attention, mlp = attention - {0}, mlp - {0}
+        useless = {i for i in made["join"] if {i, i + 1} & attention and {i, i + 1} & mlp}
+        plan = Plan.from_joins(self.num_layers, self.repair(made["join"] - useless))
+        return plan.drop({"attention": attention, "mlp": mlp}) if attention or mlp else plan
 
     def build_params(self, plan: Plan) -> dict[str, bool]:
         """Return the parameters that stand for a plan."""
@@ -132,13 +197,36 @@ class PlanSpace:
 
     def __contains__(self, plan: Plan) -> bool:
         """Say whether a plan is one of this space."""
-        return plan.num_layers == self.num_layers and not plan.num_dropped and self.is_valid(plan.joins)
+        return plan.num_layers == self.num_layers and self._find_problem(plan) is None
 
     def is_valid(self, joins: Collection[int]) -> bool:
         """Say whether a set of joins is a plan of this space."""
         return set(joins) <= self._free_join_set and all(
             last - first + 2 <= self.max_group for first, last in _iterate_runs(joins)
         )
+
+    def _find_problem(self, plan: Plan) -> str | None:
+        """Return why a plan of the model is outside the space; None where it is inside."""
+        if not self.is_valid(plan.joins):
+            if plan.num_joins and "joins" not in self.allow:
+                return "it joins layers"
+            return f"groups have at most {self.max_group} layers and leave layers {list(self.frozen_layers)} alone"
+        if not plan.num_dropped:
+            return None
+        dropped = {branch: set(layers) for branch, layers in plan.dropped.items()}
+        for branch, layers in dropped.items():
+            if layers and f"drop-{branch}" not in self.allow:
+                return f"it drops the {branch} of layers {sorted(layers)}"
+            if not layers.isdisjoint(self.frozen_layers):
+                return f"it drops the {branch} of layers {sorted(layers.intersection(self.frozen_layers))}, frozen ones"
+        if plan.num_dropped == 2 * plan.num_layers:
+            return "it drops every branch of the model"
+        for i in plan.joins:
+            if all(layers.intersection((i, i + 1)) for layers in dropped.values()):
+                return (
+                    f"it joins layers {i} and {i + 1}, which have no branch in common, so that the join saves nothing"
+                )
+        return None
 
     def check_plan(self, plan: Plan, *, where: str) -> None:
         """Refuse a plan that is not one of this space.
@@ -154,15 +242,16 @@ class PlanSpace:
             raise PlanError(
                 f"{where} has {plan.num_layers} layers, the model {self.num_layers}; name a plan of this model"
             )
-        if plan not in self:
-            raise PlanError(
-                f"{where} is outside the space: groups have at most {self.max_group} layers and leave layers "
-                f"{list(self.frozen_layers)} alone, got {plan.key}; "
-                "raise --max-group, freeze fewer layers or name another plan"
-            )
+        problem = self._find_problem(plan)
+        if problem is not None:
+            mend = "raise --max-group, freeze fewer layers"
+            if problem.startswith("it "):
+                problem += f" (--allow is {','.join(self.allow)})"
+                mend = "allow it with --allow, freeze fewer layers"
+            raise PlanError(f"{where} is outside the space: {problem}, got {plan.key}; {mend} or name another plan")
 
     def repair(self, joins: Iterable[int]) -> tuple[int, ...]:
-        """Return the plan nearest in spirit: frozen joins dropped, overlong runs cut into full groups from the left.
+        """Return the joins nearest in spirit: frozen joins dropped, overlong runs cut into full groups from the left.
 
         Idempotent and deterministic; a set of joins that :meth:`is_valid` comes back unchanged, ascending.
 
@@ -176,50 +265,82 @@ class PlanSpace:
             if offset % self.max_group != self.max_group - 1
         )
 
-    @property
-    def max_joins(self) -> int:
-        """Most joins that a plan of the space can have."""
-        return len(self._suffix_counts[0]) - 1
+    # ---- Counting and listing ----------------------------------------------------------------------------------------
 
     @property
+    def max_choices(self) -> int:
+        """Most choices that a plan of the space can make."""
+        return len(self.plan_counts) - 1
+
+    @cached_property
     def plan_counts(self) -> tuple[int, ...]:
-        """Number of plans with exactly k joins, for k = 0 to ``max_joins``; no entry is zero."""
-        return self._suffix_counts[0]
+        """Number of plans that make exactly k choices, for k = 0 to ``max_choices``; the last entry is not zero."""
+        counts = list(self._suffix_counts[0])
+        if self._can_drop_everything:
+            counts[2 * self.num_layers] -= 1
+            while not counts[-1]:
+                counts.pop()
+        return tuple(counts)
 
     def count_plans(self) -> int:
         """Count the plans of the space exactly, the baseline included."""
         return sum(self.plan_counts)
 
     def enumerate_plans(self) -> Iterator[Plan]:
-        """Yield every plan once, lazily: fewest joins first, so the baseline leads."""
-        for num_joins in range(self.max_joins + 1):
-            yield from self.enumerate_plans_with(num_joins)
+        """Yield every plan once, lazily: fewest choices first, so the baseline leads."""
+        for num_choices in range(self.max_choices + 1):
+            yield from self.enumerate_plans_with(num_choices)
 
-    def enumerate_plans_with(self, num_joins: int) -> Iterator[Plan]:
-        """Yield every plan with exactly ``num_joins`` joins once, lazily."""
-        for groups in self._enumerate_groups(0, num_joins):
-            yield Plan.from_groups(groups)
+    def enumerate_plans_with(self, num_choices: int) -> Iterator[Plan]:
+        """Yield every plan that makes exactly ``num_choices`` choices once, lazily."""
+        for groups in self._enumerate_groups(0, num_choices):
+            plan = Plan.from_groups(groups)
+            if plan.num_dropped < 2 * self.num_layers:
+                yield plan
 
-    def draw_plan(self, num_joins: int, rng: random.Random) -> Plan:
-        """Draw uniformly among the plans with exactly ``num_joins`` joins.
+    def draw_plan(self, num_choices: int, rng: random.Random) -> Plan:
+        """Draw uniformly among the plans that make exactly ``num_choices`` choices.
 
         Args:
-            num_joins: between 0 and ``max_joins``.
+            num_choices: between 0 and ``max_choices``.
             rng: source of the draw.
         """
-        groups: list[tuple[int, ...]] = []
-        layer_idx, joins_left = 0, num_joins
+        while True:
+            plan = self._draw_groups(num_choices, rng)
+            if plan.num_dropped < 2 * self.num_layers:
+                return plan
+
+    def list_groups(self, first_layer: int) -> tuple[Group, ...]:
+        """Return every group of a plan that may begin at a layer, fewest layers first, and the whole ones before."""
+        return self._groups[first_layer]
+
+    @property
+    def _can_drop_everything(self) -> bool:
+        """Whether the groups alone would let every branch of the model be dropped."""
+        return {"drop-attention", "drop-mlp"} <= set(self.allow) and not self.frozen_layers
+
+    def _draw_groups(self, num_choices: int, rng: random.Random) -> Plan:
+        groups: list[Group] = []
+        layer_idx, choices_left = 0, num_choices
         while layer_idx < self.num_layers:
-            rank = rng.randrange(self._count_suffixes(layer_idx, joins_left))
-            for size in self._group_sizes(layer_idx):
-                count = self._count_suffixes(layer_idx + size, joins_left - size + 1)
+            rank = rng.randrange(self._count_suffixes(layer_idx, choices_left))
+            for group in self._groups[layer_idx]:
+                count = self._count_suffixes(layer_idx + len(group), choices_left - _count_choices(group))
                 if rank < count:
                     break
                 rank -= count
-            groups.append(tuple(range(layer_idx, layer_idx + size)))
-            layer_idx += size
-            joins_left -= size - 1
+            groups.append(group)
+            layer_idx += len(group)
+            choices_left -= _count_choices(group)
         return Plan.from_groups(groups)
+
+    @cached_property
+    def _groups(self) -> tuple[tuple[Group, ...], ...]:
+        """By the first layer, the groups that may begin there."""
+        return tuple(
+            tuple(group for size in self._group_sizes(layer_idx) for group in self._vary_group(layer_idx, size))
+            for layer_idx in range(self.num_layers)
+        )
 
     def _group_sizes(self, first_layer: int) -> Iterator[int]:
         """Yield the sizes that a group beginning at a layer may have."""
@@ -229,32 +350,52 @@ class PlanSpace:
                 return
             yield size
 
+    def _vary_group(self, first_layer: int, size: int) -> Iterator[Group]:
+        """Yield the groups of some layers, by what they keep: everything first."""
+        whole = Group.whole(range(first_layer, first_layer + size))
+        drops = [branch for branch in ("attention", "mlp") if f"drop-{branch}" in self.allow]
+        if not drops or first_layer in self.frozen_layers:
+            yield whole
+            return
+        subsets = [layers for num in range(size + 1) for layers in combinations(whole, num)]
+        for attention in subsets if "attention" in drops else [()]:
+            for mlp in subsets if "mlp" in drops else [()]:
+                kept = [(i not in attention, i not in mlp) for i in whole]
+                if all(any(map(min, left, right)) for left, right in pairwise(kept)):
+                    yield whole.drop(attention, mlp)
+
     @cached_property
     def _suffix_counts(self) -> tuple[tuple[int, ...], ...]:
-        """Entry [l][k]: how many ways the layers from l on can be grouped with k joins."""
+        """Entry [l][k]: how many ways the layers from l on can be grouped with k choices."""
         counts: list[list[int]] = [[] for _ in range(self.num_layers)] + [[1]]
         for layer_idx in reversed(range(self.num_layers)):
             total = counts[layer_idx]
-            for size in self._group_sizes(layer_idx):
-                for joins_after, count in enumerate(counts[layer_idx + size]):
-                    num_joins = joins_after + size - 1
-                    total.extend([0] * (num_joins + 1 - len(total)))
-                    total[num_joins] += count
+            for group in self._groups[layer_idx]:
+                made = _count_choices(group)
+                for choices_after, count in enumerate(counts[layer_idx + len(group)]):
+                    num_choices = choices_after + made
+                    total.extend([0] * (num_choices + 1 - len(total)))
+                    total[num_choices] += count
         return tuple(tuple(row) for row in counts)
 
-    def _count_suffixes(self, layer_idx: int, num_joins: int) -> int:
+    def _count_suffixes(self, layer_idx: int, num_choices: int) -> int:
         row = self._suffix_counts[layer_idx]
-        return row[num_joins] if 0 <= num_joins < len(row) else 0
+        return row[num_choices] if 0 <= num_choices < len(row) else 0
 
-    def _enumerate_groups(self, layer_idx: int, num_joins: int) -> Iterator[tuple[tuple[int, ...], ...]]:
+    def _enumerate_groups(self, layer_idx: int, num_choices: int) -> Iterator[tuple[Group, ...]]:
         if layer_idx == self.num_layers:
             yield ()
             return
-        for size in self._group_sizes(layer_idx):
-            if self._count_suffixes(layer_idx + size, num_joins - size + 1):
-                group = tuple(range(layer_idx, layer_idx + size))
-                for rest in self._enumerate_groups(layer_idx + size, num_joins - size + 1):
+        for group in self._groups[layer_idx]:
+            choices_left = num_choices - _count_choices(group)
+            if self._count_suffixes(layer_idx + len(group), choices_left):
+                for rest in self._enumerate_groups(layer_idx + len(group), choices_left):
                     yield (group, *rest)
+
+
+def _count_choices(group: Group) -> int:
+    """Return the number of choices that make a group: its joins and its drops."""
+    return len(group) - 1 + 2 * len(group) - len(group.attention_layers) - len(group.mlp_layers)
 
 
 def _iterate_runs(joins: Collection[int]) -> Iterator[tuple[int, int]]:

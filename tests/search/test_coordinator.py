@@ -276,7 +276,7 @@ def test_small_space_is_enumerated(url, sampler):
     losses = {plan: evaluator.evaluate_windows(plan, range(3)).nll_nats_per_token for plan in space.enumerate_plans()}
     base = losses[Plan.baseline(6)]
     deltas = {plan: compute_paired_delta(nll, base).delta for plan, nll in losses.items()}
-    for num_joins in range(1, space.max_joins + 1):
+    for num_joins in range(1, space.max_choices + 1):
         best = min(delta for plan, delta in deltas.items() if plan.num_joins >= num_joins)
         found = min(record.loss.delta_nll for record in result.front if record.num_joins >= num_joins)
         assert found == pytest.approx(best, abs=FLOAT64_MEAN)

@@ -88,8 +88,8 @@ def test_counts_and_enumeration_match_every_set_of_joins(space):
     assert len(enumerated) == space.count_plans()
     assert set(enumerated) == expected
     by_size = Counter(map(len, expected))
-    assert space.plan_counts == tuple(by_size[k] for k in range(space.max_joins + 1))
-    assert max(by_size) == space.max_joins
+    assert space.plan_counts == tuple(by_size[k] for k in range(space.max_choices + 1))
+    assert max(by_size) == space.max_choices
 
 
 def test_counts_of_real_models():
@@ -120,3 +120,93 @@ def test_draws_are_uniform_over_plans_with_as_many_joins():
 def test_impossible_spaces_are_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
         PlanSpace(**arguments)
+
+
+# ---- Spaces with drops -----------------------------------------------------------------------------------------------
+
+mixed_spaces = st.builds(
+    PlanSpace,
+    num_layers=st.just(3),
+    max_group=st.integers(2, 3),
+    frozen_layers=st.lists(st.integers(0, 2), max_size=1).map(tuple),
+    allow=st.sampled_from(
+        [
+            ("joins", "drop-attention", "drop-mlp"),
+            ("drop-attention", "drop-mlp"),
+            ("joins", "drop-attention"),
+            ("drop-mlp",),
+        ]
+    ),
+)
+
+
+def list_every_plan():
+    """Every plan of three layers, whatever it joins or drops."""
+    subsets = [s for k in range(4) for s in itertools.combinations(range(3), k)]
+    for joins, attention, mlp in itertools.product([(), (0,), (1,), (0, 1)], subsets, subsets):
+        yield Plan.from_joins(3, joins).drop({"attention": attention, "mlp": mlp})
+
+
+def is_obviously_inside(space, plan):
+    attention, mlp = map(set, plan.dropped.values())
+    touched = attention | mlp | {layer_idx for i in plan.joins for layer_idx in (i, i + 1)}
+    shares_branch = all(not attention & {i, i + 1} or not mlp & {i, i + 1} for i in plan.joins)
+    return (
+        ("joins" in space.allow or not plan.num_joins)
+        and ("drop-attention" in space.allow or not attention)
+        and ("drop-mlp" in space.allow or not mlp)
+        and touched.isdisjoint(space.frozen_layers)
+        and plan.max_group <= space.max_group
+        and plan.num_dropped < 6
+        and shares_branch
+    )
+
+
+@given(mixed_spaces)
+def test_a_space_with_drops_holds_what_its_rules_say(space):
+    expected = {plan for plan in list_every_plan() if is_obviously_inside(space, plan)}
+    enumerated = list(space.enumerate_plans())
+    assert enumerated[0] == Plan.baseline(3)
+    assert len(enumerated) == len(set(enumerated)) == space.count_plans()
+    assert set(enumerated) == expected
+    made = [sum(space.encode(plan)) for plan in enumerated]
+    assert made == sorted(made)
+    assert space.plan_counts == tuple(Counter(made)[k] for k in range(max(made) + 1))
+    for plan in list_every_plan():
+        assert (plan in space) == (plan in expected)
+        if plan in expected:
+            assert space.build_plan(space.build_params(plan)) == plan
+            assert not any(all(space.encode(plan)[place] for place in places) for places in space.constraints)
+        else:
+            with pytest.raises(PlanError, match="outside the space"):
+                space.check_plan(plan, where="--enqueue plan")
+
+
+@given(mixed_spaces, st.data())
+def test_every_point_of_a_space_with_drops_is_repaired_to_a_plan(space, data):
+    bits = data.draw(st.lists(st.booleans(), min_size=len(space.choices), max_size=len(space.choices)))
+    plan = space.decode(bits)
+    assert plan in space
+    made = space.encode(plan)
+    assert all(not after or before for before, after in zip(bits, made, strict=True)), "repair only takes away"
+    assert space.decode(made) == plan
+    if not any(all(bits[place] for place in places) for places in space.constraints):
+        assert made == tuple(bits)
+
+
+def test_draws_with_drops_are_uniform():
+    space, rng = PlanSpace(3, allow=("joins", "drop-attention", "drop-mlp")), random.Random(0)
+    plans = list(space.enumerate_plans_with(2))
+    draws = Counter(space.draw_plan(2, rng) for _ in range(200 * len(plans)))
+    assert set(draws) == set(plans)
+    assert max(draws.values()) < 2 * min(draws.values())
+
+
+def test_the_reason_is_named_why_a_plan_is_outside():
+    space = PlanSpace(4, frozen_layers=(3,), allow=("joins", "drop-attention"))
+    for dropped, reason in [({"mlp": [1]}, "drops the mlp of layers .1. "), ({"attention": [3]}, "frozen ones")]:
+        with pytest.raises(PlanError, match=reason):
+            space.check_plan(Plan.baseline(4).drop(dropped), where="a plan")
+    whole = {"attention": range(4), "mlp": range(4)}
+    with pytest.raises(PlanError, match="every branch of the model"):
+        PlanSpace(4, allow=("drop-attention", "drop-mlp")).check_plan(Plan.baseline(4).drop(whole), where="a plan")

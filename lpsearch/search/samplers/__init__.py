@@ -13,6 +13,7 @@ from lpsearch.errors import ConfigError
 from lpsearch.plan import Plan
 from lpsearch.search.results import Metric
 from lpsearch.search.samplers.baselines import BlockProposer, EvolutionProposer, RandomProposer
+from lpsearch.search.samplers.mixed import MixedProposer
 from lpsearch.search.samplers.pairset import PairsetProposer
 from lpsearch.search.samplers.sampler import (
     PlanSampler,
@@ -22,6 +23,7 @@ from lpsearch.search.samplers.sampler import (
     ResultSource,
     read_told_results,
 )
+from lpsearch.search.samplers.time_levels import TimeLevels
 from lpsearch.search.space import PlanSpace
 
 __all__ = ["SAMPLER_NAMES", "build_sampler"]
@@ -40,6 +42,11 @@ class _Settings:
     read_results: ResultSource
 
     @property
+    def levels(self) -> TimeLevels | None:
+        """Levels of time of a space with drops; None for joins alone, which go by their number."""
+        return TimeLevels(self.space, self.estimate_latency_ms) if self.space.allows_drops else None
+
+    @property
     def stock_seed(self) -> int:
         """Seed of a sampler of Optuna's: it must not repeat the draws of a former run."""
         return int(np.random.SeedSequence([self.seed, self.num_trials]).generate_state(1)[0])
@@ -50,13 +57,23 @@ class _Settings:
 
     def repair(self, sampler: BaseSampler, *, origin: str) -> PlanSampler:
         """Build the sampler that repairs what one of Optuna's draws."""
-        fallback = RandomProposer(space=self.space, seed=self.seed)
+        fallback = RandomProposer(space=self.space, seed=self.seed, levels=self.levels)
         return RepairingSampler(
             sampler, origin=origin, fallback=fallback, space=self.space, read_results=self.read_results
         )
 
 
 def _build_pairset(settings: _Settings) -> PlanSampler:
+    if settings.space.allows_drops:
+        return settings.ask(
+            MixedProposer(
+                space=settings.space,
+                budget=settings.budget,
+                seed=settings.seed,
+                metric=settings.metric,
+                estimate_latency_ms=settings.estimate_latency_ms,
+            )
+        )
     return settings.ask(
         PairsetProposer(
             space=settings.space,
@@ -69,13 +86,13 @@ def _build_pairset(settings: _Settings) -> PlanSampler:
 
 
 _FACTORIES: dict[str, Callable[[_Settings], PlanSampler]] = {
-    "evolution": lambda of: of.ask(EvolutionProposer(space=of.space, seed=of.seed, metric=of.metric)),
+    "evolution": lambda of: of.ask(EvolutionProposer(space=of.space, seed=of.seed, metric=of.metric, levels=of.levels)),
     "nsga2": lambda of: of.repair(NSGAIISampler(seed=of.stock_seed), origin="nsga2"),
     "pairset": _build_pairset,
-    "random": lambda of: of.ask(RandomProposer(space=of.space, seed=of.seed)),
+    "random": lambda of: of.ask(RandomProposer(space=of.space, seed=of.seed, levels=of.levels)),
     # Univariate, its default for several objectives, would sort all trials once for every join.
     "tpe": lambda of: of.repair(TPESampler(seed=of.stock_seed, multivariate=True), origin="tpe"),
-    "window": lambda of: of.ask(BlockProposer(space=of.space, seed=of.seed)),
+    "window": lambda of: of.ask(BlockProposer(space=of.space, seed=of.seed, levels=of.levels)),
 }
 
 SAMPLER_NAMES = tuple(sorted(_FACTORIES))
@@ -101,7 +118,8 @@ def build_sampler(
         seed: decides every draw.
         metric: the loss that plans are compared by.
         num_trials: trials that the study already has, so that Optuna's samplers do not repeat their first draws.
-        estimate_latency_ms: latency in ms that ``pairset`` compares plans by; None compares by depth.
+        estimate_latency_ms: latency in ms that ``pairset`` compares plans by, and every sampler of this package where
+            drops are allowed; None compares by depth.
         read_results: where the finished plans come from, with their losses as they are known by now; None takes the
             values that the trials were told.
 

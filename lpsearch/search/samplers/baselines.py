@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
+from dataclasses import dataclass
 
 from lpsearch.plan import Plan
 from lpsearch.search.results import Metric, TrialResult
 from lpsearch.search.samplers.sampler import Proposal
+from lpsearch.search.samplers.time_levels import TimeLevels
 from lpsearch.search.space import PlanSpace
 
 __all__ = ["BlockProposer", "EvolutionProposer", "RandomProposer"]
@@ -20,6 +22,9 @@ SURVIVORS = 1
 
 MAX_SWITCHES = 3
 """Most exchanges in a mutation."""
+
+MAX_EXCHANGES = 64
+"""Exchanges of choices of several kinds to try until one leaves a plan in its level of time."""
 
 MAX_REDRAWS = 16
 """Mutations that may repeat a known plan before a random unknown one takes their place."""
@@ -35,18 +40,19 @@ class RandomProposer:
         seed: decides the draws.
     """
 
-    def __init__(self, *, space: PlanSpace, seed: int) -> None:
+    def __init__(self, *, space: PlanSpace, seed: int, levels: TimeLevels | None = None) -> None:
         self._space = space
         self._seed = seed
+        self._counts = _build_counts(space, levels)
 
     def propose(self, results: Sequence[TrialResult], pending: Collection[Plan]) -> Proposal | None:
         """Draw a plan that is neither finished nor pending; None when the space has no other."""
         taken = {result.plan for result in results}.union(pending)
         rng = random.Random(f"{self._seed}:{len(taken)}")
-        open_counts = _find_open_counts(self._space, taken)
+        open_counts = _find_open_counts(self._counts, taken)
         if not open_counts:
             return None
-        return Proposal(_draw_untaken(self._space, rng.choice(open_counts), taken, rng), "random")
+        return Proposal(_draw_untaken(self._counts, rng.choice(open_counts), taken, rng), "random")
 
 
 class EvolutionProposer:
@@ -64,8 +70,11 @@ class EvolutionProposer:
         metric: which loss.
     """
 
-    def __init__(self, *, space: PlanSpace, seed: int, metric: Metric = "nll") -> None:
+    def __init__(
+        self, *, space: PlanSpace, seed: int, metric: Metric = "nll", levels: TimeLevels | None = None
+    ) -> None:
         self._space = space
+        self._counts = _build_counts(space, levels)
         self._seed = seed
         self._metric: Metric = metric
 
@@ -73,11 +82,11 @@ class EvolutionProposer:
         """Mutate a parent of the number of joins whose turn it is; None when the space has no other plan."""
         taken = {result.plan for result in results}.union(pending)
         rng = random.Random(f"{self._seed}:{len(taken)}")
-        open_counts = _find_open_counts(self._space, taken)
+        open_counts = _find_open_counts(self._counts, taken)
         if not open_counts:
             return None
         num_joins = open_counts[0]
-        num_taken = sum(plan.num_joins == num_joins for plan in taken)
+        num_taken = sum(self._counts.find(plan) == num_joins for plan in taken)
         # A generation descends from what was known when it began, whichever of its plans are finished by now.
         num_before = num_taken // GENERATION_PLANS * GENERATION_PLANS
         before = [result for result in results if self._is_member(result.plan, num_joins)][:num_before]
@@ -86,17 +95,35 @@ class EvolutionProposer:
             plan = self._mutate(rng.choice(parents).plan, rng)
             if plan not in taken:
                 return Proposal(plan, "mutation")
-        return Proposal(_draw_untaken(self._space, num_joins, taken, rng), "random")
+        return Proposal(_draw_untaken(self._counts, num_joins, taken, rng), "random")
 
     def _is_member(self, plan: Plan, num_joins: int) -> bool:
-        return plan.num_joins == num_joins and plan in self._space
+        return self._counts.find(plan) == num_joins
 
     def _mutate(self, plan: Plan, rng: random.Random) -> Plan:
         """Exchange one to ``MAX_SWITCHES`` joins, mostly one, as EvoPress draws it."""
+        if self._space.allows_drops:
+            return self._mutate_choices(plan, rng)
         joins = set(plan.joins)
         for _ in range(min(rng.randint(1, MAX_SWITCHES), rng.randint(1, MAX_SWITCHES))):
             joins = self._switch(joins, rng)
         return Plan.from_joins(plan.num_layers, joins)
+
+    def _mutate_choices(self, plan: Plan, rng: random.Random) -> Plan:
+        """Exchange one to ``MAX_SWITCHES`` choices so that the plan stays in its level of time."""
+        level = self._counts.find(plan)
+        for _ in range(min(rng.randint(1, MAX_SWITCHES), rng.randint(1, MAX_SWITCHES))):
+            bits = list(self._space.encode(plan))
+            for _ in range(MAX_EXCHANGES):
+                changed = list(bits)
+                for is_made in (True, False):
+                    places = [place for place, bit in enumerate(bits) if bit == is_made]
+                    changed[rng.choice(places)] = not is_made
+                switched = self._space.decode(changed)
+                if switched != plan and self._counts.find(switched) == level:
+                    plan = switched
+                    break
+        return plan
 
     def _switch(self, joins: set[int], rng: random.Random) -> set[int]:
         """Exchange a random join for another that gives a plan of the space; unchanged where there is none."""
@@ -121,9 +148,9 @@ class BlockProposer:
         seed: decides the random plans.
     """
 
-    def __init__(self, *, space: PlanSpace, seed: int) -> None:
+    def __init__(self, *, space: PlanSpace, seed: int, levels: TimeLevels | None = None) -> None:
         self._space = space
-        self._random = RandomProposer(space=space, seed=seed)
+        self._random = RandomProposer(space=space, seed=seed, levels=levels)
 
     def propose(self, results: Sequence[TrialResult], pending: Collection[Plan]) -> Proposal | None:
         """Choose the next block, or a random plan after the last; None when the space has no other."""
@@ -145,23 +172,57 @@ class BlockProposer:
                     yield Plan.from_joins(space.num_layers, space.repair(joins))
 
 
-def _find_open_counts(space: PlanSpace, taken: Set[Plan]) -> list[int]:
+@dataclass(frozen=True)
+class _Counts:
+    """The plans that are compared with each other: those with as many joins, or, with drops, of one level of time.
+
+    Attributes:
+        sizes: number of plans of each.
+        find: returns which of them a plan belongs to; None for a plan of none.
+        draw: draws uniformly among the plans of one.
+        iterate: yields them.
+    """
+
+    sizes: tuple[int, ...]
+    find: Callable[[Plan], int | None]
+    draw: Callable[[int, random.Random], Plan]
+    iterate: Callable[[int], Iterator[Plan]]
+
+
+def _build_counts(space: PlanSpace, levels: TimeLevels | None) -> _Counts:
+    if levels is None:
+        return _Counts(
+            sizes=space.plan_counts,
+            find=lambda plan: plan.num_joins if plan in space else None,
+            draw=space.draw_plan,
+            iterate=space.enumerate_plans_with,
+        )
+    return _Counts(
+        sizes=levels.count_plans(),
+        find=lambda plan: levels.find_drawn_level(plan) if plan in space else None,
+        draw=levels.draw_plan,
+        iterate=levels.iterate_level,
+    )
+
+
+def _find_open_counts(counts: _Counts, taken: Set[Plan]) -> list[int]:
     """Return the numbers of joins with the fewest taken plans among those that have untaken ones, ascending."""
-    num_taken = [0] * (space.max_joins + 1)
+    num_taken = [0] * len(counts.sizes)
     for plan in taken:
-        if plan in space:
-            num_taken[plan.num_joins] += 1
-    untaken = [k for k, count in enumerate(space.plan_counts) if num_taken[k] < count]
+        place = counts.find(plan)
+        if place is not None:
+            num_taken[place] += 1
+    untaken = [k for k, count in enumerate(counts.sizes) if num_taken[k] < count]
     fewest = min((num_taken[k] for k in untaken), default=0)
     return [k for k in untaken if num_taken[k] == fewest]
 
 
-def _draw_untaken(space: PlanSpace, num_joins: int, taken: Set[Plan], rng: random.Random) -> Plan:
-    """Draw uniformly among the plans with ``num_joins`` joins that are not taken; there is one."""
-    num_taken = sum(plan.num_joins == num_joins and plan in space for plan in taken)
-    if 2 * num_taken >= space.plan_counts[num_joins]:
-        return rng.choice([plan for plan in space.enumerate_plans_with(num_joins) if plan not in taken])
+def _draw_untaken(counts: _Counts, place: int, taken: Set[Plan], rng: random.Random) -> Plan:
+    """Draw uniformly among the plans of one place that are not taken; there is one."""
+    num_taken = sum(counts.find(plan) == place for plan in taken)
+    if 2 * num_taken >= counts.sizes[place]:
+        return rng.choice([plan for plan in counts.iterate(place) if plan not in taken])
     while True:  # at least half of them are untaken, so two draws are expected at most
-        plan = space.draw_plan(num_joins, rng)
+        plan = counts.draw(place, rng)
         if plan not in taken:
             return plan

@@ -18,6 +18,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +39,17 @@ from lpsearch.search.samplers.savings import build_levels
 from lpsearch.search.samplers.surrogate import Surrogate
 from lpsearch.search.space import PlanSpace
 
-__all__ = ["PairsetProposer", "fit_surrogate"]
+__all__ = [
+    "Evaluated",
+    "PairsetProposer",
+    "compute_expected_improvement",
+    "find_least_by_level",
+    "fit_surrogate",
+    "leave_taken",
+    "list_joins",
+    "order_coarse_to_fine",
+    "stack_joins",
+]
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -76,7 +87,7 @@ def fit_surrogate(results: Iterable[TrialResult], *, num_joins: int, metric: Met
         num_joins: joins of the model, one less than its layers.
         metric: which loss.
     """
-    evaluated = _Evaluated.from_results(results, num_joins, metric)
+    evaluated = Evaluated.from_results(results, num_joins, metric)
     return evaluated.fit_surrogate() if len(evaluated.delta_nll) else None
 
 
@@ -107,7 +118,7 @@ class PairsetProposer:
         self._levels = build_levels(space, estimate_latency_ms)
         self._max_level = self._levels.num_levels
         self._useful_level = min(self._max_level, max(1, space.num_layers // 3))
-        scan = _order_coarse_to_fine(space.free_joins)
+        scan = order_coarse_to_fine(space.free_joins)
         budget = 4 * (len(scan) + 1) if budget is None else budget
         if len(scan) + 1 > FULL_SCAN_SHARE * budget:
             scan = scan[: max(1, budget // 2)]
@@ -135,7 +146,7 @@ class PairsetProposer:
                 return self._build_proposal((join,), "scan")
         if len(taken) >= self._space.count_plans():
             return None
-        evaluated = _Evaluated.from_results(results, self._num_joins, self._metric)
+        evaluated = Evaluated.from_results(results, self._num_joins, self._metric)
         if not len(evaluated.delta_nll):
             return self._propose_any(taken)
         join_means, _ = evaluated.estimate_join_costs()
@@ -164,7 +175,7 @@ class PairsetProposer:
     def _propose_candidate(
         self,
         surrogate: Surrogate,
-        evaluated: _Evaluated,
+        evaluated: Evaluated,
         taken: Collection[tuple[int, ...]],
         pending: Collection[Plan],
     ) -> Proposal | None:
@@ -175,43 +186,43 @@ class PairsetProposer:
         levels = self._levels.classify(candidates)
         mean = surrogate.estimate_mean(candidates)
         horizon = self._useful_level if len(taken) < DEEP_AFTER * self._num_joins else self._max_level
-        tried = set(self._levels.classify(_stack_joins(taken, self._num_joins)).tolist())
+        tried = set(self._levels.classify(stack_joins(taken, self._num_joins)).tolist())
         for level in range(1, horizon + 1):
             rows = np.flatnonzero(levels == level)
             if level not in tried and len(rows):
-                return self._build_proposal(_list_joins(candidates[rows[mean[rows].argmin()]]), "programme")
-        kept = _find_least_by_level(mean, levels, CANDIDATES_PER_LEVEL)
+                return self._build_proposal(list_joins(candidates[rows[mean[rows].argmin()]]), "programme")
+        kept = find_least_by_level(mean, levels, CANDIDATES_PER_LEVEL)
         candidates, levels, mean = candidates[kept], levels[kept], mean[kept]
-        gain = _compute_expected_improvement(
+        gain = compute_expected_improvement(
             mean,
             surrogate.estimate_standard_deviation(candidates, mean),
             levels,
             front=self._estimate_front(surrogate, evaluated, pending),
             weights=np.where(np.arange(self._max_level + 1) <= self._useful_level, 1.0, DEEP_WEIGHT),
         )
-        return self._build_proposal(_list_joins(candidates[gain.argmax()]), "surrogate")
+        return self._build_proposal(list_joins(candidates[gain.argmax()]), "surrogate")
 
     def _list_candidates(
-        self, surrogate: Surrogate, evaluated: _Evaluated, taken: Collection[tuple[int, ...]]
+        self, surrogate: Surrogate, evaluated: Evaluated, taken: Collection[tuple[int, ...]]
     ) -> BoolArray:
         """Return (plans, num_joins) promising plans that are not taken, each once."""
         if self._space.count_plans() <= ENUMERABLE_PLANS:
-            everything = _stack_joins((plan.joins for plan in self._space.enumerate_plans()), self._num_joins)
-            return _drop_taken(everything, taken)
+            everything = stack_joins((plan.joins for plan in self._space.enumerate_plans()), self._num_joins)
+            return leave_taken(everything, taken)
         mean_costs = surrogate.mean_costs
         costs = mean_costs.concatenate(surrogate.draw_costs(NUM_DRAWS, self._build_rng(taken)))
         cheapest = self._solve(costs)
         useful = cheapest[:, : self._useful_level]
         descended = exchange_joins(costs, useful, space=self._space, width=NUM_EXCHANGES, max_steps=MAX_EXCHANGE_STEPS)
         incumbents = evaluated.joined[
-            _find_least_by_level(evaluated.delta_nll, self._levels.classify(evaluated.joined), INCUMBENTS_PER_LEVEL)
+            find_least_by_level(evaluated.delta_nll, self._levels.classify(evaluated.joined), INCUMBENTS_PER_LEVEL)
         ]
         centres = np.concatenate([incumbents, descended[0]])[None]
         neighbours, _ = list_exchanges(mean_costs, centres, space=self._space, width=NUM_EXCHANGES)
         flipped = incumbents[:, None] ^ np.eye(self._num_joins, dtype=bool)
         sources = [cheapest, descended, neighbours, flipped]
         candidates = np.concatenate([source.reshape(-1, self._num_joins) for source in sources])
-        return _drop_taken(candidates[find_valid(candidates, self._space)], taken)
+        return leave_taken(candidates[find_valid(candidates, self._space)], taken)
 
     def _solve(self, costs: PlanCosts) -> BoolArray:
         """Return (batch, num_levels, num_joins): the cheapest plan of each level, far products ignored."""
@@ -227,12 +238,12 @@ class PairsetProposer:
         joined = result.joined.reshape(-1, num_levels + 1, units, self._num_joins)
         return np.take_along_axis(joined, best[:, :, None, None], axis=2)[:, 1:, 0]
 
-    def _estimate_front(self, surrogate: Surrogate, evaluated: _Evaluated, pending: Collection[Plan]) -> FloatArray:
+    def _estimate_front(self, surrogate: Surrogate, evaluated: Evaluated, pending: Collection[Plan]) -> FloatArray:
         """Return (num_levels + 1,): the least loss of plans that save so much, pending ones at what is expected."""
         front = np.full(self._max_level + 1, WORST_DELTA_NATS)
         front[0] = 0.0
         np.minimum.at(front, self._levels.classify(evaluated.joined), evaluated.delta_nll)
-        joined = _stack_joins((plan.joins for plan in pending), self._num_joins)
+        joined = stack_joins((plan.joins for plan in pending), self._num_joins)
         np.minimum.at(front, self._levels.classify(joined), surrogate.estimate_mean(joined))
         return np.minimum.accumulate(front[::-1])[::-1]
 
@@ -253,7 +264,7 @@ class PairsetProposer:
 
 
 @dataclass(frozen=True)
-class _Evaluated:
+class Evaluated:
     """The finished plans as arrays, in an order of their own, without the baseline.
 
     Attributes:
@@ -267,13 +278,26 @@ class _Evaluated:
     sampling_error: FloatArray
 
     @classmethod
-    def from_results(cls, results: Iterable[TrialResult], num_joins: int, metric: Metric) -> _Evaluated:
-        """Read what finished plans say about their losses on all windows."""
+    def from_results(
+        cls,
+        results: Iterable[TrialResult],
+        num_joins: int,
+        metric: Metric,
+        list_made: Callable[[Plan], tuple[int, ...]] = attrgetter("joins"),
+    ) -> Evaluated:
+        """Read what finished plans say about their losses on all windows.
+
+        Args:
+            results: finished plans.
+            num_joins: number of joins, or of choices.
+            metric: which loss.
+            list_made: returns the joins of a plan, or the places of its choices.
+        """
         results = list(results)
         num_tokens = max((result.proxy_tokens for result in results), default=0)  # the baseline's: all there are
         losses: dict[tuple[int, ...], tuple[float, float]] = {}
         for result in results:
-            joins, loss = result.plan.joins, result.get_cost(metric)
+            joins, loss = list_made(result.plan), result.get_cost(metric)
             if joins:
                 # Windows are drawn without replacement: the error that is left falls to zero where all are there.
                 share_missing = 1 - result.proxy_tokens / num_tokens
@@ -282,7 +306,7 @@ class _Evaluated:
                 losses[joins] = min(measured, losses.get(joins, measured))
         ordered = sorted(losses)
         values = np.array([losses[joins] for joins in ordered], dtype=np.float64).reshape(-1, 2)
-        return cls(_stack_joins(ordered, num_joins), values[:, 0], values[:, 1])
+        return cls(stack_joins(ordered, num_joins), values[:, 0], values[:, 1])
 
     def estimate_join_costs(self) -> tuple[FloatArray, BoolArray]:
         """Return (num_joins,) costs of the joins alone, interpolated where not measured, and which were measured."""
@@ -309,7 +333,7 @@ class _Evaluated:
         )
 
 
-def _compute_expected_improvement(
+def compute_expected_improvement(
     mean: FloatArray, deviation: FloatArray, levels: IntArray, *, front: FloatArray, weights: FloatArray
 ) -> FloatArray:
     """Return (plans,): the expected fall of the weighted front; a plan bears on its level and those below.
@@ -324,21 +348,21 @@ def _compute_expected_improvement(
     return np.asarray((gain * bears) @ weights)
 
 
-def _find_least_by_level(values: FloatArray, levels: IntArray, per_level: int) -> IntArray:
+def find_least_by_level(values: FloatArray, levels: IntArray, per_level: int) -> IntArray:
     """Return the indices of the least few values of every level."""
     order = np.lexsort((values, levels))
     rank = np.arange(len(order)) - np.searchsorted(levels[order], levels[order])
     return order[rank < per_level]
 
 
-def _drop_taken(joined: BoolArray, taken: Iterable[tuple[int, ...]]) -> BoolArray:
+def leave_taken(joined: BoolArray, taken: Iterable[tuple[int, ...]]) -> BoolArray:
     """Return the plans that are not taken, each once, in a fixed order."""
-    known = {row.tobytes() for row in np.packbits(_stack_joins(taken, joined.shape[1]), axis=1)}
+    known = {row.tobytes() for row in np.packbits(stack_joins(taken, joined.shape[1]), axis=1)}
     first = {row.tobytes(): index for index, row in enumerate(np.packbits(joined, axis=1))}
     return joined[sorted(index for key, index in first.items() if key not in known)]
 
 
-def _order_coarse_to_fine(joins: Sequence[int]) -> tuple[int, ...]:
+def order_coarse_to_fine(joins: Sequence[int]) -> tuple[int, ...]:
     """Return the joins so that every beginning is spread evenly: by halving strides."""
     order: dict[int, None] = {}
     stride = 1 << max(len(joins) - 1, 0).bit_length()
@@ -348,11 +372,12 @@ def _order_coarse_to_fine(joins: Sequence[int]) -> tuple[int, ...]:
     return tuple(order)
 
 
-def _list_joins(joined: BoolArray) -> tuple[int, ...]:
+def list_joins(joined: BoolArray) -> tuple[int, ...]:
+    """Return the places that are set."""
     return tuple(np.flatnonzero(joined).tolist())
 
 
-def _stack_joins(plans: Iterable[Collection[int]], num_joins: int) -> BoolArray:
+def stack_joins(plans: Iterable[Collection[int]], num_joins: int) -> BoolArray:
     """Return (plans, num_joins) flags."""
     listed = [list(joins) for joins in plans]
     joined = np.zeros((len(listed), num_joins), dtype=bool)

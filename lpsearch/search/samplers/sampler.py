@@ -86,7 +86,7 @@ class PlanSampler(BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         """Refuse a parameter that is no choice of the space."""
-        raise ValueError(f"parameter {param_name!r} is no join of this study; ask with space.distributions")
+        raise ValueError(f"parameter {param_name!r} is no choice of this study; ask with space.distributions")
 
     def list_pending(self, study: optuna.Study, *, current: FrozenTrial) -> list[Plan]:
         """Return the plans that are being evaluated, the one that is asked for now left out."""
@@ -204,7 +204,7 @@ def read_told_results(study: optuna.Study, space: PlanSpace, metric: Metric) -> 
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         plan, value = space.build_plan(trial.params), trial.values[1]
         nll = math.log(value) if metric == "nll" and math.isfinite(value) else math.nan
-        if not plan.num_joins:
+        if not plan.num_joins and not plan.num_dropped:
             base_nll = nll
         loss = Loss(
             nll=nll,

@@ -83,16 +83,16 @@ def build_levels(space: PlanSpace, estimate_latency_ms: Callable[[Plan], float] 
     sizes, num_joins = space.max_group - 1, space.num_layers - 1
     by_count = np.repeat(np.arange(1.0, sizes + 1)[:, None], num_joins, axis=1)
     savings = by_count
-    if estimate_latency_ms is not None and space.max_joins:
+    if estimate_latency_ms is not None and space.max_choices:
         savings = _estimate_group_savings_ms(space, estimate_latency_ms)
         most_ms = _find_largest_saving(space, savings)
         if most_ms > 0:
-            savings = savings * (space.max_joins / most_ms)
+            savings = savings * (space.max_choices / most_ms)
         else:
             logger.warning("no plan is estimated to be faster than the unmodified model; the search goes by depth")
             savings = by_count
     units = min(range(1, MAX_UNITS + 1), key=lambda units: _measure_rounding(savings, units))
-    return SavingLevels(savings, np.rint(savings * units).astype(np.int64), units, space.max_joins)
+    return SavingLevels(savings, np.rint(savings * units).astype(np.int64), units, space.max_choices)
 
 
 def _estimate_group_savings_ms(space: PlanSpace, estimate_latency_ms: Callable[[Plan], float]) -> FloatArray:
@@ -108,7 +108,7 @@ def _estimate_group_savings_ms(space: PlanSpace, estimate_latency_ms: Callable[[
 
 
 def _find_largest_saving(space: PlanSpace, savings: FloatArray) -> float:
-    result = solve_dynamic_program(-savings[None], free_joins=space.free_joins, max_saving=space.max_joins)
+    result = solve_dynamic_program(-savings[None], free_joins=space.free_joins, max_saving=space.max_choices)
     return -float(result.cost.min())
 
 

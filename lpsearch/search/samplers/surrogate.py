@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ from scipy.linalg import cho_factor, cho_solve, solve_triangular
 
 from lpsearch.search.samplers.dynamic_program import PlanCosts
 
-__all__ = ["Strengths", "Surrogate"]
+__all__ = ["ChoiceLayout", "Strengths", "Surrogate"]
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -59,6 +60,9 @@ NEAR_JOINS = 4
 NEAR_FADE_JOINS = 4.0
 """Distance over which the variance of E falls by e among near joins."""
 
+KIND_CORRELATION = 0.5
+"""Correlation of G between choices of two kinds at one place."""
+
 FAR_VARIANCE = 0.05
 """Variance of E between joins far apart, relative to that at the smallest distance."""
 
@@ -76,6 +80,19 @@ class Strengths:
     smooth: float
     own: float
     misfit: float
+
+
+@dataclass(frozen=True)
+class ChoiceLayout:
+    """Where choices of several kinds stand.
+
+    Attributes:
+        positions: (choices,) in layers; a join stands between its two.
+        kinds: (choices,) numbers of the kinds.
+    """
+
+    positions: FloatArray
+    kinds: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -99,6 +116,7 @@ class Surrogate:
         sampling_error: (plans,) their standard errors; 0 where a loss is exact.
         join_means: (num_joins,) prior means of the join costs.
         measured: (num_joins,) whether that mean was measured on the join alone.
+        layout: where choices of several kinds stand; None for joins, in order. Else every choice counts as a join here.
 
     Attributes:
         strengths: of the parts of the model, those of most evidence.
@@ -112,6 +130,7 @@ class Surrogate:
         sampling_error: FloatArray,
         join_means: FloatArray,
         measured: BoolArray,
+        layout: ChoiceLayout | None = None,
     ) -> None:
         """Fit; see the class."""
         num_joins = len(join_means)
@@ -127,10 +146,16 @@ class Surrogate:
         self._join_variance = (strength * np.maximum(np.abs(join_means), low)) ** 2
         single = np.flatnonzero(joined.sum(axis=1) == 1)
         np.add.at(self._join_variance, joined[single].argmax(axis=1), sampling_error[single] ** 2)
-        distance = np.abs(np.subtract.outer(np.arange(num_joins), np.arange(num_joins)))
+        self._layout = layout
+        positions = np.arange(num_joins) if layout is None else layout.positions
+        distance = np.abs(np.subtract.outer(positions, positions))
         self._smoothing = np.exp(-distance / LENGTH_LAYERS)
+        if layout is not None:
+            self._smoothing *= np.where(np.equal.outer(layout.kinds, layout.kinds), 1.0, KIND_CORRELATION)
+            distance = np.maximum(distance, 1) * (1 - np.eye(num_joins))
         near = np.exp(-(distance - 1) / NEAR_FADE_JOINS) * (distance <= NEAR_JOINS)
         self._own_variance = np.where(distance > 0, np.maximum(near, FAR_VARIANCE), 0.0)
+        self._near = list(self._list_near())
 
         self._residual = delta_nll - self._joined @ join_means
         self.strengths, self._factor = self._choose_strengths()
@@ -259,9 +284,9 @@ class Surrogate:
         smooth -= left_smooth**2 @ right_square.T + left_square @ (right_smooth**2).T
         smooth += left_square @ self._smoothing**2 @ right_square.T
         own = FAR_VARIANCE * 0.5 * ((left_square @ right.T) ** 2 - left_square**2 @ right.T)
-        for distance, variance in self._iterate_near():
-            near = left_square[:, :-distance] * left_square[:, distance:]
-            own += (variance - FAR_VARIANCE) * near @ (right[:, :-distance] * right[:, distance:]).T
+        for first, second, variance in self._near:
+            near = left_square[:, first] * left_square[:, second]
+            own += (variance - FAR_VARIANCE) * near @ (right[:, first] * right[:, second]).T
         return _Covariances(fixed, 0.5 * smooth, own)
 
     def _compute_variances(self, joined: FloatArray) -> _Covariances:
@@ -273,14 +298,22 @@ class Surrogate:
         smooth = (smoothed * scaled).sum(axis=1) ** 2 - 2 * (smoothed**2 * square).sum(axis=1)
         smooth += ((square @ self._smoothing**2) * square).sum(axis=1)
         own = FAR_VARIANCE * 0.5 * (square.sum(axis=1) ** 2 - (square**2).sum(axis=1))
-        for distance, variance in self._iterate_near():
-            own += (variance - FAR_VARIANCE) * (square[:, :-distance] * square[:, distance:]).sum(axis=1)
+        for first, second, variance in self._near:
+            near = square[:, first] * square[:, second]
+            if self._layout is None:
+                own += (variance - FAR_VARIANCE) * near.sum(axis=1)
+            else:
+                own += (near * (variance - FAR_VARIANCE)).sum(axis=1)
         return _Covariances(fixed, 0.5 * smooth, own)
 
-    def _iterate_near(self) -> Iterator[tuple[int, float]]:
-        """Yield the near distances and the variances of E at each."""
+    def _list_near(self) -> Iterator[tuple[Any, Any, Any]]:
+        """Yield the near pairs, by where their first and second stand, and the variances of E."""
+        if self._layout is not None:
+            first, second = np.nonzero(np.triu(self._own_variance > FAR_VARIANCE))
+            yield first, second, self._own_variance[first, second]
+            return
         for distance in range(1, min(NEAR_JOINS, len(self._join_means) - 1) + 1):
-            yield distance, float(self._own_variance[0, distance])
+            yield slice(None, -distance), slice(distance, None), float(self._own_variance[0, distance])
 
     def _project(self, dual: FloatArray) -> tuple[PlanCosts, FloatArray]:
         """Return the coefficients that (batch, observations) dual weights stand for, and those of the counts."""

@@ -45,18 +45,18 @@ def test_program_equals_brute_force(space: PlanSpace, reach: int, seed: int) -> 
     group_costs = rng.normal(size=(2, space.max_group - 1, num_joins))
     product_costs = rng.normal(size=(2, reach, num_joins)) if reach else None
     result = solve_dynamic_program(
-        group_costs, free_joins=space.free_joins, max_saving=space.max_joins + 1, product_costs=product_costs
+        group_costs, free_joins=space.free_joins, max_saving=space.max_choices + 1, product_costs=product_costs
     )
     for row in range(2):
         costs = {
             plan: _sum_costs(plan, group_costs[row], None if product_costs is None else product_costs[row])
             for plan in space.enumerate_plans()
         }
-        for count in range(space.max_joins + 1):
+        for count in range(space.max_choices + 1):
             best = min((plan for plan in costs if plan.num_joins == count), key=costs.__getitem__)
             assert tuple(np.flatnonzero(result.joined[row, count])) == best.joins
             assert result.cost[row, count] == pytest.approx(costs[best], abs=FLOAT64_COSTS)
-        assert result.cost[row, space.max_joins + 1] == np.inf
+        assert result.cost[row, space.max_choices + 1] == np.inf
 
 
 @settings(max_examples=60, deadline=None)
@@ -109,7 +109,7 @@ def _build_costs(space: PlanSpace, seed: int) -> PlanCosts:
 @settings(max_examples=40, deadline=None)
 @given(space=_spaces(), seed=st.integers(0, 2**32 - 1))
 def test_exchanges_end_where_no_exchange_helps(space: PlanSpace, seed: int) -> None:
-    if not space.max_joins:
+    if not space.max_choices:
         return
     costs = _build_costs(space, seed)
     num_joins = space.num_layers - 1

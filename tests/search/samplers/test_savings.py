@@ -51,7 +51,7 @@ def test_alike_layers_give_the_numbers_of_joins(space, timed):
     plans = list(space.enumerate_plans())
     levels = build_levels(space, (lambda plan: 0.3 + 0.7 * plan.depth) if timed else None)
     assert levels.classify(stack(space, plans)).tolist() == [plan.num_joins for plan in plans]
-    assert (levels.units, levels.num_levels) == (1, space.max_joins)
+    assert (levels.units, levels.num_levels) == (1, space.max_choices)
 
 
 @given(spaces)
@@ -60,7 +60,7 @@ def test_levels_follow_the_time_saved(space):
     plans = list(space.enumerate_plans())
     saved_ms = [estimate(plans[0]) - estimate(plan) for plan in plans]
     levels = build_levels(space, estimate)
-    width_ms = max(saved_ms) / max(space.max_joins, 1)
+    width_ms = max(saved_ms) / max(space.max_choices, 1)
     expected = [math.floor(saved / width_ms + 1e-6) if width_ms else 0 for saved in saved_ms]
     assert levels.classify(stack(space, plans)).tolist() == expected
 

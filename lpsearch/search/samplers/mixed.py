@@ -1,0 +1,262 @@
+"""The proposer behind ``pairset`` in a space with drops: joins and drops compared by the time that they save.
+
+It follows :mod:`lpsearch.search.samplers.pairset` in its steps: a scan of single choices, the cheapest plan of every
+level by the dynamic program, then the candidate of largest expected improvement of the front (Jones, Schonlau and Welch
+1998). The surrogate is the same, over choices instead of joins: one cost a choice, and products, strongest between
+neighbours (of a layer's attention and MLP, of a join and the drops within it).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Sequence
+from functools import cached_property, lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lpsearch.plan import Plan
+from lpsearch.search.results import Metric, TrialResult
+from lpsearch.search.samplers.dynamic_program import PlanCosts, find_valid
+from lpsearch.search.samplers.pairset import (
+    CANDIDATES_PER_LEVEL,
+    DEEP_WEIGHT,
+    FULL_SCAN_SHARE,
+    INCUMBENTS_PER_LEVEL,
+    NUM_DRAWS,
+    WORST_DELTA_NATS,
+    Evaluated,
+    compute_expected_improvement,
+    find_least_by_level,
+    leave_taken,
+    list_joins,
+    order_coarse_to_fine,
+    stack_joins,
+)
+from lpsearch.search.samplers.sampler import Proposal
+from lpsearch.search.samplers.surrogate import ChoiceLayout, Surrogate
+from lpsearch.search.samplers.time_levels import TimeLevels
+from lpsearch.search.space import PlanSpace
+
+__all__ = ["MixedProposer"]
+
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+IntArray = NDArray[np.int64]
+
+NUM_EXCHANGES = 12
+MAX_EXCHANGE_STEPS = 3
+ENUMERABLE_PLANS = 8192
+SAVING_TOLERANCE = 0.05
+"""Part of a level that a choice may save less than the one that it is exchanged for."""
+
+
+class MixedProposer:
+    """Proposes plans; a pure function of the results, the pending plans, the space, the budget and the seed.
+
+    Args:
+        space: the plans to search.
+        budget: evaluations of the whole study, the baseline included; None when unknown.
+        seed: decides the draws and nothing else.
+        metric: which loss.
+        estimate_latency_ms: latency that plans are compared by, additive over groups; None compares by depth.
+    """
+
+    def __init__(
+        self,
+        *,
+        space: PlanSpace,
+        budget: int | None,
+        seed: int,
+        metric: Metric = "nll",
+        estimate_latency_ms: Callable[[Plan], float] | None = None,
+    ) -> None:
+        self._space = space
+        self._seed = seed
+        self._metric: Metric = metric
+        self._num_choices = len(space.choices)
+        self._levels = TimeLevels(space, estimate_latency_ms)
+        self._list_made = lru_cache(maxsize=None)(lambda plan: list_joins(np.array(space.encode(plan), dtype=bool)))
+        scan = self._order_scan()
+        budget = 4 * (len(scan) + 1) if budget is None else budget
+        if len(scan) + 1 > FULL_SCAN_SHARE * budget:
+            scan = scan[: max(1, budget // 2)]
+        self._scan = scan
+
+    def propose(self, results: Sequence[TrialResult], pending: Collection[Plan]) -> Proposal | None:
+        """Choose a plan that is neither finished nor pending; None when the space has no other."""
+        results = [result for result in results if result.plan in self._space]
+        pending = [plan for plan in pending if plan in self._space]
+        taken = {self._list_made(result.plan) for result in results}.union(map(self._list_made, pending))
+        if () not in taken:
+            return self._build_proposal((), "baseline")
+        for place in self._scan:
+            if (place,) not in taken:
+                return self._build_proposal((place,), "scan")
+        if len(taken) >= self._space.count_plans():
+            return None
+        evaluated = Evaluated.from_results(results, self._num_choices, self._metric, self._list_made)
+        if len(evaluated.delta_nll):
+            proposal = self._propose_candidate(evaluated, taken, pending)
+            if proposal is not None:
+                return proposal
+        return self._propose_any(taken)
+
+    def _order_scan(self) -> tuple[int, ...]:
+        """Return the places of the choices that may be made alone, of every kind in turn, each spread evenly."""
+        frozen = set(self._space.frozen_layers)
+        by_kind: dict[str, list[int]] = {}
+        for place, choice in enumerate(self._space.choices):
+            is_all = self._num_choices == 1 and choice.kind != "join"
+            if frozen.isdisjoint(choice.layers) and not is_all:
+                by_kind.setdefault(choice.kind, []).append(place)
+        orders = [order_coarse_to_fine(places) for places in by_kind.values()]
+        longest = max(map(len, orders), default=0)
+        return tuple(order[index] for index in range(longest) for order in orders if index < len(order))
+
+    @cached_property
+    def _layout(self) -> ChoiceLayout:
+        kinds = ("join", "drop_attention", "drop_mlp")
+        return ChoiceLayout(
+            positions=np.array([float(np.mean(choice.layers)) for choice in self._space.choices]),
+            kinds=np.array([kinds.index(choice.kind) for choice in self._space.choices]),
+        )
+
+    def _fit(self, evaluated: Evaluated) -> Surrogate:
+        """Fit the model of the losses; a choice that was not measured alone has what its kind's neighbours cost."""
+        counts = evaluated.joined.sum(axis=1)
+        single = np.flatnonzero(counts == 1)
+        places = evaluated.joined[single].argmax(axis=1)
+        measured = np.zeros(self._num_choices, dtype=bool)
+        measured[places] = True
+        losses = np.zeros(self._num_choices)
+        losses[places] = evaluated.delta_nll[single]
+        means = np.full(self._num_choices, float(np.median(evaluated.delta_nll / counts)))
+        for kind in np.unique(self._layout.kinds):
+            members = np.flatnonzero(self._layout.kinds == kind)
+            known = members[measured[members]]
+            if len(known):
+                means[members] = np.interp(members, known, losses[known])
+        return Surrogate(
+            joined=evaluated.joined,
+            delta_nll=evaluated.delta_nll,
+            sampling_error=evaluated.sampling_error,
+            join_means=means,
+            measured=measured,
+            layout=self._layout,
+        )
+
+    def _propose_candidate(
+        self, evaluated: Evaluated, taken: Collection[tuple[int, ...]], pending: Collection[Plan]
+    ) -> Proposal | None:
+        """Return the best candidate: the dynamic program's where a level is yet untried, else by improvement."""
+        surrogate = self._fit(evaluated)
+        candidates = self._list_candidates(surrogate, evaluated, taken)
+        if not len(candidates):
+            return None
+        levels = self._levels.classify(candidates)
+        mean = surrogate.estimate_mean(candidates)
+        front = self._estimate_front(surrogate, evaluated, pending)
+        useful = self._levels.useful_level
+        tried = set(self._levels.classify(stack_joins(taken, self._num_choices)).tolist())
+        for level in range(1, useful + 1):
+            rows = np.flatnonzero(levels == level)
+            if level not in tried and len(rows) and mean[rows].min() < front[level]:
+                return self._build_proposal(list_joins(candidates[rows[mean[rows].argmin()]]), "programme")
+        kept = find_least_by_level(mean, levels, CANDIDATES_PER_LEVEL)
+        candidates, levels, mean = candidates[kept], levels[kept], mean[kept]
+        gain = compute_expected_improvement(
+            mean,
+            surrogate.estimate_standard_deviation(candidates, mean),
+            levels,
+            front=front,
+            weights=np.where(np.arange(self._levels.num_levels + 1) <= useful, 1.0, DEEP_WEIGHT),
+        )
+        return self._build_proposal(list_joins(candidates[gain.argmax()]), "surrogate")
+
+    def _list_candidates(
+        self, surrogate: Surrogate, evaluated: Evaluated, taken: Collection[tuple[int, ...]]
+    ) -> BoolArray:
+        """Return (plans, choices) promising plans that are not taken, each once."""
+        if self._space.count_plans() <= ENUMERABLE_PLANS:
+            return leave_taken(self._everything, taken)
+        mean_costs = surrogate.mean_costs
+        costs = mean_costs.concatenate(surrogate.draw_costs(NUM_DRAWS, self._build_rng(taken)))
+        cheapest = self._levels.solve(costs)
+        descended = self._descend(costs, cheapest[:, : self._levels.useful_level])
+        levels = self._levels.classify(evaluated.joined)
+        incumbents = evaluated.joined[find_least_by_level(evaluated.delta_nll, levels, INCUMBENTS_PER_LEVEL)]
+        centres = np.concatenate([incumbents, descended[0]])[None]
+        neighbours, _ = self._list_exchanges(mean_costs, centres)
+        flipped = incumbents[:, None] ^ np.eye(self._num_choices, dtype=bool)
+        sources = [cheapest, descended, neighbours, flipped]
+        candidates = np.concatenate([source.reshape(-1, self._num_choices) for source in sources])
+        return leave_taken(candidates[find_valid(candidates, self._space)], taken)
+
+    @cached_property
+    def _everything(self) -> BoolArray:
+        return np.array([self._space.encode(plan) for plan in self._space.enumerate_plans()], dtype=bool)
+
+    def _descend(self, costs: PlanCosts, made: BoolArray) -> BoolArray:
+        """Exchange one choice for another that saves as much, the best exchange first, while that lowers the cost."""
+        for _ in range(MAX_EXCHANGE_STEPS):
+            moved, change = self._list_exchanges(costs, made)
+            best = change.argmin(axis=2)[..., None]
+            better = np.take_along_axis(change, best, axis=2) < 0
+            if not better.any():
+                break
+            made = np.where(better, np.take_along_axis(moved, best[..., None], axis=2)[:, :, 0], made)
+        return made
+
+    def _list_exchanges(self, costs: PlanCosts, made: BoolArray) -> tuple[BoolArray, FloatArray]:
+        """List the exchanges of one choice for another, which alone saves as much, that lower each plan's cost most.
+
+        Args:
+            costs: a batch of cost functions.
+            made: (batch, plans, choices) plans.
+
+        Returns:
+            (batch, plans, exchanges, choices) exchanged plans, and (batch, plans, exchanges) changes of cost, infinite
+            where the plan is not of the space.
+        """
+        batch, plans, num_choices = made.shape
+        slope = costs.join_costs[:, None] + made.astype(np.float64) @ costs.product_costs
+        change = slope[:, :, None, :] - slope[:, :, :, None] - costs.product_costs[:, None]  # leaving, entering
+        saved = self._levels.single_savings
+        keeps = saved[None, :] >= saved[:, None] - SAVING_TOLERANCE
+        change = np.where(keeps & made[..., :, None] & ~made[..., None, :], change, np.inf)
+        change = change.reshape(batch, plans, num_choices**2)
+        width = min(NUM_EXCHANGES, change.shape[2])
+        best = np.argpartition(change, width - 1, axis=2)[:, :, :width]
+        change = np.take_along_axis(change, best, axis=2)
+        leaving, entering = np.divmod(best, num_choices)
+        moved = np.repeat(made[:, :, None], width, axis=2)
+        np.put_along_axis(moved, leaving[..., None], False, axis=3)
+        np.put_along_axis(moved, entering[..., None], True, axis=3)
+        return moved, np.where(find_valid(moved, self._space), change, np.inf)
+
+    def _estimate_front(self, surrogate: Surrogate, evaluated: Evaluated, pending: Collection[Plan]) -> FloatArray:
+        """Return (num_levels + 1,): the least loss of plans that save so much, pending ones at what is expected."""
+        front = np.full(self._levels.num_levels + 1, WORST_DELTA_NATS)
+        front[0] = 0.0
+        np.minimum.at(front, self._levels.classify(evaluated.joined), evaluated.delta_nll)
+        made = stack_joins(map(self._list_made, pending), self._num_choices)
+        np.minimum.at(front, self._levels.classify(made), surrogate.estimate_mean(made))
+        return np.minimum.accumulate(front[::-1])[::-1]
+
+    def _propose_any(self, taken: Collection[tuple[int, ...]]) -> Proposal | None:
+        """Return the first plan that is not taken, for when nothing is known or the candidates are used up."""
+        for plan in self._space.enumerate_plans():
+            if self._list_made(plan) not in taken:
+                return Proposal(plan, "surrogate")
+        return None
+
+    def _build_proposal(self, places: tuple[int, ...], origin: str) -> Proposal:
+        made = set(places)
+        return Proposal(self._space.decode(place in made for place in range(self._num_choices)), origin)
+
+    def _build_rng(self, taken: Collection[tuple[int, ...]]) -> np.random.Generator:
+        """Return a generator that depends on the seed and on which plans are taken, in no order."""
+        digest = hashlib.sha256(json.dumps([self._seed, sorted(taken)]).encode()).digest()
+        return np.random.default_rng(int.from_bytes(digest[:16], "big"))
