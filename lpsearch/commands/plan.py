@@ -12,11 +12,11 @@ import typer
 
 from lpsearch.commands.options import ModelOption, PlanArgument
 from lpsearch.errors import StudyError, UsageError
-from lpsearch.front_file import FRONT_NAME, load_front_file
+from lpsearch.front_file import FRONT_NAME, FrontPoint, load_front_file
 from lpsearch.latency.profile import describe_profile_error
 from lpsearch.picking import pick_plan
 from lpsearch.plan import build_plan_document, build_plan_schema, load_plan
-from lpsearch.wording import describe_repair
+from lpsearch.wording import describe_changes, describe_layers, describe_repair
 
 __all__ = ["diff", "pick", "schema", "show", "validate"]
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def show(plan_path: PlanArgument) -> dict[str, Any]:
-    """Print a plan: its groups, its model and what was measured."""
+    """Print a plan: its groups, what it leaves out, its model and what was measured."""
     plan = load_plan(plan_path)
     assert plan.metadata is not None  # a plan file has it
     latency = plan.metadata.metrics.latency
@@ -32,6 +32,15 @@ def show(plan_path: PlanArgument) -> dict[str, Any]:
     repair = describe_repair(plan, plan_path)
     if repair is not None:
         logger.info("%s", repair)
+    logger.info("%s: %s", describe_changes(plan), describe_layers(plan) or "every layer alone")
+    if latency is not None and latency.kv_bytes_per_token is not None:
+        logger.info(
+            "KV cache: %s bytes a token%s",
+            f"{latency.kv_bytes_per_token:,}",
+            ""
+            if latency.baseline_kv_bytes_per_token is None
+            else f", of the unmodified model {latency.baseline_kv_bytes_per_token:,}",
+        )
     return build_plan_document(plan)
 
 
@@ -93,7 +102,7 @@ def pick(
     """Pick the plan of a study's front that saves most within a loss, or loses least beyond a speed-up.
 
     What is saved is what the search traded: depth, or latency. The loss is held out where that is known. The unmodified
-    model is picked only where no plan with a join meets the limits.
+    model is picked only where no other plan meets the limits.
     """
     if max_delta is None and min_speedup is None:
         raise UsageError("say what you need: --max-delta NATS, --min-speedup X, or both")
@@ -118,16 +127,20 @@ def pick(
     )
     if index is None:
         raise UsageError(f"no plan of {study_dir} meets that; its front: {json.dumps(front)}")
-    if file.front[index].num_joins == 0:
-        logger.warning("no plan of %s with a join meets that; this is the unmodified model", study_dir)
+    if not _is_changed(file.front[index]):
+        logger.warning("no other plan of %s meets that; this is the unmodified model", study_dir)
     _warn_of_latency(file.latency_error, study_dir / FRONT_NAME)
     picked = {**front[index], "plan": str(study_dir / file.front[index].plan)}
     if file.recover == "off":
         return picked
-    if file.front[index].num_joins:
+    if _is_changed(file.front[index]):
         command = shlex.join(["lpsearch", "recover", picked["plan"], "--method", file.recover, "--out"])
         logger.info("its loss is that after a %s of the weights: `%s DIR` writes them", file.recover, command)
     return {**picked, "recover": file.recover}
+
+
+def _is_changed(point: FrontPoint) -> bool:
+    return bool(point.num_joins or point.num_dropped)
 
 
 def _warn_of_latency(mean_error: float | None, path: Path) -> None:
