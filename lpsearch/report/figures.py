@@ -171,9 +171,9 @@ def build_layers_figure(report: StudyReport, *, theme: Theme = LIGHT) -> go.Figu
         )
     )
     figure.update_xaxes(title="layer", showgrid=False)
-    figure.update_yaxes(title=report.row_title, showgrid=False)
+    figure.update_yaxes(showgrid=False)
     if not has_halves:
-        figure.update_yaxes(type="category", autorange="reversed")
+        figure.update_yaxes(title="joins", type="category", autorange="reversed")
         return style_figure(figure, theme, height=90 + 24 * len(labels))
     _add_marks(figure, report, theme)
     ticks = [row + 0.25 for row in range(len(labels))]

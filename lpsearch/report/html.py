@@ -336,8 +336,8 @@ def _render_advice(report: StudyReport) -> str:
     best = "of least depth" if report.objective == "depth" else "of least estimated time"
     ways = (
         "<h3>Joins, drops or both</h3><p>What each would give at the same loss. The best plan of one kind may be "
-        "beaten by one of another, and is then not on the front. Such plans were not checked on held-out windows, so their "
-        f"losses are those that the search saw.</p>{_render_table(build_ways_table(report))}"
+        "beaten by one of another, and is then not on the front. Such plans were not checked on held-out windows, so "
+        f"their losses are those that the search saw.</p>{_render_table(build_ways_table(report))}"
         if report.has_drops
         else ""
     )
@@ -346,7 +346,7 @@ def _render_advice(report: StudyReport) -> str:
         f"{loss}, the one {best}. The held-out value counts where there is one. "
         f"<code>lpsearch plan pick DIR --max-delta NATS</code> picks the same way, and the unmodified model where no "
         f"other plan is within.</p>"
-        f"<div class='cards'>{cards}</div>{ways}<p class='small'>{_SERVE_NOTE}</p></section>"
+        f"<div class='cards'>{cards}</div><p class='small'>{_SERVE_NOTE}</p>{ways}</section>"
     )
 
 

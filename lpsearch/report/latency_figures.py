@@ -178,5 +178,5 @@ def build_breakdown_figure(report: StudyReport, *, workload_index: int = 0, them
         )
     figure.update_layout(barmode="stack", bargap=0.25, legend_traceorder="normal")
     figure.update_xaxes(title="estimated time of a step (ms)")
-    figure.update_yaxes(title=report.row_title, type="category", autorange="reversed")
+    figure.update_yaxes(title="joins" if unit else None, type="category", autorange="reversed")
     return style_figure(figure, theme, height=150 + 26 * len(labels))

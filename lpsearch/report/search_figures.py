@@ -101,13 +101,13 @@ def _build_choices_figure(report: StudyReport, effects: ChoiceEffects, theme: Th
                 hovertemplate="%{text}: %{y:.4f} nats<extra>%{fullData.name}</extra>",
             )
     figure.update_xaxes(title="layer; a join stands between its two")
-    return _finish_effects(figure, report, theme)
+    return _finish_effects(figure, report, theme, height=440)
 
 
-def _finish_effects(figure: go.Figure, report: StudyReport, theme: Theme) -> go.Figure:
+def _finish_effects(figure: go.Figure, report: StudyReport, theme: Theme, *, height: int = 360) -> go.Figure:
     positive = all(y > 0 for trace in figure.data for y in trace.y)
     figure.update_yaxes(title=name_loss(report), **_scale_losses(positive))
-    return style_figure(figure, theme, height=360)
+    return style_figure(figure, theme, height=height)
 
 
 def build_interactions_figure(report: StudyReport, *, theme: Theme = LIGHT) -> go.Figure:
@@ -124,7 +124,6 @@ def build_interactions_figure(report: StudyReport, *, theme: Theme = LIGHT) -> g
     joins: list[Any] = list(range(len(effects.expected)))
     if effects.has_drops:
         joins = [describe_choice(choice) for choice in effects.choices]
-    title = "choice" if effects.has_drops else "join"
     figure = go.Figure(
         go.Heatmap(
             z=[list(row) for row in effects.interactions],
@@ -145,9 +144,29 @@ def build_interactions_figure(report: StudyReport, *, theme: Theme = LIGHT) -> g
             hoverongaps=False,
         )
     )
-    figure.update_xaxes(title=title, showgrid=False, constrain="domain")
-    figure.update_yaxes(title=title, showgrid=False, autorange="reversed", scaleanchor="x", constrain="domain")
+    figure.update_xaxes(title="join", showgrid=False, constrain="domain")
+    figure.update_yaxes(title="join", showgrid=False, autorange="reversed", scaleanchor="x", constrain="domain")
+    if effects.has_drops:
+        _name_kinds(figure, effects, theme)
     return style_figure(figure, theme, height=560)
+
+
+def _name_kinds(figure: go.Figure, effects: ChoiceEffects, theme: Theme) -> None:
+    """Name the kinds of choices along the axes, since there is no room for every choice, and draw lines between them."""
+    names = {"join": "joins", "drop_attention": "attention dropped", "drop_mlp": "MLP dropped"}
+    places: dict[str, list[int]] = {}
+    for place, choice in enumerate(effects.choices):
+        places.setdefault(choice.kind, []).append(place)
+    middles = [describe_choice(effects.choices[members[len(members) // 2]]) for members in places.values()]
+    ticks = {"title": None, "tickvals": middles, "ticktext": [names[kind] for kind in places]}
+    figure.update_xaxes(**ticks, tickangle=0)
+    figure.update_yaxes(**ticks, tickangle=-90)
+    line = {"color": theme.text, "width": 1}
+    ends = (-0.5, len(effects.choices) - 0.5)
+    for members in list(places.values())[1:]:
+        edge = members[0] - 0.5
+        figure.add_shape(type="line", x0=edge, x1=edge, y0=ends[0], y1=ends[1], line=line)
+        figure.add_shape(type="line", y0=edge, y1=edge, x0=ends[0], x1=ends[1], line=line)
 
 
 def build_progress_figure(report: StudyReport, *, unit: Unit = "trials", theme: Theme = LIGHT) -> go.Figure:
