@@ -6,17 +6,21 @@ import json
 import logging
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lpsearch.commands.options import ModelOption, PlanArgument
-from lpsearch.errors import StudyError, UsageError
+from lpsearch.errors import LpsearchError, StudyError, UsageError
 from lpsearch.front_file import FRONT_NAME, FrontPoint, load_front_file
 from lpsearch.latency.profile import describe_profile_error
 from lpsearch.picking import pick_plan
 from lpsearch.plan import build_plan_document, build_plan_schema, load_plan
 from lpsearch.wording import describe_changes, describe_layers, describe_repair
+
+if TYPE_CHECKING:
+    from lpsearch.report import StudyReport
+    from lpsearch.search import TrialResult
 
 __all__ = ["diff", "pick", "schema", "show", "validate"]
 
@@ -101,8 +105,9 @@ def pick(
 ) -> dict[str, Any]:
     """Pick the plan of a study's front that saves most within a loss, or loses least beyond a speed-up.
 
-    What is saved is what the search traded: depth, or latency. The loss is held out where that is known. The unmodified
-    model is picked only where no other plan meets the limits.
+    Of a search that allows drops, `ways` says what joins alone, drops alone and both give within the loss, by all plans
+    of the study. What is saved is what the search traded: depth, or latency. The loss is held out where that is known.
+    The unmodified model is picked only where no other plan meets the limits.
     """
     if max_delta is None and min_speedup is None:
         raise UsageError("say what you need: --max-delta NATS, --min-speedup X, or both")
@@ -131,12 +136,53 @@ def pick(
         logger.warning("no other plan of %s meets that; this is the unmodified model", study_dir)
     _warn_of_latency(file.latency_error, study_dir / FRONT_NAME)
     picked = {**front[index], "plan": str(study_dir / file.front[index].plan)}
+    if max_delta is not None and any(point.num_dropped for point in file.front):
+        picked |= _list_ways(study_dir, max_delta)
     if file.recover == "off":
         return picked
     if _is_changed(file.front[index]):
         command = shlex.join(["lpsearch", "recover", picked["plan"], "--method", file.recover, "--out"])
         logger.info("its loss is that after a %s of the weights: `%s DIR` writes them", file.recover, command)
     return {**picked, "recover": file.recover}
+
+
+def _list_ways(study_dir: Path, max_loss: float) -> dict[str, Any]:
+    """Return what joins alone, drops alone and both save most within a loss; nothing where the study is elsewhere."""
+    from lpsearch.commands.console import adopt_optuna_log
+    from lpsearch.commands.studies import open_existing_study
+    from lpsearch.report import load_report
+    from lpsearch.report.advice import compare_ways
+
+    if not (study_dir / "study.db").is_file():
+        logger.info("%s: holds no study.db, so joins and drops are not compared", study_dir)
+        return {}
+    adopt_optuna_log()
+    try:
+        with open_existing_study(study_dir, storage=None, study=None) as store:
+            report = load_report(store, study_dir)
+    except LpsearchError as error:
+        logger.warning("%s; joins and drops are not compared", error)
+        return {}
+    ways = compare_ways(report.results, metric=report.metric, objective=report.objective, max_loss=max_loss)
+    for name, found in ways.items():
+        saved = "nothing" if found is None else f"{found.depth_reduction:.1%} less depth"
+        if found is not None and found.speedup is not None:
+            saved = f"{found.speedup:.3f}x"
+        changes = "" if found is None else f", {describe_changes(found.plan)}: {describe_layers(found.plan)}"
+        logger.info("%s within %s nats: %s%s", name, max_loss, saved, changes)
+    return {"ways": {name: None if found is None else _build_way(report, found) for name, found in ways.items()}}
+
+
+def _build_way(report: StudyReport, result: TrialResult) -> dict[str, Any]:
+    return {
+        "groups": result.plan.to_lists(),
+        "dropped": result.plan.dropped,
+        "depth_reduction": result.depth_reduction,
+        "loss": result.get_reported_cost(report.metric),
+        "speedup": result.speedup,
+        "trial": result.trial,
+        "plan": None if result.plan_file is None else str(Path(report.directory) / result.plan_file),
+    }
 
 
 def _is_changed(point: FrontPoint) -> bool:

@@ -48,7 +48,7 @@ class Pick:
 
 
 Ways = dict[str, TrialResult | None]
-"""The best plan of joins alone, of drops alone and of both together."""
+"""The best plan of ``joins`` alone, of ``drops`` alone and of ``both`` together."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def compare_ways(results: Sequence[TrialResult], *, metric: Metric, objective: O
         result for result in results if result.state == "complete" and get_saving(result, baseline, objective) > 0
     ]
     ways: Ways = {}
-    for name, joins, drops in (("joins alone", True, False), ("drops alone", False, True), ("both", True, True)):
+    for name, joins, drops in (("joins", True, False), ("drops", False, True), ("both", True, True)):
         of_way = [r for r in saving if (r.num_joins > 0) == joins and (r.num_dropped > 0) == drops]
         index = pick_plan(of_way, metric=metric, objective=objective, max_loss=max_loss)
         ways[name] = None if index is None else of_way[index]

@@ -89,7 +89,7 @@ def _build_choices_figure(report: StudyReport, effects: ChoiceEffects, theme: Th
             ]
             if not shown:
                 continue
-            bars = {"type": "data", "array": [error or 0.0 for _, _, error, _ in shown], "thickness": 1}
+            bars = {"type": "data", "array": [error or 0.0 for _, _, error, _ in shown], "thickness": 1, "width": 0}
             figure.add_scatter(
                 x=[sum(choice.layers) / len(choice.layers) for choice, *_ in shown],
                 y=[expected if value is None else value for _, value, _, expected in shown],
@@ -152,7 +152,7 @@ def build_interactions_figure(report: StudyReport, *, theme: Theme = LIGHT) -> g
 
 
 def _name_kinds(figure: go.Figure, effects: ChoiceEffects, theme: Theme) -> None:
-    """Name the kinds of choices along the axes, since there is no room for every choice, and draw lines between them."""
+    """Name the kinds of choices along the axes, which have no room for every choice, and draw lines between them."""
     names = {"join": "joins", "drop_attention": "attention dropped", "drop_mlp": "MLP dropped"}
     places: dict[str, list[int]] = {}
     for place, choice in enumerate(effects.choices):

@@ -81,6 +81,9 @@ def build_front_table(report: StudyReport) -> Table:
     return Table(f"The front; {losses_named} in nats per token", list(columns), rows, selects=True)
 
 
+WAY_NAMES = {"joins": "joins alone", "drops": "drops alone", "both": "both"}
+
+
 def build_ways_table(report: StudyReport) -> Table:
     """List what joins alone, drops alone and both save most within each loss of the advice."""
     rows = []
@@ -92,10 +95,11 @@ def build_ways_table(report: StudyReport) -> Table:
             if result is not None
         }
         best = max(savings, key=savings.__getitem__, default="")
-        rows.append([f"{limit} nats", *(_describe_way(report, result) for result in ways.values()), best])
+        cells = [_describe_way(report, result) for result in ways.values()]
+        rows.append([f"{limit} nats", *cells, WAY_NAMES.get(best, "")])
     saved = "least depth" if report.objective == "depth" else "fastest"
     title = f"Of all {len(report.results)} plans of the study, the {saved} of each kind that loses at most so much"
-    return Table(title, ["at most", "joins alone", "drops alone", "both", saved], rows)
+    return Table(title, ["at most", *WAY_NAMES.values(), saved], rows)
 
 
 def _describe_way(report: StudyReport, result: TrialResult | None) -> str:
