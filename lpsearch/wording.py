@@ -10,6 +10,7 @@ from pathlib import Path
 from lpsearch.plan import Plan
 
 __all__ = [
+    "describe_changes",
     "describe_layers",
     "describe_repair",
     "escape_controls",
@@ -19,6 +20,7 @@ __all__ = [
 ]
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_BRANCH_NAMES = {"attention": "attention", "mlp": "MLP"}
 _LINE_END = re.compile("[\n\u2028\u2029]")
 
 
@@ -46,8 +48,24 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def describe_layers(plan: Plan) -> str:
-    """Write the groups of several layers, e.g. ``3-4 7-9``; empty for the unmodified model."""
-    return " ".join(f"{group[0]}-{group[-1]}" for group in plan.groups if len(group) > 1)
+    """Write the groups of several layers and the dropped branches; empty for the unmodified model.
+
+    For example ``3-4 7-9``, ``without attention 5, 7`` or ``3-4 7-9; without attention 5, 7; without MLP 14``.
+    """
+    groups = " ".join(f"{group[0]}-{group[-1]}" for group in plan.groups if len(group) > 1)
+    dropped = [
+        f"without {_BRANCH_NAMES[branch]} {', '.join(map(str, layers))}"
+        for branch, layers in plan.dropped.items()
+        if layers
+    ]
+    return "; ".join([groups] * bool(groups) + dropped)
+
+
+def describe_changes(plan: Plan) -> str:
+    """Count the joins and the dropped branches, e.g. ``6 joins, 2 attentions and 1 MLP dropped``; else ``0 joins``."""
+    dropped = [name_count(len(layers), _BRANCH_NAMES[branch]) for branch, layers in plan.dropped.items() if layers]
+    joins = [name_count(plan.num_joins, "join")] if plan.num_joins or not dropped else []
+    return ", ".join([*joins, *([f"{' and '.join(dropped)} dropped"] if dropped else [])])
 
 
 def describe_repair(plan: Plan, path: Path) -> str | None:

@@ -65,6 +65,18 @@ def test_the_picked_one_beats_every_other(objective: str, max_loss: float | None
     assert num_picked > 0
 
 
+@pytest.mark.parametrize("objective", ["depth", "latency"])
+def test_a_plan_that_only_drops_is_no_unmodified_model(objective: str) -> None:
+    base, joined = build_plan(0, 0.0, 1.0), build_plan(1, 0.05, 1.03)
+    drops = Plan.baseline(NUM_LAYERS).drop({"attention": [1, 4], "mlp": [7]})
+    dropping = build_result(drops, 0.06, trial=2, speedup=1.1)
+    assert pick_plan([base, dropping], metric="nll", objective=objective, max_loss=0.1) == 1
+    assert pick_plan([base, joined, dropping], metric="nll", objective=objective, max_loss=0.1) == 2
+    assert pick_plan([base, joined, dropping], metric="nll", objective=objective, max_loss=0.055) == 1
+    assert pick_plan([base, dropping], metric="nll", objective=objective, min_speedup=1.0) == 1
+    assert pick_plan([base, joined, dropping], metric="nll", objective=objective, max_loss=0.01) == 0
+
+
 def test_the_held_out_loss_decides_where_it_is_known_and_finite() -> None:
     base, seen, unseen = (build_plan(num_joins, 0.1 * num_joins, None) for num_joins in range(3))
     heldout = dataclasses.replace(unseen.loss, delta_nll=0.05)

@@ -6,17 +6,21 @@ import json
 import logging
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lpsearch.commands.options import ModelOption, PlanArgument
-from lpsearch.errors import StudyError, UsageError
-from lpsearch.front_file import FRONT_NAME, load_front_file
+from lpsearch.errors import LpsearchError, StudyError, UsageError
+from lpsearch.front_file import FRONT_NAME, FrontPoint, load_front_file
 from lpsearch.latency.profile import describe_profile_error
 from lpsearch.picking import pick_plan
 from lpsearch.plan import build_plan_document, build_plan_schema, load_plan
-from lpsearch.wording import describe_repair
+from lpsearch.wording import describe_changes, describe_layers, describe_repair
+
+if TYPE_CHECKING:
+    from lpsearch.report import StudyReport
+    from lpsearch.search import TrialResult
 
 __all__ = ["diff", "pick", "schema", "show", "validate"]
 
@@ -24,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def show(plan_path: PlanArgument) -> dict[str, Any]:
-    """Print a plan: its groups, its model and what was measured."""
+    """Print a plan: its groups, what it leaves out, its model and what was measured."""
     plan = load_plan(plan_path)
     assert plan.metadata is not None  # a plan file has it
     latency = plan.metadata.metrics.latency
@@ -32,6 +36,15 @@ def show(plan_path: PlanArgument) -> dict[str, Any]:
     repair = describe_repair(plan, plan_path)
     if repair is not None:
         logger.info("%s", repair)
+    logger.info("%s: %s", describe_changes(plan), describe_layers(plan) or "every layer alone")
+    if latency is not None and latency.kv_bytes_per_token is not None:
+        logger.info(
+            "KV cache: %s bytes a token%s",
+            f"{latency.kv_bytes_per_token:,}",
+            ""
+            if latency.baseline_kv_bytes_per_token is None
+            else f", of the unmodified model {latency.baseline_kv_bytes_per_token:,}",
+        )
     return build_plan_document(plan)
 
 
@@ -92,8 +105,9 @@ def pick(
 ) -> dict[str, Any]:
     """Pick the plan of a study's front that saves most within a loss, or loses least beyond a speed-up.
 
-    What is saved is what the search traded: depth, or latency. The loss is held out where that is known. The unmodified
-    model is picked only where no plan with a join meets the limits.
+    Of a search that allows drops, `ways` says what joins alone, drops alone and both give within the loss, by all plans
+    of the study. What is saved is what the search traded: depth, or latency. The loss is held out where that is known.
+    The unmodified model is picked only where no other plan meets the limits.
     """
     if max_delta is None and min_speedup is None:
         raise UsageError("say what you need: --max-delta NATS, --min-speedup X, or both")
@@ -118,16 +132,61 @@ def pick(
     )
     if index is None:
         raise UsageError(f"no plan of {study_dir} meets that; its front: {json.dumps(front)}")
-    if file.front[index].num_joins == 0:
-        logger.warning("no plan of %s with a join meets that; this is the unmodified model", study_dir)
+    if not _is_changed(file.front[index]):
+        logger.warning("no other plan of %s meets that; this is the unmodified model", study_dir)
     _warn_of_latency(file.latency_error, study_dir / FRONT_NAME)
     picked = {**front[index], "plan": str(study_dir / file.front[index].plan)}
+    if max_delta is not None and any(point.num_dropped for point in file.front):
+        picked |= _list_ways(study_dir, max_delta)
     if file.recover == "off":
         return picked
-    if file.front[index].num_joins:
+    if _is_changed(file.front[index]):
         command = shlex.join(["lpsearch", "recover", picked["plan"], "--method", file.recover, "--out"])
         logger.info("its loss is that after a %s of the weights: `%s DIR` writes them", file.recover, command)
     return {**picked, "recover": file.recover}
+
+
+def _list_ways(study_dir: Path, max_loss: float) -> dict[str, Any]:
+    """Return what joins alone, drops alone and both save most within a loss; nothing where the study is elsewhere."""
+    from lpsearch.commands.console import adopt_optuna_log
+    from lpsearch.commands.studies import open_existing_study
+    from lpsearch.report import load_report
+    from lpsearch.report.advice import compare_ways
+
+    if not (study_dir / "study.db").is_file():
+        logger.info("%s: holds no study.db, so joins and drops are not compared", study_dir)
+        return {}
+    adopt_optuna_log()
+    try:
+        with open_existing_study(study_dir, storage=None, study=None) as store:
+            report = load_report(store, study_dir)
+    except LpsearchError as error:
+        logger.warning("%s; joins and drops are not compared", error)
+        return {}
+    ways = compare_ways(report.results, metric=report.metric, objective=report.objective, max_loss=max_loss)
+    for name, found in ways.items():
+        saved = "nothing" if found is None else f"{found.depth_reduction:.1%} less depth"
+        if found is not None and found.speedup is not None:
+            saved = f"{found.speedup:.3f}x"
+        changes = "" if found is None else f", {describe_changes(found.plan)}: {describe_layers(found.plan)}"
+        logger.info("%s within %s nats: %s%s", name, max_loss, saved, changes)
+    return {"ways": {name: None if found is None else _build_way(report, found) for name, found in ways.items()}}
+
+
+def _build_way(report: StudyReport, result: TrialResult) -> dict[str, Any]:
+    return {
+        "groups": result.plan.to_lists(),
+        "dropped": result.plan.dropped,
+        "depth_reduction": result.depth_reduction,
+        "loss": result.get_reported_cost(report.metric),
+        "speedup": result.speedup,
+        "trial": result.trial,
+        "plan": None if result.plan_file is None else str(Path(report.directory) / result.plan_file),
+    }
+
+
+def _is_changed(point: FrontPoint) -> bool:
+    return bool(point.num_joins or point.num_dropped)
 
 
 def _warn_of_latency(mean_error: float | None, path: Path) -> None:

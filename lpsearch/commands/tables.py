@@ -30,6 +30,7 @@ _LAYERS_WIDTH = {1: 0, 2: 16, 3: _FOLD_WIDTH, 4: _FOLD_WIDTH}
 
 _RANKS = {
     "joins": 0,
+    "drops": 0,
     "less depth": 1,
     "loss": 0,
     "held out": 0,

@@ -1,17 +1,28 @@
-"""What to do next: three plans to pick from a front, and the commands that check, export and serve one."""
+"""What to do next: three plans to pick from a front, what else was possible, and the commands that use a plan."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
+from lpsearch.config import Metric, Objective
 from lpsearch.picking import pick_plan
+from lpsearch.report.progress import get_saving
 from lpsearch.report.study import StudyReport
 from lpsearch.search import TrialResult
 from lpsearch.search.results import RAW
 
-__all__ = ["LOSS_LIMITS", "REPAIR", "Command", "Pick", "list_commands", "pick_plans"]
+__all__ = [
+    "LOSS_LIMITS",
+    "REPAIR",
+    "Command",
+    "Pick",
+    "compare_ways",
+    "list_commands",
+    "pick_plans",
+]
 
 LOSS_LIMITS = {"free": 0.02, "balanced": 0.1, "fast": 0.4}
 """Largest loss in nats per token of each pick: 2, 11 and 49 % more perplexity."""
@@ -28,12 +39,16 @@ class Pick:
     Attributes:
         name: ``free``, ``balanced`` or ``fast``.
         max_loss: largest loss that it may have, in nats per token.
-        index: place of the plan on the front; None where no plan of the front with a join loses so little.
+        index: place of the plan on the front; None where no plan of the front but the unmodified model loses so little.
     """
 
     name: str
     max_loss: float
     index: int | None
+
+
+Ways = dict[str, TrialResult | None]
+"""The best plan of ``joins`` alone, of ``drops`` alone and of ``both`` together."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +69,37 @@ def pick_plans(report: StudyReport) -> tuple[Pick, ...]:
 
     Where only the unmodified model loses so little, nothing is picked; ``plan pick`` says so and returns that model.
     The loss is the one that was searched, held out where that is known. What is saved is what the study trades against
-    it: joins, or estimated time.
+    it: depth, or estimated time.
 
     Args:
         report: the study.
     """
     return tuple(Pick(name, limit, _find_best(report, limit)) for name, limit in LOSS_LIMITS.items())
+
+
+def compare_ways(results: Sequence[TrialResult], *, metric: Metric, objective: Objective, max_loss: float) -> Ways:
+    """Find what joins alone, drops alone and both together save most within a loss.
+
+    Args:
+        results: finished plans, the unmodified model among them; of all, not only of the front, since the best plan of
+            one way may be beaten by one of another.
+        metric: which loss counts, held out where that is known.
+        objective: what is saved: depth, or estimated time.
+        max_loss: largest loss, in nats per token.
+
+    Returns:
+        For each way its best plan; None where no plan of that way saves anything within the loss.
+    """
+    baseline = next(result for result in results if result.is_baseline)
+    saving = [
+        result for result in results if result.state == "complete" and get_saving(result, baseline, objective) > 0
+    ]
+    ways: Ways = {}
+    for name, joins, drops in (("joins", True, False), ("drops", False, True), ("both", True, True)):
+        of_way = [r for r in saving if (r.num_joins > 0) == joins and (r.num_dropped > 0) == drops]
+        index = pick_plan(of_way, metric=metric, objective=objective, max_loss=max_loss)
+        ways[name] = None if index is None else of_way[index]
+    return ways
 
 
 def list_commands(report: StudyReport, result: TrialResult) -> tuple[Command, ...]:
@@ -99,4 +139,4 @@ def list_commands(report: StudyReport, result: TrialResult) -> tuple[Command, ..
 
 def _find_best(report: StudyReport, limit: float) -> int | None:
     index = pick_plan(report.front, metric=report.metric, objective=report.objective, max_loss=limit)
-    return index if index is not None and report.front[index].num_joins > 0 else None
+    return index if index is not None and not report.front[index].is_baseline else None

@@ -25,11 +25,11 @@ from lpsearch.report.advice import list_commands
 from lpsearch.report.figures import build_front_figure, describe_groups
 from lpsearch.report.front_columns import format_loss
 from lpsearch.report.kind_figure import describe_kind_losses
-from lpsearch.report.study import StudyReport
+from lpsearch.report.study import StudyReport, describe_cache
 from lpsearch.report.tables import Table, build_front_table
 from lpsearch.search import StudyStore, TrialResult
 from lpsearch.search.settings import list_study_options
-from lpsearch.wording import escape_controls, name_count
+from lpsearch.wording import describe_changes, escape_controls
 
 __all__ = ["ARTIFACTS_NAME", "FRONT_FIGURE_ID", "annotate_study"]
 
@@ -46,7 +46,7 @@ _OWN_END = "*lpsearch renews the text above this line and keeps what is written 
 _NOTED_TRIALS = "lpsearch:noted_trials"
 """System attribute of the study: the trials whose notes are of a front."""
 
-_PLAN_FILE_NAME = re.compile(r"joins-\d+(-trial-\d+)?\.json")
+_PLAN_FILE_NAME = re.compile(r"joins-\d+(-drops-\d+)?(-trial-\d+)?\.json")
 
 
 class Dashboard(Protocol):
@@ -167,7 +167,7 @@ def _describe_study(store: StudyStore, report: StudyReport) -> str:
 def _describe_result(report: StudyReport, result: TrialResult) -> str:
     metric, heldout = report.metric, result.get_heldout(report.metric)
     lines = [
-        f"### On the front: {name_count(result.num_joins, 'join')}, {result.depth_reduction:.1%} less depth",
+        f"### On the front: {describe_changes(result.plan)}, {result.depth_reduction:.1%} less depth",
         "",
         f"- layers together: {describe_groups(result.plan)}",
         f"- loss: {format_loss(result.loss, metric)} nats per token",
@@ -179,6 +179,9 @@ def _describe_result(report: StudyReport, result: TrialResult) -> str:
     if result.speedup is not None:
         estimated = describe_estimate(report.latency_error)
         lines.append(f"- time of a step: {result.latency_ms:.3f} ms, {result.speedup:.3f}x ({estimated})")
+    cached = describe_cache(report, result)
+    if cached:
+        lines.append(f"- KV cache: {cached}")
     commands = list_commands(report, result)
     if commands:
         rows = [line for command in commands for line in (f"# {command.purpose}", command.line)]

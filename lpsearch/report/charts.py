@@ -49,6 +49,8 @@ class Chart:
 def build_charts(report: StudyReport) -> dict[str, Chart]:
     """Build every chart that the study has data for."""
     savings = {"depth": "depth removed", "latency": "time of a step"} if report.has_latency else {"depth": "depth"}
+    if report.has_latency and report.objective == "latency":  # what was searched comes first
+        savings = dict(reversed(savings.items()))
     losses = {"delta": "nats" if report.metric == "nll" else "KL"}
     if not report.is_worst_case:  # which is no perplexity
         losses["perplexity"] = "perplexity"
@@ -70,14 +72,14 @@ def build_charts(report: StudyReport) -> dict[str, Chart]:
         ),
         Chart(
             "layers",
-            "The groups of layers of each plan of the front.",
+            "The groups of layers of each plan of the front, and what it leaves out.",
             [],
             {"": build_layers_figure(report)},
             build_layers_table(report),
         ),
         Chart(
             "progress",
-            "Hypervolume of the front and least loss by number of joins, over the search.",
+            "Hypervolume of the front and least loss by what is saved, over the search.",
             [("over", {"trials": "trials", "tokens": "tokens"})],
             {unit: build_progress_figure(report, unit=unit) for unit in ("trials", "tokens")},
             build_progress_table(report),
@@ -88,8 +90,13 @@ def build_charts(report: StudyReport) -> dict[str, Chart]:
         charts.append(Chart("kinds", summary, [], {"": build_kinds_figure(report)}, build_kinds_table(report)))
     if report.effects is not None:
         for name, summary, build, tabulate in (
-            ("effects", "Loss of each join alone.", build_effects_figure, build_effects_table),
-            ("interactions", "Interaction of each pair of joins.", build_interactions_figure, build_interactions_table),
+            ("effects", "Loss of each choice alone.", build_effects_figure, build_effects_table),
+            (
+                "interactions",
+                "Interaction of pairs of choices.",
+                build_interactions_figure,
+                build_interactions_table,
+            ),
         ):
             charts.append(Chart(name, summary, [], {"": build(report)}, tabulate(report)))
     if report.latency_model is not None:

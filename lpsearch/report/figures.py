@@ -8,18 +8,20 @@ from typing import Any, Literal
 
 import plotly.graph_objects as go
 
-from lpsearch.plan import Plan
+from lpsearch.plan import Group, Plan
 from lpsearch.report.study import StudyReport, name_row
 from lpsearch.report.theme import LIGHT, Theme, style_figure
 from lpsearch.search import TrialResult
 from lpsearch.search.results import compute_perplexity
-from lpsearch.wording import describe_layers, name_count
+from lpsearch.wording import describe_changes, describe_layers
 
 __all__ = [
     "build_front_figure",
     "build_layers_figure",
     "describe_groups",
+    "get_saving_value",
     "name_loss",
+    "name_saving",
 ]
 
 Saving = Literal["depth", "latency"]
@@ -33,7 +35,7 @@ MAX_FAINT_TRIALS = 2000
 
 
 def describe_groups(plan: Plan) -> str:
-    """Write the groups of several layers, e.g. ``3-4 7-9``, or that there are none."""
+    """Write the groups of several layers and the dropped branches, or that there are none of either."""
     return describe_layers(plan) or "every layer alone"
 
 
@@ -48,6 +50,11 @@ def name_loss(report: StudyReport, loss: Loss = "delta") -> str:
 def get_saving_value(result: TrialResult, saving: Saving) -> float | None:
     """Return where a plan stands on the axis of savings: percent of the depth, or milliseconds."""
     return 100 * result.depth_reduction if saving == "depth" else result.latency_ms
+
+
+def name_saving(saving: Saving) -> str:
+    """Return what an axis of savings is called."""
+    return "depth removed (%)" if saving == "depth" else "estimated time of a step (ms)"
 
 
 def build_front_figure(
@@ -111,9 +118,8 @@ def build_front_figure(
     figure.add_scatter(x=[], y=[], mode="markers", marker=ring, name="chosen plan", hoverinfo="skip", showlegend=False)
     if saving == "depth":
         widest = max(100 * result.depth_reduction for result in report.results)
-        figure.update_xaxes(title="depth removed (%)", range=[-0.03 * widest, 1.03 * widest or 1.0])
-    else:
-        figure.update_xaxes(title="estimated time of a step (ms)")
+        figure.update_xaxes(range=[-0.03 * widest, 1.03 * widest or 1.0])
+    figure.update_xaxes(title=name_saving(saving))
     figure.update_yaxes(title=name_loss(report, loss), range=_choose_range(report, loss), autorange=False)
     return style_figure(figure, theme, height=480)
 
@@ -121,45 +127,107 @@ def build_front_figure(
 def build_layers_figure(report: StudyReport, *, theme: Theme = LIGHT) -> go.Figure:
     """Draw a row for each plan of the front and a cell for each layer; layers of one group have one colour.
 
+    Where plans drop branches, the upper half of a cell is the layer's attention and the lower half its MLP. A half that
+    is dropped is empty but for a mark, whose shape says which it is, so that no colour is needed to tell.
+
     Args:
         report: the study.
         theme: colours.
     """
-    values, texts = [], []
+    has_halves = report.row_title != "joins"
+    values: list[list[int | None]] = []
+    texts: list[list[str]] = []
     for result in report.front:
-        row: list[int] = []
-        text: list[str] = []
-        for group in result.plan.groups:
-            # A group keeps its colour from row to row, but for one that would look like the group beside it.
-            colour = 0 if len(group) == 1 else 1 + group[0] // 2 % 2
-            if colour and row and row[-1] == colour:
-                colour = 3 - colour
-            row += [colour] * len(group)
-            words = "alone" if len(group) == 1 else f"in group {group[0]}-{group[-1]}"
-            text += [f"layer {layer_idx}: {words}" for layer_idx in group]
-        values.append(row)
-        texts.append(text)
+        colours, layer_texts = _colour_layers(result.plan)
+        if not has_halves:
+            values.append(list(colours))
+            texts.append(layer_texts)
+            continue
+        for branch, dropped in zip(("attention", "MLP"), result.plan.dropped.values(), strict=True):
+            values.append([None if i in dropped else colour for i, colour in enumerate(colours)])
+            texts.append(
+                [
+                    f"{name_row(report, result)}<br>{text}<br>{branch}{': left out' if i in dropped else ''}"
+                    for i, text in enumerate(layer_texts)
+                ]
+            )
     labels = [name_row(report, result) for result in report.front]
-    colours = (theme.single, theme.group_even, theme.group_odd)
-    scale = [[edge, colour] for i, colour in enumerate(colours) for edge in (i / 3, (i + 1) / 3)]
+    shades = (theme.single, theme.group_even, theme.group_odd)
     figure = go.Figure(
         go.Heatmap(
             z=values,
             x=list(range(report.num_layers)),
-            y=labels,
+            y=[row / 2 for row in range(len(values))] if has_halves else labels,
             text=texts,
-            hovertemplate="%{y} joins<br>%{text}<extra></extra>",
-            colorscale=scale,
+            hovertemplate=("" if has_halves else "%{y} joins<br>") + "%{text}<extra></extra>",
+            hoverongaps=True,
+            colorscale=[[edge, shade] for i, shade in enumerate(shades) for edge in (i / 3, (i + 1) / 3)],
             zmin=-0.5,
             zmax=2.5,
             showscale=False,
             xgap=1,
-            ygap=2,
+            ygap=0 if has_halves else 2,
+            meta=2 if has_halves else 1,  # rows of a plan
         )
     )
     figure.update_xaxes(title="layer", showgrid=False)
-    figure.update_yaxes(title="joins", showgrid=False, type="category", autorange="reversed")
-    return style_figure(figure, theme, height=90 + 24 * len(labels))
+    figure.update_yaxes(showgrid=False)
+    if not has_halves:
+        figure.update_yaxes(title="joins", type="category", autorange="reversed")
+        return style_figure(figure, theme, height=90 + 24 * len(labels))
+    _add_marks(figure, report, theme)
+    ticks = [row + 0.25 for row in range(len(labels))]
+    figure.update_yaxes(
+        tickvals=ticks, ticktext=labels, range=[len(labels) - 0.25, -0.25], zeroline=False, ticks="", autorange=False
+    )
+    for row in range(1, len(labels)):
+        line = {"color": theme.background, "width": 4}
+        figure.add_shape(type="line", xref="paper", x0=0, x1=1, y0=row - 0.25, y1=row - 0.25, line=line)
+    return style_figure(figure, theme, height=130 + 28 * len(labels))
+
+
+# ---- Parts of the map of layers --------------------------------------------------------------------------------------
+
+
+def _colour_layers(plan: Plan) -> tuple[list[int], list[str]]:
+    """Return for each layer the number of its colour, 0 where it is alone in its group, and what to say of it."""
+    colours: list[int] = []
+    texts: list[str] = []
+    for group in plan.groups:
+        # A group keeps its colour from row to row, but for one that would look like the group beside it.
+        colour = 0 if len(group) == 1 else 1 + group[0] // 2 % 2
+        if colour and colours and colours[-1] == colour:
+            colour = 3 - colour
+        colours += [colour] * len(group)
+        texts += [f"layer {layer_idx}: {_describe_layer(group, layer_idx)}" for layer_idx in group]
+    return colours, texts
+
+
+def _describe_layer(group: Group, layer_idx: int) -> str:
+    kept = {"attention": group.attention_layers, "MLP": group.mlp_layers}
+    dropped = [branch for branch, layers in kept.items() if layer_idx not in layers]
+    words = f", without {' and '.join(dropped)}" if dropped else ""
+    return f"{'alone' if len(group) == 1 else f'in group {group[0]}-{group[-1]}'}{words}"
+
+
+def _add_marks(figure: go.Figure, report: StudyReport, theme: Theme) -> None:
+    """Mark the halves of cells that plans of the front drop; the heatmap below answers to the mouse."""
+    looks = {"attention": ("attention left out", "triangle-up", 0.0), "mlp": ("MLP left out", "triangle-down", 0.5)}
+    for branch, (name, symbol, offset) in looks.items():
+        places = [
+            (layer_idx, row + offset)
+            for row, result in enumerate(report.front)
+            for layer_idx in result.plan.dropped[branch]
+        ]
+        if places:
+            figure.add_scatter(
+                x=[x for x, _ in places],
+                y=[y for _, y in places],
+                mode="markers",
+                marker={"color": theme.text, "size": 8, "symbol": symbol},
+                name=name,
+                hoverinfo="skip",
+            )
 
 
 # ---- Parts of the front ----------------------------------------------------------------------------------------------
@@ -298,7 +366,7 @@ def _choose_range(report: StudyReport, loss: Loss) -> list[float]:
 
 def _describe(report: StudyReport, result: TrialResult) -> str:
     words = [
-        f"{name_count(result.num_joins, 'join')}, {result.depth_reduction:.1%} less depth",
+        f"{describe_changes(result.plan)}, {result.depth_reduction:.1%} less depth",
         f"{result.get_cost(report.metric):.4f} nats, perplexity {result.perplexity:.2f}",
     ]
     if result.latency_ms is not None:

@@ -44,16 +44,18 @@ def list_front_columns(
         by_kind: list the losses by kind of text, where there are several.
 
     Returns:
-        ``joins``, ``less depth``, ``loss``, ``held out``, ``on KIND`` for each of several kinds of text, ``delta nll``
-        where that is not the loss, ``unrepaired`` where losses are after a repair, ``perplexity``, and ``ms`` and
-        ``speed-up`` where times are known.
+        ``joins``, ``drops`` where branches are dropped, ``less depth``, ``loss``, ``held out``, ``on KIND`` for each of
+        several kinds of text, ``delta nll`` where that is not the loss, ``unrepaired`` where losses are after a repair,
+        ``perplexity``, and ``ms`` and ``speed-up`` where times are known.
     """
 
     def write(loss: Loss | None, metric: Metric = metric) -> str:
         return format_loss(loss, metric, digits=digits, sign=sign)
 
+    has_drops = any(result.num_dropped for result in front)
     columns = {
         "joins": [str(result.num_joins) for result in front],
+        **({"drops": [str(result.num_dropped) for result in front]} if has_drops else {}),
         "less depth": [f"{result.depth_reduction:.1%}" for result in front],
         "loss": [write(result.loss) for result in front],
         "held out": [write(result.get_heldout(metric)) for result in front],
@@ -64,7 +66,7 @@ def list_front_columns(
             columns[f"on {name}"] = [write(parts[index].loss) for parts in kinds]
     if metric == "kl":
         columns["delta nll"] = [write(result.loss, "nll") for result in front]
-    if any(result.untouched is not None and result.num_joins for result in front):
+    if any(result.untouched is not None and not result.is_baseline for result in front):
         columns["unrepaired"] = [write(result.get_untouched(metric)) for result in front]
     columns["perplexity"] = [f"{result.perplexity:.{digits - 1}f}" for result in front]
     if front[0].latency_ms is not None:

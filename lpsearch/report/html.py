@@ -19,12 +19,12 @@ from lpsearch.report.figures import describe_groups
 from lpsearch.report.front_columns import format_loss
 from lpsearch.report.kind_figure import describe_kind_losses
 from lpsearch.report.latency_figures import describe_workload
-from lpsearch.report.study import StudyReport
-from lpsearch.report.tables import Table
+from lpsearch.report.study import StudyReport, describe_cache
+from lpsearch.report.tables import Table, build_ways_table
 from lpsearch.report.theme import map_colours
 from lpsearch.search import TrialResult, build_front
+from lpsearch.wording import describe_changes
 from lpsearch.wording import escape_html as escape
-from lpsearch.wording import name_count
 
 __all__ = ["PAGE_TOP", "PageParts", "build_html", "build_parts", "read_asset", "write_html"]
 
@@ -81,8 +81,8 @@ def build_parts(report: StudyReport) -> PageParts:
             if "kinds" in charts
             else "",
             _render_advice(report),
-            _render_section("layers", "Which layers pair", _EXPLAIN["layers"], [charts["layers"]]),
-            _render_joins(charts),
+            _render_layers(report, charts),
+            _render_joins(report, charts),
             _render_section("search", "How the search progressed", _explain_progress(report), [charts["progress"]]),
             _render_latency(report, charts),
             "</main>",
@@ -166,6 +166,13 @@ _PAGE = (
 _EXPLAIN = {
     "layers": "A row for each plan of the front. Layers of one group share a colour and run in parallel; neighbouring "
     "groups alternate between two colours. Grey layers run alone. Choose a row to see its plan.",
+    "drops": "The upper half of a cell is the layer's attention, the lower half its MLP. An empty half with a triangle "
+    "is left out: one that points up stands for an attention, one that points down for an MLP.",
+    "choices": "What it costs to join two neighbouring layers, or to drop the attention or the MLP of one, and nothing "
+    "else. They save unlike times, so the least loss is not always the best choice.",
+    "choice interactions": "What the search expects two choices to cost together beyond the sum of each alone, learned "
+    "from all trials: red ones disturb each other, blue ones cost less together than apart. Empty cells were not "
+    "possible together. The largest 2 % share a colour.",
     "effects": "What it costs to join two neighbouring layers and nothing else. Joins far below the others are the "
     "ones to set first.",
     "interactions": "What the search expects two joins to cost together beyond the sum of each alone, learned from all "
@@ -222,7 +229,8 @@ def _render_head(report: StudyReport) -> str:
     )
     warning = describe_profile_error(report.latency_error, name="Latency profile")
     notes += "" if warning is None else f"<p class='note'>{escape(warning)}.</p>"
-    links = [("front", "Front"), ("next", "What next"), ("layers", "Layers"), ("joins", "Joins"), ("search", "Search")]
+    choices = "Choices" if report.has_drops else "Joins"
+    links = [("front", "Front"), ("next", "What next"), ("layers", "Layers"), ("joins", choices), ("search", "Search")]
     links[1:1] = [("kinds", "Kinds")] if report.has_kinds else []
     links += [("latency", "Latency")] if report.latency_model is not None else []
     nav = "".join(f'<a href="#{name}">{label}</a>' for name, label in links)
@@ -275,7 +283,8 @@ def _render_plan(report: StudyReport, index: int, result: TrialResult) -> str:
     metric, estimated = report.metric, describe_estimate(report.latency_error)
     rows = {
         "joins": f"{result.num_joins} of {report.num_layers - 1}",
-        "depth": f"{result.plan.depth} of {report.num_layers} ({result.depth_reduction:.1%} less)",
+        "drops": f"{result.num_dropped} of {2 * report.num_layers} branches" if result.num_dropped else "",
+        "depth": f"{result.plan.depth:g} of {report.num_layers} ({result.depth_reduction:.1%} less)",
         "loss": format_loss(result.loss, metric),
         "held out": format_loss(result.get_heldout(metric), metric),
         "without repair": format_loss(result.get_untouched(metric), metric),
@@ -283,8 +292,9 @@ def _render_plan(report: StudyReport, index: int, result: TrialResult) -> str:
         "perplexity": f"{result.perplexity:.3f}",
         "time of a step": "" if result.latency_ms is None else f"{result.latency_ms:.3f} ms ({estimated})",
         "speed-up": "" if result.speedup is None else f"{result.speedup:.3f}x ({estimated})",
+        "KV cache": describe_cache(report, result),
         "found by": f"{result.origin}, trial {result.trial}",
-        "layers together": describe_groups(result.plan),
+        ("layers" if result.num_dropped else "layers together"): describe_groups(result.plan),
     }
     items = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in rows.items() if value
@@ -323,31 +333,38 @@ def _render_words(line: str) -> str:
 def _render_advice(report: StudyReport) -> str:
     cards = "".join(_render_pick(report, pick) for pick in pick_plans(report))
     loss = "loss" if report.metric == "nll" else "KL divergence"
-    best = "of most joins" if report.objective == "depth" else "of least estimated time"
+    best = "of least depth" if report.objective == "depth" else "of least estimated time"
+    ways = (
+        "<h3>Joins, drops or both</h3><p>What each would give at the same loss. The best plan of one kind may be "
+        "beaten by one of another, and is then not on the front. Such plans were not checked on held-out windows, so "
+        f"their losses are those that the search saw.</p>{_render_table(build_ways_table(report))}"
+        if report.has_drops
+        else ""
+    )
     return (
         f"<section id='next'><h2>What to do next</h2><p>Three plans to start from: of all plans of the front within a "
         f"{loss}, the one {best}. The held-out value counts where there is one. "
         f"<code>lpsearch plan pick DIR --max-delta NATS</code> picks the same way, and the unmodified model where no "
-        f"plan with a join is within.</p>"
-        f"<div class='cards'>{cards}</div><p class='small'>{_SERVE_NOTE}</p></section>"
+        f"other plan is within.</p>"
+        f"<div class='cards'>{cards}</div><p class='small'>{_SERVE_NOTE}</p>{ways}</section>"
     )
 
 
 def _render_pick(report: StudyReport, pick: Pick) -> str:
     rule = f"at most {pick.max_loss} nats per token"
     if pick.index is None:
-        losses = [result.get_reported_cost(report.metric) for result in report.front if result.num_joins > 0]
+        losses = [result.get_reported_cost(report.metric) for result in report.front if not result.is_baseline]
         least = f" The least is {min(losses):.4f}." if losses else ""
         return (
             f"<article class='card' data-pick='{pick.name}'><h3>{pick.name}</h3><p class='small'>{rule}</p>"
-            f"<p>No plan with a join loses so little.{least}</p></article>"
+            f"<p>No plan but the unmodified model loses so little.{least}</p></article>"
         )
     result = report.front[pick.index]
     speed = "" if result.speedup is None else f", {result.speedup:.3f}x {describe_estimate(report.latency_error)}"
     lost = "lost" if report.metric == "nll" else "of KL divergence"
     return (
         f"<article class='card' data-pick='{pick.name}'><h3>{pick.name}</h3><p class='small'>{rule}</p>"
-        f"<p><strong>{name_count(result.num_joins, 'join')}, {result.depth_reduction:.1%} less depth{speed}"
+        f"<p><strong>{describe_changes(result.plan)}, {result.depth_reduction:.1%} less depth{speed}"
         f"</strong><br>{result.get_reported_cost(report.metric):.4f} nats per token {lost}; "
         f"layers {escape(describe_groups(result.plan))}</p>"
         f"<button type='button' class='show' data-show='{pick.index}' hidden>Show in the front</button>"
@@ -355,13 +372,23 @@ def _render_pick(report: StudyReport, pick: Pick) -> str:
     )
 
 
-def _render_joins(charts: dict[str, Chart]) -> str:
+def _render_layers(report: StudyReport, charts: dict[str, Chart]) -> str:
+    if report.row_title == "joins":
+        return _render_section("layers", "Which layers pair", _EXPLAIN["layers"], [charts["layers"]])
+    text = f"{_EXPLAIN['layers']} {_EXPLAIN['drops']}"
+    return _render_section("layers", "Which layers pair, and what is left out", text, [charts["layers"]])
+
+
+def _render_joins(report: StudyReport, charts: dict[str, Chart]) -> str:
+    what = "joins and drops" if report.has_drops else "joins"
     if "effects" not in charts:
-        return _render_section("joins", "What joins cost", "No plan with a join is finished yet.", [])
+        return _render_section("joins", f"What {what} cost", "No plan with a join is finished yet.", [])
+    names = ("choices", "choice interactions") if report.has_drops else ("effects", "interactions")
     parts = "".join(
-        f"<div><p>{_EXPLAIN[name]}</p>{_render_chart(charts[name])}</div>" for name in ("effects", "interactions")
+        f"<div><p>{_EXPLAIN[text]}</p>{_render_chart(charts[name])}</div>"
+        for name, text in zip(("effects", "interactions"), names, strict=True)
     )
-    return f"<section id='joins'><h2>What joins cost, alone and together</h2><div class='pair'>{parts}</div></section>"
+    return f"<section id='joins'><h2>What {what} cost, alone and together</h2><div class='pair'>{parts}</div></section>"
 
 
 def _render_latency(report: StudyReport, charts: dict[str, Chart]) -> str:
@@ -389,10 +416,11 @@ def _explain_kinds(report: StudyReport) -> str:
 
 
 def _explain_progress(report: StudyReport) -> str:
+    by = "of plans that save at least some shares of it" if report.has_drops else "for some numbers of joins"
     saving = "share of the depth" if report.objective == "depth" else "share of the time"
     return (
         f"The hypervolume is the area between the front and a loss of {report.reference_cost:.3g} nats per token, over "
-        f"the {saving} that is saved; larger is better. Below it, the least loss for some numbers of joins. Losses are "
+        f"the {saving} that is saved; larger is better. Below it, the least loss {by}. Losses are "
         "those known now: tokens that a plan got after its trial count with the trial."
     )
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 
 from lpsearch.kinds import name_kinds
+from lpsearch.report.figures import get_saving_value, name_saving
 from lpsearch.report.front_columns import choose_kind_losses, format_loss
 from lpsearch.report.study import StudyReport
 from lpsearch.report.theme import LIGHT, Theme, style_figure
 from lpsearch.search import Loss, TrialResult
-from lpsearch.wording import describe_layers, name_count
+from lpsearch.wording import describe_changes, describe_layers
 
 __all__ = ["build_kinds_figure", "describe_kind_losses", "list_kinds"]
 
@@ -55,7 +56,7 @@ def build_kinds_figure(report: StudyReport, *, theme: Theme = LIGHT) -> go.Figur
         if name in heldout:
             losses = [result.heldout for result in report.front]
             _add_kind(figure, report, losses, heldout.index(name), f"{name}, held out", colour, None)
-    figure.update_xaxes(title="depth removed (%)")
+    figure.update_xaxes(title=name_saving(report.objective))
     figure.update_yaxes(title="loss added (nats per token)" if report.metric == "nll" else "KL (nats per token)")
     return style_figure(figure, theme, height=420)
 
@@ -71,24 +72,24 @@ def _add_kind(
 ) -> None:
     """Add the losses on one kind; a line with error bars, or diamonds where there is no dash."""
     shown = [
-        (result, loss.by_kind[index].loss)
+        (saving, result, loss.by_kind[index].loss)
         for result, loss in zip(report.front, losses, strict=True)
-        if loss is not None and loss.by_kind
+        if loss is not None and loss.by_kind and (saving := get_saving_value(result, report.objective)) is not None
     ]
-    shown.sort(key=lambda item: item[0].depth_reduction)
+    shown.sort(key=lambda item: item[0])
     symbol, rim = "circle" if dash else "diamond-open", {"color": colour, "width": 2}
     figure.add_scatter(
-        x=[100 * result.depth_reduction for result, _ in shown],
-        y=[loss.get_cost(report.metric) for _, loss in shown],
+        x=[saving for saving, _, _ in shown],
+        y=[loss.get_cost(report.metric) for *_, loss in shown],
         error_y={
             "type": "data",
-            "array": [loss.get_cost_se(report.metric) or 0.0 for _, loss in shown],
+            "array": [loss.get_cost_se(report.metric) or 0.0 for *_, loss in shown],
             "thickness": 1.2,
             "width": 3,
         },
         text=[
-            f"{name_count(result.num_joins, 'join')}<br>layers {describe_layers(result.plan) or 'all alone'}"
-            for result, _ in shown
+            f"{describe_changes(result.plan)}<br>layers {describe_layers(result.plan) or 'all alone'}"
+            for _, result, _ in shown
         ],
         mode="lines+markers" if dash else "markers",
         line={"color": colour, "width": 1.5, "dash": dash or "solid"},

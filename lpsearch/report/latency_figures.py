@@ -163,6 +163,7 @@ def build_breakdown_figure(report: StudyReport, *, workload_index: int = 0, them
             continue  # a larger group than those measured, of an enqueued plan
         labels.append(name_row(report, result))
     figure = go.Figure()
+    unit = " joins" if report.row_title == "joins" else ""
     colours = [theme.trial, *theme.more]
     causes = [cause for cause in (parts[0] if parts else {}) if any(part[cause] for part in parts)]
     for number, cause in enumerate(causes):
@@ -173,9 +174,9 @@ def build_breakdown_figure(report: StudyReport, *, workload_index: int = 0, them
             orientation="h",
             name=name,
             marker={"color": colours[number % len(colours)]},
-            hovertemplate="%{y} joins: %{x:.3f} ms<extra>" + name + "</extra>",
+            hovertemplate=f"%{{y}}{unit}: %{{x:.3f}} ms<extra>{name}</extra>",
         )
     figure.update_layout(barmode="stack", bargap=0.25, legend_traceorder="normal")
     figure.update_xaxes(title="estimated time of a step (ms)")
-    figure.update_yaxes(title="joins", type="category", autorange="reversed")
+    figure.update_yaxes(title="joins" if unit else None, type="category", autorange="reversed")
     return style_figure(figure, theme, height=150 + 26 * len(labels))

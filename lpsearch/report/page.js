@@ -115,7 +115,10 @@
       const hit = findNearest(event.event);
       if (hit >= 0) chooseByHand(hit);
     });
-    document.getElementById("chart-layers").on("plotly_click", (event) => chooseByHand(event.points[0].pointNumber[0]));
+    document.getElementById("chart-layers").on("plotly_click", (event) => {
+      const { data: drawn, pointNumber } = event.points[0];
+      chooseByHand(Math.floor(pointNumber[0] / drawn.meta)); // several rows of a plan
+    });
     frontPlot.addEventListener("keydown", (event) => {
       const step = { ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1 }[event.key];
       if (step) { event.preventDefault(); chooseByHand(chosen + step); }

@@ -10,10 +10,24 @@ from itertools import pairwise
 from lpsearch.config import Metric, Objective
 from lpsearch.search import TrialResult, build_front
 
-__all__ = ["ProgressStep", "compute_hypervolume", "find_reference_cost", "trace_progress"]
+__all__ = [
+    "ProgressStep",
+    "compute_hypervolume",
+    "find_reference_cost",
+    "get_saving",
+    "list_levels",
+    "trace_progress",
+]
+
+SAVING_LEVELS = tuple(range(5, 65, 5))
+"""Percent that is saved by which plans are compared where they differ in more than their number of joins."""
 
 LARGEST_USEFUL_COST = 1.0
 """Nats per token beyond which nobody runs a plan; the hypervolume counts up to here."""
+
+
+_ROUNDING = 1e-9
+"""What a share may be below a level and still count, such as a depth of 27 of 30 layers."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +38,8 @@ class ProgressStep:
         trial: number of the trial.
         tokens: tokens behind the losses of all plans so far; tokens that a plan got later count with its trial.
         hypervolume: of the front so far.
-        best: least loss by number of joins, of plans evaluated on all windows.
+        best: least loss by number of joins, of plans evaluated on all windows; where some drop branches, of those that
+            save at least so many percent of the depth, or of the time.
     """
 
     trial: int
@@ -38,7 +53,7 @@ def find_reference_cost(front: Sequence[TrialResult], metric: Metric) -> float:
 
     It is 1 nat per token, or the largest loss of the front where that is smaller or all are larger.
     """
-    costs = [result.get_cost(metric) for result in front if result.num_joins > 0]
+    costs = [result.get_cost(metric) for result in front if not result.is_baseline]
     if not costs:
         return LARGEST_USEFUL_COST
     largest = max(costs)
@@ -60,7 +75,8 @@ def trace_progress(
     front: list[TrialResult] = []
     best: dict[int, float] = {}
     tokens = 0
-    baseline = next(result for result in results if result.num_joins == 0)
+    by_saving = any(result.num_dropped for result in results)
+    baseline = next(result for result in results if result.is_baseline)
     for result in results:
         tokens += result.proxy_tokens
         # The front of all plans so far is that of the former front and the new plan.
@@ -68,12 +84,19 @@ def trace_progress(
         front = build_front(known, metric=metric, objective=objective) or known
         cost = result.get_cost(metric)
         if result.state == "complete":
-            best[result.num_joins] = min(cost, best.get(result.num_joins, math.inf))
+            saving = get_saving(result, baseline, objective)
+            levels = list_levels(saving) if by_saving else [result.num_joins]
+            best |= {level: min(cost, best.get(level, math.inf)) for level in levels}
         hypervolume = compute_hypervolume(
             [(get_saving(point, baseline, objective), point.get_cost(metric)) for point in front], reference_cost
         )
         steps.append(ProgressStep(result.trial, tokens, hypervolume, dict(best)))
     return tuple(steps)
+
+
+def list_levels(saving: float) -> list[int]:
+    """Return the levels that a plan reaches, 0 for one that saves less than the first."""
+    return [level for level in SAVING_LEVELS if saving >= level / 100 - _ROUNDING] or [0]
 
 
 def get_saving(result: TrialResult, baseline: TrialResult, objective: Objective) -> float:

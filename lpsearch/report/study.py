@@ -4,52 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 
 from lpsearch.config import Metric, Objective
 from lpsearch.errors import ConfigError, StudyError, StudyVersionError, UsageError
-from lpsearch.front_file import FRONT_NAME, FrontFile, load_front_file
+from lpsearch.front_file import FRONT_NAME, FrontFile, FrontPoint, load_front_file
 from lpsearch.latency.mix import parse_mix
 from lpsearch.latency.model import LatencyModel
 from lpsearch.latency.profile import parse_recorded_profile
 from lpsearch.plan import Plan
+from lpsearch.report.effects import ChoiceEffects, estimate_effects
 from lpsearch.report.progress import ProgressStep, find_reference_cost, trace_progress
 from lpsearch.search import PlanSpace, StudyStore, TrialResult, build_front, read_results
 from lpsearch.search.losses import read_variant
 from lpsearch.search.results import RAW, list_untouched
-from lpsearch.search.samplers.pairset import fit_surrogate
+from lpsearch.wording import name_count
 
-__all__ = ["JoinEffects", "StudyReport", "load_report", "name_row"]
+__all__ = ["StudyReport", "describe_cache", "load_report", "name_row"]
 
 logger = logging.getLogger(__name__)
 
 _NEEDED_SETTINGS = ("num_layers", "max_group", "metric", "objective")
-
-
-@dataclass(frozen=True)
-class JoinEffects:
-    """What joins cost, alone and together, in nats per token.
-
-    Attributes:
-        measured: for each join, the loss of the plan that has it alone; None where that was not evaluated.
-        measured_se: standard errors of these over windows.
-        expected: for each join, what the surrogate expects it to cost alone.
-        interactions: [i][j] what it expects joins i and j to cost together beyond the sum of each alone; None where i
-            is j, or no plan of the space has exactly these two.
-    """
-
-    measured: tuple[float | None, ...]
-    measured_se: tuple[float | None, ...]
-    expected: tuple[float, ...]
-    interactions: tuple[tuple[float | None, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -62,9 +43,9 @@ class StudyReport:
         settings: what it was begun with.
         results: every finished plan in the order of the trials; times are those of ``latency_model``, and a plan file
             is named where it is there.
-        front: the baseline, then the plans that no other beats, fewest joins first.
+        front: the baseline, then the plans that no other beats, those that save least first.
         blocks: for each number of joins the block of least loss, where the study tried blocks.
-        effects: of the joins; None before a plan with a join is finished.
+        effects: of joins and drops; None before a plan with one is finished.
         latency_model: estimates of time; None with latency off.
         is_exact: every plan of the space was evaluated.
         is_current: the plan files are those of this front, so that no search is under way or was interrupted.
@@ -76,7 +57,7 @@ class StudyReport:
     results: tuple[TrialResult, ...]
     front: tuple[TrialResult, ...]
     blocks: tuple[TrialResult, ...]
-    effects: JoinEffects | None
+    effects: ChoiceEffects | None
     latency_model: LatencyModel | None
     is_exact: bool
     is_current: bool
@@ -102,6 +83,16 @@ class StudyReport:
     def untouched(self) -> tuple[TrialResult, ...]:
         """The plans of the front with their losses without repair; empty where there was none, or not yet known."""
         return tuple(list_untouched(self.front))
+
+    @cached_property
+    def has_drops(self) -> bool:
+        """Whether any plan drops branches."""
+        return any(result.num_dropped for result in self.results)
+
+    @cached_property
+    def row_title(self) -> str:
+        """What the names of the front's plans say; see :func:`name_row`."""
+        return "plan" if any(result.num_dropped for result in self.front) else "joins"
 
     @property
     def is_worst_case(self) -> bool:
@@ -132,6 +123,10 @@ class StudyReport:
     def latency_error(self) -> float | None:
         """Mean relative error of the latency model on depths that it was not fitted to; None where not known."""
         return None if self.latency_model is None else self.latency_model.mean_error
+
+    def estimate_kv_bytes_per_token(self, plan: Plan) -> int | None:
+        """Return the bytes of a plan's KV cache a token; None where that is not known."""
+        return None if self.latency_model is None else self.latency_model.estimate_kv_bytes_per_token(plan)
 
     @property
     def proxy_tokens(self) -> int:
@@ -181,7 +176,12 @@ def load_report(store: StudyStore, directory: Path) -> StudyReport:
     results = [_name_plan_file(result, directory, file) for result in results]
     metric: Metric = settings["metric"]
     front = build_front(results, metric=metric, objective=settings["objective"])
-    space = PlanSpace(int(settings["num_layers"]), int(settings["max_group"]), tuple(settings.get("freeze", ())))
+    space = PlanSpace(
+        int(settings["num_layers"]),
+        int(settings["max_group"]),
+        tuple(settings.get("freeze", ())),
+        tuple(settings.get("allow", ("joins",))),
+    )
     is_written = file is not None and all(result.plan_file is not None for result in front)
     return StudyReport(
         name=store.study_name,
@@ -190,7 +190,7 @@ def load_report(store: StudyStore, directory: Path) -> StudyReport:
         results=tuple(results),
         front=tuple(front),
         blocks=_find_blocks(results, space, metric),
-        effects=_estimate_effects(results, space, metric),
+        effects=estimate_effects(results, space, metric),
         latency_model=latency_model,
         is_exact=file is not None and file.exact,
         is_current=is_written and file is not None and file.trials == len(results),
@@ -198,9 +198,27 @@ def load_report(store: StudyStore, directory: Path) -> StudyReport:
 
 
 def name_row(report: StudyReport, result: TrialResult) -> str:
-    """Name a plan of the front by its joins, and by its trial where several have as many."""
-    alike = sum(other.num_joins == result.num_joins for other in report.front)
-    return str(result.num_joins) if alike == 1 else f"{result.num_joins} (trial {result.trial})"
+    """Name a plan of the front by its joins and drops, and by its trial where several have as many of both."""
+    alike = sum(_count_choices(other) == _count_choices(result) for other in report.front)
+    if report.row_title == "joins":
+        name = str(result.num_joins)
+    else:
+        joins, drops = _count_choices(result)
+        counts = [name_count(joins, "join")] * bool(joins) + [name_count(drops, "drop")] * bool(drops)
+        name = ", ".join(counts) or "unmodified"
+    return name if alike == 1 else f"{name} (trial {result.trial})"
+
+
+def describe_cache(report: StudyReport, result: TrialResult) -> str:
+    """Write the size of a plan's KV cache, e.g. ``10,240 bytes a token, 11.1% less``; empty where it is not known."""
+    cached, whole = map(report.estimate_kv_bytes_per_token, (result.plan, report.baseline.plan))
+    if cached is None or not whole:
+        return ""
+    return f"{cached:,} bytes a token" + (f", {1 - cached / whole:.1%} less" if cached != whole else "")
+
+
+def _count_choices(result: TrialResult) -> tuple[int, int]:
+    return result.num_joins, result.num_dropped
 
 
 def _read_finished(store: StudyStore, latency_model: LatencyModel | None) -> list[TrialResult]:
@@ -220,7 +238,7 @@ def _read_finished(store: StudyStore, latency_model: LatencyModel | None) -> lis
     with store.translate_errors():
         has_trials = store.study_name in optuna.get_all_study_names(store.optuna_storage)
     results = read_results(store, estimate_latency_ms=None if latency_model is None else estimate) if has_trials else []
-    if not any(result.num_joins == 0 for result in results):
+    if not any(result.is_baseline for result in results):
         raise UsageError(
             f"{store.where}: no plan of the study {store.study_name!r} is finished yet; "
             "run `lpsearch optimize` again, or wait for its first trial"
@@ -250,9 +268,13 @@ def _load_front_file(directory: Path, study_name: str) -> FrontFile | None:
 
 def _name_plan_file(result: TrialResult, directory: Path, file: FrontFile | None) -> TrialResult:
     """Name the plan file of a result where it is there."""
-    groups = tuple(map(tuple, result.plan.to_lists()))
-    names = () if file is None else (point.plan for point in file.front if point.groups == groups)
+    key = result.plan.key
+    names = () if file is None else (point.plan for point in file.front if _read_key(point) == key)
     return dataclasses.replace(result, plan_file=next((name for name in names if (directory / name).is_file()), None))
+
+
+def _read_key(point: FrontPoint) -> str:
+    return Plan.from_groups(point.groups, dropped=point.dropped).key
 
 
 def _find_blocks(results: Sequence[TrialResult], space: PlanSpace, metric: Metric) -> tuple[TrialResult, ...]:
@@ -271,31 +293,4 @@ def _find_blocks(results: Sequence[TrialResult], space: PlanSpace, metric: Metri
 
 def _is_block(plan: Plan, space: PlanSpace) -> bool:
     joins = plan.joins
-    return len(joins) > 0 and joins == space.repair(range(joins[0], joins[-1] + 1))
-
-
-def _estimate_effects(results: Sequence[TrialResult], space: PlanSpace, metric: Metric) -> JoinEffects | None:
-    num_joins = space.num_join_positions
-    surrogate = fit_surrogate(results, num_joins=num_joins, metric=metric)
-    if surrogate is None:
-        return None
-    single = {result.plan.joins[0]: result for result in results if result.num_joins == 1}
-    single = {join: result for join, result in single.items() if math.isfinite(result.get_cost(metric))}
-    alone = surrogate.estimate_mean(np.eye(num_joins, dtype=bool))
-    pairs = [
-        (first, second)
-        for first in range(num_joins)
-        for second in range(first + 1, num_joins)
-        if space.is_valid((first, second))
-    ]
-    interactions: list[list[float | None]] = [[None] * num_joins for _ in range(num_joins)]
-    if pairs:
-        together = surrogate.estimate_mean(np.array([np.isin(np.arange(num_joins), pair) for pair in pairs]))
-        for (first, second), value in zip(pairs, together, strict=True):
-            interactions[first][second] = interactions[second][first] = float(value - alone[first] - alone[second])
-    return JoinEffects(
-        measured=tuple(single[i].get_cost(metric) if i in single else None for i in range(num_joins)),
-        measured_se=tuple(single[i].get_cost_se(metric) if i in single else None for i in range(num_joins)),
-        expected=tuple(float(value) for value in alone),
-        interactions=tuple(tuple(row) for row in interactions),
-    )
+    return len(joins) > 0 and not plan.num_dropped and joins == space.repair(range(joins[0], joins[-1] + 1))

@@ -11,7 +11,7 @@ import pytest
 
 from lpsearch.commands.results import build_front_file, name_plan_files
 from lpsearch.kinds import TextKind
-from lpsearch.latency.profile import LatencyProfile
+from lpsearch.latency.profile import LatencyProfile, ProfileGeometry
 from lpsearch.plan import ModelIdentity, Plan, PlanMetadata, save_plan, write_json
 from lpsearch.report import StudyReport, load_report
 from lpsearch.search import (
@@ -29,6 +29,22 @@ from tests.search.evaluators import SyntheticEvaluator
 
 NUM_LAYERS = 10
 MakeStudy = Callable[..., StudyReport]
+
+
+EVERYTHING = ("joins", "drop-attention", "drop-mlp")
+
+
+class DroppingEvaluator(SyntheticEvaluator):
+    """A formula over joins and drops: branches cost unlike much, and less where their layer is joined."""
+
+    def compute_delta(self, plan: Plan) -> float:
+        costs = {"attention": 0.02, "mlp": 0.05}
+        joined = {i for group in plan.groups if len(group) > 1 for i in group}
+        return super().compute_delta(plan) + sum(
+            costs[branch] * (1 + i % 4) * (0.8 if i in joined else 1.0)
+            for branch, layers in plan.dropped.items()
+            for i in layers
+        )
 
 
 def build_profile() -> LatencyProfile:
@@ -71,6 +87,25 @@ def build_profile() -> LatencyProfile:
     )
 
 
+def build_profile_with_drops() -> LatencyProfile:
+    """Build a profile in which attentions take 0.3 ms, MLPs 0.5 ms, and what runs beside another a fifth less."""
+    document = build_profile().model_dump(mode="json")
+    document["geometry"]["layer_kinds"] = ["full"] * NUM_LAYERS
+    geometry = ProfileGeometry.model_validate(document["geometry"])
+    costs = {}
+    for plan in PlanSpace(3, allow=EVERYTHING).enumerate_plans():
+        for group in plan.groups:
+            attention, mlp = len(group.attention_layers), len(group.mlp_layers)
+            time_ms = 0.3 * (0.2 * bool(attention) + 0.8 * attention) + 0.5 * (0.2 * bool(mlp) + 0.8 * mlp)
+            if time_ms:
+                costs[geometry.describe_group(group)] = time_ms
+    for workload in document["workloads"]:
+        workload["cost_ms"] = costs
+        for point in workload["points"]:
+            point["num_groups"] = {"1 full": NUM_LAYERS} if point["use"] == "fit" else {"2 full": NUM_LAYERS // 2}
+    return LatencyProfile.model_validate(document)
+
+
 def write_front_files(directory: Path, front: list[TrialResult], result: StudyResult, **fields: Any) -> None:
     """Write plan files and the ``front.json`` that names them."""
     (directory / "plans").mkdir(exist_ok=True)
@@ -95,23 +130,26 @@ def search_formula(
     evaluator: SyntheticEvaluator | None = None,
     kinds: Sequence[TextKind] = (),
     worst_case: bool = False,
+    allow: Sequence[str] = ("joins",),
     **settings: Any,
 ) -> StudyReport:
     """Run a study in a directory, or go on with the one there, and read what a report shows of it."""
-    evaluator = evaluator or SyntheticEvaluator(NUM_LAYERS, num_windows=8)
+    has_drops = "drop-attention" in allow or "drop-mlp" in allow
+    make_evaluator = DroppingEvaluator if has_drops else SyntheticEvaluator
+    evaluator = evaluator or make_evaluator(NUM_LAYERS, num_windows=8)
     with StudyStore(f"sqlite:///{directory / 'study.db'}", study_name="demo") as store:
         # What is there stays, since somebody may be looking.
         own = {"model": "m", "data": "a text.txt", "windows": 8, "seq_len": 64, **settings}
         own |= write_kinds({"proxy": kinds, "heldout": kinds})
         store.save_settings({**(store.load_settings() or {}), **own})
-        profile = build_profile() if latency else None
+        profile = (build_profile_with_drops if has_drops else build_profile)() if latency else None
         if profile is not None:
             store.save_latency_profile(profile.model_dump(mode="json"))
         from lpsearch.latency.model import LatencyModel
 
         result = run_study(
             evaluator=evaluator,
-            space=PlanSpace(NUM_LAYERS),
+            space=PlanSpace(NUM_LAYERS, allow=tuple(allow)),
             budget=budget,
             store=store,
             sampler=sampler,
@@ -124,7 +162,7 @@ def search_formula(
         front = build_front(read_results(store), metric=metric, objective=objective)
         assert [record.plan for record in front] == [record.plan for record in result.front]
         if heldout:
-            unseen = SyntheticEvaluator(NUM_LAYERS, num_windows=6 if kinds else 5)
+            unseen = make_evaluator(NUM_LAYERS, num_windows=6 if kinds else 5)
             for record in front:
                 evaluate_stored_plan(store, unseen, record.plan, split="heldout")
         if files:

@@ -16,7 +16,7 @@ import pytest
 from lpsearch.plan import Plan
 from lpsearch.report import StudyReport
 from lpsearch.search import StudyStore
-from tests.report.conftest import MakeStudy
+from tests.report.conftest import EVERYTHING, MakeStudy
 
 optuna_dashboard = pytest.importorskip("optuna_dashboard", reason="optuna-dashboard is not installed")
 
@@ -52,6 +52,19 @@ def test_the_figure_is_the_present_front_and_there_is_one(make_study: MakeStudy,
         traces = {trace["name"]: trace for trace in json.loads(shown[0]["graph_object"])["data"]}
         assert traces["front"]["y"] == [point.loss.delta_nll for point in report.front]
         assert len(traces["front"]["y"]) + len(traces["every other trial"]["y"]) == len(report.results)
+
+
+def test_a_plan_that_drops_has_a_note_and_one_artifact(make_study: MakeStudy, tmp_path: Path) -> None:
+    for _ in range(2):
+        report = make_study(budget=45, objective="latency", allow=EVERYTHING)
+        study = annotate(report, tmp_path)
+    names = [artifact["filename"] for artifact in study["artifacts"]]
+    assert sorted(names) == sorted(Path(str(point.plan_file)).name for point in report.front)
+    assert any("-drops-" in name for name in names)
+    notes = {trial["number"]: trial["note"]["body"] for trial in study["trials"] if trial["note"]["body"]}
+    for point in report.front:
+        for branch, layers in point.plan.dropped.items():
+            assert (f"without {'MLP' if branch == 'mlp' else branch} " in notes[point.trial]) == bool(layers)
 
 
 def test_a_large_study_keeps_a_small_figure(

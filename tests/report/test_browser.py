@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from lpsearch.report import write_html
 from tests.browsing import CHARTS, Opened, count_drawn, get_shown_plans, join_groups, open_in_browser, point_at
+from tests.report.conftest import EVERYTHING, search_formula
 
 pytestmark = pytest.mark.browser
 
@@ -89,6 +91,29 @@ def test_the_layer_map_and_tables_choose_plans(open_report: Any) -> None:
     opened.page.click("#front summary")
     opened.page.click("#front table [data-show='0']")
     assert get_shown_plans(opened.page) == [0]
+
+
+def test_the_halves_of_a_map_with_drops_choose_their_plan(browser: Any, tmp_path: Path) -> None:
+    report = search_formula(tmp_path, budget=45, objective="latency", allow=EVERYTHING)
+    write_html(report, tmp_path / "report.html")
+    opened = open_in_browser(browser, (tmp_path / "report.html").as_uri(), out=tmp_path, front=[])
+    page = opened.page
+    page.locator("#chart-layers").scroll_into_view_if_needed()
+    box = page.locator("#chart-layers .nsewdrag").bounding_box()
+    halves = [(place, half) for place in range(len(report.front)) for half in (0.25, 0.75)]
+    for place, half in (*halves[::2], *halves[1::2]):  # so that every click chooses another plan than the one before
+        branch = "attention" if half < 0.5 else "mlp"
+        layer_idx = next(iter(report.front[place].plan.dropped[branch]), 3)  # of dropped ones, the empty cell
+        across = box["x"] + box["width"] * (layer_idx + 0.2) / report.num_layers
+        page.mouse.move(across, box["y"] + box["height"] * (place + half) / len(report.front))
+        page.wait_for_timeout(150)  # plotly looks at where the mouse is some times a second
+        page.mouse.down()
+        page.mouse.up()
+        page.wait_for_selector(f"#plan-{place}", state="visible")
+        assert get_shown_plans(page) == [place]
+    assert count_drawn(page, "layers") > sum(point.plan.num_dropped for point in report.front)
+    assert opened.complaints == []
+    page.context.close()
 
 
 def test_keys_alone_are_enough(open_report: Any) -> None:

@@ -81,7 +81,8 @@ def test_a_large_study_stays_small(make_study: MakeStudy) -> None:
     import numpy as np
 
     from lpsearch.plan import Plan
-    from lpsearch.report.study import JoinEffects
+    from lpsearch.report.effects import ChoiceEffects
+    from lpsearch.search import PlanSpace
 
     report = make_study(budget=12)
     rng = np.random.default_rng(0)
@@ -99,7 +100,8 @@ def test_a_large_study_stays_small(make_study: MakeStudy) -> None:
         if any(r.num_joins == k for r in records)
     }
     front = [dataclasses.replace(best[k], heldout=None) for k in sorted(best)]
-    effects = JoinEffects(
+    effects = ChoiceEffects(
+        choices=PlanSpace(80).choices,
         measured=(0.1,) * 79,
         measured_se=(0.01,) * 79,
         expected=(0.1,) * 79,
