@@ -10,10 +10,15 @@ The table has the arrays ``mask`` (integers; bit i set: layers i and i + 1 are j
 token, ``L`` (number of layers) and ``about`` (JSON: what was measured on what). ``--by-window`` adds ``window_nll``
 float32 (plans, windows), so that a search with racing can be replayed. ``--layers A-B`` groups only layers A to B, both
 included. Replay such a table with the other layers frozen, or write it with ``--renumber`` as the table of a model of
-those layers alone. ``--data`` takes a text, as ``lpsearch optimize`` does, or tokens that ``windows_file.py`` wrote.
+those layers alone. ``--allow joins,drops`` also drops branches of these layers; the table then has the arrays
+``dropped_attention`` and ``dropped_mlp`` (integers; bit i set: that branch of layer i is dropped), and
+``mixed_regret.py`` replays it. ``--data`` takes a text, as ``lpsearch optimize`` does, or tokens that
+``windows_file.py`` wrote.
 
     python studies/enumerate_front.py --model smollm2-135m --data wikitext2 --windows 4 --seq-len 512 --layers 2-28 \
         --device cuda --out smollm2-135m.npz
+    python studies/enumerate_front.py --model smollm2-135m --data text.txt --windows 4 --seq-len 64 --layers 20-24 \
+        --allow joins,drops --renumber --device cpu --out smollm2-135m-drops.npz
     python studies/enumerate_front.py --model smollm2-135m --data windows.npz --layers 4-27 --renumber --by-window \
         --device cuda --out smollm2-135m-by-window.npz
 """
@@ -26,7 +31,8 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,11 +46,13 @@ if not __package__:  # run as a file: the package of the scripts is found from t
 
 from lpsearch.commands.loading import describe_device, resolve_device
 from lpsearch.commands.outputs import check_output_file
-from lpsearch.config import parse_layer_list
+from lpsearch.config import Allowed, parse_allowed, parse_layer_list
 from lpsearch.data import Windows
 from lpsearch.errors import ConfigError, LpsearchError
 from lpsearch.models import load_model, resolve_source
 from lpsearch.models.families import DecoderBlock, build_blocks, check_family, get_decoder, run_group
+from lpsearch.plan import Group
+from lpsearch.search import PlanSpace
 from studies.tables import PlanLosses, save_table
 from studies.windows_file import get_windows
 
@@ -66,6 +74,7 @@ class Space:
         stop_layer: one more than the last layer that may be grouped.
         max_group: most layers in a group.
         max_joins: most joins of a plan; None for no limit.
+        allow: what a plan may do, as in :class:`lpsearch.search.PlanSpace`.
     """
 
     num_layers: int
@@ -73,12 +82,16 @@ class Space:
     stop_layer: int
     max_group: int = 2
     max_joins: int | None = None
+    allow: tuple[Allowed, ...] = ("joins",)
 
-    def list_group_sizes(self, layer_idx: int) -> list[int]:
-        """Return the sizes that a group beginning at a layer may have."""
-        if layer_idx < self.first_layer:
-            return [1]
-        return [1, *range(2, min(self.max_group, self.stop_layer - layer_idx) + 1)]
+    def list_groups(self, layer_idx: int) -> tuple[Group, ...]:
+        """Return the groups that may begin at a layer."""
+        return self._plans.list_groups(layer_idx)
+
+    @cached_property
+    def _plans(self) -> PlanSpace:
+        frozen = (i for i in range(self.num_layers) if not self.first_layer <= i < self.stop_layer)
+        return PlanSpace(self.num_layers, self.max_group, tuple(frozen), self.allow)
 
     def count_plans(self) -> int:
         """Count the plans, the baseline included."""
@@ -86,7 +99,7 @@ class Space:
         counts = [[0] * (max_joins + 1) for _ in range(self.num_layers + 1)]
         counts[0][0] = 1
         for layer_idx in range(self.num_layers):
-            for size in self.list_group_sizes(layer_idx):
+            for size in map(len, self.list_groups(layer_idx)):
                 for num_joins in range(max_joins + 2 - size):
                     counts[layer_idx + size][num_joins + size - 1] += counts[layer_idx][num_joins]
         return sum(counts[-1])
@@ -94,7 +107,7 @@ class Space:
 
 @dataclass
 class _PrefixQueue:
-    """A queue of prefixes that end at the same layer: their masks and hidden states (plans, windows, seq, hidden)."""
+    """A queue of prefixes that end at the same layer: their bits and hidden states (plans, windows, seq, hidden)."""
 
     chunks: deque[tuple[list[int], Tensor]] = field(default_factory=deque)
     size: int = 0
@@ -159,17 +172,28 @@ def enumerate_losses(
             if len(pending) > 1:  # the device stays one batch ahead of what is read from it
                 done.collect(*pending.popleft())
             continue
-        for size in space.list_group_sizes(layer_idx):
-            bits = sum(1 << i for i in range(layer_idx, layer_idx + size - 1))
-            kept = _find_within(masks, size - 1, space.max_joins)
+        for group in space.list_groups(layer_idx):
+            bits = _encode_group(group, space.num_layers)
+            kept = _find_within(masks, len(group) - 1, space)
             if kept:
-                group = slice(layer_idx, layer_idx + size)
+                members = [
+                    replace(blocks[i], runs_attention=i in group.attention_layers, runs_mlp=i in group.mlp_layers)
+                    for i in group
+                ]
                 inputs = hidden_states if len(kept) == len(masks) else hidden_states[kept]
-                outputs = _run_layers(blocks[group], inputs, layer_kwargs[group])
-                queues[layer_idx + size].push([masks[row] | bits for row in kept], outputs)
+                outputs = _run_layers(members, inputs, [layer_kwargs[i] for i in group], is_changed=group.is_changed)
+                queues[layer_idx + len(group)].push([masks[row] | bits for row in kept], outputs)
     for batch in pending:
         done.collect(*batch)
-    return done.build_losses()
+    return done.build_losses(space)
+
+
+def _encode_group(group: Group, num_layers: int) -> int:
+    """Return a group's bits: its joins, above them the attentions that it drops, above them the MLPs."""
+    joins = sum(1 << i for i in group[:-1])
+    attention = sum(1 << i for i in group if i not in group.attention_layers)
+    mlp = sum(1 << i for i in group if i not in group.mlp_layers)
+    return joins | attention << num_layers | mlp << 2 * num_layers
 
 
 def _choose_queue(queues: Sequence[_PrefixQueue], batch_sizes: Sequence[int]) -> int | None:
@@ -179,19 +203,24 @@ def _choose_queue(queues: Sequence[_PrefixQueue], batch_sizes: Sequence[int]) ->
     return full[-1] if full else min(waiting, default=None)
 
 
-def _find_within(masks: Sequence[int], added_joins: int, max_joins: int | None) -> list[int]:
+def _find_within(masks: Sequence[int], added_joins: int, space: Space) -> list[int]:
     """Return the rows whose plans have at most ``max_joins`` joins after that many are added."""
-    if max_joins is None:
+    if space.max_joins is None:
         return list(range(len(masks)))
-    return [row for row, mask in enumerate(masks) if mask.bit_count() + added_joins <= max_joins]
+    joins = (1 << space.num_layers) - 1
+    return [row for row, mask in enumerate(masks) if (mask & joins).bit_count() + added_joins <= space.max_joins]
 
 
 def _run_layers(
-    blocks: Sequence[DecoderBlock], hidden_states: Tensor, layer_kwargs: Sequence[Mapping[str, Any]]
+    blocks: Sequence[DecoderBlock],
+    hidden_states: Tensor,
+    layer_kwargs: Sequence[Mapping[str, Any]],
+    *,
+    is_changed: bool,
 ) -> Tensor:
-    """Run one group on (plans, windows, seq, hidden); a group of one runs the ordinary layer."""
+    """Run one group on (plans, windows, seq, hidden); a whole layer of its own runs as the model runs it."""
     rows = hidden_states.flatten(0, 1)  # (plans * windows, seq, hidden)
-    outputs = blocks[0].layer(rows, **layer_kwargs[0]) if len(blocks) == 1 else run_group(blocks, rows, layer_kwargs)
+    outputs = run_group(blocks, rows, layer_kwargs) if is_changed else blocks[0].layer(rows, **layer_kwargs[0])
     return outputs.view(hidden_states.shape)
 
 
@@ -218,11 +247,17 @@ class _Collector:
         if self._on_progress is not None:
             self._on_progress(len(self._masks))
 
-    def build_losses(self) -> PlanLosses:
-        """Return all that was collected."""
-        masks = np.array(self._masks, dtype=np.int64)
-        order = np.argsort(masks)
-        return PlanLosses(masks[order], np.concatenate(self._window_nll)[order])
+    def build_losses(self, space: Space) -> PlanLosses:
+        """Return all that was collected, plans of the same drops together."""
+        order = sorted(range(len(self._masks)), key=self._masks.__getitem__)
+        window_nll = np.concatenate(self._window_nll)[order]
+        bits = [self._masks[row] for row in order]
+        low = (1 << space.num_layers) - 1
+        masks = np.array([value & low for value in bits], dtype=np.int64)
+        if space.allow == ("joins",):
+            return PlanLosses(masks, window_nll)
+        dropped = [np.array([value >> n * space.num_layers & low for value in bits], dtype=np.int64) for n in (1, 2)]
+        return PlanLosses(masks, window_nll, *dropped)
 
 
 def _capture(model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
@@ -323,6 +358,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         "layers": [space.first_layer, space.stop_layer],
         "max_group": space.max_group,
         "max_joins": space.max_joins,
+        "allow": list(space.allow),
         "torch": torch.__version__,
     }
     renumbered = {"first_layer": space.first_layer, "num_layers": space.stop_layer - space.first_layer}
@@ -350,7 +386,11 @@ def _build_space(options: argparse.Namespace, num_layers: int) -> Space:
         )
     if options.max_group < 2 or (options.max_joins is not None and options.max_joins < 1):
         raise ConfigError("--max-group must be at least 2 and --max-joins at least 1")
-    return Space(num_layers, layers[0], layers[-1] + 1, options.max_group, options.max_joins)
+    try:
+        allow = parse_allowed([options.allow])
+    except ValueError as error:
+        raise ConfigError(f"--allow: {error}") from None
+    return Space(num_layers, layers[0], layers[-1] + 1, options.max_group, options.max_joins, allow)
 
 
 @dataclass
@@ -371,6 +411,8 @@ class _Reporter:
 
 def _print_front(losses: PlanLosses) -> None:
     nll = losses.nll
+    if losses.dropped_attention is not None:
+        return  # plans with drops are compared by time, which the losses do not say
     num_joins = np.bitwise_count(losses.masks)
     print(f"{'joins':>5} {'delta_nll':>10}  best plan")
     for count in range(int(num_joins.max()) + 1):
@@ -389,6 +431,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--by-window", action="store_true", help="keep the loss of every window as well")
     parser.add_argument("--out", type=Path, required=True, help="the .npz file to write")
     parser.add_argument("--layers", help="layers that may be grouped, e.g. 2-28 (both included; default: all)")
+    parser.add_argument("--allow", default="joins", help="what plans may do, as for lpsearch optimize")
     parser.add_argument("--max-joins", type=int, help="leave out plans with more joins")
     parser.add_argument("--max-group", type=int, default=2, help="most layers in a group (default: 2)")
     parser.add_argument("--renumber", action="store_true", help="count layers from the first that may be grouped")

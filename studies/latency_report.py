@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lpsearch.latency.allow import parse_allow
+from lpsearch.latency.allow import DROPS, JOINS
 from lpsearch.latency.measure import measure_profile
 from lpsearch.latency.model import LatencyModel
 from lpsearch.latency.ranks.parallel import EmulatedRanks
@@ -149,7 +149,7 @@ def run_part(group: Any, part: str, model: str, seconds: float) -> dict[str, Any
         drops = part == "additive-drops"
         profile = measure_profile(
             config, device=device, dtype=dtype, context_len=context, max_group=3, budget_s=seconds,
-            allow=parse_allow("joins,drops" if drops else "joins"),
+            allow=JOINS | DROPS if drops else JOINS,
             choose_ranks=None if group is None else lambda n: choose_ranks(group, num_elements=n),
         )  # fmt: skip
         rng = np.random.default_rng(0)

@@ -35,10 +35,14 @@ class PlanLosses:
     Attributes:
         masks: (plans,) the joins of each plan as bits, in ascending order, so that the baseline (0) comes first.
         window_nll: (plans, windows) nats per token.
+        dropped_attention: (plans,) the layers whose attention is dropped, as bits; None where plans only join.
+        dropped_mlp: the same of MLPs.
     """
 
     masks: IntArray
     window_nll: FloatArray
+    dropped_attention: IntArray | None = None
+    dropped_mlp: IntArray | None = None
 
     @property
     def nll(self) -> FloatArray:
@@ -128,9 +132,14 @@ def save_table(
         by_window: keep the loss of every window as well.
     """
     arrays = {"window_nll": losses.window_nll.astype(np.float32)} if by_window else {}
+    dtype = np.int32 if num_layers <= 32 else np.int64
+    for name in ("dropped_attention", "dropped_mlp"):
+        bits = getattr(losses, name)
+        if bits is not None:
+            arrays[name] = (bits >> first_layer).astype(dtype)
     np.savez_compressed(
         path,
-        mask=(losses.masks >> first_layer).astype(np.int32 if num_layers <= 32 else np.int64),
+        mask=(losses.masks >> first_layer).astype(dtype),
         nll=losses.nll.astype(np.float32),
         L=np.int64(num_layers),
         about=np.array(json.dumps(about)),
@@ -174,6 +183,8 @@ def load_table(path: Path, *, frozen_layers: Sequence[int] = ()) -> Table:
 def _read_arrays(path: Path) -> Mapping[str, Any]:
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+            if "dropped_mlp" in archive:
+                raise ValueError("its plans drop branches; replay it with studies/mixed_regret.py")
             masks, nll, num_layers = (np.asarray(archive[name]) for name in ("mask", "nll", "L"))
             window_nll = np.asarray(archive["window_nll"]) if "window_nll" in archive else None
     except FileNotFoundError:

@@ -48,7 +48,7 @@ def get_latency_model(
         profile_name: what ``--latency`` is.
         objective: of the study.
         max_group: largest group of a plan.
-        allow: what plans may do, as in :func:`lpsearch.latency.allow.parse_allow`.
+        allow: what plans may do, as in :data:`lpsearch.config.Allowed`.
         mix: workloads that ``--workload`` names, with their weights; None for the profile's first.
         model_name: the model as ``--model`` takes it, for messages.
 

@@ -16,8 +16,8 @@ from lpsearch.commands.loading import resolve_device, resolve_dtype
 from lpsearch.commands.options import DeviceOption, DtypeOption, ModelOption
 from lpsearch.commands.outputs import check_output_file
 from lpsearch.commands.steps import show_steps
+from lpsearch.config import parse_allowed
 from lpsearch.errors import ConfigError
-from lpsearch.latency.allow import parse_allow
 from lpsearch.latency.mix import Workload, parse_mix
 from lpsearch.latency.workload import check_workloads, limit_context
 from lpsearch.plan import Plan
@@ -101,7 +101,10 @@ def profile(
     num_layers = read_num_layers(config)
     if max_group > max(2, num_layers):
         raise ConfigError(f"--max-group is {max_group}; the model has only {num_layers} layers")
-    allowed = parse_allow(allow)
+    try:
+        allowed = parse_allowed([allow])
+    except ValueError as error:
+        raise ConfigError(f"--allow {allow}: {error}") from None
     max_group = max_group if "joins" in allowed else 1
     measured = _measure(
         config,

@@ -37,7 +37,6 @@ from lpsearch.config import Allowed, OptimizeConfig, ResolvedConfig, Split, slug
 from lpsearch.data import Windows, check_seq_len, check_text_kinds
 from lpsearch.errors import PlanError
 from lpsearch.front_file import FrontFile
-from lpsearch.latency.allow import JOINS
 from lpsearch.latency.mix import parse_mix
 from lpsearch.latency.profile import check_profile_geometry, load_profile
 from lpsearch.latency.workload import check_workloads
@@ -168,7 +167,7 @@ def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
             check_profile_use(
                 profile,
                 max_group=values.max_group,
-                allow=JOINS,
+                allow=values.allow,
                 mix=mix,
                 name=f"--latency {values.latency}",
                 model_name=values.model,
@@ -222,6 +221,7 @@ def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
                 profile_name=str(values.latency),
                 objective=values.objective,
                 max_group=values.max_group,
+                allow=values.allow,
                 mix=parse_mix(values.workload),
                 model_name=values.model,
             )

@@ -263,7 +263,7 @@ def _build_calibration(options: Mapping[str, Any], loaded: LoadedModel, windows:
         num_windows=options["windows"],
         num_kinds=len(kinds),
         seq_len=options["seq_len"],
-        max_group=options["max_group"],
+        max_group=options["max_group"] if "joins" in options["allow"] else 1,
     )
     with show_steps("preparing windows to refit on") as on_progress:
         return build_mixed_windows(

@@ -58,7 +58,7 @@ def find_group_kinds(geometry: ProfileGeometry, *, max_group: int, allow: Collec
     Args:
         geometry: shape of the model.
         max_group: largest group, where plans may join.
-        allow: what plans may do, as in :func:`lpsearch.latency.allow.parse_allow`.
+        allow: what plans may do, as in :data:`lpsearch.config.Allowed`.
     """
     windows = _list_windows(geometry, max_group if "joins" in allow else 1)
     examples: dict[str, Group] = {}
@@ -82,7 +82,7 @@ def check_profile_kinds(
     Args:
         profile: the profile.
         max_group: largest group of a plan, where plans may join.
-        allow: what plans may do, as in :func:`lpsearch.latency.allow.parse_allow`.
+        allow: what plans may do, as in :data:`lpsearch.config.Allowed`.
         name: of the profile, for the message.
         model: the model as ``--model`` takes it.
 
@@ -118,7 +118,7 @@ def choose_depths(
         geometry: shape of the model.
         num_layers: most layers of a depth.
         max_group: largest group, where plans may join.
-        allow: what plans may do, as in :func:`lpsearch.latency.allow.parse_allow`.
+        allow: what plans may do, as in :data:`lpsearch.config.Allowed`.
     """
     max_group = max_group if "joins" in allow else 1
     own = tuple(range(num_layers))

@@ -73,7 +73,7 @@ def measure_profile(
         context_len: cached tokens of each, or as many as the model reads if these are fewer.
         max_group: largest group to measure.
         budget_s: about how long the timed part of each workload takes.
-        allow: what plans may do, as in :func:`lpsearch.latency.allow.parse_allow`: which kinds of group are measured.
+        allow: what plans may do, as in :data:`lpsearch.config.Allowed`: which kinds of group are measured.
         usable_bytes: memory to use on each rank; None for most of what is free.
         choose_ranks: given the elements of a step's sums, returns the ranks that share the model and the time in us of
             one sum of each kind that was tried; None for one rank. Every rank calls this function alike.

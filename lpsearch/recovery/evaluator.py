@@ -52,7 +52,7 @@ def choose_num_calibration_windows(
         num_windows: evaluation windows of each kind.
         num_kinds: kinds of text.
         seq_len: tokens in a window.
-        max_group: most layers in a group.
+        max_group: most layers in a group; 1 where plans do not join.
     """
     num_inputs = max_group * find_widest_input(build_blocks(model))
     num_fitted = -(-num_inputs // seq_len)

@@ -11,7 +11,7 @@ import pytest
 
 from lpsearch.errors import ConfigError
 from lpsearch.latency import LatencyModel, LatencyProfile, check_profile_geometry, load_profile, save_profile
-from lpsearch.latency.allow import parse_allow
+from lpsearch.latency.allow import DROPS, JOINS
 from lpsearch.latency.depths import check_profile_kinds, find_group_kinds
 from lpsearch.latency.mix import Workload, parse_mix
 from lpsearch.latency.model import fit_group_costs
@@ -222,7 +222,7 @@ STAGE_MS = {"attention: 1 full": 0.2, "attention: 2 full": 0.3, "MLP: 1 dense": 
 @pytest.fixture
 def dropping_profile(profile) -> LatencyProfile:
     """Made up: every kind of group costs what its stages cost."""
-    kinds = find_group_kinds(profile.geometry, max_group=2, allow=parse_allow("joins,drops"))
+    kinds = find_group_kinds(profile.geometry, max_group=2, allow=JOINS | DROPS)
     costs = {k: sum(STAGE_MS[stage] for stage in profile.geometry.describe_stages(g)) for k, g in kinds.items()}
     workload = profile.workloads[0].model_copy(update={"cost_ms": costs})
     return profile.model_copy(update={"workloads": (workload,)})
@@ -271,15 +271,7 @@ def test_a_profile_of_joins_alone_is_refused_by_name_where_plans_drop(profile):
     ):
         check_profile_kinds(profile, max_group=2, allow={"drop-attention"}, name="p.json", model="m")
     with pytest.raises(ConfigError, match="--allow joins,drops --max-group 2`"):
-        check_profile_kinds(profile, max_group=2, allow=parse_allow("joins,drops"), name="p.json")
-
-
-def test_what_is_allowed_is_said_by_name():
-    assert parse_allow("joins") == {"joins"}
-    assert parse_allow("drops, joins") == parse_allow(["joins", "drop-attention", "drop-mlp"])
-    for words in ("", "joins,splits", []):
-        with pytest.raises(ConfigError, match="--allow"):
-            parse_allow(words)
+        check_profile_kinds(profile, max_group=2, allow=JOINS | DROPS, name="p.json")
 
 
 def test_the_cache_shrinks_with_every_attention_that_goes(profile, dropping_profile):

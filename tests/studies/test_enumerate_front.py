@@ -11,17 +11,22 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from lpsearch.config import Allowed
 from lpsearch.data import Windows
+from lpsearch.errors import DataError
 from lpsearch.evaluation import ModelEvaluator
 from lpsearch.plan import Plan
+from lpsearch.search import PlanSpace
 from studies import enumerate_front
 from studies.enumerate_front import PlanLosses, Space
+from studies.mixed_regret import load_mixed_table
 from studies.tables import load_table
 from studies.windows_file import save_windows
 from tests.tiny_models import VOCAB_SIZE, build_tiny_model
 from tests.tolerances import FLOAT32_LOSS, STORED_FLOAT32
 
 NUM_LAYERS = 6
+EVERYTHING: tuple[Allowed, ...] = ("joins", "drop-attention", "drop-mlp")
 
 
 def list_masks(space: Space) -> set[int]:
@@ -69,6 +74,45 @@ def test_losses_are_those_of_each_plan_by_itself(family: str, space: Space, batc
     assert losses.masks.tolist() == sorted(list_masks(space))
     assert len(losses.masks) == space.count_plans()
     check_against_each_plan(losses, model, windows)
+
+
+@pytest.mark.parametrize(("family", "allow"), [("llama", EVERYTHING), ("gpt_neox", ("drop-attention", "drop-mlp"))])
+def test_losses_of_plans_that_drop_are_those_of_each_plan_by_itself(family: str, allow: tuple[Allowed, ...]):
+    model = build_tiny_model(family, num_layers=NUM_LAYERS)
+    windows = build_random_windows()
+    space = Space(NUM_LAYERS, 2, 5, allow=allow)
+    losses = enumerate_front.enumerate_losses(model, windows, space, batch_plans=7)
+    assert losses.dropped_attention is not None
+    assert losses.dropped_mlp is not None
+    evaluator = ModelEvaluator(model=model, windows=windows, cache_bytes=0)
+    plans = []
+    rows = zip(losses.masks, losses.dropped_attention, losses.dropped_mlp, losses.window_nll, strict=True)
+    for joins, attention, mlp, window_nll in rows:
+        listed = [[i for i in range(NUM_LAYERS) if bits >> i & 1] for bits in map(int, (joins, attention, mlp))]
+        plans.append(Plan.from_joins(NUM_LAYERS, listed[0]).drop({"attention": listed[1], "mlp": listed[2]}))
+        expected = evaluator.evaluate_windows(plans[-1], range(3)).nll_nats_per_token
+        assert window_nll.tolist() == pytest.approx(expected, abs=FLOAT32_LOSS)
+    assert plans[0] == Plan.baseline(NUM_LAYERS)
+    whole = PlanSpace(NUM_LAYERS, 2, (0, 1, 5), allow)
+    assert len(plans) == space.count_plans() == whole.count_plans()
+    assert set(plans) == set(whole.enumerate_plans())
+
+
+def test_a_table_with_drops_is_for_the_script_that_replays_it(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "table.npz"
+    arguments = ["--model", str(tiny_model_dir), "--data", str(text_file), "--windows", "2", "--seq-len", "24"]
+    arguments += ["--layers", "1-3", "--dtype", "float32", "--device", "cpu", "--out", str(out), "--renumber"]
+    assert enumerate_front.main([*arguments, "--allow", "joins,drops"]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    table = load_mixed_table(out)
+    assert len(table.nll) == document["plans"] == PlanSpace(3, allow=EVERYTHING).count_plans() + 1
+    assert table.nll[Plan.baseline(3)] == pytest.approx(document["baseline_nll"], abs=STORED_FLOAT32)
+    with pytest.raises(DataError, match=r"mixed_regret\.py"):
+        load_table(out)
+    assert enumerate_front.main([*arguments, "--allow", "splits"]) == 2
+    assert "'splits' is none of joins" in capsys.readouterr().err
 
 
 def test_leaves_the_model_as_it_was():

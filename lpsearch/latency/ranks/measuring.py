@@ -46,7 +46,7 @@ def measure_profile_on_ranks(
         workloads: what to measure.
         max_group: largest group.
         budget_s: about how long the timed part of each workload takes.
-        allow: what plans may do, as in :func:`lpsearch.latency.allow.parse_allow`.
+        allow: what plans may do, as in :data:`lpsearch.config.Allowed`.
         on_progress: called with the share done.
 
     Returns:
@@ -99,7 +99,7 @@ def emulate_profile_on_ranks(
         workloads: what to measure.
         max_group: largest group.
         budget_s: about how long the timed part of each workload takes.
-        allow: what plans may do, as in :func:`lpsearch.latency.allow.parse_allow`.
+        allow: what plans may do, as in :data:`lpsearch.config.Allowed`.
         on_progress: called with the share done.
 
     Raises:
