@@ -36,7 +36,6 @@ __all__ = ["build_front_file", "build_proxy_metrics", "build_summary", "check_fi
 _SUMMARY_FIELDS = {
     "plan",
     "num_joins",
-    "num_dropped",
     "depth_reduction",
     "delta_nll",
     "heldout_delta_nll",
@@ -185,6 +184,7 @@ def build_summary(file: FrontFile, out: Path) -> dict[str, Any]:
     """
     fields = _SUMMARY_FIELDS | _KL_FIELDS if file.metric == "kl" else _SUMMARY_FIELDS
     fields = fields | _KIND_FIELDS if any(point.by_kind or point.heldout_by_kind for point in file.front) else fields
+    fields = fields | {"num_dropped"} if any(point.num_dropped for point in file.front) else fields
     fields = fields | _WORST_CASE_FIELDS if file.worst_case else fields
     fields = fields if file.recover == "off" else fields | _REFIT_FIELDS
     return {

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 CALIBRATION_SHARE = 0.25
 """Calibration windows for each proxy window; more cost more than an evaluation does (studies/LOG.md)."""
 
-SEARCH_RIDGES = (0.1,)
+SEARCH_RIDGES = (1.0,)
 """The ridge of a search's refits, as a share of the mean square of an input; none is fitted where it does not help."""
 
 _KEPT_FITS = 4

@@ -57,12 +57,12 @@ def parse(*words: str) -> dict[str, Any]:
 def test_what_is_typed_arrives_as_the_configuration_has_it() -> None:
     words = [word for name, (text, _) in TYPED.items() for word in ("--" + name.replace("_", "-"), text)]
     words += ["--enqueue", "a.json", "--enqueue", "b", "--unstaged", "--trust-remote-code", "--more", "6"]
-    words += ["--data", "b.txt", "--worst-case"]
+    words += ["--data", "b.txt", "--worst-case", "--workload", "decode:1x64", "--workload", "decode:8x64@2"]
     given = parse(*words)
     assert given.pop("more") == 6
     expected = {name: value for name, (_, value) in TYPED.items()}
     expected |= {"enqueue": (Path("a.json"), Path("b")), "staged": False, "trust_remote_code": True}
-    expected |= {"data": ("self@2", "b.txt"), "worst_case": True}
+    expected |= {"data": ("self@2", "b.txt"), "worst_case": True, "workload": ("decode:1x64", "decode:8x64@2")}
     assert given.keys() == expected.keys() == OptimizeConfig.model_fields.keys()
     assert resolve_config(command_line=given).values == OptimizeConfig(**expected)
 
