@@ -17,7 +17,7 @@ from lpsearch.commands.tables import build_front_table, get_metric, spread_rows
 from lpsearch.plan import Plan
 from lpsearch.search import EvaluationUpdate, TrialResult, TrialUpdate
 from lpsearch.search.results import finite_or_none
-from lpsearch.wording import describe_layers, name_count
+from lpsearch.wording import describe_changes, describe_layers, name_count
 
 __all__ = ["SearchProgress", "show_search"]
 
@@ -79,7 +79,7 @@ class _SearchLines:
         record = update.result
         metric = get_metric(update.front or [record])
         best = ", ".join(
-            f"{point.get_cost(metric):.3f} at {name_count(point.num_joins, 'join')}"
+            f"{point.get_cost(metric):.3f} at {describe_changes(point.plan)}"
             for point in spread_rows(update.front[1:], 4)
         )
         logger.info(
@@ -87,7 +87,7 @@ class _SearchLines:
             update.num_finished,
             update.budget,
             record.origin,
-            name_count(record.num_joins, "join"),
+            describe_changes(record.plan),
             "delta nll" if metric == "nll" else "kl",
             record.get_cost(metric),
             len(update.front),
@@ -121,7 +121,7 @@ class _SearchDisplay:
     def on_evaluation(self, update: EvaluationUpdate) -> None:
         self._num_finished, self._budget, self._front = update.num_finished, update.budget, update.front
         layers = describe_layers(update.plan)
-        what = f"{name_count(update.plan.num_joins, 'join')}: layers {layers}" if layers else "the unmodified model"
+        what = f"{describe_changes(update.plan)}: layers {layers}" if layers else "the unmodified model"
         self._note = f"{update.origin}, {name_count(update.num_windows, 'window')}, {what}"
 
     def on_trial(self, update: TrialUpdate) -> None:
@@ -177,6 +177,7 @@ def _build_point(record: TrialResult) -> dict[str, Any]:
     """Build a plan's entry in the lines for programs; losses in nats per token, null where they are not finite."""
     return {
         "num_joins": record.num_joins,
+        "num_dropped": record.num_dropped,
         "depth_reduction": record.depth_reduction,
         "delta_nll": finite_or_none(record.loss.delta_nll),
         "delta_nll_se": finite_or_none(record.loss.delta_nll_se),
@@ -184,6 +185,7 @@ def _build_point(record: TrialResult) -> dict[str, Any]:
         "latency_ms": record.latency_ms,
         "speedup": record.speedup,
         "groups": record.plan.to_lists(),
+        "dropped": record.plan.dropped,
         "origin": record.origin,
         "trial": record.trial,
     }

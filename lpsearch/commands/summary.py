@@ -20,7 +20,7 @@ from lpsearch.plan import LatencyMetrics
 from lpsearch.report.front_columns import choose_kind_losses
 from lpsearch.search import StudyResult, TrialResult, build_front
 from lpsearch.search.results import list_untouched
-from lpsearch.wording import escape_controls, name_count
+from lpsearch.wording import describe_changes, escape_controls, name_count
 
 if TYPE_CHECKING:
     from lpsearch.report import StudyReport
@@ -159,11 +159,9 @@ class SearchSummary:
 def _describe_pick(report: StudyReport, pick: Pick) -> str:
     limit = f"≤ {pick.max_loss}"
     if pick.index is None:
-        return f"{limit}: no plan with a join has so little"
+        return f"{limit}: no plan but the unmodified model has so little"
     result = report.front[pick.index]
-    words = [name_count(result.num_joins, "join")]
-    words += [name_count(result.num_dropped, "drop")] if result.num_dropped else []
-    words += [f"{result.depth_reduction:.1%} less depth"]
+    words = [describe_changes(result.plan), f"{result.depth_reduction:.1%} less depth"]
     words += [] if result.speedup is None else [f"{result.speedup:.3f}x {describe_estimate(report.latency_error)}"]
     words += [f"{'loses' if report.metric == 'nll' else 'kl'} {result.get_reported_cost(report.metric):.3f}"]
     return f"{limit}: {', '.join(words)}  {result.plan_file or ''}".rstrip()

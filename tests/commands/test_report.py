@@ -196,14 +196,14 @@ def test_studies_that_cannot_be_read_are_named(run_lpsearch: Run, arguments: lis
 def write_front(directory: Path, points: list[dict[str, Any]], **fields: Any) -> None:
     """Write a ``front.json`` whose points say what they are given, and else what every point says."""
     point = {
-        **{"depth_reduction": 0.0, "delta_nll": 0.0, "delta_nll_se": 0.0, "heldout_delta_nll": None, "speedup": None},
+        **{"delta_nll": 0.0, "delta_nll_se": 0.0, "heldout_delta_nll": None, "speedup": None},
         **{"heldout_delta_nll_se": None, "kl_nats_per_token": None, "perplexity": 20.0, "latency_ms": None},
         **{"groups": [[0], [1]], "origin": "scan", "trial": 0},
     }
     model = {"id": "m", "revision": None, "num_layers": 2, "fingerprint": "a-b"}
     counts = {"trials": 4, "exact": False, "baseline_nll": 3.0, "proxy_tokens": 1, "heldout_tokens": 1}
     document = {"schema_version": 1, "study": "s", "model": model, **counts, **fields}
-    document["front"] = [{**point, "depth_reduction": given["num_joins"] / 10, **given} for given in points]
+    document["front"] = [{**point, "depth_reduction": 0.1 * given.get("num_joins", 0), **given} for given in points]
     (directory / "front.json").write_text(json.dumps(document), encoding="utf-8")
 
 
