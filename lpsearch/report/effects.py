@@ -11,13 +11,12 @@ import numpy as np
 
 from lpsearch.config import Metric
 from lpsearch.search import PlanSpace, TrialResult
+from lpsearch.search.samplers.mixed import build_layout, fit_choices
 from lpsearch.search.samplers.pairset import Evaluated, fit_surrogate
-from lpsearch.search.samplers.surrogate import ChoiceLayout, Surrogate
+from lpsearch.search.samplers.surrogate import Surrogate
 from lpsearch.search.space import Choice
 
 __all__ = ["ChoiceEffects", "describe_choice", "estimate_effects"]
-
-_KINDS = ("join", "drop_attention", "drop_mlp")
 
 
 @dataclass(frozen=True)
@@ -103,30 +102,4 @@ def _fit(results: Sequence[TrialResult], space: PlanSpace, metric: Metric) -> Su
         metric,
         lambda plan: tuple(place for place, bit in enumerate(space.encode(plan)) if bit),
     )
-    if not len(evaluated.delta_nll):
-        return None
-    layout = ChoiceLayout(
-        positions=np.array([float(np.mean(choice.layers)) for choice in space.choices]),
-        kinds=np.array([_KINDS.index(choice.kind) for choice in space.choices]),
-    )
-    counts = evaluated.joined.sum(axis=1)
-    single = np.flatnonzero(counts == 1)
-    places = evaluated.joined[single].argmax(axis=1)
-    measured = np.zeros(num_choices, dtype=bool)
-    measured[places] = True
-    losses = np.zeros(num_choices)
-    losses[places] = evaluated.delta_nll[single]
-    means = np.full(num_choices, float(np.median(evaluated.delta_nll / counts)))
-    for kind in np.unique(layout.kinds):
-        members = np.flatnonzero(layout.kinds == kind)
-        known = members[measured[members]]
-        if len(known):
-            means[members] = np.interp(members, known, losses[known])
-    return Surrogate(
-        joined=evaluated.joined,
-        delta_nll=evaluated.delta_nll,
-        sampling_error=evaluated.sampling_error,
-        join_means=means,
-        measured=measured,
-        layout=layout,
-    )
+    return fit_choices(evaluated, build_layout(space)) if len(evaluated.delta_nll) else None

@@ -39,7 +39,7 @@ from lpsearch.search.samplers.surrogate import ChoiceLayout, Surrogate
 from lpsearch.search.samplers.time_levels import TimeLevels
 from lpsearch.search.space import PlanSpace
 
-__all__ = ["MixedProposer"]
+__all__ = ["MixedProposer", "build_layout", "fit_choices"]
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -117,41 +117,13 @@ class MixedProposer:
 
     @cached_property
     def _layout(self) -> ChoiceLayout:
-        kinds = ("join", "drop_attention", "drop_mlp")
-        return ChoiceLayout(
-            positions=np.array([float(np.mean(choice.layers)) for choice in self._space.choices]),
-            kinds=np.array([kinds.index(choice.kind) for choice in self._space.choices]),
-        )
-
-    def _fit(self, evaluated: Evaluated) -> Surrogate:
-        """Fit the model of the losses; a choice that was not measured alone has what its kind's neighbours cost."""
-        counts = evaluated.joined.sum(axis=1)
-        single = np.flatnonzero(counts == 1)
-        places = evaluated.joined[single].argmax(axis=1)
-        measured = np.zeros(self._num_choices, dtype=bool)
-        measured[places] = True
-        losses = np.zeros(self._num_choices)
-        losses[places] = evaluated.delta_nll[single]
-        means = np.full(self._num_choices, float(np.median(evaluated.delta_nll / counts)))
-        for kind in np.unique(self._layout.kinds):
-            members = np.flatnonzero(self._layout.kinds == kind)
-            known = members[measured[members]]
-            if len(known):
-                means[members] = np.interp(members, known, losses[known])
-        return Surrogate(
-            joined=evaluated.joined,
-            delta_nll=evaluated.delta_nll,
-            sampling_error=evaluated.sampling_error,
-            join_means=means,
-            measured=measured,
-            layout=self._layout,
-        )
+        return build_layout(self._space)
 
     def _propose_candidate(
         self, evaluated: Evaluated, taken: Collection[tuple[int, ...]], pending: Collection[Plan]
     ) -> Proposal | None:
         """Return the best candidate: the dynamic program's where a level is yet untried, else by improvement."""
-        surrogate = self._fit(evaluated)
+        surrogate = fit_choices(evaluated, self._layout)
         candidates = self._list_candidates(surrogate, evaluated, taken)
         if not len(candidates):
             return None
@@ -260,3 +232,43 @@ class MixedProposer:
         """Return a generator that depends on the seed and on which plans are taken, in no order."""
         digest = hashlib.sha256(json.dumps([self._seed, sorted(taken)]).encode()).digest()
         return np.random.default_rng(int.from_bytes(digest[:16], "big"))
+
+
+def build_layout(space: PlanSpace) -> ChoiceLayout:
+    """Return where the choices of a space stand, and of which kind each is."""
+    kinds = ("join", "drop_attention", "drop_mlp")
+    return ChoiceLayout(
+        positions=np.array([float(np.mean(choice.layers)) for choice in space.choices]),
+        kinds=np.array([kinds.index(choice.kind) for choice in space.choices]),
+    )
+
+
+def fit_choices(evaluated: Evaluated, layout: ChoiceLayout) -> Surrogate:
+    """Fit the model of the losses; a choice that was not measured alone has what its kind's neighbours cost.
+
+    Args:
+        evaluated: finished plans by the choices that they make; at least one.
+        layout: of the space.
+    """
+    num_choices = len(layout.kinds)
+    counts = evaluated.joined.sum(axis=1)
+    single = np.flatnonzero(counts == 1)
+    places = evaluated.joined[single].argmax(axis=1)
+    measured = np.zeros(num_choices, dtype=bool)
+    measured[places] = True
+    losses = np.zeros(num_choices)
+    losses[places] = evaluated.delta_nll[single]
+    means = np.full(num_choices, float(np.median(evaluated.delta_nll / counts)))
+    for kind in np.unique(layout.kinds):
+        members = np.flatnonzero(layout.kinds == kind)
+        known = members[measured[members]]
+        if len(known):
+            means[members] = np.interp(members, known, losses[known])
+    return Surrogate(
+        joined=evaluated.joined,
+        delta_nll=evaluated.delta_nll,
+        sampling_error=evaluated.sampling_error,
+        join_means=means,
+        measured=measured,
+        layout=layout,
+    )
