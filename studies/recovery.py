@@ -3,7 +3,8 @@ r"""Measure what a refit, and distilling after it, win back of a plan's loss on 
 Each ``--text NAME=TRAIN,TEST[,WEIGHT]`` is a kind of text: windows files that ``windows_file.py`` wrote. The last 16
 windows of TRAIN are not trained on, but choose the best step; without TEST a kind is trained on and not measured.
 ``--sampled N`` adds windows sampled from the model, 64 of them for the test. The table has the loss of the plan against
-the unmodified model by kind, untouched, refitted and distilled, each with its standard error over windows.
+the unmodified model by kind, untouched, refitted and distilled, each with its standard error over windows. A plan has
+joins, and with ``--drop-attention`` and ``--drop-mlp`` also dropped branches.
 
     python studies/recovery.py --model smollm2-135m --joins 4,7,17,21,24,26 --text wiki=valid.npz,test.npz \
         --text code=code-train.npz,code-test.npz --sampled 1280 --fit-windows 320 --tokens 18000000
@@ -135,7 +136,7 @@ class Meter:
 def run(options: argparse.Namespace, loaded: LoadedModel) -> dict[str, Any]:
     """Refit, distil and measure; return the rows."""
     model, kinds = loaded.model, read_kinds(options, loaded)
-    plan = Plan.from_joins(loaded.identity.num_layers, map(int, options.joins.split(",")))
+    plan = build_plan(options, loaded.identity.num_layers)
     meter = Meter(model, kinds, plan)
     rows = [{"weights": "untouched", "seconds": 0.0, "tokens": 0, "losses": meter.measure()}]
     began = time.perf_counter()
@@ -171,7 +172,16 @@ def run(options: argparse.Namespace, loaded: LoadedModel) -> dict[str, Any]:
         rows.append(
             {"weights": "distilled", "seconds": distilled.seconds, "tokens": distilled.tokens, "losses": losses}
         )
-    return {"joins": list(plan.joins), "depth_reduction": plan.depth_reduction, "rows": rows}
+    return {"joins": list(plan.joins), "dropped": plan.dropped, "depth_reduction": plan.depth_reduction, "rows": rows}
+
+
+def build_plan(options: argparse.Namespace, num_layers: int) -> Plan:
+    """Return the plan of the joins and drops that were asked for."""
+    joins, attention, mlp = (
+        [int(number) for number in text.split(",") if number]
+        for text in (options.joins, options.drop_attention, options.drop_mlp)
+    )
+    return Plan.from_joins(num_layers, joins).drop({"attention": attention, "mlp": mlp})
 
 
 def print_table(found: dict[str, Any]) -> None:
@@ -191,7 +201,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; print the table, and the same as JSON on the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="alias, hub id, directory or .gguf file")
-    parser.add_argument("--joins", required=True, help="joins of the plan, e.g. 4,7,17")
+    parser.add_argument("--joins", default="", help="joins of the plan, e.g. 4,7,17")
+    parser.add_argument("--drop-attention", default="", help="layers without their attention, e.g. 5,20")
+    parser.add_argument("--drop-mlp", default="", help="layers without their MLP")
     parser.add_argument("--text", action="append", default=[], help="NAME=TRAIN,TEST[,WEIGHT]; may be repeated")
     parser.add_argument("--sampled", type=int, default=0, help="windows to sample from the model")
     parser.add_argument("--sampled-weight", type=float, default=1.0, help="how often they are trained on")

@@ -93,6 +93,9 @@ def recover(
         int | None, typer.Option(help="windows that are trained on at once; default: what the memory allows", min=1)
     ] = None,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="train with less memory, more slowly")] = False,
+    compile_layers: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="compile the layers; by default in long GPU runs")
+    ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     trust_remote_code: TrustOption = False,
@@ -113,6 +116,7 @@ def recover(
         "lora_rank": lora,
         "micro_batch": micro_batch,
         "checkpointing": checkpointing,
+        "compile": compile_layers,
         "seed": seed,
     }
     if method == "distill":

@@ -27,17 +27,25 @@ class Comparison:
         base: the unmodified model.
         model: under the plan, on the same device.
         input_ids: (windows, seq), to check the output heads on.
+        is_compiled: whether the loss is compiled.
 
     Raises:
         FamilyError: if an output head cannot be run apart from the layers.
     """
 
-    def __init__(self, base: PreTrainedModel, model: PreTrainedModel, input_ids: npt.NDArray[Any]) -> None:
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        model: PreTrainedModel,
+        input_ids: npt.NDArray[Any],
+        *,
+        is_compiled: bool = False,
+    ) -> None:
         self._base, self._model, self._device = base, model, base.device
         tokens = self.to_device(input_ids)
         with self._autocast():
             self._base_head, self._head = OutputHead(base, tokens), OutputHead(model, tokens)
-        self.objective: nn.Module = _Objective(model, self._head, self._base_head)
+        self.objective: nn.Module = _Objective(model, self._head, self._base_head, is_compiled)
 
     def to_device(self, input_ids: npt.NDArray[Any]) -> Tensor:
         """Return tokens, (batch, seq), on the device; nothing waits for them."""
@@ -77,10 +85,10 @@ class Comparison:
 class _Objective(nn.Module):
     """The loss of a batch as a module, which data-parallel training wraps."""
 
-    def __init__(self, model: PreTrainedModel, head: OutputHead, base_head: OutputHead) -> None:
+    def __init__(self, model: PreTrainedModel, head: OutputHead, base_head: OutputHead, is_compiled: bool) -> None:
         super().__init__()
         self.model = model
-        self._head, self._base_head = head, base_head
+        self._head, self._base_head, self._is_compiled = head, base_head, is_compiled
 
     def forward(self, input_ids: Tensor, base_hidden_states: Tensor) -> Tensor:
         """Return the mean divergence of (batch, seq) tokens."""
@@ -90,4 +98,5 @@ class _Objective(nn.Module):
             head=self._head,
             base_head=self._base_head,
             vocab_size=self._head.vocab_size,
+            is_compiled=self._is_compiled,
         )

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from lpsearch.models.fingerprint import fingerprint_model
 from lpsearch.plan import Plan
 from lpsearch.recovery.checkpoint import find_checkpoint, restore_optimizer, save_checkpoint
 from lpsearch.recovery.comparison import Comparison
+from lpsearch.recovery.compiling import compiled_layers
 from lpsearch.recovery.distilled import (
     Distilled,
     DistillSettings,
@@ -43,6 +44,9 @@ logger = logging.getLogger(__name__)
 
 LOG_EVERY = 10
 """Steps between two looks at the training loss; each waits for the device."""
+
+_MIN_COMPILED_TOKENS = 4_000_000
+"""Training on fewer tokens ends before compiling has paid for itself."""
 
 _CLIPPED_NORM = 1.0
 _BETAS = (0.9, 0.95)
@@ -94,6 +98,9 @@ class DistillLoop:
         self._tokens_per_step = self._windows_per_step * training.seq_len
         self._num_steps = max(1, -(-settings.num_tokens // self._tokens_per_step))
         self._evaluate_every = settings.evaluate_every or max(1, self._num_steps // 20)
+        is_long = self._num_steps * self._tokens_per_step >= _MIN_COMPILED_TOKENS
+        is_worth_it = self._device.type == "cuda" and is_long
+        self._is_compiled = is_worth_it if settings.compile is None else settings.compile
         self._schedule = training.schedule(self._num_steps, self._windows_per_step, seed=settings.seed)
         self._state = _State()
         self._best: Mapping[str, Tensor] = {}
@@ -118,7 +125,12 @@ class DistillLoop:
         """Train to the end."""
         began = time.monotonic()
         self._student = self._build_student()
-        self._comparison = Comparison(self._base, self._student.model, self._training.gather(self._schedule[0, :1]))
+        self._comparison = Comparison(
+            self._base,
+            self._student.model,
+            self._training.gather(self._schedule[0, :1]),
+            is_compiled=self._is_compiled,
+        )
         self._objective: Any = self._comparison.objective
         self._optimizer = self._build_optimizer()
         identity = self._identify() if self._checkpoint_dir is not None else {}
@@ -127,6 +139,14 @@ class DistillLoop:
             self._begin()
         self._objective = self._accelerator.prepare_model(self._objective)
         seconds_before = self._state.seconds
+        with ExitStack() as stack:
+            if self._is_compiled:
+                stack.enter_context(compiled_layers([self._base, self._student.model]))
+            self._train(began, seconds_before, identity)
+        return self._finish()
+
+    def _train(self, began: float, seconds_before: float, identity: Mapping[str, Any]) -> None:
+        """Make updates until something ends the training."""
         while self._state.stopped is None:
             self._step()
             is_due = self._state.step % self._evaluate_every == 0 or self._state.step == self._num_steps
@@ -141,7 +161,6 @@ class DistillLoop:
             if is_due and self._state.stopped != "nan" and self._checkpoint_dir is not None:
                 self._keep(self._checkpoint_dir, identity)
             self._report(training_kl)
-        return self._finish()
 
     # ---- Setting up --------------------------------------------------------------------------------------------------
 
@@ -260,8 +279,12 @@ class DistillLoop:
     # ---- Evaluations -------------------------------------------------------------------------------------------------
 
     def _validate(self) -> dict[str, ValidationLoss]:
-        """Evaluate every kind; each process takes its share of the windows."""
-        return {kind: self._validate_kind(windows) for kind, windows in self._validation.items()}
+        """Evaluate every kind; each process takes its share of the windows.
+
+        Never compiled: batches of other sizes would be compiled again.
+        """
+        with torch.compiler.set_stance("force_eager"):
+            return {kind: self._validate_kind(windows) for kind, windows in self._validation.items()}
 
     def _validate_kind(self, windows: Windows) -> ValidationLoss:
         sums = torch.zeros(3, dtype=torch.float64, device=self._device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,6 +15,9 @@ __all__ = ["LossSums", "compute_divergence", "sum_losses"]
 
 Head = Callable[[Tensor], Tensor]
 """Turns last hidden states, (batch, seq, hidden), into logits, (batch, seq, vocab)."""
+
+Compare = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Turns logits under the plan and of the base, (chunk, vocab), into their divergence and its gradient."""
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 """What one chunk's logits take in float32. A few tensors of that size exist at a time."""
@@ -42,6 +46,7 @@ def compute_divergence(
     base_head: Head,
     vocab_size: int,
     chunk_bytes: int | None = None,
+    is_compiled: bool = False,
 ) -> Tensor:
     """Compute the mean of KL(base || plan) over positions, differentiable in the plan's hidden states.
 
@@ -56,13 +61,15 @@ def compute_divergence(
         base_head: of the unmodified model.
         vocab_size: logits of a position.
         chunk_bytes: most bytes of a chunk's float32 logits; None for 64 MiB on a CPU and 256 MiB on a GPU.
+        is_compiled: whether what is done with a chunk's logits is compiled.
 
     Returns:
         A float32 scalar, nats per token.
     """
     chunk_len = _choose_chunk_len(hidden_states.device, vocab_size, chunk_bytes)
     apply: Any = _Divergence.apply
-    return cast(Tensor, apply(hidden_states, base_hidden_states, head, base_head, chunk_len))
+    compare = _compile_comparison() if is_compiled else _compare
+    return cast(Tensor, apply(hidden_states, base_hidden_states, head, base_head, chunk_len, compare))
 
 
 @torch.no_grad()
@@ -106,23 +113,26 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_states: Tensor, base_hidden_states: Tensor, head: Head, base_head: Head, chunk_len: int
+        ctx: Any,
+        hidden_states: Tensor,
+        base_hidden_states: Tensor,
+        head: Head,
+        base_head: Head,
+        chunk_len: int,
+        compare: Compare,
     ) -> Tensor:
         num_tokens = hidden_states.shape[:-1].numel()
         total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
         gradient = torch.empty_like(hidden_states.flatten(0, -2)) if ctx.needs_input_grad[0] else None
         position = 0
         for rows, base_rows in _chunks(hidden_states, base_hidden_states, chunk_len):
-            base_log_probs = _log_probs(base_head(base_rows[None])[0])
+            base_logits = base_head(base_rows[None])[0]
             with torch.set_grad_enabled(gradient is not None):
                 entry = rows.detach().requires_grad_(gradient is not None)
                 logits = head(entry[None])[0]  # (chunk, vocab)
-            log_probs = _log_probs(logits.detach())
-            base_probs = base_log_probs.exp()
-            total += base_log_probs.sub_(log_probs).mul_(base_probs).sum() / num_tokens
+            divergence, difference = compare(logits.detach(), base_logits)
+            total += divergence / num_tokens
             if gradient is not None:
-                # d KL / d logits = softmax(logits) - softmax(base logits)
-                difference = torch.sub(log_probs.exp_(), base_probs, out=torch.empty_like(logits))
                 (rows_gradient,) = torch.autograd.grad(logits, entry, difference)
                 gradient[position : position + len(rows)] = rows_gradient / num_tokens
             position += len(rows)
@@ -131,9 +141,23 @@ class _Divergence(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0].to(gradient.dtype), None, None, None, None
+        return gradient * gradients[0].to(gradient.dtype), None, None, None, None, None
+
+
+def _compare(logits: Tensor, base_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum of KL(base || plan) over a chunk, and its gradient by the logits, (chunk, vocab)."""
+    base_log_probs, log_probs = _log_probs(base_logits), _log_probs(logits)
+    base_probs = base_log_probs.exp()
+    divergence = base_log_probs.sub_(log_probs).mul_(base_probs).sum()
+    # d KL / d logits = softmax(logits) - softmax(base logits)
+    return divergence, log_probs.exp_().sub_(base_probs).to(logits.dtype)
+
+
+@functools.cache
+def _compile_comparison() -> Compare:
+    return cast(Compare, torch.compile(_compare))
 
 
 def _choose_chunk_len(device: torch.device, vocab_size: int, chunk_bytes: int | None) -> int:

@@ -84,6 +84,13 @@ def test_training_equals_a_loop_written_out(model: PreTrainedModel, checkpointin
     assert moved > 100 * FLOAT32_TRAINED
 
 
+def test_compiled_training_equals_the_loop_too_and_leaves_the_model_uncompiled(model: PreTrainedModel) -> None:
+    settings = build_settings(compile=True)
+    distilled = run(model, settings=settings)
+    assert largest_difference(dict(distilled.weights), train_plainly(model, settings)) < FLOAT32_TRAINED
+    assert all(module._compiled_call_impl is None for module in model.modules())
+
+
 def test_losses_are_those_of_the_evaluator_and_the_model_is_left_alone(model: PreTrainedModel) -> None:
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     distilled = run(model)
@@ -305,14 +312,14 @@ def test_training_that_cannot_fit_is_refused_with_what_would(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("lora_rank", [None, 2])
+@pytest.mark.parametrize(("lora_rank", "compiles"), [(None, False), (2, False), (None, True), (2, True)])
 def test_training_on_a_gpu_is_in_bfloat16_with_float32_masters(
-    model: PreTrainedModel, tmp_path: Path, dtype: torch.dtype, lora_rank: int | None
+    model: PreTrainedModel, tmp_path: Path, dtype: torch.dtype, lora_rank: int | None, compiles: bool
 ) -> None:
-    settings = build_settings(num_tokens=40 * 8 * 16, micro_batch=None, lora_rank=lora_rank)
+    settings = build_settings(num_tokens=40 * 8 * 16, micro_batch=None, lora_rank=lora_rank, compile=compiles)
     on_gpu = build_tiny_model("llama").to("cuda", dtype)
     distilled = run(on_gpu, settings=settings, checkpoint_dir=tmp_path)
-    expected = run(model, settings=dataclasses.replace(settings, micro_batch=8))
+    expected = run(model, settings=dataclasses.replace(settings, micro_batch=8, compile=False))
     assert {(weight.dtype, weight.device.type) for weight in distilled.weights.values()} == {(dtype, "cpu")}
     assert distilled.recovered > 0.5 * expected.recovered > 0.05
     state = load_file(next(tmp_path.glob("*/state.safetensors")))
