@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +31,15 @@ if not __package__:  # run as a file: the package of the scripts is found from t
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lpsearch.commands.loading import describe_device, resolve_device
+from lpsearch.config import Split
 from lpsearch.data import Windows, build_windows
 from lpsearch.errors import ConfigError, LpsearchError
 from lpsearch.evaluation import ModelEvaluator
 from lpsearch.evaluation.losses import PairedDelta, compute_paired_delta
 from lpsearch.models import LoadedModel, load_model, resolve_source
 from lpsearch.plan import Plan
-from lpsearch.recovery import Refitter, swapped_weights
+from lpsearch.recovery import swapped_weights
+from lpsearch.recovery.by_loss import refit_by_loss
 from lpsearch.recovery.distill import DistillSettings, distill
 from lpsearch.recovery.mixture import Mixture
 from studies.windows_file import get_windows
@@ -75,22 +79,31 @@ def read_kinds(options: argparse.Namespace, loaded: LoadedModel) -> dict[str, Ki
         training = get_windows(files[0], loaded, num_windows=None, seq_len=options.seq_len)
         kinds[name] = _split(training, test, float(files[2]) if len(files) > 2 else 1.0)
     if options.sampled:
-        sampled, test = (
-            build_windows(
-                "self",
-                tokenizer=loaded.tokenizer,
-                num_windows=count,
-                seq_len=options.seq_len,
-                split=split,
-                seed=options.seed,
-                model=loaded.model,
-            )
-            for split, count in (("proxy", options.sampled), ("heldout", options.test_windows))
-        )
-        kinds["sampled"] = _split(sampled, test, options.sampled_weight)
+        kinds["sampled"] = _split(*sample(options, loaded), options.sampled_weight)
     if not kinds:
         raise ConfigError("there is no text; give --text or --sampled")
     return kinds
+
+
+def sample(options: argparse.Namespace, loaded: LoadedModel) -> tuple[Windows, Windows]:
+    """Sample windows to train on, on a GPU in bfloat16, and windows to measure on, in the model's own dtype."""
+    kinds: list[Windows] = []
+    splits: tuple[tuple[Split, int], ...] = (("proxy", options.sampled), ("heldout", options.test_windows))
+    for split, count in splits:
+        is_low = split == "proxy" and loaded.model.device.type == "cuda"
+        with torch.autocast("cuda", torch.bfloat16) if is_low else nullcontext():
+            kinds.append(
+                build_windows(
+                    "self",
+                    tokenizer=loaded.tokenizer,
+                    num_windows=count,
+                    seq_len=options.seq_len,
+                    split=split,
+                    seed=options.seed,
+                    model=loaded.model,
+                )
+            )
+    return kinds[0], kinds[1]
 
 
 def _split(training: Windows, test: Windows | None, weight: float) -> Kind:
@@ -103,7 +116,7 @@ def _split(training: Windows, test: Windows | None, weight: float) -> Kind:
     )
 
 
-def mix_to_fit(kinds: Mapping[str, Kind], num_windows: int) -> Windows:
+def mix_to_fit(kinds: Mapping[str, Kind], num_windows: int | None) -> Windows:
     """Let the first windows of every kind take turns, so that every part of the mixture holds every kind."""
     parts = [kind.training.input_ids[:num_windows] for kind in kinds.values()]
     places = np.concatenate([np.linspace(0, 1, len(part), endpoint=False) for part in parts])
@@ -141,7 +154,14 @@ def run(options: argparse.Namespace, loaded: LoadedModel) -> dict[str, Any]:
     rows = [{"weights": "untouched", "seconds": 0.0, "tokens": 0, "losses": meter.measure()}]
     began = time.perf_counter()
     fitted = mix_to_fit(kinds, options.fit_windows)
-    refit = Refitter(model, fitted, extent=options.extent, num_passes=options.passes).fit(plan)
+    refit = refit_by_loss(
+        model,
+        plan,
+        fitted,
+        mix_to_fit({name: Kind(kind.validation, kind.validation, None) for name, kind in kinds.items()}, None),
+        extent=options.extent,
+        num_passes=options.passes,
+    )
     seconds = time.perf_counter() - began
     with swapped_weights(model, refit.weights):
         losses = meter.measure()
@@ -219,6 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
         device = resolve_device(options.device)

@@ -78,7 +78,7 @@ def recover(
         typer.Option(help="text to measure on; may be repeated; default: what goes with each --data", metavar="SPEC"),
     ] = None,
     windows: Annotated[
-        int | None, typer.Option(help="windows of each kind of text; default: 64, to distill 512", min=5)
+        int | None, typer.Option(help="windows of each kind of text; default: 64, to distill 512", min=6)
     ] = None,
     seq_len: Annotated[int | None, typer.Option(help="tokens in a window; default: as in the plan file", min=2)] = None,
     seed: Annotated[int, typer.Option(help="seed of sampled data and of training", min=0)] = 0,

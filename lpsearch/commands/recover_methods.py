@@ -21,9 +21,6 @@ __all__ = ["Repair", "distill_plan", "refit_plan"]
 
 logger = logging.getLogger(__name__)
 
-_VALIDATION_SHARE = 16
-"""One window in so many of each kind tells when distilling has helped most."""
-
 
 @dataclass(frozen=True)
 class Repair:
@@ -43,15 +40,16 @@ class Repair:
 
 
 def refit_plan(loaded: LoadedModel, plan: Plan, windows: Windows, *, passes: int) -> Repair:
-    """Fit the output projections on the windows; ``passes`` walks through the model."""
-    from lpsearch.recovery import Refitter
+    """Fit the projections on the windows, the last of which choose the ridge; each fit walks ``passes`` times."""
+    from lpsearch.recovery.by_loss import refit_by_loss, split_validation
 
+    fitted, validation = split_validation(windows)
     with show_steps("refitting") as on_step:
-        refit = Refitter(loaded.model, windows, num_passes=passes).fit(plan, on_progress=on_step)
+        refit = refit_by_loss(loaded.model, plan, fitted, validation, num_passes=passes, on_progress=on_step)
     for name in refit.not_fitted:
         logger.warning("%s has no output projection that could be fitted; it stays as it is", name)
     logger.info("refitted %d of %d products", sum(p.ridge is not None for p in refit.products), len(refit.products))
-    num_tokens = windows.num_windows * windows.seq_len * passes
+    num_tokens = fitted.num_windows * fitted.seq_len * passes
     return Repair(refit.weights, num_tokens, None, {"passes": passes})
 
 
@@ -74,15 +72,11 @@ def distill_plan(
         settings: by the names of :class:`~lpsearch.recovery.distill.DistillSettings`.
         checkpoints: directory where training keeps what it needs to go on.
     """
-    from lpsearch.data import Windows
+    from lpsearch.recovery.by_loss import split_validation
     from lpsearch.recovery.distill import DistillSettings, distill
     from lpsearch.recovery.mixture import Mixture
 
-    training, validation = {}, {}
-    for part in windows.split_kinds():
-        num_kept = part.num_windows - max(1, part.num_windows // _VALIDATION_SHARE)
-        training[part.spec] = Windows(part.input_ids[:num_kept], part.spec)
-        validation[part.spec] = Windows(part.input_ids[num_kept:], part.spec)
+    training, validation = ({part.spec: part for part in side.split_kinds()} for side in split_validation(windows))
     mixture = Mixture(training, {kind.spec: kind.weight for kind in windows.kinds})
     reported = 0.0
 

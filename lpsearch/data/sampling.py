@@ -35,8 +35,8 @@ __all__ = ["estimate_sampling_bytes", "load_or_sample_windows", "sample_tokens"]
 logger = logging.getLogger(__name__)
 
 _CPU_BATCH_SIZE = 32
-_MAX_BATCH_SIZE = 2048
-_SHARE_OF_FREE = 0.4
+_MAX_BATCH_SIZE = 4096
+_SHARE_OF_FREE = 0.8
 """Of a GPU's free memory, for a batch: when a cache grows by a token, it is there twice."""
 
 

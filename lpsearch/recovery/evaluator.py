@@ -21,7 +21,8 @@ from lpsearch.evaluation.losses import REFIT
 from lpsearch.evaluation.prefix_cache import choose_cache_bytes
 from lpsearch.models.families import build_blocks
 from lpsearch.plan import Plan
-from lpsearch.recovery.refit import VALIDATION_EVERY, Refitter, find_widest_input, swapped_weights
+from lpsearch.recovery.projections import find_widest_input
+from lpsearch.recovery.refit import VALIDATION_EVERY, Refitter, swapped_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,10 +1,15 @@
-"""Closed-form repair of a plan: output projections fitted to what the unmodified model computes.
+"""Closed-form repair of a plan: projections fitted to what the unmodified model computes.
 
 The hidden states of calibration windows are walked through the model twice, layer by layer through the unmodified one
 and group by group through the plan. At the end of a group the two differ by R. With Z the stacked inputs of the group's
 attention output projections, and then of its MLP output projections, ridge regression of R on Z gives what is added to
 the stacked weight. The walk goes on with the new weights, so that later groups also take up what earlier ones left.
 Nothing is added at run time.
+
+Before that, what the branches of a changed group read is mended. A member's attention reads the input of the group and
+not what the layers before it make of it. Ridge regression of the difference between what the branch would read in the
+unmodified model and what it reads, on what it reads, is a linear map; it goes into the projections that read it
+(q, k and v, gate and up). Of six pairs of a model it won back more than all output projections do (studies/LOG.md).
 
 A group that drops branches is fitted by the projections that are left of it. One of which nothing is left counts as
 part of the group before it, which is then fitted to what the unmodified model computes behind both; at the very
@@ -40,19 +45,25 @@ from lpsearch.models.memory import find_free_bytes
 from lpsearch.models.traits import read_traits
 from lpsearch.plan import Group, Plan
 from lpsearch.recovery.beginnings import Beginning, BeginningCache, TargetStates
+from lpsearch.recovery.projections import (
+    PROJECTION_NAMES,
+    STAGES,
+    Stage,
+    captured_inputs,
+    find_input_projections,
+    find_output_projection,
+    get_branch,
+)
 from lpsearch.recovery.ridge import Gram, fit_ridge
 from lpsearch.recovery.walk import Entry, enter_decoder
 from lpsearch.transform import check_plan_model
 from lpsearch.transform.apply import check_unplanned
 
-__all__ = ["FittedProduct", "Refit", "Refitter", "find_widest_input", "swapped_weights"]
+__all__ = ["FittedProduct", "Refit", "Refitter", "swapped_weights"]
 
 Extent = Literal["grouped", "after"]
-Stage = Literal["attention", "mlp"]
 
-_STAGES: tuple[Stage, ...] = ("attention", "mlp")
-
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
 """Ridges to choose from, as shares of the mean square of an input."""
 
 VALIDATION_EVERY = 5
@@ -61,7 +72,6 @@ VALIDATION_EVERY = 5
 _SUMS_HELD = 5
 """Matrices of inputs by inputs that are held at once: sums to fit and to validate, a copy, its factor, and the work."""
 
-_OUTPUT_NAMES = {"attention": ("o_proj", "dense", "out_proj"), "mlp": ("down_proj", "c_proj", "fc2", "dense_4h_to_h")}
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 _MIN_SCALE = 1e-3
 """Weights of a post-norm below this share of their largest leave their output alone: dividing by them is noise."""
@@ -72,11 +82,11 @@ class FittedProduct:
     """One regression.
 
     Attributes:
-        layers: whose projections; those of a group that do not drop the branch.
-        module: of the projections, within a layer, e.g. ``self_attn.o_proj``.
+        layers: whose projections; those of a group that do not drop the branch, or one of them.
+        module: of the projections, within a layer, e.g. ``self_attn.o_proj``; the first of those that read an input.
         ridge: the ridge taken; None where no ridge lowered the error on validation windows.
-        error_before: error per token of the group's output on validation windows, its mean square divided by that of
-            the unmodified model's.
+        error_before: error per token of the group's output, or of what the projections read, on validation windows,
+            its mean square divided by that of the unmodified model's.
         error_after: and after the fit, before the validation windows were fitted too.
     """
 
@@ -152,6 +162,7 @@ class Refitter:
         window_weights: what each window counts; None for the weight of its kind of text.
         extent: ``grouped`` fits the groups that the plan changes; ``after`` also each single layer behind the first of
             them, which takes up what is left of the error.
+        fits_inputs: whether what the branches of changed groups read is fitted too.
         num_passes: walks through the model; each later one begins from the weights that the former found.
         ridges: to choose from.
         batch_size: windows that run together; None for what suits the device.
@@ -171,6 +182,7 @@ class Refitter:
         *,
         window_weights: Sequence[float] | None = None,
         extent: Extent = "after",
+        fits_inputs: bool = True,
         num_passes: int = 1,
         ridges: Sequence[float] = RIDGES,
         batch_size: int | None = None,
@@ -183,7 +195,7 @@ class Refitter:
         check_family(model)
         self._traits = read_traits(model.config)
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._extent = extent
+        self._extent, self._fits_inputs = extent, fits_inputs
         self._num_passes = num_passes
         self._ridges = tuple(ridges)
         batch_tokens = _BATCH_TOKENS.get(model.device.type, _BATCH_TOKENS["cpu"])
@@ -206,7 +218,7 @@ class Refitter:
         return num_held > 0
 
     def fit(self, plan: Plan, *, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Refit:
-        """Fit the output projections of a plan.
+        """Fit the projections of a plan.
 
         Args:
             plan: for the model.
@@ -259,8 +271,12 @@ class Refitter:
                 if group[0] < begun.num_layers:
                     continue
                 if group.is_changed or self._extent == "after":
+                    reads_other = group.is_changed and self._fits_inputs
+                    entered = {layer: self._targets.get(layer) for layer in group} if reads_other else {}
                     targets = self._targets.get(group[-1] + 1)
-                    for stage in ("attention", "mlp"):
+                    for stage in STAGES:
+                        if reads_other:
+                            products += self._fit_inputs(stage, group, states, entered, weights)
                         product = self._fit_stage(stage, group, states, targets, weights)
                         products += [] if product is None else [product]
                 with swapped_weights(self._model, weights):
@@ -301,7 +317,7 @@ class Refitter:
         if changed[0].num_stages == 0:  # only where it is the whole model
             raise PlanError("the plan drops every branch of the model, so there is nothing to refit; keep some of them")
         widths = []
-        for group, stage in itertools.product(changed, _STAGES):
+        for group, stage in itertools.product(changed, STAGES):
             outputs = [self._find_output(self._blocks[layer], stage)[1] for layer in _list_running(group, stage)]
             widths.append(sum(output.linear.in_features for output in outputs if output is not None))
         widest = max(widths)
@@ -332,6 +348,75 @@ class Refitter:
     def _run_group(self, group: Group, batch: _Batch, hidden_states: Tensor) -> Tensor:
         blocks = select_group(self._blocks, group)
         return run_group(blocks, hidden_states, [batch.entry.layer_kwargs[layer_idx] for layer_idx in group])
+
+    def _fit_inputs(
+        self,
+        stage: Stage,
+        group: Group,
+        states: Sequence[Tensor],
+        entered: Mapping[int, Sequence[Tensor]],
+        weights: dict[str, Tensor],
+    ) -> list[FittedProduct]:
+        """Fit what reads the inputs of a group's attentions or MLPs, and put the new weights into ``weights``.
+
+        Args:
+            stage: which of the two.
+            group: a group that the plan changes.
+            states: for each batch, what the group reads.
+            entered: by layer, for each batch what the layer reads in the unmodified model.
+            weights: the parameters that were fitted by now, by name.
+        """
+        projections = {
+            layer: found
+            for layer in _list_running(group, stage)
+            if (found := find_input_projections(self._blocks[layer], stage))
+        }
+        firsts: dict[int, nn.Module] = {layer: next(iter(found.values())) for layer, found in projections.items()}
+        with_ones = {layer: all(p.bias is not None for p in found.values()) for layer, found in projections.items()}
+        grams = {}
+        for layer, found in projections.items():
+            weight = next(iter(found.values())).weight
+            num_inputs = weight.shape[1] + with_ones[layer]
+            grams[layer] = {flag: Gram(num_inputs, weight.shape[1], device=weight.device) for flag in (False, True)}
+        for number, (batch, state) in enumerate(zip(self._batches, states, strict=True)):
+            with swapped_weights(self._model, weights), captured_inputs(firsts) as get_read:
+                self._run_group(group, batch, state)
+            read = get_read()
+            with captured_inputs(firsts) as get_expected:
+                for layer in projections:
+                    self._run_layer(layer, batch, entered[layer][number])
+            for layer, expected in get_expected().items():
+                inputs, residual = read[layer], expected - read[layer]
+                if with_ones[layer]:
+                    inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1)
+                token_weights = self._weigh(batch, expected.view(len(state), -1, expected.shape[1]))
+                grams[layer][batch.is_validation].add(inputs, residual, token_weights)
+        products = []
+        for layer, found in projections.items():
+            if not any(float(gram.residual) for gram in grams[layer].values()):
+                continue  # it reads what it reads in the unmodified model
+            fit = fit_ridge(grams[layer][False], grams[layer][True], self._ridges)
+            for linear in found.values():
+                self._map_inputs(linear, None if fit.ridge is None else fit.change, weights)
+            branch, hidden = get_branch(self._blocks[layer], stage)[0], fit.change.shape[1]
+            name = f"{branch}.{next(iter(found))}"
+            errors = (fit.error_before / hidden, fit.error_after / hidden)
+            products.append(FittedProduct((layer,), name, fit.ridge, *errors))
+        return products
+
+    def _map_inputs(self, linear: nn.Linear, change: Tensor | None, weights: dict[str, Tensor]) -> None:
+        """Let a projection of the model read x + x @ change; a last row beyond its inputs goes into its bias.
+
+        Not a projection that an earlier walk changed, since ``change`` is of what the branch reads, not of what an
+        earlier map made of it.
+        """
+        for parameter in linear.parameters():
+            weights.pop(self._names[id(parameter)], None)
+        if change is not None:
+            weight = linear.weight.data.double()
+            self._change(linear.weight, weight @ change[: linear.in_features].T, weights)
+            if len(change) > linear.in_features:
+                self._change(linear.bias, weight @ change[-1], weights)
 
     def _fit_stage(
         self,
@@ -411,7 +496,8 @@ class Refitter:
 
     def _find_output(self, block: DecoderBlock, stage: Stage) -> tuple[str, _Output | None]:
         """Find the projection of a branch that writes to the residual stream; None where it is no linear module."""
-        branch, name, linear = _find_projection(block, stage)
+        branch, _ = get_branch(block, stage)
+        name, linear = find_output_projection(block, stage)
         if linear is None:
             return branch, None
         norm = block.form.attention_post_norm if stage == "attention" else block.form.mlp_post_norm
@@ -427,49 +513,34 @@ class Refitter:
         return f"{branch}.{name}", _Output(linear, scale, eps)
 
     def _refuse_quantised(self) -> None:
-        """Refuse output projections whose weights cannot take up a change."""
+        """Refuse projections whose weights cannot take up a change."""
         paths = {id(module): path for path, module in self._model.named_modules()}
-        for block in self._blocks:
-            for branch, names in ((block.form.attention, _OUTPUT_NAMES["attention"]), ("mlp", _OUTPUT_NAMES["mlp"])):
-                module: Any = getattr(block.layer, branch)
-                linear = next((getattr(module, name) for name in names if hasattr(module, name)), None)
-                for name, tensor in () if linear is None else (*linear.named_parameters(), *linear.named_buffers()):
+        for block, stage in itertools.product(self._blocks, STAGES):
+            module: Any = get_branch(block, stage)[1]
+            for name in (name for name in PROJECTION_NAMES[stage] if hasattr(module, name)):
+                linear = getattr(module, name)
+                for leaf, tensor in (*linear.named_parameters(), *linear.named_buffers()):
                     if not tensor.is_floating_point() or tensor.element_size() < 2:
                         raise ModelError(
-                            f"{paths[id(linear)]}.{name} is quantised ({tensor.dtype}), and such weights cannot be "
+                            f"{paths[id(linear)]}.{leaf} is quantised ({tensor.dtype}), and such weights cannot be "
                             "refitted; load the model without quantisation"
                         )
 
     def _list_unfitted(self, plan: Plan) -> tuple[str, ...]:
         """Name the branches of changed groups that have no projection to fit."""
         return tuple(
-            f"layers.{layer}.{self._find_output(self._blocks[layer], stage)[0]}"
+            f"layers.{layer}.{get_branch(self._blocks[layer], stage)[0]}"
             for group in plan.running_groups
             if group.is_changed
             for layer in group
-            for stage in _STAGES
+            for stage in STAGES
             if layer in (running := _list_running(group, stage))
             and any(self._find_output(self._blocks[member], stage)[1] is None for member in running)
         )
 
 
-def find_widest_input(blocks: Sequence[DecoderBlock]) -> int:
-    """Return the most inputs of a layer's output projection; 0 where none can be fitted."""
-    linears = [_find_projection(block, stage)[2] for block in blocks for stage in _STAGES]
-    return max((linear.in_features for linear in linears if linear is not None), default=0)
-
-
 def _list_running(group: Group, stage: Stage) -> tuple[int, ...]:
     return group.attention_layers if stage == "attention" else group.mlp_layers
-
-
-def _find_projection(block: DecoderBlock, stage: Stage) -> tuple[str, str | None, nn.Linear | None]:
-    """Return the names of a branch and of its output projection, and the projection; None where it is not linear."""
-    branch = block.form.attention if stage == "attention" else "mlp"
-    module: nn.Module = getattr(block.layer, branch)
-    name = next((name for name in _OUTPUT_NAMES[stage] if hasattr(module, name)), None)
-    linear = None if name is None else getattr(module, name)
-    return branch, name, linear if isinstance(linear, nn.Linear) else None
 
 
 @contextmanager

@@ -75,22 +75,26 @@ class _Group:
             (model.model.layers[n], kwargs_of[n]) for n in members if n not in dropped.get("attention", ())
         ]
         self.mlps = [model.model.layers[n] for n in members if n not in dropped.get("mlp", ())]
+        self.reads: dict[str, list[Tensor]] = {"attention": [], "mlp": []}
 
     def run(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the group's output, and the stacked inputs of its o_proj and of its down_proj, each (seq, ...).
 
-        A member without an attention or an MLP adds nothing to either.
+        A member without an attention or an MLP adds nothing to either. ``reads`` has what each attention and MLP reads.
         """
         attention_inputs, mlp_inputs = [], []
+        self.reads = {"attention": [], "mlp": []}
         x1 = x
         for layer, kwargs in self.attentions:
             inputs = keep_inputs(layer.self_attn.o_proj)
+            self.reads["attention"].append(layer.input_layernorm(x)[0])
             output = layer.self_attn(layer.input_layernorm(x), **kwargs)[0]
             x1 = x1 + multiplier_of(layer) * output
             attention_inputs.append(with_ones(layer.self_attn.o_proj, multiplier_of(layer), inputs()[0]))
         y = x1
         for layer in self.mlps:
             normed = layer.post_attention_layernorm(x1)
+            self.reads["mlp"].append(normed[0])
             inside = layer.mlp.act_fn(layer.mlp.gate_proj(normed)) * layer.mlp.up_proj(normed)
             y = y + multiplier_of(layer) * layer.mlp.down_proj(inside)
             mlp_inputs.append(with_ones(layer.mlp.down_proj, multiplier_of(layer), inside[0]))
@@ -151,10 +155,11 @@ def refit_slowly(
         The new parameters by name, and of every regression the ridge and the error before and after it.
     """
     base, changed = copy.deepcopy(model).double(), copy.deepcopy(model).double()
-    entries, outputs, kwargs_of = [], [], []
+    entries, outputs, kwargs_of, reads_of = [], [], [], []
     for row in windows.input_ids:
-        entry, kwargs, ends = run_base(base, torch.tensor(row).long()[None])
+        entry, kwargs, ends, reads = run_base(base, torch.tensor(row).long()[None])
         entries.append(entry)
+        reads_of.append(reads)
         kwargs_of.append(kwargs)
         outputs.append(ends)
     chooses_ridge = [index // len(windows.kinds) % 5 == 4 for index in range(windows.num_windows)]
@@ -173,30 +178,70 @@ def refit_slowly(
                 running = [n for n in members if n not in dropped[stage]]
                 if not running:
                     continue
-                parts: dict[bool, list[tuple[Tensor, Tensor, Tensor]]] = {False: [], True: []}
+                for group, state in zip(groups, states, strict=True):
+                    group.run(state)
+                for place, n in enumerate(running if is_changed else ()):
+                    linears = list_readers(changed.model.layers[n], stage)
+                    parts: dict[bool, list[tuple[Tensor, Tensor, Tensor]]] = {False: [], True: []}
+                    for index, group in enumerate(groups):
+                        read, expected = group.reads[stage][place], reads_of[index][stage, n]
+                        counts = window_weights[index] / expected.square().mean(-1)
+                        inputs = with_ones(linears[0], 1.0, read)
+                        parts[chooses_ridge[index]].append((inputs, expected - read, counts))
+                    if not any(residual.any() for side in parts.values() for _, residual, _ in side):
+                        continue
+                    best, change = choose(parts, ridges, found)
+                    originals = list_readers(base.model.layers[n], stage)
+                    for linear, original in zip(linears, originals, strict=True):
+                        mapped = original.weight @ change.T * (best is not None)  # (outputs, inputs)
+                        if linear.bias is not None:
+                            linear.bias.copy_(original.bias + mapped[:, -1])
+                        linear.weight.copy_(original.weight + mapped[:, : linear.in_features])
+                parts = {False: [], True: []}
                 for index, group in enumerate(groups):
                     y, of_attention, of_mlp = group.run(states[index])
                     target = outputs[index][members[-1]]
                     counts = window_weights[index] / target[0].square().mean(-1)
                     inputs = of_attention if stage == "attention" else of_mlp
                     parts[chooses_ridge[index]].append((inputs, (target - y)[0], counts))
-                fitted, validation = ([torch.cat(t) for t in zip(*parts[flag], strict=True)] for flag in (False, True))
-                errors: dict[float | None, float] = {None: mean_error(validation, None)}
-                for ridge in ridges:
-                    errors[ridge] = mean_error(validation, solve_slowly(*fitted, ridge))
-                best = min(errors, key=lambda ridge: errors[ridge])
-                found.append((best, errors[None], errors[best]))
+                best, change = choose(parts, ridges, found)
                 if best is not None:
-                    change = solve_slowly(*[torch.cat(t) for t in zip(fitted, validation, strict=True)], best)
                     add(changed, running, stage, change)
             states = [group.run(state)[0] for group, state in zip(groups, states, strict=True)]
     before = dict(base.named_parameters())
     return {name: p for name, p in changed.named_parameters() if not torch.equal(p, before[name])}, found
 
 
-def run_base(base: Any, input_ids: Tensor) -> tuple[Tensor, dict[int, dict[str, Any]], dict[int, Tensor]]:
-    """Return the first layer's input, and every layer's keyword arguments and output."""
+def choose(
+    parts: dict[bool, list[tuple[Tensor, Tensor, Tensor]]], ridges: Sequence[float], found: list[Any]
+) -> tuple[float | None, Tensor]:
+    """Return the ridge that validates best and the change that all tokens give with it; note errors in ``found``."""
+    fitted, validation = ([torch.cat(t) for t in zip(*parts[flag], strict=True)] for flag in (False, True))
+    errors: dict[float | None, float] = {None: mean_error(validation, None)}
+    for ridge in ridges:
+        errors[ridge] = mean_error(validation, solve_slowly(*fitted, ridge))
+    best = min(errors, key=lambda ridge: errors[ridge])
+    found.append((best, errors[None], errors[best]))
+    return best, solve_slowly(*[torch.cat(t) for t in zip(fitted, validation, strict=True)], best or 1.0)
+
+
+def list_readers(layer: Any, stage: str) -> list[nn.Linear]:
+    """List the projections that read what an attention or an MLP reads."""
+    if stage == "attention":
+        return [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
+    return [layer.mlp.gate_proj, layer.mlp.up_proj]
+
+
+def run_base(
+    base: Any, input_ids: Tensor
+) -> tuple[Tensor, dict[int, dict[str, Any]], dict[int, Tensor], dict[tuple[str, int], Tensor]]:
+    """Return the first layer's input, every layer's keyword arguments and output, and what its branches read."""
     entry = keep_inputs(base.model.layers[0])
+    readers = {
+        (stage, n): keep_inputs(list_readers(layer, stage)[0])
+        for n, layer in enumerate(base.model.layers)
+        for stage in ("attention", "mlp")
+    }
     kwargs_of: dict[int, dict[str, Any]] = {}
     handles = [
         layer.register_forward_pre_hook(
@@ -207,7 +252,7 @@ def run_base(base: Any, input_ids: Tensor) -> tuple[Tensor, dict[int, dict[str, 
     ends = run_and_keep(base, input_ids, range(len(handles)))
     for handle in handles:
         handle.remove()
-    return entry(), kwargs_of, ends
+    return entry(), kwargs_of, ends, {key: take()[0] for key, take in readers.items()}
 
 
 def mean_error(tokens: Sequence[Tensor], change: Tensor | None) -> float:

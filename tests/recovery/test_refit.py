@@ -76,7 +76,7 @@ def test_a_refit_of_what_is_left_of_dropped_groups_is_what_loops_compute(extent:
     found = refit(model, plan, windows, batch_size=4, **arguments)
     steps = [[0], [1, 2], [3, 4], [5]]
     weights, products = refit_slowly(model, plan, windows, ridges=RIDGES, steps=steps, **arguments)
-    expected_layers = [(1,), (1,), (3,), (3, 4), (5,)]
+    expected_layers = [(1,), (1,), (1,), (3,), (3,), (3,), (4,), (3, 4), (5,), (5,)]
     assert [product.layers for product in found.products] == expected_layers * num_passes
     assert found.weights.keys() == weights.keys()
     assert not any("layers.2." in name or "layers.5.self_attn" in name for name in weights)
@@ -124,7 +124,7 @@ def test_a_refit_takes_up_what_dropped_branches_did(family: str, extent: Any) ->
     plan = Plan.from_groups([[0], [1], [2], [3, 4], [5]], dropped={"attention": [1, 4], "mlp": [2, 5]})
     found = refit(model, plan, build_windows(60), extent=extent)
     for product in found.products:
-        assert product.layers in {(1,), (2,), (3,), (3, 4), (5,)}
+        assert product.layers in {(1,), (2,), (3,), (4,), (3, 4), (5,)}
         assert not set(product.layers) & set(plan.dropped["mlp" if "mlp" in product.module else "attention"])
         assert product.error_after < product.error_before or product.ridge is None
     unseen = build_windows(16, seed=1)
@@ -153,15 +153,23 @@ def test_a_model_without_any_branch_is_refused(model: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_only_output_projections_of_the_extent_change(family: str) -> None:
+def test_only_projections_of_the_extent_change(family: str) -> None:
+    """Behind the groups only what a layer adds is fitted, and not what it reads."""
     model = build_tiny_model(family)
-    modules = {"o_proj", "dense", "down_proj", "c_proj", "fc2", "dense_4h_to_h"}
+    outputs = {"o_proj", "dense", "down_proj", "c_proj", "fc2", "dense_4h_to_h"}
+    inputs = {"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value"}
+    inputs |= {"gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "dense_h_to_4h"}
     for extent, layers in (("grouped", {1, 2, 4, 5}), ("after", {1, 2, 3, 4, 5})):
         found = refit(model, extent=extent)
         assert {int(name.split("layers.")[1].split(".")[0]) for name in found.weights} <= layers
         assert {layer for product in found.products for layer in product.layers} == layers
-        assert {name.split(".")[-2] for name in found.weights} <= modules
-        assert {product.layers for product in found.products} <= {tuple(group) for group in PLAN.groups}
+        changed = {(int(name.split("layers.")[1].split(".")[0]), name.split(".")[-2]) for name in found.weights}
+        assert {name for _, name in changed} <= inputs | outputs
+        assert {layer for layer, name in changed if name in inputs} <= {1, 2, 4, 5}
+        assert {layer for layer, name in changed if name in inputs} >= {2, 5}, "each reads other than it did"
+        without = refit(model, extent=extent, fits_inputs=False)
+        assert {name.split(".")[-2] for name in without.weights} <= outputs
+        assert {product.layers for product in without.products} <= {tuple(group) for group in PLAN.groups}
 
 
 @pytest.mark.parametrize("family", EXPERTS)
@@ -170,15 +178,25 @@ def test_a_mixture_of_experts_is_fitted_by_its_attention_alone(family: str) -> N
     found = refit(model, extent="grouped")
     assert [name.split(".")[1] for name in found.not_fitted] == ["1", "2", "4", "5"]
     assert all(".mlp" in name for name in found.not_fitted)
-    assert {product.module for product in found.products} == {"self_attn.o_proj"}
-    assert {name.split(".")[-2] for name in found.weights} == {"o_proj"}
+    of_experts = [(p.layers, p.module) for p in found.products if p.module.startswith("mlp")]
+    assert of_experts == ([((1,), "mlp.gate_proj")] if family == "qwen3_moe" else []), "its layer 1 has no experts"
+    assert {p.module for p in found.products} >= {"self_attn.q_proj", "self_attn.o_proj"}
+    attention = {name.split(".")[-2] for name in found.weights if "self_attn" in name}
+    assert attention == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 def test_other_families_are_fitted_whole() -> None:
     for family in set(FAMILIES) - set(EXPERTS):
         found = refit(build_tiny_model(family), extent="grouped")
         assert found.not_fitted == ()
-        assert len(found.products) == 4
+        outputs, inputs = (
+            [p for p in found.products if (p.layers in {(1, 2), (4, 5)}) == flag] for flag in (True, False)
+        )
+        assert len(outputs) == 4
+        read = {(p.layers, p.module.split(".")[0]) for p in inputs}
+        behind = {((2,), ""), ((4,), ""), ((5,), "")}
+        assert {(layers, "") for layers, _ in read} >= behind, "the first attention alone reads what it did"
+        assert len({module for _, module in read}) == 2
 
 
 @pytest.mark.parametrize("family", POST_NORM)
@@ -212,8 +230,12 @@ def test_a_fit_behind_a_post_norm_that_does_not_help_is_not_taken() -> None:
     plan, windows = Plan.from_groups([[0], [1, 2], [3], [4], [5]]), build_windows()
     validation = Windows(windows.input_ids[4::5], windows.spec)
     found = refit(model, plan, windows, extent="grouped")
-    assert [product.ridge is None for product in found.products] == [False, True]
-    assert {name.split(".")[-2] for name in found.weights} == {"o_proj"}
+    of_groups = {product.module: product.ridge for product in found.products if product.layers == (1, 2)}
+    assert {module: ridge is None for module, ridge in of_groups.items()} == {
+        "self_attn.o_proj": False,
+        "mlp.down_proj": True,
+    }
+    assert "down_proj" not in {name.split(".")[-2] for name in found.weights}
     repaired, untouched = (measure_errors(model, weights, validation, plan)[1] for weights in (found.weights, {}))
     assert repaired < untouched
 
@@ -246,7 +268,7 @@ def test_a_second_pass_lowers_the_error_where_there_is_text_enough(model: PreTra
         refitter = Refitter(model, windows, num_passes=num_passes)
         found = refitter.fit(PLAN, on_progress=lambda done, total: reports.append((done, total)))
         errors.append(measure_errors(model, found.weights, unseen, PLAN)[-1])
-        assert len(found.products) == num_passes * 6
+        assert len(found.products) == num_passes * (6 + 7), "the first attention reads what it did"
     assert errors[2] <= errors[1] < errors[0]
     totals = [total for _, total in reports]
     assert sorted(set(totals)) == [4, 8, 12]
