@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from lpsearch.search.samplers.pairset import Evaluated, list_joins
 from lpsearch.search.samplers.surrogate import Surrogate
 from studies.plan_batches import PlanBatchEvaluator
 
-__all__ = ["DropSearch", "Found"]
+__all__ = ["DropSearch", "Found", "build_result"]
 
 BoolArray = NDArray[np.bool_]
 
@@ -107,7 +108,7 @@ class DropSearch:
         losses = self._evaluator.evaluate(plans, windows)
         num_tokens = len(windows) * self._evaluator.seq_len
         return {
-            plan: TrialResult(plan, RAW, 0, origin, "complete", _build_loss(nll, kl, len(windows), num_tokens))
+            plan: build_result(plan, nll=nll, kl=kl, origin=origin, num_windows=len(windows), num_tokens=num_tokens)
             for plan, nll, kl in zip(plans, losses.nll.mean(axis=1), losses.kl.mean(axis=1), strict=True)
         }
 
@@ -143,9 +144,30 @@ class DropSearch:
         return fit_choices(evaluated, build_layout(self._space))
 
 
-def _build_loss(nll: float, kl: float, num_windows: int, num_tokens: int) -> Loss:
-    kl = kl if np.isfinite(kl) else float("inf")
-    return Loss(
+def build_result(
+    plan: Plan,
+    *,
+    nll: float,
+    kl: float | None = None,
+    origin: str = "",
+    trial: int = 0,
+    num_windows: int = 1,
+    num_tokens: int = 1,
+) -> TrialResult:
+    """Build what a proposer reads of a finished plan.
+
+    Args:
+        plan: the plan.
+        nll: its loss, nats per token; counted from the unmodified model's for a search by it.
+        kl: its KL divergence, nats per token, for a search by that.
+        origin: what proposed it.
+        trial: its number.
+        num_windows: windows behind the losses.
+        num_tokens: tokens behind them.
+    """
+    if kl is not None and not np.isfinite(kl):
+        kl = math.inf
+    loss = Loss(
         nll=nll,
         delta_nll=nll,
         delta_nll_se=None,
@@ -154,3 +176,4 @@ def _build_loss(nll: float, kl: float, num_windows: int, num_tokens: int) -> Los
         num_windows=num_windows,
         num_tokens=num_tokens,
     )
+    return TrialResult(plan, RAW, trial, origin, "complete", loss)
