@@ -30,7 +30,7 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -50,9 +50,10 @@ from lpsearch.config import Allowed, parse_allowed, parse_layer_list
 from lpsearch.data import Windows
 from lpsearch.errors import ConfigError, LpsearchError
 from lpsearch.models import load_model, resolve_source
-from lpsearch.models.families import DecoderBlock, build_blocks, check_family, get_decoder, run_group
+from lpsearch.models.families import build_blocks, check_family
 from lpsearch.plan import Group
 from lpsearch.search import PlanSpace
+from studies.plan_batches import capture_inputs, run_head, run_layers
 from studies.tables import PlanLosses, save_table
 from studies.windows_file import get_windows
 
@@ -159,7 +160,7 @@ def enumerate_losses(
     head_plans = max(1, _LOGIT_BYTES[model.device.type] // head_bytes)
     layer_plans = batch_plans or max(1, _BATCH_TOKENS[model.device.type] // windows.input_ids.size)
     batch_sizes = [layer_plans] * space.num_layers + [head_plans]
-    embedded, layer_kwargs = _capture(model, input_ids)
+    embedded, layer_kwargs = capture_inputs(model, input_ids)
     compute_losses = torch.compile(_compute_losses, dynamic=True) if compile_loss else _compute_losses
     queues = [_PrefixQueue() for _ in range(space.num_layers + 1)]
     queues[0].push([0], embedded[None])
@@ -168,7 +169,7 @@ def enumerate_losses(
     while (layer_idx := _choose_queue(queues, batch_sizes)) is not None:
         masks, hidden_states = queues[layer_idx].take(batch_sizes[layer_idx])
         if layer_idx == space.num_layers:
-            pending.append((masks, compute_losses(_run_head(model, hidden_states), input_ids)))
+            pending.append((masks, compute_losses(run_head(model, hidden_states), input_ids)))
             if len(pending) > 1:  # the device stays one batch ahead of what is read from it
                 done.collect(*pending.popleft())
             continue
@@ -181,7 +182,7 @@ def enumerate_losses(
                     for i in group
                 ]
                 inputs = hidden_states if len(kept) == len(masks) else hidden_states[kept]
-                outputs = _run_layers(members, inputs, [layer_kwargs[i] for i in group], is_changed=group.is_changed)
+                outputs = run_layers(members, inputs, [layer_kwargs[i] for i in group], is_changed=group.is_changed)
                 queues[layer_idx + len(group)].push([masks[row] | bits for row in kept], outputs)
     for batch in pending:
         done.collect(*batch)
@@ -209,19 +210,6 @@ def _find_within(masks: Sequence[int], added_joins: int, space: Space) -> list[i
         return list(range(len(masks)))
     joins = (1 << space.num_layers) - 1
     return [row for row, mask in enumerate(masks) if (mask & joins).bit_count() + added_joins <= space.max_joins]
-
-
-def _run_layers(
-    blocks: Sequence[DecoderBlock],
-    hidden_states: Tensor,
-    layer_kwargs: Sequence[Mapping[str, Any]],
-    *,
-    is_changed: bool,
-) -> Tensor:
-    """Run one group on (plans, windows, seq, hidden); a whole layer of its own runs as the model runs it."""
-    rows = hidden_states.flatten(0, 1)  # (plans * windows, seq, hidden)
-    outputs = run_group(blocks, rows, layer_kwargs) if is_changed else blocks[0].layer(rows, **layer_kwargs[0])
-    return outputs.view(hidden_states.shape)
 
 
 def _compute_losses(logits: Tensor, input_ids: Tensor) -> Tensor:
@@ -258,62 +246,6 @@ class _Collector:
             return PlanLosses(masks, window_nll)
         dropped = [np.array([value >> n * space.num_layers & low for value in bits], dtype=np.int64) for n in (1, 2)]
         return PlanLosses(masks, window_nll, *dropped)
-
-
-def _capture(model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Return the first layer's input (windows, seq, hidden), and each layer's own keyword arguments.
-
-    The arguments come from a forward of one window. Masks and rotary embeddings are the same for all windows, so they
-    broadcast over a batch of any size.
-    """
-    layers: Any = get_decoder(model).layers
-    layer_kwargs: list[dict[str, Any]] = []
-    inputs: list[Tensor] = []
-
-    def note_kwargs(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        layer_kwargs.append(kwargs)
-
-    def note_input(layer: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        inputs.append(args[0])
-
-    handles = [layer.register_forward_pre_hook(note_kwargs, with_kwargs=True) for layer in layers]
-    try:
-        model.base_model(input_ids=input_ids[:1], use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    handle = layers[0].register_forward_pre_hook(note_input)
-    try:
-        for row in input_ids:
-            model.base_model(input_ids=row[None], use_cache=False)
-    finally:
-        handle.remove()
-    return torch.cat(inputs), layer_kwargs
-
-
-def _run_head(model: PreTrainedModel, hidden_states: Tensor) -> Tensor:
-    """Run what follows the layers: the family's own final norm and head.
-
-    Meanwhile every layer of the model returns the given hidden states.
-
-    Args:
-        model: the unmodified model.
-        hidden_states: the last layer's outputs, (plans, windows, seq, hidden).
-
-    Returns:
-        Logits, (plans, windows, seq, vocab).
-    """
-    rows = hidden_states.flatten(0, 1)  # (plans * windows, seq, hidden)
-    layers: Any = get_decoder(model).layers
-    try:
-        for layer in layers:
-            layer.__dict__["forward"] = lambda *args, **kwargs: rows
-        placeholder = torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)
-        logits: Tensor = model(input_ids=placeholder, use_cache=False).logits
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
-    return logits.view(*hidden_states.shape[:3], -1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -37,7 +37,7 @@ def load_windows(path: Path, *, num_windows: int | None = None, seq_len: int | N
     """Read a windows file.
 
     Args:
-        path: the ``.npz`` file.
+        path: the ``.npz`` file, or an ``.npy`` file of the tokens alone, which go by the name of the file.
         num_windows: how many windows to take, from the first; None takes all.
         seq_len: how many tokens of each window to take, from the first; None takes all.
 
@@ -45,8 +45,11 @@ def load_windows(path: Path, *, num_windows: int | None = None, seq_len: int | N
         DataError: for a file that is missing, has another form, or holds fewer windows or tokens.
     """
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            input_ids, spec = np.asarray(archive["input_ids"]), str(archive["spec"])
+        if path.suffix == ".npy":
+            input_ids, spec = np.load(path, allow_pickle=False), path.stem
+        else:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+                input_ids, spec = np.asarray(archive["input_ids"]), str(archive["spec"])
     except FileNotFoundError:
         raise DataError(f"{path}: no such windows file; make one with studies/windows_file.py") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
@@ -68,7 +71,7 @@ def get_windows(data: str, loaded: LoadedModel, *, num_windows: int | None, seq_
     """Return the windows of ``--data``: those of a windows file, or of a text as for ``lpsearch optimize``.
 
     Args:
-        data: an ``.npz`` file, or a text as ``lpsearch optimize --data`` takes it.
+        data: an ``.npz`` or ``.npy`` file, or a text as ``lpsearch optimize --data`` takes it.
         loaded: the model that will evaluate them.
         num_windows: how many; needed for a text.
         seq_len: tokens in each; needed for a text.
@@ -77,7 +80,7 @@ def get_windows(data: str, loaded: LoadedModel, *, num_windows: int | None, seq_
         ConfigError: for a text without the number of windows or of tokens.
         DataError: if the windows do not exist, or hold tokens that the model does not have.
     """
-    if not data.endswith(".npz"):
+    if not data.endswith((".npz", ".npy")):
         if num_windows is None or seq_len is None:
             raise ConfigError(f"--data {data}: a text needs --windows and --seq-len as well")
         return build_windows(

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property, lru_cache
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,6 @@ from lpsearch.search.results import Metric, TrialResult
 from lpsearch.search.samplers.dynamic_program import PlanCosts, find_valid
 from lpsearch.search.samplers.pairset import (
     CANDIDATES_PER_LEVEL,
-    DEEP_WEIGHT,
     FULL_SCAN_SHARE,
     INCUMBENTS_PER_LEVEL,
     NUM_DRAWS,
@@ -39,7 +39,7 @@ from lpsearch.search.samplers.surrogate import ChoiceLayout, Surrogate
 from lpsearch.search.samplers.time_levels import TimeLevels
 from lpsearch.search.space import PlanSpace
 
-__all__ = ["MixedProposer", "build_layout", "fit_choices"]
+__all__ = ["Levels", "MixedProposer", "build_layout", "fit_choices"]
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -48,8 +48,29 @@ IntArray = NDArray[np.int64]
 NUM_EXCHANGES = 12
 MAX_EXCHANGE_STEPS = 3
 ENUMERABLE_PLANS = 8192
-SAVING_TOLERANCE = 0.05
-"""Part of a level that a choice may save less than the one that it is exchanged for."""
+
+
+class Levels(Protocol):
+    """Sorts the plans of a space into levels; a plan of a level saves at least as much as those of the levels below.
+
+    Attributes:
+        num_levels: the number of levels but for the lowest, that of the baseline.
+        useful_level: the last level of the useful range, in which every level is tried.
+        exchangeable: (leaving, entering) choices that may be exchanged, so that a plan saves about as much as before.
+    """
+
+    num_levels: int
+    useful_level: int
+    exchangeable: BoolArray
+
+    def classify(self, made: BoolArray) -> IntArray:
+        """Return the (plans,) levels of (plans, choices) plans of the space."""
+
+    def solve(self, costs: PlanCosts) -> BoolArray:
+        """Return (batch, num_levels, choices): the cheapest plan of each level from the first on, as far as known."""
+
+    def weigh(self, front: FloatArray) -> FloatArray:
+        """Return the (num_levels + 1,) weights of the levels in the front, whose least losses are given."""
 
 
 class MixedProposer:
@@ -61,6 +82,7 @@ class MixedProposer:
         seed: decides the draws and nothing else.
         metric: which loss.
         estimate_latency_ms: latency that plans are compared by, additive over groups; None compares by depth.
+        levels: what plans are compared by in its place.
     """
 
     def __init__(
@@ -71,12 +93,13 @@ class MixedProposer:
         seed: int,
         metric: Metric = "nll",
         estimate_latency_ms: Callable[[Plan], float] | None = None,
+        levels: Levels | None = None,
     ) -> None:
         self._space = space
         self._seed = seed
         self._metric: Metric = metric
         self._num_choices = len(space.choices)
-        self._levels = TimeLevels(space, estimate_latency_ms)
+        self._levels: Levels = TimeLevels(space, estimate_latency_ms) if levels is None else levels
         self._list_made = lru_cache(maxsize=None)(lambda plan: list_joins(np.array(space.encode(plan), dtype=bool)))
         scan = self._order_scan()
         budget = 4 * (len(scan) + 1) if budget is None else budget
@@ -143,7 +166,7 @@ class MixedProposer:
             surrogate.estimate_standard_deviation(candidates, mean),
             levels,
             front=front,
-            weights=np.where(np.arange(self._levels.num_levels + 1) <= useful, 1.0, DEEP_WEIGHT),
+            weights=self._levels.weigh(front),
         )
         return self._build_proposal(list_joins(candidates[gain.argmax()]), "surrogate")
 
@@ -195,9 +218,7 @@ class MixedProposer:
         batch, plans, num_choices = made.shape
         slope = costs.join_costs[:, None] + made.astype(np.float64) @ costs.product_costs
         change = slope[:, :, None, :] - slope[:, :, :, None] - costs.product_costs[:, None]  # leaving, entering
-        saved = self._levels.single_savings
-        keeps = saved[None, :] >= saved[:, None] - SAVING_TOLERANCE
-        change = np.where(keeps & made[..., :, None] & ~made[..., None, :], change, np.inf)
+        change = np.where(self._levels.exchangeable & made[..., :, None] & ~made[..., None, :], change, np.inf)
         change = change.reshape(batch, plans, num_choices**2)
         width = min(NUM_EXCHANGES, change.shape[2])
         best = np.argpartition(change, width - 1, axis=2)[:, :, :width]

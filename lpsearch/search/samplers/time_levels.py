@@ -39,6 +39,12 @@ MAX_OPTIONS = 1 << 12
 ROUNDING = 1e-6
 """Part of a level that a plan may lack because of rounding."""
 
+SAVING_TOLERANCE = 0.05
+"""Part of a level that a choice may save less than the one that it is exchanged for."""
+
+DEEP_WEIGHT = 0.01
+"""Weight in the front of levels above the useful range, whose losses are many times larger."""
+
 _STATES = np.array(list(product((False, True), repeat=3)))
 """(states, 3) whether the last join is made, and the attention and the MLP of the last layer are dropped."""
 
@@ -68,6 +74,7 @@ class TimeLevels:
         num_levels: the number of levels but for the lowest, that of the baseline.
         useful_level: the last level of the useful range.
         single_savings: (choices,) what each choice alone saves, in levels; 0 for choices of frozen layers.
+        exchangeable: (leaving, entering) choices of which the second alone saves about as much as the first, or more.
     """
 
     def __init__(self, space: PlanSpace, estimate_latency_ms: Callable[[Plan], float] | None = None) -> None:
@@ -92,6 +99,11 @@ class TimeLevels:
         for option in (option for row in self._options for option in row):
             if len(option.places) == 1:
                 self.single_savings[option.places] = option.saving
+        self.exchangeable: BoolArray = self.single_savings[None, :] >= self.single_savings[:, None] - SAVING_TOLERANCE
+
+    def weigh(self, front: FloatArray) -> FloatArray:
+        """Return the (num_levels + 1,) weights of the levels in the front."""
+        return np.where(np.arange(self.num_levels + 1) <= self.useful_level, 1.0, DEEP_WEIGHT)
 
     def find_level(self, plan: Plan) -> int:
         """Return the level of a plan of the space."""
