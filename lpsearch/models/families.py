@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,9 +80,7 @@ class DecoderBlock:
         Returns:
             (batch, seq, hidden).
         """
-        if self.form.attention_norm is not None:
-            hidden_states = self._submodule(self.form.attention_norm)(hidden_states)
-        attention_output = self._submodule(self.form.attention)(hidden_states, **layer_kwargs)[0]
+        attention_output = self._submodule(self.form.attention)(self.attention_input(hidden_states), **layer_kwargs)[0]
         return self._finish(attention_output, self.form.attention_post)
 
     def mlp_branch(self, hidden_states: Tensor) -> Tensor:
@@ -94,9 +92,17 @@ class DecoderBlock:
         Returns:
             (batch, seq, hidden).
         """
-        if self.form.mlp_norm is not None:
-            hidden_states = self._submodule(self.form.mlp_norm)(hidden_states)
-        return self._finish(self._submodule("mlp")(hidden_states), self.form.mlp_post)
+        return self._finish(self._submodule("mlp")(self.mlp_input(hidden_states)), self.form.mlp_post)
+
+    def attention_input(self, hidden_states: Tensor) -> Tensor:
+        """Compute what the attention reads, N_k(x), both (batch, seq, hidden)."""
+        norm = self.form.attention_norm
+        return hidden_states if norm is None else cast(Tensor, self._submodule(norm)(hidden_states))
+
+    def mlp_input(self, hidden_states: Tensor) -> Tensor:
+        """Compute what the MLP reads, N'_k(x'), both (batch, seq, hidden)."""
+        norm = self.form.mlp_norm
+        return hidden_states if norm is None else cast(Tensor, self._submodule(norm)(hidden_states))
 
     def _finish(self, branch: Tensor, post: tuple[str, ...]) -> Tensor:
         for name in post:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from lpsearch.models.families import DecoderBlock
 
@@ -14,7 +13,6 @@ __all__ = [
     "PROJECTION_NAMES",
     "STAGES",
     "Stage",
-    "captured_inputs",
     "find_input_projections",
     "find_output_projection",
     "find_widest_input",
@@ -63,26 +61,3 @@ def find_widest_input(blocks: Sequence[DecoderBlock]) -> int:
     """Return the most inputs of a layer's output projection; 0 where none can be fitted."""
     linears = [find_output_projection(block, stage)[1] for block in blocks for stage in STAGES]
     return max((linear.in_features for linear in linears if linear is not None), default=0)
-
-
-@contextmanager
-def captured_inputs(modules: Mapping[int, nn.Module]) -> Iterator[Callable[[], dict[int, Tensor]]]:
-    """Keep what modules read within a ``with`` block.
-
-    Args:
-        modules: by any number, e.g. their layer's.
-
-    Yields:
-        A function that returns what each has read last, float32 (tokens, inputs), by its number.
-    """
-    seen: dict[int, Tensor] = {}
-
-    def keep(number: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda module, args: seen.__setitem__(number, args[0].flatten(0, -2).float())
-
-    handles = [module.register_forward_pre_hook(keep(number)) for number, module in modules.items()]
-    try:
-        yield lambda: dict(seen)
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -29,7 +29,7 @@ the error of what the norm returns is not taken.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -49,7 +49,6 @@ from lpsearch.recovery.projections import (
     PROJECTION_NAMES,
     STAGES,
     Stage,
-    captured_inputs,
     find_input_projections,
     find_output_projection,
     get_branch,
@@ -371,7 +370,6 @@ class Refitter:
             for layer in _list_running(group, stage)
             if (found := find_input_projections(self._blocks[layer], stage))
         }
-        firsts: dict[int, nn.Module] = {layer: next(iter(found.values())) for layer, found in projections.items()}
         with_ones = {layer: all(p.bias is not None for p in found.values()) for layer, found in projections.items()}
         grams = {}
         for layer, found in projections.items():
@@ -379,18 +377,20 @@ class Refitter:
             num_inputs = weight.shape[1] + with_ones[layer]
             grams[layer] = {flag: Gram(num_inputs, weight.shape[1], device=weight.device) for flag in (False, True)}
         for number, (batch, state) in enumerate(zip(self._batches, states, strict=True)):
-            with swapped_weights(self._model, weights), captured_inputs(firsts) as get_read:
-                self._run_group(group, batch, state)
-            read = get_read()
-            with captured_inputs(firsts) as get_expected:
-                for layer in projections:
-                    self._run_layer(layer, batch, entered[layer][number])
-            for layer, expected in get_expected().items():
-                inputs, residual = read[layer], expected - read[layer]
+            with swapped_weights(self._model, weights):
+                before = self._run_up_to(stage, select_group(self._blocks, group), group, batch, state)
+            for layer in projections:
+                block = self._blocks[layer]
+                expected_before = self._run_up_to(stage, [block], [layer], batch, entered[layer][number])
+                read, expected = (
+                    block.attention_input(states) if stage == "attention" else block.mlp_input(states)
+                    for states in (before, expected_before)
+                )
+                inputs = read.flatten(0, 1).float()
+                residual = expected.flatten(0, 1).float() - inputs
                 if with_ones[layer]:
                     inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1)
-                token_weights = self._weigh(batch, expected.view(len(state), -1, expected.shape[1]))
-                grams[layer][batch.is_validation].add(inputs, residual, token_weights)
+                grams[layer][batch.is_validation].add(inputs, residual, self._weigh(batch, expected))
         products = []
         for layer, found in projections.items():
             if not any(float(gram.residual) for gram in grams[layer].values()):
@@ -403,6 +403,15 @@ class Refitter:
             errors = (fit.error_before / hidden, fit.error_after / hidden)
             products.append(FittedProduct((layer,), name, fit.ridge, *errors))
         return products
+
+    def _run_up_to(
+        self, stage: Stage, blocks: Sequence[DecoderBlock], layers: Iterable[int], batch: _Batch, state: Tensor
+    ) -> Tensor:
+        """Return what the attentions, or the MLPs, of layers that run as one group are given, before their norms."""
+        if stage == "attention" or blocks[0].parallel:
+            return state
+        attentions = [replace(block, runs_mlp=False) for block in blocks]
+        return run_group(attentions, state, [batch.entry.layer_kwargs[layer] for layer in layers])
 
     def _map_inputs(self, linear: nn.Linear, change: Tensor | None, weights: dict[str, Tensor]) -> None:
         """Let a projection of the model read x + x @ change; a last row beyond its inputs goes into its bias.
