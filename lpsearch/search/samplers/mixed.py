@@ -69,7 +69,7 @@ class Levels(Protocol):
     def solve(self, costs: PlanCosts) -> BoolArray:
         """Return (batch, num_levels, choices): the cheapest plan of each level from the first on, as far as known."""
 
-    def weigh(self, front: FloatArray) -> FloatArray:
+    def weigh(self, front: FloatArray, *, num_evaluated: int) -> FloatArray:
         """Return the (num_levels + 1,) weights of the levels in the front, whose least losses are given."""
 
 
@@ -166,7 +166,7 @@ class MixedProposer:
             surrogate.estimate_standard_deviation(candidates, mean),
             levels,
             front=front,
-            weights=self._levels.weigh(front),
+            weights=self._levels.weigh(front, num_evaluated=len(taken)),
         )
         return self._build_proposal(list_joins(candidates[gain.argmax()]), "surrogate")
 
@@ -257,11 +257,12 @@ class MixedProposer:
 
 def build_layout(space: PlanSpace) -> ChoiceLayout:
     """Return where the choices of a space stand, and of which kind each is."""
-    kinds = ("join", "drop_attention", "drop_mlp")
-    return ChoiceLayout(
-        positions=np.array([float(np.mean(choice.layers)) for choice in space.choices]),
-        kinds=np.array([kinds.index(choice.kind) for choice in space.choices]),
-    )
+    names = ("join", "drop_attention", "drop_mlp")
+    positions = np.array([float(np.mean(choice.layers)) for choice in space.choices])
+    kinds = np.array([names.index(choice.kind) for choice in space.choices])
+    touching = np.abs(np.subtract.outer(positions, positions)) == 0.5
+    ordered = [touching & np.outer(kinds == 0, kinds == kind) for kind in (1, 2)]
+    return ChoiceLayout(positions, kinds, within=tuple(pairs | pairs.T for pairs in ordered))
 
 
 def fit_choices(evaluated: Evaluated, layout: ChoiceLayout) -> Surrogate:

@@ -45,6 +45,11 @@ SAVING_TOLERANCE = 0.05
 DEEP_WEIGHT = 0.01
 """Weight in the front of levels above the useful range, whose losses are many times larger."""
 
+DEEP_AFTER = 4
+"""Evaluations a choice after which these have ``LATE_DEEP_WEIGHT``."""
+
+LATE_DEEP_WEIGHT = 0.2
+
 _STATES = np.array(list(product((False, True), repeat=3)))
 """(states, 3) whether the last join is made, and the attention and the MLP of the last layer are dropped."""
 
@@ -101,9 +106,11 @@ class TimeLevels:
                 self.single_savings[option.places] = option.saving
         self.exchangeable: BoolArray = self.single_savings[None, :] >= self.single_savings[:, None] - SAVING_TOLERANCE
 
-    def weigh(self, front: FloatArray) -> FloatArray:
-        """Return the (num_levels + 1,) weights of the levels in the front."""
-        return np.where(np.arange(self.num_levels + 1) <= self.useful_level, 1.0, DEEP_WEIGHT)
+    def weigh(self, front: FloatArray, *, num_evaluated: int) -> FloatArray:
+        """Return the (num_levels + 1,) weights of the levels in the front; those of deep levels rise late."""
+        is_late = num_evaluated >= DEEP_AFTER * len(self._space.choices)
+        deep_weight = LATE_DEEP_WEIGHT if is_late else DEEP_WEIGHT
+        return np.where(np.arange(self.num_levels + 1) <= self.useful_level, 1.0, deep_weight)
 
     def find_level(self, plan: Plan) -> int:
         """Return the level of a plan of the space."""

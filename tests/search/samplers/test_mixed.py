@@ -170,6 +170,21 @@ def test_every_sampler_works_in_the_space(sampler, tmp_path):
     assert times == sorted(times, reverse=True)
 
 
+def test_evolution_goes_on_from_the_baseline_where_plans_of_its_level_make_choices():
+    """A join saves less than a level is wide, so the baseline is a parent, which has no choice to exchange."""
+    space = PlanSpace(12, allow=EVERYTHING)
+    levels = TimeLevels(space, estimate_latency_ms)
+    measure, _ = build_landscape(space)
+    assert levels.find_drawn_level(Plan.from_joins(12, [3])) == levels.find_drawn_level(Plan.baseline(12)) == 0
+    proposer = EvolutionProposer(space=space, seed=1, levels=levels)
+    results = [build_result(Plan.baseline(12), 0.0, trial=0)]
+    while len(results) < 150:
+        proposal = proposer.propose(results, ())
+        assert proposal.plan in space
+        results.append(build_result(proposal.plan, measure(proposal.plan), trial=len(results)))
+    assert len({result.plan for result in results}) == 150
+
+
 def test_joins_alone_are_searched_as_before_there_were_drops():
     """The plans that each proposer chose before, as a hash: a study that was begun then goes on the same way."""
     space = PlanSpace(27)
