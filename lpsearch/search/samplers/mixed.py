@@ -49,6 +49,9 @@ NUM_EXCHANGES = 12
 MAX_EXCHANGE_STEPS = 3
 ENUMERABLE_PLANS = 8192
 
+LEVELS_PER_LAYER = 2
+"""Levels of time for each layer: a level's width is what a plan may save for nothing."""
+
 
 class Levels(Protocol):
     """Sorts the plans of a space into levels; a plan of a level saves at least as much as those of the levels below.
@@ -99,7 +102,9 @@ class MixedProposer:
         self._seed = seed
         self._metric: Metric = metric
         self._num_choices = len(space.choices)
-        self._levels: Levels = TimeLevels(space, estimate_latency_ms) if levels is None else levels
+        if levels is None:
+            levels = TimeLevels(space, estimate_latency_ms, levels_per_layer=LEVELS_PER_LAYER)
+        self._levels = levels
         self._list_made = lru_cache(maxsize=None)(lambda plan: list_joins(np.array(space.encode(plan), dtype=bool)))
         scan = self._order_scan()
         budget = 4 * (len(scan) + 1) if budget is None else budget

@@ -56,9 +56,11 @@ def build_landscape(space, seed=0):
     return measure, PlanCosts(cost[None], products[None])
 
 
+@pytest.mark.parametrize("levels_per_layer", [1, 4])
 @pytest.mark.parametrize("space", SPACES)
-def test_levels_are_those_of_the_time_saved(space):
-    levels = TimeLevels(space, estimate_latency_ms)
+def test_levels_are_those_of_the_time_saved(space, levels_per_layer):
+    levels = TimeLevels(space, estimate_latency_ms, levels_per_layer=levels_per_layer)
+    assert levels.useful_level == max(8, levels_per_layer * (space.num_layers - len(space.frozen_layers)))
     plans = list(space.enumerate_plans())
     made = np.array([space.encode(plan) for plan in plans])
     saved = [estimate_latency_ms(plans[0]) - estimate_latency_ms(plan) for plan in plans]
@@ -75,10 +77,11 @@ def test_levels_are_those_of_the_time_saved(space):
     assert levels.classify(made).tolist() == expected == [levels.find_level(plan) for plan in plans]
 
 
+@pytest.mark.parametrize("levels_per_layer", [1, 4])
 @pytest.mark.parametrize("space", SPACES)
-def test_the_dynamic_program_is_exact_where_only_neighbours_interact(space):
+def test_the_dynamic_program_is_exact_where_only_neighbours_interact(space, levels_per_layer):
     """Products of choices at most a layer apart, at every level, against every plan of the space."""
-    levels = TimeLevels(space, estimate_latency_ms)
+    levels = TimeLevels(space, estimate_latency_ms, levels_per_layer=levels_per_layer)
     _, costs = build_landscape(space, seed=3)
     layers = [choice.layers for choice in space.choices]
     near = np.array([[max(a[-1], b[-1]) - min(a[0], b[0]) <= 1 for b in layers] for a in layers])
