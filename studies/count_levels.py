@@ -58,7 +58,7 @@ class CountLevels:
         counts = np.minimum(made[:, self._is_attention].sum(axis=1), made[:, ~self._is_attention].sum(axis=1))
         return np.minimum(counts, self.num_levels)
 
-    def weigh(self, front: FloatArray) -> FloatArray:
+    def weigh(self, front: FloatArray, *, num_evaluated: int) -> FloatArray:
         """Weigh every target by the inverse of its loss, so that a part of any of them counts as much."""
         return np.where(self._is_target, 1 / np.maximum(front, LEAST_LOSS), 0.0)
 

@@ -46,11 +46,12 @@ def test_regrets_are_those_of_a_slow_loop(table: MixedTable):
     assert all(regret > 0 for regret in nothing)
 
 
-def test_pairset_finds_the_front_of_the_table(table: MixedTable):
-    options = {"seed": 0, "join_saving": 0.25, "allow": ("joins", "drop-attention", "drop-mlp")}
+@pytest.mark.parametrize("join_saving", [0.25, 0.7])
+def test_pairset_finds_the_front_of_the_table(join_saving: float, table: MixedTable):
+    options = {"seed": 0, "join_saving": join_saving, "allow": ("joins", "drop-attention", "drop-mlp")}
     plans = replay(table, sampler="pairset", budget=200, **options)
     assert len(plans) == len(set(plans)) == 200
-    assert compute_regrets(table, plans, join_saving=0.25) == pytest.approx([0] * 5, abs=FLOAT64_COSTS)
+    assert compute_regrets(table, plans, join_saving=join_saving) == pytest.approx([0] * 5, abs=FLOAT64_COSTS)
 
 
 def test_the_methods_are_printed(table: MixedTable, capsys: pytest.CaptureFixture[str]):

@@ -116,9 +116,10 @@ class EvolutionProposer:
             bits = list(self._space.encode(plan))
             for _ in range(MAX_EXCHANGES):
                 changed = list(bits)
-                for is_made in (True, False):
+                for is_made in (True, False):  # nothing leaves the baseline, and nothing enters where all are made
                     places = [place for place, bit in enumerate(bits) if bit == is_made]
-                    changed[rng.choice(places)] = not is_made
+                    if places:
+                        changed[rng.choice(places)] = not is_made
                 switched = self._space.decode(changed)
                 if switched != plan and self._counts.find(switched) == level:
                     plan = switched

@@ -49,6 +49,9 @@ NUM_EXCHANGES = 12
 MAX_EXCHANGE_STEPS = 3
 ENUMERABLE_PLANS = 8192
 
+LEVELS_PER_LAYER = 2
+"""Levels of time for each layer: a level's width is what a plan may save for nothing."""
+
 
 class Levels(Protocol):
     """Sorts the plans of a space into levels; a plan of a level saves at least as much as those of the levels below.
@@ -69,7 +72,7 @@ class Levels(Protocol):
     def solve(self, costs: PlanCosts) -> BoolArray:
         """Return (batch, num_levels, choices): the cheapest plan of each level from the first on, as far as known."""
 
-    def weigh(self, front: FloatArray) -> FloatArray:
+    def weigh(self, front: FloatArray, *, num_evaluated: int) -> FloatArray:
         """Return the (num_levels + 1,) weights of the levels in the front, whose least losses are given."""
 
 
@@ -99,7 +102,9 @@ class MixedProposer:
         self._seed = seed
         self._metric: Metric = metric
         self._num_choices = len(space.choices)
-        self._levels: Levels = TimeLevels(space, estimate_latency_ms) if levels is None else levels
+        if levels is None:
+            levels = TimeLevels(space, estimate_latency_ms, levels_per_layer=LEVELS_PER_LAYER)
+        self._levels = levels
         self._list_made = lru_cache(maxsize=None)(lambda plan: list_joins(np.array(space.encode(plan), dtype=bool)))
         scan = self._order_scan()
         budget = 4 * (len(scan) + 1) if budget is None else budget
@@ -166,7 +171,7 @@ class MixedProposer:
             surrogate.estimate_standard_deviation(candidates, mean),
             levels,
             front=front,
-            weights=self._levels.weigh(front),
+            weights=self._levels.weigh(front, num_evaluated=len(taken)),
         )
         return self._build_proposal(list_joins(candidates[gain.argmax()]), "surrogate")
 
@@ -257,11 +262,12 @@ class MixedProposer:
 
 def build_layout(space: PlanSpace) -> ChoiceLayout:
     """Return where the choices of a space stand, and of which kind each is."""
-    kinds = ("join", "drop_attention", "drop_mlp")
-    return ChoiceLayout(
-        positions=np.array([float(np.mean(choice.layers)) for choice in space.choices]),
-        kinds=np.array([kinds.index(choice.kind) for choice in space.choices]),
-    )
+    names = ("join", "drop_attention", "drop_mlp")
+    positions = np.array([float(np.mean(choice.layers)) for choice in space.choices])
+    kinds = np.array([names.index(choice.kind) for choice in space.choices])
+    touching = np.abs(np.subtract.outer(positions, positions)) == 0.5
+    ordered = [touching & np.outer(kinds == 0, kinds == kind) for kind in (1, 2)]
+    return ChoiceLayout(positions, kinds, within=tuple(pairs | pairs.T for pairs in ordered))
 
 
 def fit_choices(evaluated: Evaluated, layout: ChoiceLayout) -> Surrogate:

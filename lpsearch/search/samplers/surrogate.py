@@ -5,7 +5,9 @@
 x_i says whether join i is set. b_i has the measured cost of the join alone as its prior mean. Joins that are costly
 alone also disturb each other more, so products are scaled by u_i u_j, where u_i^2 is the cost of join i. On that scale
 interactions share a mean g, vary smoothly over both layers (G: a neighbour's interaction is much the same), and have a
-part of their own (E), larger for joins at most ``NEAR_JOINS`` apart. The misfit grows with the loss, so that ruined
+part of their own (E), larger for joins at most ``NEAR_JOINS`` apart. Where plans also drop branches, a join and a drop
+within it have a mean of their own for each kind of drop, and a larger E: a join costs what its second layer lacks of
+the first, so it often costs next to nothing beside a drop. The misfit grows with the loss, so that ruined
 plans, whose loss saturates, hardly count; a loss on some of the windows has its sampling error beside it. The strengths
 of the parts are those of most evidence (Rasmussen and Williams, Gaussian Processes for Machine Learning, sections 2.2
 and 5.4).
@@ -63,6 +65,12 @@ NEAR_FADE_JOINS = 4.0
 KIND_CORRELATION = 0.5
 """Correlation of G between choices of two kinds at one place."""
 
+WITHIN_STRENGTH = 0.5
+"""Standard deviation of the mean of the products of a join and a drop within it, for each kind of drop."""
+
+WITHIN_VARIANCE = 2.0
+"""Variance of E between a join and a drop within it, relative to that at the smallest distance."""
+
 FAR_VARIANCE = 0.05
 """Variance of E between joins far apart, relative to that at the smallest distance."""
 
@@ -89,10 +97,12 @@ class ChoiceLayout:
     Attributes:
         positions: (choices,) in layers; a join stands between its two.
         kinds: (choices,) numbers of the kinds.
+        within: for each kind of drop (choices, choices) the pairs of a join and a drop of one of its layers, both ways.
     """
 
     positions: FloatArray
     kinds: NDArray[np.int64]
+    within: tuple[BoolArray, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,6 +165,9 @@ class Surrogate:
             distance = np.maximum(distance, 1) * (1 - np.eye(num_joins))
         near = np.exp(-(distance - 1) / NEAR_FADE_JOINS) * (distance <= NEAR_JOINS)
         self._own_variance = np.where(distance > 0, np.maximum(near, FAR_VARIANCE), 0.0)
+        self._within = () if layout is None else layout.within
+        for pairs in self._within:
+            self._own_variance[pairs] = WITHIN_VARIANCE
         self._near = list(self._list_near())
 
         self._residual = delta_nll - self._joined @ join_means
@@ -166,7 +179,7 @@ class Surrogate:
         """Return the (plans,) posterior means of (plans, num_joins) plans in nats per token."""
         flags = joined.astype(np.float64)
         costs = self.mean_costs.evaluate(flags)[0]
-        return np.asarray(costs + self._compute_count_features(flags)[:, 1:] @ self._mean_count[0, 1:])
+        return np.asarray(costs + self._compute_count_features(flags)[:, 1:3] @ self._mean_count[0, 1:3])
 
     def estimate_standard_deviation(self, joined: BoolArray, mean: FloatArray) -> FloatArray:
         """Return the (plans,) standard deviations of losses yet to be measured, the misfit included.
@@ -204,7 +217,7 @@ class Surrogate:
         products = self.strengths.smooth * (root @ noise[0] @ root.T)
         products += self.strengths.own * np.sqrt(self._own_variance) * noise[1]
         prior = PlanCosts(join, products * self._product_scale)
-        count = rng.standard_normal((num_draws, 3))
+        count = rng.standard_normal((num_draws, 3 + len(self._within)))
         value = prior.evaluate(self._joined) + count @ self._compute_count_features(self._joined).T
         value += rng.standard_normal(value.shape) * self._compute_noise(self.strengths.misfit)
         dual = cho_solve((self._factor, True), (self._residual - value).T, check_finite=False).T
@@ -261,14 +274,20 @@ class Surrogate:
         return np.asarray(np.hypot(noise, self._sampling_error))
 
     def _compute_count_features(self, joined: FloatArray) -> FloatArray:
-        """Return (plans, 3): the sum of u_i u_j x_i x_j, the pairs and the triples of joins, each by its strength."""
+        """Return (plans, features), each by its strength.
+
+        They are the sum of u_i u_j x_i x_j, the pairs and the triples of joins, and for each kind of drop that sum over
+        the drops within joins.
+        """
         scaled = joined * self._scale
         total = 0.5 * (scaled.sum(axis=1) ** 2 - (scaled**2).sum(axis=1))
         count = joined.sum(axis=1)
         pairs = count * (count - 1) / 2
         triples = pairs * (count - 2) / 3
         typical = self._typical_cost
-        return np.stack([total, typical * pairs, typical * triples], axis=1) * COUNT_STRENGTHS
+        features = np.stack([total, typical * pairs, typical * triples], axis=1) * COUNT_STRENGTHS
+        within = [0.5 * WITHIN_STRENGTH * ((scaled @ pairs) * scaled).sum(axis=1) for pairs in self._within]
+        return np.column_stack([features, *within])
 
     def _compute_covariances(self, left: FloatArray, right: FloatArray) -> _Covariances:
         """Return the (left, right) prior covariances of two lists of plans.
@@ -327,6 +346,8 @@ class Surrogate:
     def _complete(self, costs: PlanCosts, count: FloatArray) -> PlanCosts:
         """Add the prior means of the joins and the interactions' common mean."""
         common = COUNT_STRENGTHS[0] * count[:, :1, None] * self._product_scale
+        for place, pairs in enumerate(self._within):
+            common = common + WITHIN_STRENGTH * count[:, 3 + place, None, None] * self._product_scale * pairs
         return PlanCosts(costs.join_costs + self._join_means, costs.product_costs + common)
 
 

@@ -28,7 +28,7 @@ BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
 
 UNITS = 8
-"""Whole units of saving that a level is cut into."""
+"""Whole units of saving that a level is cut into where there is one a layer."""
 
 LEAST_LEVELS = 8
 """Fewest levels in the useful range."""
@@ -44,6 +44,11 @@ SAVING_TOLERANCE = 0.05
 
 DEEP_WEIGHT = 0.01
 """Weight in the front of levels above the useful range, whose losses are many times larger."""
+
+DEEP_AFTER = 4
+"""Evaluations a choice after which these have ``LATE_DEEP_WEIGHT``."""
+
+LATE_DEEP_WEIGHT = 0.2
 
 _STATES = np.array(list(product((False, True), repeat=3)))
 """(states, 3) whether the last join is made, and the attention and the MLP of the last layer are dropped."""
@@ -63,12 +68,13 @@ class _Option:
 class TimeLevels:
     """Sorts the plans of a space by the time that they save: level s holds those that save s to s + 1 widths.
 
-    The useful range, a third of the most that any plan saves, has as many levels as there are free layers. Above it
-    they go on to half of the most; what saves more counts as the last.
+    The useful range, a third of the most that any plan saves, has ``levels_per_layer`` times as many levels as there
+    are free layers. Above it they go on to half of the most; what saves more counts as the last.
 
     Args:
         space: the plans.
         estimate_latency_ms: of a plan, additive over its groups; None takes its depth.
+        levels_per_layer: 1, 2, 4 or 8.
 
     Attributes:
         num_levels: the number of levels but for the lowest, that of the baseline.
@@ -77,10 +83,17 @@ class TimeLevels:
         exchangeable: (leaving, entering) choices of which the second alone saves about as much as the first, or more.
     """
 
-    def __init__(self, space: PlanSpace, estimate_latency_ms: Callable[[Plan], float] | None = None) -> None:
+    def __init__(
+        self,
+        space: PlanSpace,
+        estimate_latency_ms: Callable[[Plan], float] | None = None,
+        *,
+        levels_per_layer: int = 1,
+    ) -> None:
         self._space = space
+        self._units = UNITS // levels_per_layer
         estimate = estimate_latency_ms if estimate_latency_ms is not None else (lambda plan: float(plan.depth))
-        self.useful_level = max(LEAST_LEVELS, space.num_layers - len(space.frozen_layers))
+        self.useful_level = max(LEAST_LEVELS, levels_per_layer * (space.num_layers - len(space.frozen_layers)))
         self.num_levels = math.ceil(1.5 * self.useful_level)
         savings_ms = [[self._measure_saving(group, estimate) for group in row] for row in self._list_groups()]
         most = [0.0] * (space.num_layers + 1)
@@ -101,9 +114,11 @@ class TimeLevels:
                 self.single_savings[option.places] = option.saving
         self.exchangeable: BoolArray = self.single_savings[None, :] >= self.single_savings[:, None] - SAVING_TOLERANCE
 
-    def weigh(self, front: FloatArray) -> FloatArray:
-        """Return the (num_levels + 1,) weights of the levels in the front."""
-        return np.where(np.arange(self.num_levels + 1) <= self.useful_level, 1.0, DEEP_WEIGHT)
+    def weigh(self, front: FloatArray, *, num_evaluated: int) -> FloatArray:
+        """Return the (num_levels + 1,) weights of the levels in the front; those of deep levels rise late."""
+        is_late = num_evaluated >= DEEP_AFTER * len(self._space.choices)
+        deep_weight = LATE_DEEP_WEIGHT if is_late else DEEP_WEIGHT
+        return np.where(np.arange(self.num_levels + 1) <= self.useful_level, 1.0, deep_weight)
 
     def find_level(self, plan: Plan) -> int:
         """Return the level of a plan of the space."""
@@ -132,7 +147,7 @@ class TimeLevels:
         Products of choices of groups that are not neighbours are ignored. Where no plan saves so much, no choice is
         made.
         """
-        num_layers, num_units = self._space.num_layers, (self.num_levels + 1) * UNITS
+        num_layers, num_units = self._space.num_layers, (self.num_levels + 1) * self._units
         batch = len(costs.join_costs)
         best = np.full((num_layers + 1, batch, len(_STATES), num_units), np.inf)
         best[0, :, 0, 0] = 0.0
@@ -162,29 +177,30 @@ class TimeLevels:
 
         :meth:`draw_plan` draws by these levels.
         """
-        return tuple(sum(self._counts[0][level * UNITS : (level + 1) * UNITS]) for level in range(self.num_levels + 1))
+        starts = range(0, (self.num_levels + 1) * self._units, self._units)
+        return tuple(sum(self._counts[0][start : start + self._units]) for start in starts)
 
     def draw_plan(self, level: int, rng: random.Random) -> Plan:
         """Draw uniformly among the plans of a level of :meth:`count_plans` that is not empty."""
-        weights = self._counts[0][level * UNITS : (level + 1) * UNITS]
+        weights = self._counts[0][level * self._units : (level + 1) * self._units]
         while True:
             rank = rng.randrange(sum(weights))
             offset = 0
             while rank >= weights[offset]:
                 rank -= weights[offset]
                 offset += 1
-            plan = self._draw_exactly(level * UNITS + offset, rng)
+            plan = self._draw_exactly(level * self._units + offset, rng)
             if plan.num_dropped < 2 * plan.num_layers:
                 return plan
 
     def find_drawn_level(self, plan: Plan) -> int | None:
         """Return the level of a plan as :meth:`count_plans` has it; None where it saves more than the last."""
         units = sum(self._units_of[group] for group in plan.groups)
-        return units // UNITS if units < (self.num_levels + 1) * UNITS else None
+        return units // self._units if units < (self.num_levels + 1) * self._units else None
 
     def iterate_level(self, level: int) -> Iterator[Plan]:
         """Yield every plan of a level of :meth:`count_plans`."""
-        for units in range(level * UNITS, (level + 1) * UNITS):
+        for units in range(level * self._units, (level + 1) * self._units):
             for groups in self._enumerate(0, units):
                 yield Plan.from_groups(groups)
 
@@ -197,7 +213,7 @@ class TimeLevels:
     @cached_property
     def _counts(self) -> list[list[int]]:
         """Entry [l][u]: how many ways the layers from l on can be grouped so that they save u units."""
-        num_units = (self.num_levels + 1) * UNITS
+        num_units = (self.num_levels + 1) * self._units
         counts = [np.zeros(num_units, dtype=object) for _ in range(self._space.num_layers + 1)]
         counts[-1][0] = 1
         for first in reversed(range(self._space.num_layers)):
@@ -256,7 +272,7 @@ class TimeLevels:
             made += [mlp] if layer_idx not in group.mlp_layers else []
         last = group[-1]
         state = 4 * (len(group) > 1) + 2 * (last not in group.attention_layers) + (last not in group.mlp_layers)
-        return _Option(group, np.array(made, dtype=np.int64), saving, round(saving * UNITS), int(state))
+        return _Option(group, np.array(made, dtype=np.int64), saving, round(saving * self._units), int(state))
 
     @cached_property
     def _places(self) -> list[tuple[int, int, int]]:
@@ -304,11 +320,11 @@ class TimeLevels:
         batch = len(best)
         made = np.zeros((batch, self.num_levels, len(self._space.choices)), dtype=bool)
         for row, level in product(range(batch), range(1, self.num_levels + 1)):
-            part = best[row, :, level * UNITS : (level + 1) * UNITS]
+            part = best[row, :, level * self._units : (level + 1) * self._units]
             state, offset = map(int, np.unravel_index(part.argmin(), part.shape))
             if not np.isfinite(part[state, offset]):
                 continue
-            after, units = self._space.num_layers, level * UNITS + offset
+            after, units = self._space.num_layers, level * self._units + offset
             while after:
                 code, source = divmod(int(came_by[after, row, state, units]), len(_STATES))
                 size, index = divmod(code, MAX_OPTIONS)

@@ -56,9 +56,11 @@ def build_landscape(space, seed=0):
     return measure, PlanCosts(cost[None], products[None])
 
 
+@pytest.mark.parametrize("levels_per_layer", [1, 4])
 @pytest.mark.parametrize("space", SPACES)
-def test_levels_are_those_of_the_time_saved(space):
-    levels = TimeLevels(space, estimate_latency_ms)
+def test_levels_are_those_of_the_time_saved(space, levels_per_layer):
+    levels = TimeLevels(space, estimate_latency_ms, levels_per_layer=levels_per_layer)
+    assert levels.useful_level == max(8, levels_per_layer * (space.num_layers - len(space.frozen_layers)))
     plans = list(space.enumerate_plans())
     made = np.array([space.encode(plan) for plan in plans])
     saved = [estimate_latency_ms(plans[0]) - estimate_latency_ms(plan) for plan in plans]
@@ -75,10 +77,11 @@ def test_levels_are_those_of_the_time_saved(space):
     assert levels.classify(made).tolist() == expected == [levels.find_level(plan) for plan in plans]
 
 
+@pytest.mark.parametrize("levels_per_layer", [1, 4])
 @pytest.mark.parametrize("space", SPACES)
-def test_the_dynamic_program_is_exact_where_only_neighbours_interact(space):
+def test_the_dynamic_program_is_exact_where_only_neighbours_interact(space, levels_per_layer):
     """Products of choices at most a layer apart, at every level, against every plan of the space."""
-    levels = TimeLevels(space, estimate_latency_ms)
+    levels = TimeLevels(space, estimate_latency_ms, levels_per_layer=levels_per_layer)
     _, costs = build_landscape(space, seed=3)
     layers = [choice.layers for choice in space.choices]
     near = np.array([[max(a[-1], b[-1]) - min(a[0], b[0]) <= 1 for b in layers] for a in layers])
@@ -168,6 +171,21 @@ def test_every_sampler_works_in_the_space(sampler, tmp_path):
     assert any(found.plan.num_dropped for found in result.results)
     times = [found.latency_ms for found in result.front]
     assert times == sorted(times, reverse=True)
+
+
+def test_evolution_goes_on_from_the_baseline_where_plans_of_its_level_make_choices():
+    """A join saves less than a level is wide, so the baseline is a parent, which has no choice to exchange."""
+    space = PlanSpace(12, allow=EVERYTHING)
+    levels = TimeLevels(space, estimate_latency_ms)
+    measure, _ = build_landscape(space)
+    assert levels.find_drawn_level(Plan.from_joins(12, [3])) == levels.find_drawn_level(Plan.baseline(12)) == 0
+    proposer = EvolutionProposer(space=space, seed=1, levels=levels)
+    results = [build_result(Plan.baseline(12), 0.0, trial=0)]
+    while len(results) < 150:
+        proposal = proposer.propose(results, ())
+        assert proposal.plan in space
+        results.append(build_result(proposal.plan, measure(proposal.plan), trial=len(results)))
+    assert len({result.plan for result in results}) == 150
 
 
 def test_joins_alone_are_searched_as_before_there_were_drops():

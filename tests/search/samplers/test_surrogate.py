@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from lpsearch.search.samplers import surrogate as module
+from lpsearch.search.samplers.mixed import build_layout
 from lpsearch.search.samplers.surrogate import Surrogate
+from lpsearch.search.space import PlanSpace
 from tests.tolerances import POSTERIOR_DEVIATION, POSTERIOR_MEAN, POSTERIOR_ORDER
 
 
@@ -88,6 +90,91 @@ def test_posterior_equals_the_textbook_formula(sampling_error: float) -> None:
     misfit = chosen.misfit * mean
     np.testing.assert_allclose(
         fitted.estimate_standard_deviation(unseen, mean), np.sqrt(variance + misfit**2), rtol=POSTERIOR_DEVIATION
+    )
+
+
+def _compute_mixed_prior(made: np.ndarray, cost: np.ndarray, space: PlanSpace, smooth: float, own: float) -> np.ndarray:
+    """The same for choices of several kinds: of two plans, over choices and over pairs of pairs of choices."""
+    choices = space.choices
+    typical = float(np.median(cost))
+    pairs = list(itertools.combinations(range(len(choices)), 2))
+    features = np.array([[plan[i] * plan[j] * np.sqrt(cost[i] * cost[j]) for i, j in pairs] for plan in made])
+
+    def measure(i: int, j: int) -> float:
+        return abs(float(np.mean(choices[i].layers)) - float(np.mean(choices[j].layers)))
+
+    def correlate(i: int, j: int) -> float:
+        same_kind = choices[i].kind == choices[j].kind
+        return float(np.exp(-measure(i, j) / module.LENGTH_LAYERS)) * (1.0 if same_kind else module.KIND_CORRELATION)
+
+    def find_drop_within(i: int, j: int) -> str | None:
+        """Of a join and a drop of one of its layers, the kind of the drop."""
+        for join, drop in ((choices[i], choices[j]), (choices[j], choices[i])):
+            if join.kind == "join" and drop.kind != "join" and drop.layers[0] in join.layers:
+                return drop.kind
+        return None
+
+    interaction = np.zeros((len(pairs), len(pairs)))
+    for row, (i, j) in enumerate(pairs):
+        for column, (k, m) in enumerate(pairs):
+            same = correlate(i, k) * correlate(j, m) + correlate(i, m) * correlate(j, k)
+            interaction[row, column] = smooth**2 * same
+        distance = max(1.0, measure(i, j))
+        near = np.exp(-(distance - 1) / module.NEAR_FADE_JOINS) if distance <= module.NEAR_JOINS else 0.0
+        variance = module.WITHIN_VARIANCE if find_drop_within(i, j) else max(near, module.FAR_VARIANCE)
+        interaction[row, row] += own**2 * variance
+    for kind in ("drop_attention", "drop_mlp"):
+        shared = np.array([find_drop_within(i, j) == kind for i, j in pairs], dtype=float)
+        interaction += module.WITHIN_STRENGTH**2 * np.outer(shared, shared)
+    count = made.sum(axis=1).astype(float)
+    powers = np.stack(
+        [features.sum(axis=1), typical * count * (count - 1) / 2, typical * count * (count - 1) * (count - 2) / 6],
+        axis=1,
+    ) * np.array(module.COUNT_STRENGTHS)
+    linear = (made * (module.MEASURED_STRENGTH * cost) ** 2) @ made.T
+    return features @ interaction @ features.T + powers @ powers.T + linear
+
+
+def test_posterior_of_joins_and_drops_equals_the_textbook_formula() -> None:
+    space = PlanSpace(4, allow=("joins", "drop-attention", "drop-mlp"))
+    rng = np.random.default_rng(5)
+    num_choices = len(space.choices)
+    cost = 0.05 * rng.lognormal(sigma=0.5, size=num_choices)
+    products = np.triu(rng.normal(-0.2, 0.4, size=(num_choices, num_choices)), 1) * np.sqrt(np.outer(cost, cost))
+    plans = np.array([space.encode(plan) for plan in space.enumerate_plans()])[1:]
+    loss = plans @ cost + np.einsum("pi,ij,pj->p", plans, products, plans)
+    others = rng.choice(np.arange(num_choices, len(plans)), 50, replace=False)
+    seen = np.concatenate([np.arange(num_choices), others[:40]])
+    assert (plans[:num_choices].sum(axis=1) == 1).all()
+    fitted = Surrogate(
+        joined=plans[seen],
+        delta_nll=loss[seen],
+        sampling_error=np.zeros(len(seen)),
+        join_means=cost,
+        measured=np.ones(num_choices, dtype=bool),
+        layout=build_layout(space),
+    )
+    chosen = fitted.strengths
+    everything = plans[np.concatenate([seen, others[40:]])].astype(float)
+    prior = _compute_mixed_prior(everything, cost, space, chosen.smooth, chosen.own)
+    count = len(seen)
+    noise = np.where(plans[seen].sum(axis=1) <= 1, module.SINGLE_MISFIT, chosen.misfit)
+    value = np.maximum(loss[seen], module.COST_RANGE[0] * np.median(cost))
+    noise = noise * value * (1 + value / module.SATURATION_NATS)
+    gain = np.linalg.solve(prior[:count, :count] + np.diag(noise**2), prior[:count, count:]).T
+    unseen = plans[others[40:]]
+    mean = unseen @ cost + gain @ (loss[seen] - plans[seen] @ cost)
+    variance = np.diag(prior[count:, count:] - gain @ prior[:count, count:])
+    np.testing.assert_allclose(fitted.estimate_mean(unseen), mean, rtol=POSTERIOR_MEAN)
+    np.testing.assert_allclose(
+        fitted.estimate_standard_deviation(unseen, mean),
+        np.sqrt(variance + (chosen.misfit * np.maximum(mean, module.COST_RANGE[0] * np.median(cost))) ** 2),
+        rtol=POSTERIOR_DEVIATION,
+    )
+    draws = fitted.draw_costs(4000, np.random.default_rng(0))
+    spread = draws.product_costs.std(axis=0).max()
+    np.testing.assert_allclose(
+        draws.product_costs.mean(axis=0), fitted.mean_costs.product_costs[0], atol=5 * spread / np.sqrt(4000)
     )
 
 
