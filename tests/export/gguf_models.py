@@ -38,8 +38,8 @@ GGUF_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {
             "rope_parameters": {
-                "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+                "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
             }
         },
     ),
@@ -255,6 +255,7 @@ def write_base_gguf(
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
+    writer.add_pad_token_id(0)
     writer.add_add_bos_token(False)
 
     def add(name: str, tensor: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Answer questions about one GGUF file by stock llama.cpp: a program of its own, since a failed assertion ends it.
 
-Run as ``python serve.py FILE < questions.json``; the answers are the last line on stdout. It imports nothing of lpsearch.
+Run as ``python serve.py FILE < questions.json``; the answers are the last line on stdout. It needs nothing of lpsearch.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def score(address: str, prompt: list[int], *, vocab_size: int, letter: int) -> d
         "logit_bias": [[letter, 1e5]],
         "temperature": 0,
     }
-    answer = ask(address, "/completion", question | {"cache_prompt": False})
+    answer = ask(address, "/completion", question | {"cache_prompt": False, "logit_bias": [[letter, 1e5]]})
     entries = answer["completion_probabilities"][0]["top_logprobs"]
     return {str(entry["id"]): entry["logprob"] for entry in entries}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -98,7 +97,7 @@ def test_texts_become_the_same_tokens(kind: str, tmp_path: Path) -> None:
     tokenizer = build_tokenizer(kind)
     texts = [*TEXTS, "<s>a<tool>b</s>", " ".join(TEXTS)]
     path = export_gguf(build_gguf_model("llama"), MIXED, tmp_path / "plan.gguf", tokenizer=tokenizer)
-    messages = [{"role": "user", "content": "How deep?"}, {"role": "assistant", "content": "Very."}]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How deep?"}]
     answers = ask_llamacpp(path, texts=texts, chats=[messages], vocab_size=VOCAB_SIZE)
     assert dict(zip(texts, answers["token_ids"], strict=True)) == {text: tokenizer(text)["input_ids"] for text in texts}
     chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -162,10 +161,6 @@ def write_without_mlp(path: Path, target: Path, *, block: int) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return target
-
-
-def list_prefixes(ids: Sequence[int]) -> list[list[int]]:
-    return [list(ids[: end + 1]) for end in range(len(ids))]
 
 
 @pytest.mark.packaged
