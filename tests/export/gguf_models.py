@@ -167,7 +167,7 @@ def build_tokenizer(kind: str) -> PreTrainedTokenizerFast:
 def build_gguf_model(name: str, **overrides: Any) -> PreTrainedModel:
     """Build a tiny model of :data:`GGUF_OPTIONS`, with room for the tokens of :func:`build_tokenizer`."""
     family, options = GGUF_OPTIONS[name]
-    return build_tiny_model(family, vocab_size=VOCAB_SIZE, **{**options, **overrides})
+    return build_tiny_model(family, **{"vocab_size": VOCAB_SIZE, **options, **overrides})
 
 
 @torch.no_grad()

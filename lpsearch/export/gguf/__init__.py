@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lpsearch.export.gguf.blocks import check_gguf
-from lpsearch.export.gguf.file import check_gguf_target, export_gguf, export_gguf_source
+from lpsearch.export.gguf.file import check_gguf_target, export_gguf, export_gguf_source, read_file_type
 from lpsearch.export.gguf.formats import QUANTISATIONS, Quantisation
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "check_gguf_target",
     "export_gguf",
     "export_gguf_source",
+    "read_file_type",
 ]

@@ -24,6 +24,7 @@ from lpsearch.export.gguf.stored import StoredModel
 from lpsearch.export.gguf.tensors import DeciTensors, GgufTensor
 from lpsearch.export.gguf.tokenizer import TokenizerKeys, read_tokenizer
 from lpsearch.models import ModelSource
+from lpsearch.models.gguf_header import read_gguf_header
 from lpsearch.models.packaged import fetch_package
 from lpsearch.models.traits import read_traits
 from lpsearch.plan import ModelIdentity, Plan
@@ -31,7 +32,7 @@ from lpsearch.staging import staged_file
 from lpsearch.transform import check_plan_layers, check_plan_numbers
 from lpsearch.versions import __version__
 
-__all__ = ["check_gguf_target", "export_gguf", "export_gguf_source"]
+__all__ = ["check_gguf_target", "export_gguf", "export_gguf_source", "read_file_type"]
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +160,11 @@ def export_gguf_source(
     if weights:
         base = replace_weights(base, plan, weights)
     return _write(base, None if path is None else StoredModel(path), plan, target, quantisation, on_progress)
+
+
+def read_file_type(path: Path) -> str:
+    """Return llama.cpp's name of what most of a GGUF file is stored as, e.g. ``MOSTLY_Q8_0``."""
+    return LlamaFileType(read_gguf_header(path).metadata["general.file_type"]).name
 
 
 def _write(
