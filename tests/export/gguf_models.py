@@ -118,11 +118,12 @@ BYTE_LEVEL: dict[str, tuple[list[Any], bool]] = {
 
 
 @cache
-def build_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+def build_tokenizer(kind: str, *, metaspace: str | None = None) -> PreTrainedTokenizerFast:
     """Train a tokenizer of a kind on this project's README.
 
     Args:
         kind: a key of :data:`BYTE_LEVEL`, or ``llama`` for SentencePiece's BPE as Llama 2 and Mistral have it.
+        metaspace: where a ``llama`` puts a space before a text, in the newer form without a normaliser.
     """
     special = ["<unk>", "<s>", "</s>"]
     corpus = Path(__file__).parents[2] / "README.md"
@@ -135,6 +136,9 @@ def build_tokenizer(kind: str) -> PreTrainedTokenizerFast:
         trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE - 8, special_tokens=tokens)
         backend.train([str(corpus)], trainer)
         backend.pre_tokenizer = None
+        if metaspace is not None:
+            backend.normalizer = None
+            backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=metaspace, split=False)
         document = json.loads(backend.to_str())
         document["added_tokens"] = [token for token in document["added_tokens"] if token["content"] in special]
         backend = Tokenizer.from_str(json.dumps(document))
@@ -217,6 +221,7 @@ def write_base_gguf(
     *,
     architecture: str,
     quantisation: GGMLQuantizationType = GGMLQuantizationType.F32,
+    sliding_window: int | None = None,
 ) -> Path:
     """Write a tiny model as a GGUF file of its own architecture, as llama.cpp's converter does: no plan, one size.
 
@@ -226,6 +231,7 @@ def write_base_gguf(
         path: the file.
         architecture: ``llama`` (queries and keys in pairs), ``qwen2`` or ``phi3``.
         quantisation: of the matrices.
+        sliding_window: that the metadata name.
     """
     config: Any = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -247,6 +253,8 @@ def write_base_gguf(
     ids = document["model"]["vocab"] | {token["content"]: token["id"] for token in document["added_tokens"]}
     tokens = {token_id: token for token, token_id in ids.items()}
     special = {token["id"] for token in document["added_tokens"] if token["special"]}
+    if sliding_window is not None:
+        writer.add_sliding_window(sliding_window)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list([tokens.get(i, f"[PAD{i}]") for i in range(config.vocab_size)])

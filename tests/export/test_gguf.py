@@ -297,6 +297,24 @@ def test_a_tokenizer_that_llamacpp_has_not_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_window_of_a_gguf_file_is_refused(tmp_path: Path) -> None:
+    model = build_gguf_model("phi3")
+    base = write_base_gguf(model, build_tokenizer(SMOL), tmp_path / "base.gguf", architecture="phi3", sliding_window=64)
+    with pytest.raises(FamilyError, match="slides over a window of 64 tokens"):
+        export_gguf_source(resolve_source(str(base)), MIXED, tmp_path / "plan.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["base.gguf"]
+
+
+def test_a_space_that_llamacpp_puts_elsewhere_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for scheme, warned in (("always", "begins with one."), ("never", ""), ("first", "nor after special tokens.")):
+        caplog.clear()
+        tokenizer = build_tokenizer("llama", metaspace=scheme)
+        path = export_gguf(build_gguf_model("llama"), MIXED, tmp_path / f"{scheme}.gguf", tokenizer=tokenizer)
+        assert read_fields(path)["tokenizer.ggml.add_space_prefix"] == (scheme != "never")
+        assert ("puts a space before every text" in caplog.text) == bool(warned)
+        assert warned in caplog.text
+
+
 def test_a_quantised_directory_is_refused(model_dir: Path, tmp_path: Path) -> None:
     config = json.loads((model_dir / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}

