@@ -12,7 +12,7 @@ VLLM_PIP := $(VLLM_BIN)/python -m pip --disable-pip-version-check --quiet
 # Number of processes that run tests; each needs about 3 GB.
 TEST_PROCESSES ?= 2
 
-.PHONY: demo docs test test-vllm lint format clean help
+.PHONY: demo docs test test-engines test-llamacpp test-vllm lint format clean help
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -41,6 +41,11 @@ demo: $(VENV)/.installed ## search SmolLM2-135M on this machine
 
 test: $(VENV)/.installed-dev ## run the tests
 	$(BIN)/python -m pytest -m "not network" --numprocesses $(TEST_PROCESSES) --dist loadfile
+
+test-engines: test-llamacpp test-vllm ## run exported plans in llama.cpp and in vLLM
+
+test-llamacpp: $(VENV)/.installed-dev ## run exported GGUF files in stock llama.cpp
+	$(BIN)/python -m pytest -m "not network" tests/llamacpp
 
 # The three removed packages decode pictures and sound, and are built for another torch than the pinned one.
 $(VLLM_VENV)/.installed: pyproject.toml tests/vllm/requirements.txt

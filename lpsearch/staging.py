@@ -1,7 +1,8 @@
-"""Directories that appear whole or not at all."""
+"""Directories and files that appear whole or not at all."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from lpsearch.errors import UsageError
 
-__all__ = ["check_target", "staged"]
+__all__ = ["check_target", "staged", "staged_file"]
 
 
 def check_target(target: Path) -> None:
@@ -37,3 +38,18 @@ def staged(target: Path) -> Iterator[Path]:
         staging.rename(target)  # which replaces an empty directory
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def staged_file(target: Path) -> Iterator[Path]:
+    """Write a file that then appears under its final name in one step, or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    os.close(descriptor)
+    staging = Path(name)
+    try:
+        yield staging
+        staging.chmod(0o644)
+        staging.rename(target)
+    finally:
+        staging.unlink(missing_ok=True)

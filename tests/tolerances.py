@@ -84,3 +84,6 @@ FLOAT64_REGRESSION = 1e-8
 
 FLOAT32_REFIT = 1e-3
 """Relative difference (2-norm) of a float32 model's refit from one in float64: what is solved is ill-conditioned."""
+
+LLAMACPP_LOGITS = 1e-4
+"""Largest absolute difference of float32 log-probabilities of tiny models by llama.cpp and by a loop in torch."""

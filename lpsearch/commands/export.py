@@ -1,10 +1,11 @@
-"""``lpsearch export``: a checkpoint directory that other software loads."""
+"""``lpsearch export``: a checkpoint directory, or a GGUF file, that other software loads."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -13,51 +14,121 @@ from lpsearch.commands.loading import resolve_source_of_plan
 from lpsearch.commands.options import ModelOption, PlanArgument
 from lpsearch.commands.steps import show_steps
 from lpsearch.config import Dtype
-from lpsearch.plan import find_recovered_weights, load_plan
+from lpsearch.errors import UsageError
+from lpsearch.plan import Plan, find_recovered_weights, load_plan
 from lpsearch.staging import check_target
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lpsearch.models import ModelSource
+
 __all__ = ["export"]
+
+Quantisation = Literal["f32", "f16", "bf16", "q8_0"]
+"""What ``lpsearch.export.gguf`` writes; a test compares the two, since that one imports torch."""
 
 
 def export(
     plan_path: PlanArgument,
-    directory: Annotated[Path, typer.Argument(help="new or empty directory to write", metavar="DIR")],
+    target: Annotated[
+        Path, typer.Argument(help="new or empty directory to write, or new .gguf file", metavar="DIR|FILE.gguf")
+    ],
     model: ModelOption = None,
-    dtype: Annotated[Dtype, typer.Option(help="dtype to write; auto: the one that the weights are stored in")] = "auto",
+    format: Annotated[
+        Literal["hf", "gguf"] | None,
+        typer.Option(help="hf: directory for transformers and vLLM; gguf: file for llama.cpp; default: by the name"),
+    ] = None,
+    dtype: Annotated[
+        Dtype, typer.Option(help="dtype of a directory; auto: the one that the weights are stored in")
+    ] = "auto",
+    quant: Annotated[
+        Quantisation | None,
+        typer.Option(
+            help="what a GGUF file stores matrices as, but those that the model's own GGUF file holds quantised; "
+            "default: what the model has, q8_0 for groups of a quantised one"
+        ),
+    ] = None,
 ) -> dict[str, Any]:
-    """Write a checkpoint with fused layers, which transformers and vLLM load without lpsearch."""
-    import torch
-
-    from lpsearch.export import export_source, read_dtype
-    from lpsearch.models.traits import read_traits
-    from lpsearch.recovery import load_recovered_weights
-    from lpsearch.transform import check_plan_layers
-
+    """Write a plan's fused layers as a checkpoint for transformers and vLLM, or as a GGUF file for llama.cpp."""
     plan = load_plan(plan_path)
     assert plan.metadata is not None  # a plan file has it
     weights_file = find_recovered_weights(plan, plan_path)
+    is_gguf = format == "gguf" or (format is None and target.suffix == ".gguf")
+    if is_gguf and dtype != "auto":
+        raise UsageError(f"--dtype {dtype} is for a directory; --quant says what a GGUF file stores")
+    if not is_gguf and quant is not None:
+        raise UsageError(f"--quant {quant} is for a GGUF file; name one, as out.gguf, or use --dtype for a directory")
     source = resolve_source_of_plan(plan, model)
-    check_target(directory)
-    config = read_config(source)
-    if config is not None:  # before anything is fetched
-        check_plan_layers(plan, config)
-        read_traits(config).check_fusing()
+    _check_before_fetching(plan, source, target, is_gguf=is_gguf)
+
+    from lpsearch.recovery import load_recovered_weights
+
     started = time.perf_counter()
+    weights = None if weights_file is None else load_recovered_weights(weights_file)
     with show_steps("writing") as on_progress:
-        export_source(
-            source,
-            plan,
-            directory,
-            dtype=None if dtype == "auto" else getattr(torch, dtype),
-            weights=None if weights_file is None else load_recovered_weights(weights_file),
-            on_progress=on_progress,
-        )
+        if is_gguf:
+            written = _write_gguf(source, plan, target, quant, weights, on_progress)
+        else:
+            written = _write_directory(source, plan, target, dtype, weights, on_progress)
     return {
-        "directory": str(directory),
+        **written,
         "model": plan.metadata.model.id,
         "depth": plan.depth,
         "depth_reduction": plan.depth_reduction,
-        "dtype": read_dtype(directory),
-        "num_bytes": sum(file.stat().st_size for file in directory.iterdir()),
         "seconds": round(time.perf_counter() - started, 2),
     }
+
+
+def _check_before_fetching(plan: Plan, source: ModelSource, target: Path, *, is_gguf: bool) -> None:
+    """Refuse what the target and the model's configuration rule out, before weights are fetched or read."""
+    from lpsearch.export.gguf import check_gguf, check_gguf_target
+    from lpsearch.models.traits import read_traits
+    from lpsearch.transform import check_plan_layers
+
+    if is_gguf:
+        check_gguf_target(target)
+    else:
+        check_target(target)
+    config = read_config(source)
+    if config is None:
+        return
+    check_plan_layers(plan, config)
+    if is_gguf:
+        check_gguf(config)
+    else:
+        read_traits(config).check_fusing()
+
+
+def _write_gguf(
+    source: ModelSource,
+    plan: Plan,
+    target: Path,
+    quant: Quantisation | None,
+    weights: Mapping[str, Tensor] | None,
+    on_progress: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """Write a GGUF file and say what it is."""
+    from lpsearch.export.gguf import export_gguf_source, read_file_type
+
+    export_gguf_source(source, plan, target, quantisation=quant, weights=weights, on_progress=on_progress)
+    return {"file": str(target), "file_type": read_file_type(target), "num_bytes": target.stat().st_size}
+
+
+def _write_directory(
+    source: ModelSource,
+    plan: Plan,
+    target: Path,
+    dtype: Dtype,
+    weights: Mapping[str, Tensor] | None,
+    on_progress: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """Write a directory and say what it is."""
+    import torch
+
+    from lpsearch.export import export_source, read_dtype
+
+    chosen = None if dtype == "auto" else getattr(torch, dtype)
+    export_source(source, plan, target, dtype=chosen, weights=weights, on_progress=on_progress)
+    num_bytes = sum(file.stat().st_size for file in target.iterdir())
+    return {"directory": str(target), "dtype": read_dtype(target), "num_bytes": num_bytes}

@@ -7,29 +7,38 @@ import gc
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from lpsearch.errors import ModelError
 from lpsearch.export.shards import DTYPES, SafetensorsReader
 from lpsearch.models import ModelSource, fingerprint_model, get_decoder_layers, load_model
 from lpsearch.models.conversion import WeightlessCheck
+from lpsearch.models.fingerprint import fingerprint_tensors, fingerprints_match
 from lpsearch.models.geometry import load_config
 from lpsearch.models.image_text import extract_language_model, find_text_config
 from lpsearch.models.loading import fetch_directory, refuse_quantised
 from lpsearch.models.packaged import LICENCE_NAMES, fetch_package
+from lpsearch.models.quiet import quiet_transformers
 from lpsearch.models.stored_weights import read_stored_tensors
 from lpsearch.models.traits import read_traits
-from lpsearch.plan import ModelIdentity
-from lpsearch.transform import check_fusible
+from lpsearch.plan import ModelIdentity, Plan
+from lpsearch.transform import check_fusible, check_plan_numbers
 from lpsearch.transform.fuse import has_tied_head
 
-__all__ = ["BaseModel", "open_model", "open_source"]
+__all__ = ["BaseModel", "open_model", "open_source", "replace_weights"]
 
 _NUM_SAMPLES = 16
 _CARD_LICENCE = re.compile(r"^license:\s*[\"']?([\w.-]+)", re.MULTILINE)
@@ -48,6 +57,7 @@ class BaseModel:
         tokenizer: None if it is not known.
         licence: its identifier as the base's model card gives it; None if it is not known.
         notices: its licence and notice files.
+        replaced: names of the tensors that repaired ones stand in place of.
     """
 
     config: PretrainedConfig
@@ -58,6 +68,7 @@ class BaseModel:
     tokenizer: PreTrainedTokenizerBase | None = None
     licence: str | None = None
     notices: tuple[Path, ...] = ()
+    replaced: frozenset[str] = frozenset()
 
 
 def open_model(model: PreTrainedModel, *, identity: ModelIdentity | None = None) -> BaseModel:
@@ -136,6 +147,56 @@ def open_source(source: ModelSource, *, before_weights: WeightlessCheck | None =
     del loaded
     gc.collect()  # a model refers to itself; what is mapped goes with it
     return base
+
+
+def replace_weights(base: BaseModel, plan: Plan, weights: Mapping[str, Tensor]) -> BaseModel:
+    """Let repaired weights stand in place of the model's.
+
+    Raises:
+        PlanError: if the plan is for another model.
+        ModelError: if the model has no such weights, or with them it is not the one that the plan belongs to.
+    """
+    identity = base.identity
+    check_plan_numbers(
+        plan.without_recovery(), num_layers=identity.num_layers, fingerprint=identity.fingerprint, name=identity.id
+    )
+    decoder = read_traits(base.config).family.decoder
+    replaced = {f"{decoder}.{name}": tensor for name, tensor in weights.items()}
+    for name, tensor in replaced.items():
+        present = base.read(name)
+        if present is None or present.shape != tensor.shape:
+            found = "none" if present is None else f"one of shape {tuple(present.shape)}"
+            raise ModelError(f"{name}: repaired is one of shape {tuple(tensor.shape)}, and {identity.id} has {found}")
+    recovery = plan.metadata.provenance.recovery if plan.metadata is not None else None
+    repaired = replace(
+        base,
+        read=lambda name: replaced[name] if name in replaced else base.read(name),
+        replaced=frozenset(replaced),
+    )
+    if recovery is None:
+        return repaired
+    fingerprint = _fingerprint(repaired)
+    if not fingerprints_match(fingerprint, recovery.fingerprint):
+        raise ModelError(
+            f"with the repaired weights the fingerprint of {identity.id} is {fingerprint}, expected "
+            f"{recovery.fingerprint}: they are not those of the plan; run `lpsearch recover` again"
+        )
+    return replace(repaired, identity=identity.model_copy(update={"fingerprint": recovery.fingerprint}))
+
+
+def _fingerprint(base: BaseModel) -> str:
+    """Return the fingerprint of a model that is read tensor by tensor."""
+    build: Any = AutoModelForCausalLM.from_config
+    with torch.device("meta"), quiet_transformers():
+        model = build(base.config)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    ordered = (
+        names[id(parameter)]
+        for layer in get_decoder_layers(model)
+        for _, parameter in sorted(layer.named_parameters(), key=lambda item: item[0])
+    )
+    tensors = map(base.read, ordered)
+    return fingerprint_tensors(base.config, (tensor for tensor in tensors if tensor is not None))
 
 
 def _find_dtype(directory: Path) -> torch.dtype:

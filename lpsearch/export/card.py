@@ -64,8 +64,9 @@ def write_card(path: Path, *, plan: Plan, config: Any, licence: str | None, noti
         f"The decoder layers of {base}{f' ({identity.revision})' if identity.revision else ''} were grouped by "
         f"lpsearch {__version__}: its {plan.num_layers} layers run as {len(plan.groups)} groups, one after another "
         f"({plan.depth_reduction:.1%} less depth). The layers of a group read the same hidden states and their outputs "
-        f"are summed, so that a group is one wide layer. {_describe_recovery(plan)} Weights were joined, and norms "
-        f"folded into them in float32; the result is stored in {str(config.dtype).removeprefix('torch.')}.",
+        f"are summed, so that a group is one wide layer. {_describe_recovery(plan)} Weights were joined, and what "
+        "the norms of a group do not share was folded into them in float32; the result is stored in "
+        f"{str(config.dtype).removeprefix('torch.')}.",
         f"Layers together: {', '.join(f'{group[0]} to {group[-1]}' for group in joined) or 'none'}.",
         *_describe_dropped(plan),
         *_describe_metrics(plan),

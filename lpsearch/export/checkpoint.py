@@ -11,17 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lpsearch.errors import LpsearchError, ModelError
-from lpsearch.export.base import BaseModel, open_model, open_source
+from lpsearch.errors import LpsearchError
+from lpsearch.export.base import BaseModel, open_model, open_source, replace_weights
 from lpsearch.export.card import write_card
 from lpsearch.export.shards import INDEX_NAME, Shard, TensorSpec, list_shards, write_shard
 from lpsearch.models import ModelSource
-from lpsearch.models.families import get_decoder_layers
-from lpsearch.models.fingerprint import fingerprint_tensors, fingerprints_match
 from lpsearch.models.quiet import quiet_transformers
-from lpsearch.models.traits import read_traits
 from lpsearch.plan import RECOVERED_PLAN_NAME, ModelIdentity, Plan, PlanMetadata, save_plan, write_json
 from lpsearch.staging import check_target, staged
 from lpsearch.transform import check_plan_layers, check_plan_numbers
@@ -134,54 +131,8 @@ def export_source(
 
     base = open_source(source, before_weights=check)
     if weights:
-        base = _replace_weights(base, plan, weights)
+        base = replace_weights(base, plan, weights)
     return _write_directory(base, plan, target, dtype, max_shard_bytes, on_progress)
-
-
-def _replace_weights(base: BaseModel, plan: Plan, weights: Mapping[str, Tensor]) -> BaseModel:
-    """Let repaired weights stand in place of the model's.
-
-    Raises:
-        PlanError: if the plan is for another model.
-        ModelError: if the model has no such weights, or with them it is not the one that the plan belongs to.
-    """
-    identity = base.identity
-    check_plan_numbers(
-        plan.without_recovery(), num_layers=identity.num_layers, fingerprint=identity.fingerprint, name=identity.id
-    )
-    decoder = read_traits(base.config).family.decoder
-    replaced = {f"{decoder}.{name}": tensor for name, tensor in weights.items()}
-    for name, tensor in replaced.items():
-        present = base.read(name)
-        if present is None or present.shape != tensor.shape:
-            found = "none" if present is None else f"one of shape {tuple(present.shape)}"
-            raise ModelError(f"{name}: repaired is one of shape {tuple(tensor.shape)}, and {identity.id} has {found}")
-    recovery = plan.metadata.provenance.recovery if plan.metadata is not None else None
-    repaired = replace(base, read=lambda name: replaced[name] if name in replaced else base.read(name))
-    if recovery is None:
-        return repaired
-    fingerprint = _fingerprint(repaired)
-    if not fingerprints_match(fingerprint, recovery.fingerprint):
-        raise ModelError(
-            f"with the repaired weights the fingerprint of {identity.id} is {fingerprint}, expected "
-            f"{recovery.fingerprint}: they are not those of the plan; run `lpsearch recover` again"
-        )
-    return replace(repaired, identity=identity.model_copy(update={"fingerprint": recovery.fingerprint}))
-
-
-def _fingerprint(base: BaseModel) -> str:
-    """Return the fingerprint of a model that is read tensor by tensor."""
-    build: Any = AutoModelForCausalLM.from_config
-    with torch.device("meta"), quiet_transformers():
-        model = build(base.config)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    ordered = (
-        names[id(parameter)]
-        for layer in get_decoder_layers(model)
-        for _, parameter in sorted(layer.named_parameters(), key=lambda item: item[0])
-    )
-    tensors = map(base.read, ordered)
-    return fingerprint_tensors(base.config, (tensor for tensor in tensors if tensor is not None))
 
 
 def _write_directory(

@@ -78,10 +78,16 @@ def read_gguf(
     """Read a GGUF file into a dense model, on the CPU, and its tokenizer; see :func:`~lpsearch.models.load_model`.
 
     Raises:
-        ModelError: if the file is damaged or one part of several, or has tensors that the model would not use.
+        ModelError: if the file is damaged, one part of several or an exported plan, or has tensors that the model would
+            not use.
     """
     header = read_gguf_header(path)
     refuse_split_gguf(path, header.metadata.get("split.count"))
+    if "lpsearch.plan" in header.metadata:
+        raise ModelError(
+            f"{path}: lpsearch wrote it (`lpsearch export`), so its layers are of unlike size; llama.cpp runs it, and "
+            f"lpsearch takes the model that it was made from, {header.metadata.get('lpsearch.base_model')}"
+        )
     config = load_config(path.parent, gguf_file=path.name)
     options: dict[str, Any] = {"gguf_file": path.name, "config": config, "dtype": dtype, "output_loading_info": True}
     # Versions that can keep weights quantised do so by default, and saving such a model fails; older versions, which

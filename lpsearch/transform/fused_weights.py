@@ -1,12 +1,13 @@
 """What a fused model is made of: each of its tensors from those of the base model.
 
-:class:`MemberWeights` computes what one layer brings into a wide one. The weight of a norm is folded into the
-projections behind it, in float32 and rounded once; what remains of the norm is its scale. Two layouts arrange the
-members of a group:
+:class:`MemberWeights` computes what one layer brings into a wide one. The weight of a norm, or what of it the members
+do not share (:func:`share_norm`), is folded into the projections behind it, in float32 and rounded once. Two layouts
+arrange the members of a group:
 
 * :class:`InterleavedWeights`, for ``fuse_plan`` and export: a tensor at a time, by its name in the fused model. The
   key-value heads of the members take turns, so that tensor parallelism gives every rank an equal part of every member.
-  A layer alone in its group keeps its weights bit for bit.
+  The members share a norm, so that what is quantised later keeps columns of the size that it had. A layer alone in its
+  group keeps its weights bit for bit.
 * :class:`StackedWeights`, for the latency runtime: one :class:`WideLayer` a group, one rank's part of it, with the rows
   of all members projection by projection. Norms are folded into single layers too, since its kernels norm without a
   weight.
@@ -27,7 +28,7 @@ from lpsearch.models.traits import OUTPUTS, AttentionPart, FamilyTraits, Project
 from lpsearch.plan import Group
 from lpsearch.transform.modeling_lpsearch import count_mlp_blocks, list_more_mlps
 
-__all__ = ["InterleavedWeights", "MemberWeights", "StackedWeights", "WideLayer", "name_tensors"]
+__all__ = ["InterleavedWeights", "MemberWeights", "StackedWeights", "WideLayer", "name_tensors", "share_norm"]
 
 TensorReader = Callable[[str], Tensor | None]
 """Returns a tensor of the base model by its name in the state dict; None if there is none."""
@@ -36,6 +37,10 @@ _TensorKind = Literal["weight", "bias"]
 
 _FOLDED_ELEMENTS = 1 << 20
 """Elements of a weight that are in float32 at a time while a norm is folded into it."""
+
+_LEAST_SHARE = 1 / 64
+"""Least share of the largest member's weight that another counts with where members share a norm: what a pair folds is
+at most the root of its inverse, 8."""
 
 _LAYER_NAME = re.compile(r"\w+\.layers\.(\d+)\.(.+)")
 _MORE_MLPS_NAME = re.compile(r"(mlps_ahead|more_mlps)\.(\d+)\.(.+)")
@@ -54,6 +59,26 @@ def name_tensors(layers: Iterable[nn.Module], *, decoder: str = "model") -> dict
         for layer_idx, layer in enumerate(layers)
         for name, parameter in layer.named_parameters()
     }
+
+
+def share_norm(norms: Sequence[Tensor]) -> Tensor:
+    """Return the norm that the members of a wide layer share: the geometric mean of the magnitudes of theirs.
+
+    Where each member has outlying columns of its own, folding a norm whole makes its projections as uneven as the norm
+    is, and quantising them afterwards costs more. Only the ratio of a member's norm to the shared one is folded, with
+    its sign. A member's weight counts as no less than a 64th of the largest at its place, so that one that is nearly 0
+    does not make the other's ratio large; the product is the member's own norm all the same.
+
+    Args:
+        norms: what the members' norms multiply by, (hidden,) each, in float32.
+
+    Returns:
+        (hidden,), positive; 1 where all are 0.
+    """
+    sizes = torch.stack([norm.float().abs() for norm in norms])  # (members, hidden)
+    largest = sizes.amax(0)
+    sizes = torch.maximum(sizes, largest * _LEAST_SHARE)
+    return torch.where(largest > 0, sizes.clamp_min(torch.finfo(torch.float32).tiny).log().mean(0).exp(), 1.0)
 
 
 @dataclass(frozen=True)
@@ -83,7 +108,12 @@ class MemberWeights:
         return self.get(layer, f"{name}.weight").float() + self.traits.norm_offset
 
     def fold(
-        self, layer: int, module: str, kind: _TensorKind, dtype: torch.dtype = torch.float32
+        self,
+        layer: int,
+        module: str,
+        kind: _TensorKind,
+        dtype: torch.dtype = torch.float32,
+        shared: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Return the weights or the biases of the projections in a linear module, the norm before them folded in.
 
@@ -92,12 +122,13 @@ class MemberWeights:
             module: by its name within the layer.
             kind: of tensor.
             dtype: of weights into which a norm was folded.
+            shared: what the norm in front goes on multiplying by, (hidden,) in float32; None for nothing.
 
         Returns:
             One tensor a projection; biases into which something was folded in float32, and what nothing was folded
             into as stored; none for biases that there are not.
         """
-        tensor = self.fold_module(layer, module, kind, dtype)
+        tensor = self.fold_module(layer, module, kind, dtype, shared)
         if tensor is None:
             return ()
         projections, traits = self.traits.family.projections[module], self.traits
@@ -109,7 +140,12 @@ class MemberWeights:
         return torch.split(tensor, [traits.projection_sizes[projection] for projection in projections])
 
     def fold_module(
-        self, layer: int, module: str, kind: _TensorKind, dtype: torch.dtype = torch.float32
+        self,
+        layer: int,
+        module: str,
+        kind: _TensorKind,
+        dtype: torch.dtype = torch.float32,
+        shared: Tensor | None = None,
     ) -> Tensor | None:
         """Return what :meth:`fold` does before it is split by projection; None for a bias that there is not."""
         block = self.traits.family.block
@@ -119,7 +155,8 @@ class MemberWeights:
         norm = block.attention_norm if module.startswith(f"{block.attention}.") else block.mlp_norm
         norm_bias = None if norm is None else self.find(layer, f"{norm}.bias")
         if kind == "weight" and norm is not None and tensor is not None:
-            tensor = _scale_columns(tensor, self.read_norm(layer, norm), dtype)
+            scale = self.read_norm(layer, norm)
+            tensor = _scale_columns(tensor, scale if shared is None else scale / shared.to(scale.device), dtype)
         elif kind == "bias" and norm_bias is not None:
             moved = self.get(layer, f"{module}.weight").float() @ norm_bias.float()
             tensor = moved if tensor is None else moved + tensor.float()
@@ -177,9 +214,12 @@ class InterleavedWeights:
             module = match[1].replace("_projs", "_proj")
             return self._members.get(layers[int(match[2])], f"{module}.{match[3]}").to(dtype)
         module, _, kind = rest.rpartition(".")
-        if module not in self._traits.family.projections:  # a norm that is folded
-            neutral = 1.0 - self._traits.norm_offset if kind == "weight" else 0.0
-            return torch.full_like(self._members.get(layers[0], rest), neutral, dtype=dtype)
+        if module not in self._traits.family.projections:  # a norm; its bias is folded whole
+            return (
+                self._store_shared_norm(layers, module, dtype)
+                if kind == "weight"
+                else torch.zeros_like(self._members.get(layers[0], rest), dtype=dtype)
+            )
         is_output = self._traits.family.projections[module][0] in OUTPUTS
         if is_output and kind == "bias":
             return self._add_biases(layers, rest).to(dtype)
@@ -187,8 +227,13 @@ class InterleavedWeights:
             num_turns = self._traits.num_kv_heads
         else:
             num_turns = count_mlp_blocks(self._traits.intermediate_size) if self._traits.has_post_norms else 1
+        norm = block.attention_norm if in_attention else block.mlp_norm
+        shared = None
+        if norm is not None and not is_output:
+            shared = self._store_shared_norm(layers, norm, dtype).float() + self._traits.norm_offset
         members = (
-            self._fold_blocks(layer, module, "weight" if kind == "weight" else "bias", dtype) for layer in layers
+            self._fold_blocks(layer, module, "weight" if kind == "weight" else "bias", dtype, shared)
+            for layer in layers
         )
         return _take_turns(members, len(layers), num_turns, dim=1 if is_output else 0, dtype=dtype)
 
@@ -217,11 +262,19 @@ class InterleavedWeights:
             return weight.new_zeros(weight.shape[0])
         return self._members.get(layer, name) if tensor is None else tensor
 
-    def _fold_blocks(self, layer: int, module: str, kind: _TensorKind, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def _store_shared_norm(self, layers: Sequence[int], norm: str, dtype: torch.dtype) -> Tensor:
+        """Return the norm that members share as it is stored: rounded, and less the offset of the family's norms."""
+        first, *others = (self._members.read_norm(layer, norm) for layer in layers)
+        shared = share_norm([first, *(other.to(first.device) for other in others)])
+        return (shared - self._traits.norm_offset).to(dtype)
+
+    def _fold_blocks(
+        self, layer: int, module: str, kind: _TensorKind, dtype: torch.dtype, shared: Tensor | None
+    ) -> tuple[Tensor, ...]:
         """Return what takes turns in a linear module: its projections, or all at once where each head packs its own."""
         if not self._traits.family.packs_rows_by_head(module):
-            return self._members.fold(layer, module, kind, dtype)
-        tensor = self._members.fold_module(layer, module, kind, dtype)
+            return self._members.fold(layer, module, kind, dtype, shared)
+        tensor = self._members.fold_module(layer, module, kind, dtype, shared)
         assert tensor is not None, (layer, module, kind)
         return (tensor,)
 

@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 
 import torch
+from gguf import GGUFReader
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from lpsearch.models import fingerprint_model
 from lpsearch.plan import ModelIdentity, Plan, PlanMetadata, load_plan, save_plan
 from lpsearch.transform import applied_plan
 from tests.commands.conftest import Run
+from tests.export.gguf_models import VOCAB_SIZE, build_gguf_model, build_tokenizer
 from tests.fusing import silence_dropped
+from tests.tiny_models import build_tiny_config
 
 
 def write_plan(tiny_model_dir: Path, path: Path, fingerprint: str | None = None) -> Path:
@@ -88,3 +91,58 @@ def test_a_damaged_directory_is_refused(run_lpsearch: Run, tiny_model_dir: Path,
     outcome = run_lpsearch("generate", tmp_path / "out", "--prompt", "a", "--device", "cpu")
     assert outcome.exit_code == 2
     assert "cannot be loaded" in outcome.document["error"]["message"]
+
+
+def test_export_of_a_gguf_file(run_lpsearch: Run, tmp_path: Path) -> None:
+    build_gguf_model("llama").save_pretrained(tmp_path / "base")
+    build_tokenizer("qwen2").save_pretrained(tmp_path / "base")
+    plan = write_plan(tmp_path / "base", tmp_path / "plan.json")
+    for name, options, file_type in (
+        ("by its name.gguf", (), "ALL_F32"),
+        ("smaller.gguf", ("--format", "gguf", "--quant", "q8_0"), "MOSTLY_Q8_0"),
+    ):
+        exported = run_lpsearch("export", plan, tmp_path / name, *options)
+        assert exported.exit_code == 0, exported.stderr
+        document = exported.document
+        assert (document["file"], document["file_type"], document["depth"]) == (str(tmp_path / name), file_type, 4)
+        assert document["num_bytes"] == (tmp_path / name).stat().st_size
+        assert GGUFReader(tmp_path / name).fields["deci.attention.head_count"].contents() == [4, 8, 8, 4]
+    again = run_lpsearch("export", plan, tmp_path / "smaller.gguf")
+    assert again.exit_code == 2
+    assert "smaller.gguf exists; name a new file" in again.document["error"]["message"]
+    as_model = run_lpsearch("evaluate", plan, "--model", tmp_path / "smaller.gguf", "--data", "self")
+    assert as_model.exit_code == 2
+    assert "lpsearch wrote it" in as_model.document["error"]["message"]
+
+
+def test_options_of_another_format_are_refused(run_lpsearch: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
+    plan = write_plan(tiny_model_dir, tmp_path / "plan.json")
+    for words, said in (
+        ((tmp_path / "out", "--quant", "q8_0"), "--quant q8_0 is for a GGUF file"),
+        ((tmp_path / "out.gguf", "--format", "hf", "--quant", "f16"), "--quant f16 is for a GGUF file"),
+        ((tmp_path / "out.gguf", "--dtype", "bfloat16"), "--dtype bfloat16 is for a directory"),
+        ((tmp_path / "out", "--format", "gguf"), "ends in .gguf"),
+        ((tmp_path / "out.gguf", "--quant", "q3_k"), "q3_k"),
+        ((tmp_path / "out", "--format", "onnx"), "onnx"),
+    ):
+        refused = run_lpsearch("export", plan, *words)
+        assert refused.exit_code == 2, words
+        assert said in refused.document["error"]["message"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("out")) == []
+
+
+def test_a_family_that_llamacpp_computes_otherwise_is_refused_without_weights(
+    run_lpsearch: Run, tmp_path: Path
+) -> None:
+    config = build_tiny_config("qwen3", vocab_size=VOCAB_SIZE, use_sliding_window=False)
+    config.save_pretrained(tmp_path / "base")  # and no weights
+    build_tokenizer("qwen2").save_pretrained(tmp_path / "base")
+    identity = ModelIdentity(id=str(tmp_path / "base"), num_layers=6, fingerprint="0" * 16)
+    plan = Plan.from_groups([[0], [1, 2], [3, 4], [5]], metadata=PlanMetadata(model=identity))
+    save_plan(plan, tmp_path / "plan.json")
+    refused = run_lpsearch("export", tmp_path / "plan.json", tmp_path / "out.gguf")
+    assert refused.exit_code == 2
+    assert (
+        "model type qwen3 cannot be written as a GGUF file: its queries and keys are normed by head"
+        in (refused.document["error"]["message"])
+    )

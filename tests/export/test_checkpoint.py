@@ -235,16 +235,18 @@ def test_what_is_folded_is_rounded_once(tiny_model_dir: Path, tiny_plan: Plan, t
     fused = load_file(tmp_path / "out" / "model.safetensors")
     base = load_file(tiny_model_dir / "model.safetensors")
     assert {tensor.dtype for tensor in fused.values()} == {torch.bfloat16}
+    shared = fused["model.layers.1.input_layernorm.weight"]
+    norms = {layer: base[f"model.layers.{layer}.input_layernorm.weight"] for layer in (1, 2)}
+    assert torch.equal(shared, (norms[1].abs() * norms[2].abs()).sqrt().to(torch.bfloat16))
     rows = []
     for head in range(2):  # the key heads of layers 1 and 2 take turns
         for layer in (1, 2):
             weight = base[f"model.layers.{layer}.self_attn.k_proj.weight"][8 * head : 8 * head + 8]
-            rows.append((weight * base[f"model.layers.{layer}.input_layernorm.weight"]).to(torch.bfloat16))
+            rows.append((weight * (norms[layer] / shared.float())).to(torch.bfloat16))
     assert torch.equal(fused["model.layers.1.self_attn.k_proj.weight"], torch.cat(rows))
     alone = "model.layers.0.self_attn.k_proj.weight"
     assert torch.equal(fused[alone], base[alone].to(torch.bfloat16))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
-    assert torch.all(fused["model.layers.1.input_layernorm.weight"] == 1)
 
 
 def test_weights_under_other_names_are_loaded_whole(tmp_path: Path) -> None:

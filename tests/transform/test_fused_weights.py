@@ -11,9 +11,16 @@ from torch import Tensor
 from lpsearch.models.families import get_decoder_layers
 from lpsearch.models.traits import read_traits
 from lpsearch.transform.fused_config import build_fused_config
-from lpsearch.transform.fused_weights import InterleavedWeights, MemberWeights, StackedWeights, name_tensors
+from lpsearch.transform.fused_weights import (
+    InterleavedWeights,
+    MemberWeights,
+    StackedWeights,
+    name_tensors,
+    share_norm,
+)
 from tests.fusing import MIXED
 from tests.tiny_models import RUNTIME_FAMILIES, build_tiny_model
+from tests.tolerances import FLOAT32_FUSED
 
 
 def sort_rows(tensor: Tensor) -> Tensor:
@@ -51,15 +58,43 @@ def test_both_layouts_hold_the_same_rows(family: str) -> None:
         rows = {name: parts for name, parts in traits.family.projections.items() if parts[0] not in ("o", "down")}
         for module in rows:
             in_attention = module.startswith("self_attn")
-            found = [
-                interleaved.compute(f"model.layers.{slot}.{module}.weight", torch.float32)
-                for slot in (own if in_attention else own[-1:])
-                if not in_attention or len(slots[slot]) > 1  # a member that attends alone is not folded
-            ]
+            norm = traits.family.block.attention_norm if in_attention else traits.family.block.mlp_norm
             matrix = wide.qkv if in_attention else wide.gate_up
-            kept = {tuple(row) for row in matrix.tolist()}
-            assert all({tuple(row) for row in part.tolist()} <= kept for part in found), module
+            found = [slot for slot in (own if in_attention else own[-1:]) if not in_attention or len(slots[slot]) > 1]
+            for slot in found:  # a member that attends alone is not folded
+                rows_in_turns = interleaved.compute(f"model.layers.{slot}.{module}.weight", torch.float32)
+                if norm is not None:  # what the members share is still in front
+                    shared = interleaved.compute(f"model.layers.{slot}.{norm}.weight", torch.float32)
+                    rows_in_turns = rows_in_turns * (shared + traits.norm_offset)
+                nearest = (rows_in_turns[:, None] - matrix[None]).abs().amax(2).amin(1)
+                assert float(nearest.max()) < FLOAT32_FUSED * float(matrix.abs().max()), module
             assert found or in_attention
+
+
+def test_members_share_the_geometric_mean_of_their_norms() -> None:
+    first = torch.tensor([4.0, -1.0, 0.5, 0.0, 0.0, 1e-9])
+    second = torch.tensor([1.0, 1.0, -8.0, 3.0, 0.0, -16.0])
+    shared = share_norm([first, second])
+    # By hand: a weight of less than a 64th of the other's counts as that 64th; 1 where there is nothing to share.
+    expected = [2.0, 1.0, 2.0, (3 * 3 / 64) ** 0.5, 1.0, (16 * 16 / 64) ** 0.5]
+    assert shared.tolist() == pytest.approx(expected, rel=FLOAT32_FUSED)
+    for norm in (first, second):
+        assert float((norm / shared).abs().max()) <= 8 * (1 + FLOAT32_FUSED)
+        torch.testing.assert_close(norm / shared * shared, norm)
+
+
+def test_what_members_do_not_share_is_folded_against_the_norm_that_is_stored() -> None:
+    model = build_tiny_model("llama").bfloat16()
+    read = name_tensors(get_decoder_layers(model)).get
+    interleaved = InterleavedWeights(model.config, build_fused_config(model.config, MIXED), read)
+    norms = [get_decoder_layers(model)[layer].post_attention_layernorm.weight.float() for layer in (1, 2)]
+    stored = interleaved.compute("model.layers.1.post_attention_layernorm.weight", torch.bfloat16)
+    assert stored.dtype == torch.bfloat16
+    assert torch.equal(stored, share_norm(norms).bfloat16())
+    ups = interleaved.compute("model.layers.1.mlp.up_proj.weight", torch.bfloat16)
+    for layer, norm, rows in zip((1, 2), norms, ups.chunk(2), strict=True):
+        weight = get_decoder_layers(model)[layer].mlp.up_proj.weight.float()
+        assert torch.equal(rows, (weight * (norm / stored.float())).bfloat16())  # rounded once
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])

@@ -1,0 +1,17 @@
+"""Plans as one GGUF file that stock llama.cpp runs."""
+
+from __future__ import annotations
+
+from lpsearch.export.gguf.blocks import check_gguf
+from lpsearch.export.gguf.file import check_gguf_target, export_gguf, export_gguf_source, read_file_type
+from lpsearch.export.gguf.formats import QUANTISATIONS, Quantisation
+
+__all__ = [
+    "QUANTISATIONS",
+    "Quantisation",
+    "check_gguf",
+    "check_gguf_target",
+    "export_gguf",
+    "export_gguf_source",
+    "read_file_type",
+]
