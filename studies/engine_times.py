@@ -4,8 +4,13 @@ For each engine the script measures a profile as ``lpsearch profile --engine`` d
 to, times them and the unmodified model in turns, and compares the speed-ups. Weights are random, so nothing is
 downloaded. Engines that are not installed or do not run on the device are named and left out.
 
+On a machine that others use, wall times say more of them than of the engine. ``--clock cpu`` counts the processor time
+of this process instead, which on one thread is the wall time of an idle machine. Of llama.cpp, whose own clock is the
+wall's, it then takes a whole call, in which the last token of the prompt is one more step.
+
     python studies/engine_times.py                                                   # what runs on this CPU
     python studies/engine_times.py --engines transformers --device cpu --seconds 60  # one of them, for longer
+    OMP_NUM_THREADS=1 python studies/engine_times.py --clock cpu                     # beside other work
     python studies/engine_times.py --model llama3.2-1b --layers 16 --device cuda --dtype bfloat16 --context 1024
 """
 
@@ -15,14 +20,19 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any, get_args
+from unittest.mock import patch
 
 import torch
 from transformers import LlamaConfig, PretrainedConfig
 
 from lpsearch.errors import LpsearchError
-from lpsearch.latency.engines import build_engine_steps, check_engine
+from lpsearch.latency import timing
+from lpsearch.latency.engines import build_engine_steps, check_engine, generate, llama_cpp, vllm_offline
 from lpsearch.latency.measure import measure_profile, name_device
 from lpsearch.latency.model import LatencyModel
 from lpsearch.latency.profile import Engine
@@ -56,6 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--drops", action="store_true", help="also plans that drop branches")
     parser.add_argument("--plans", type=int, default=5, help="held-out plans")
     parser.add_argument("--seconds", type=float, default=30.0, help="for the profile, and again for the plans")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -97,6 +108,26 @@ def draw_plans(num_layers: int, *, count: int, drops: bool, seed: int) -> Iterat
         yield plan
 
 
+@contextmanager
+def count_processor_time() -> Iterator[None]:
+    """Let every engine be timed by the processor time of this process."""
+    clock = SimpleNamespace(perf_counter=time.process_time)
+    complete = llama_cpp._complete
+
+    def complete_timed(server: Any, request: Mapping[str, Any]) -> dict[str, Any]:
+        began = time.process_time()
+        answer = complete(server, request)
+        num_steps = request["n_predict"] - 1
+        answer["timings"]["predicted_ms"] = (time.process_time() - began) * 1e3 * num_steps / (num_steps + 1)
+        return answer
+
+    with ExitStack() as stack:
+        for module in (timing, generate, vllm_offline):
+            stack.enter_context(patch.object(module, "time", clock))
+        stack.enter_context(patch.object(llama_cpp, "_complete", complete_timed))
+        yield
+
+
 def measure_engine(engine: Engine, config: PretrainedConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure a profile of an engine, then plans that it was not fitted to."""
     traits, device = read_traits(config), torch.device(arguments.device)
@@ -135,16 +166,16 @@ def measure_engine(engine: Engine, config: PretrainedConfig, arguments: argparse
                 min_blocks=MIN_BLOCKS,
                 are_clocked=steps[0].is_clocked,
             )
-        for plan, timing in zip(plans, timings, strict=True):
-            speedup, low, high = bootstrap_ratio(timings[0], timing)
+        for plan, found in zip(plans, timings, strict=True):
+            speedup, low, high = bootstrap_ratio(timings[0], found)
             rows.append(
                 {
                     "depth": plan.depth,
                     "num_dropped": sum(map(len, plan.dropped.values())),
-                    "median_ms": timing.median_ms,
-                    "p10_ms": timing.p10_ms,
-                    "p90_ms": timing.p90_ms,
-                    "num_blocks": len(timing.blocks_ms),
+                    "median_ms": found.median_ms,
+                    "p10_ms": found.p10_ms,
+                    "p90_ms": found.p90_ms,
+                    "num_blocks": len(found.blocks_ms),
                     "measured": speedup,
                     "interval": (low, high),
                     "predicted": model.estimate_speedup(plan),
@@ -190,13 +221,15 @@ def main() -> None:
             raise SystemExit(f"--engines {engine}: expected some of {', '.join(ENGINES)}")
         print(f"measuring {engine}", file=sys.stderr, flush=True)
         try:
-            found.append(measure_engine(engine, config, arguments))
+            with count_processor_time() if arguments.clock == "cpu" else nullcontext():
+                found.append(measure_engine(engine, config, arguments))
         except LpsearchError as error:
             left_out[engine] = str(error)
     device = name_device(torch.device(arguments.device))
     print(
         f"\n{arguments.model or arguments.shape}, {config.num_hidden_layers} layers, {arguments.dtype}, batch "
-        f"{arguments.batch}, {arguments.context} cached tokens, on {device}, torch {torch.__version__}\n"
+        f"{arguments.batch}, {arguments.context} cached tokens, {arguments.clock} time, on {device}, torch "
+        f"{torch.__version__}\n"
     )
     print_table(found)
     for engine, reason in left_out.items():
