@@ -96,7 +96,7 @@ class _Recorder:
 
 
 @pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "starcoder2"])
 def test_generate_runs_what_a_plan_keeps(family):
     config = build_tiny_config(family)
     steps = GenerateSteps(read_traits(config), Workload("decode", 2, 24), device=CPU, dtype=torch.float32)

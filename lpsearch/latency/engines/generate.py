@@ -65,9 +65,8 @@ class GenerateSteps:
 
     def reserve(self, num_layers: int) -> None:
         """Take the memory of so many layers, of the embedding and of the head."""
-        num_weights = (
-            num_layers * self.layer_elements + 2 * self._end_elements + align_elements(self._config.hidden_size)
-        )
+        ends = 2 * self._end_elements + 2 * align_elements(self._config.hidden_size)  # a last norm may have a bias
+        num_weights = num_layers * self.layer_elements + ends
         self._weights = Workspace(num_elements=num_weights, dtype=self._dtype, device=self._device)
         num_cached = num_layers * 2 * align_elements(self._cache_elements)
         self._caches = Workspace(num_elements=num_cached, dtype=self._dtype, device=self._device)
