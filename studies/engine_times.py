@@ -21,7 +21,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -194,26 +194,31 @@ def measure_engine(engine: Engine, config: PretrainedConfig, arguments: argparse
     }
 
 
-def print_table(found: Sequence[dict[str, Any]]) -> None:
-    """Print a row for each plan of each engine, the unmodified model first."""
+def print_rows(engine: dict[str, Any]) -> None:
+    """Print a row for each plan of an engine, the unmodified model first."""
     columns = ("depth", "dropped", "ms", "p10", "p90", "blocks", "measured", "predicted", "differ")
     print(f"{'engine':<14}" + "".join(f"{column:>10}" for column in columns) + f"{'95 % interval':>18}")
-    for engine in found:
-        for row in engine["rows"]:
-            cells = [f"{row['depth']:g}", str(row["num_dropped"])]
-            cells += [f"{row[name]:.3f}" for name in ("median_ms", "p10_ms", "p90_ms")]
-            cells += [str(row["num_blocks"]), f"{row['measured']:.3f}", f"{row['predicted']:.3f}"]
-            cells.append(f"{row['predicted'] - row['measured']:+.3f}")
-            interval = "{:.3f} to {:.3f}".format(*row["interval"])
-            print(f"{engine['engine']:<14}" + "".join(f"{cell:>10}" for cell in cells) + f"{interval:>18}")
-        met = "met" if engine["worst_difference"] <= BAR else "not met"
-        print(f"{engine['engine']:<14}differs by at most {engine['worst_difference']:.3f}: the bar of {BAR} is {met}\n")
+    for row in engine["rows"]:
+        cells = [f"{row['depth']:g}", str(row["num_dropped"])]
+        cells += [f"{row[name]:.3f}" for name in ("median_ms", "p10_ms", "p90_ms")]
+        cells += [str(row["num_blocks"]), f"{row['measured']:.3f}", f"{row['predicted']:.3f}"]
+        cells.append(f"{row['predicted'] - row['measured']:+.3f}")
+        interval = "{:.3f} to {:.3f}".format(*row["interval"])
+        print(f"{engine['engine']:<14}" + "".join(f"{cell:>10}" for cell in cells) + f"{interval:>18}")
+    met = "met" if engine["worst_difference"] <= BAR else "not met"
+    print(f"{engine['engine']:<14}differs by at most {engine['worst_difference']:.3f}: the bar of {BAR} is {met}\n", flush=True)
 
 
 def main() -> None:
     """Measure every engine that runs here; print the table, and the same as JSON on the last line."""
     arguments = parse_arguments()
     config = build_config(arguments)
+    device = name_device(torch.device(arguments.device))
+    print(
+        f"\n{arguments.model or arguments.shape}, {config.num_hidden_layers} layers, {arguments.dtype}, batch "
+        f"{arguments.batch}, {arguments.context} cached tokens, {arguments.clock} time, on {device}, torch "
+        f"{torch.__version__}\n"
+    )
     found: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
     for engine in arguments.engines.split(","):
@@ -225,13 +230,8 @@ def main() -> None:
                 found.append(measure_engine(engine, config, arguments))
         except LpsearchError as error:
             left_out[engine] = str(error)
-    device = name_device(torch.device(arguments.device))
-    print(
-        f"\n{arguments.model or arguments.shape}, {config.num_hidden_layers} layers, {arguments.dtype}, batch "
-        f"{arguments.batch}, {arguments.context} cached tokens, {arguments.clock} time, on {device}, torch "
-        f"{torch.__version__}\n"
-    )
-    print_table(found)
+        else:
+            print_rows(found[-1])
     for engine, reason in left_out.items():
         print(f"left out: {engine}: {reason}")
     print(json.dumps({"device": device, "arguments": vars(arguments), "engines": found, "left_out": left_out}))
