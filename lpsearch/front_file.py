@@ -111,6 +111,8 @@ class FrontFile(BaseModel):
         baseline_nll: of the unmodified model on the proxy windows, nats per token.
         proxy_tokens: tokens behind the proxy losses of all finished plans.
         heldout_tokens: tokens behind the held-out losses of the front.
+        latency_engine: engine whose times the front has, e.g. ``runtime`` or ``vllm``; None with latency off, and in
+            files of older versions, whose times are of the runtime.
         latency_error: mean relative error of the latency model on depths that it was not fitted to; None where that is
             not known.
         front: the unmodified model, then the plans that no other beats, fewest joins first.
@@ -131,6 +133,7 @@ class FrontFile(BaseModel):
     baseline_nll: float
     proxy_tokens: int
     heldout_tokens: int
+    latency_engine: str | None = None
     latency_error: float | None = None
     front: tuple[FrontPoint, ...]
 

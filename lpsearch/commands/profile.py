@@ -19,11 +19,13 @@ from lpsearch.commands.steps import show_steps
 from lpsearch.config import parse_allowed
 from lpsearch.errors import ConfigError
 from lpsearch.latency.mix import Workload, parse_mix
+from lpsearch.latency.profile import Engine
 from lpsearch.latency.workload import check_workloads, limit_context
 from lpsearch.plan import Plan
 from lpsearch.wording import name_count
 
 if TYPE_CHECKING:
+    import torch
     from rich.table import Table
     from transformers import PretrainedConfig
 
@@ -68,6 +70,9 @@ def profile(
     allow: Annotated[
         str, typer.Option(help="what plans may do: joins, drops (or drop-attention, drop-mlp), e.g. joins,drops")
     ] = "joins",
+    engine: Annotated[
+        Engine, typer.Option(help="what is timed: lpsearch's own runtime, or the engine that you serve with")
+    ] = "runtime",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     tp: Annotated[int, typer.Option(help="GPUs that share the model (tensor parallelism)", min=1)] = 1,
@@ -77,7 +82,7 @@ def profile(
     ] = None,
     seconds: Annotated[float, typer.Option(help="about how long each workload is timed", min=0)] = 15.0,
 ) -> Answer | dict[str, Any]:
-    """Measure the latency of a model's shape at a few depths; needs no weights for a known alias."""
+    """Measure the latency of a model's shape at a few depths, in one engine; needs no weights for a known alias."""
     if model is None:
         raise ConfigError("no model was named; give --model ALIAS (`lpsearch models` lists them), a hub id or a path")
     if (emulate_tp is None) != (all_reduce_us is None):
@@ -94,8 +99,10 @@ def profile(
     )
     check_output_file(out)
     from lpsearch.latency import save_profile
+    from lpsearch.latency.engines import check_engine_package
     from lpsearch.models import load_geometry
 
+    check_engine_package(engine)
     target = resolve_device(device)
     config = load_geometry(model)
     num_layers = read_num_layers(config)
@@ -106,14 +113,17 @@ def profile(
     except ValueError as error:
         raise ConfigError(f"--allow {allow}: {error}") from None
     max_group = max_group if "joins" in allowed else 1
+    workloads = requested.list_workloads(config)
+    _check_engine(engine, config, target, workloads, num_ranks=emulate_tp or tp)
     measured = _measure(
         config,
+        engine=engine,
         num_ranks=tp,
         emulated_ranks=emulate_tp,
         all_reduce_us=all_reduce_us,
         device=target,
         dtype=resolve_dtype(dtype, target),
-        workloads=requested.list_workloads(config),
+        workloads=workloads,
         max_group=max_group,
         allow=allowed,
         budget_s=seconds,
@@ -151,9 +161,22 @@ class _Requested:
         return workloads
 
 
+def _check_engine(
+    engine: Engine, config: PretrainedConfig, device: torch.device, workloads: Sequence[Workload], *, num_ranks: int
+) -> None:
+    """Refuse what another engine than the runtime cannot time."""
+    if engine == "runtime":
+        return
+    from lpsearch.latency.engines import check_engine
+    from lpsearch.models.traits import read_traits
+
+    check_engine(engine, read_traits(config), device=device, workloads=workloads, num_ranks=num_ranks)
+
+
 def _measure(
     config: PretrainedConfig,
     *,
+    engine: Engine,
     num_ranks: int,
     emulated_ranks: int | None,
     all_reduce_us: float | None,
@@ -174,7 +197,7 @@ def _measure(
             return emulate_profile_on_ranks(config, num_ranks=emulated_ranks, all_reduce_us=all_reduce_us, **options)
         if num_ranks > 1:
             return measure_profile_on_ranks(config, num_ranks=num_ranks, **options)
-        return measure_profile(config, **options)
+        return measure_profile(config, engine=engine, **options)
 
 
 def _warn_of_errors(measured: LatencyProfile, out: Path) -> None:
@@ -200,6 +223,7 @@ def _build_document(measured: LatencyProfile, out: Path, extremes: Mapping[str, 
         "num_ranks": measured.num_ranks,
         "emulated": measured.emulated,
         "dtype": measured.dtype,
+        "engine": measured.engine,
         "runtime": measured.runtime,
         "workloads": len(measured.workloads),
         "baseline_latency_ms": next(iter(latency_model.estimate_unmodified_ms().values())),
@@ -263,7 +287,7 @@ def _build_table(measured: LatencyProfile, extremes: Mapping[str, Plan]) -> Tabl
     from lpsearch.latency import LatencyModel
 
     where = f"{measured.num_ranks} x {measured.device}" if measured.num_ranks > 1 else measured.device
-    title = f"{where}, {measured.dtype}, {measured.runtime}"
+    title = f"{where}, {measured.dtype}, engine {measured.engine}: {measured.runtime}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("workload", "unmodified, ms", "plan", "depth", "ms", "speed-up against", "off by", "GB/s a GPU"):
         table.add_column(column, justify="left" if column in ("workload", "plan") else "right")

@@ -87,6 +87,7 @@ def build_front_file(
     objective: Objective,
     metric: Metric,
     result: StudyResult,
+    latency_engine: str | None = None,
     latency_error: float | None = None,
     recover: Recover = "off",
 ) -> FrontFile:
@@ -99,6 +100,7 @@ def build_front_file(
         objective: what was traded against the loss.
         metric: the loss that was searched.
         result: what the study has evaluated.
+        latency_engine: engine whose times the front has; None with latency off.
         latency_error: mean relative error of the latency model on depths that it was not fitted to.
         recover: what was done to the weights of every plan before its losses were measured.
     """
@@ -117,6 +119,7 @@ def build_front_file(
         baseline_nll=front[0].loss.nll,
         proxy_tokens=result.proxy_tokens,
         heldout_tokens=sum(found.heldout.num_tokens for found in front if found.heldout is not None),
+        latency_engine=latency_engine,
         latency_error=latency_error,
         front=tuple(_build_point(found, metric) for found in front),
     )

@@ -376,6 +376,7 @@ def _write_front(run: _Run, result: StudyResult) -> tuple[list[TrialResult], Fro
         objective=run.values.objective,
         metric=run.values.metric,
         result=result,
+        latency_engine=None if model is None else model.profile.engine,
         latency_error=None if model is None else model.mean_error,
         recover=run.values.recover,
     )

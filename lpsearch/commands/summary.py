@@ -102,7 +102,8 @@ class SearchSummary:
             workload = f"decoding, batch {self.latency.batch_size}, {self.latency.context_len:,} cached tokens"
             lines.append(
                 f"speed-up: {describe_estimate(self.latency.mean_error)}, for {self.latency.workload or workload}, "
-                f"{self.latency.dtype} on {self.latency.device}; each group fused into one wide layer."
+                f"{self.latency.dtype} on {self.latency.device}, engine {self.latency.engine or 'runtime'}; each group "
+                "fused into one wide layer."
             )
         return "\n".join(lines)
 

@@ -121,7 +121,8 @@ def _describe_metrics(plan: Plan) -> list[str]:
         parts.append(
             f"One decode step of {latency.batch_size} sequences with {latency.context_len} cached tokens: "
             f"{latency.latency_ms:.3f} ms {latency.kind} against {latency.baseline_latency_ms:.3f} ms "
-            f"({latency.speedup:.3f}x) on {latency.device}, {latency.dtype}, {latency.runtime}."
+            f"({latency.speedup:.3f}x) on {latency.device}, {latency.dtype}, "
+            f"engine {latency.engine or 'runtime'}: {latency.runtime}."
         )
     return [*parts, "Nothing; the plan was made by hand."] if len(parts) == 1 else parts
 

@@ -29,7 +29,7 @@ from lpsearch.plan import Group, Plan
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["FixedCacheLayer", "TransformersSteps", "widen_config"]
+__all__ = ["FixedCacheLayer", "TransformersSteps", "select_layers", "widen_config"]
 
 _MODE = "transformers eager"
 
@@ -121,6 +121,7 @@ class TransformersSteps:
 
     modes = (_MODE,)
     ranks = OneRank()
+    shares_memory = True
 
     def __init__(self, traits: FamilyTraits, workload: Workload, *, device: torch.device, dtype: torch.dtype) -> None:
         assert workload.kind == "decode"
@@ -175,13 +176,16 @@ class TransformersSteps:
         run()  # takes the cache's memory now, before another plan rewinds the workspace
         return Step(run)
 
+    def close(self) -> None:
+        """Do nothing: what the model holds goes with it."""
+
     def _build_layers(self, groups: Sequence[Group]) -> _Layers:
         """Build one wide layer a group; members that attend differently all attend like one that sees everything."""
         members = [
             max(group.attention_layers or group.layers, key=lambda layer_idx: self._windows[layer_idx] is None)
             for group in groups
         ]
-        config_values = _select_layers(self._config, members)
+        config_values = select_layers(self._config, members)
         self._weights.rewind()
         self._caches.rewind()
         layers = []
@@ -248,7 +252,7 @@ def _drop_branch(block: DecoderBlock) -> None:
     layer.forward = run
 
 
-def _select_layers(config: PretrainedConfig, layers: Sequence[int]) -> dict[str, Any]:
+def select_layers(config: PretrainedConfig, layers: Sequence[int]) -> dict[str, Any]:
     """Return the values of a configuration that has only some of the layers: their number and its per-layer lists."""
     lists = {name: [value[index] for index in layers] for name, value in _per_layer_lists(config).items()}
     return {**lists, "num_hidden_layers": len(layers)}
@@ -271,7 +275,7 @@ def _build_skeleton(config: PretrainedConfig, *, device: torch.device, dtype: to
     per_layer = [tuple(values) for values in zip(*_per_layer_lists(config).values(), strict=True)]
     firsts = sorted({kind: index for index, kind in reversed(list(enumerate(per_layer)))}.values())
     skeleton_config = copy.deepcopy(config)
-    _set_values(skeleton_config, _select_layers(config, firsts or [0]))
+    _set_values(skeleton_config, select_layers(config, firsts or [0]))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
         try:
             model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]

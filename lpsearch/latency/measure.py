@@ -10,7 +10,7 @@ import logging
 import platform
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 import torch
@@ -18,9 +18,10 @@ import torch
 from lpsearch.errors import LpsearchError
 from lpsearch.latency.allow import DROPS, JOINS
 from lpsearch.latency.depths import Depth, choose_depths, find_group_kinds
+from lpsearch.latency.engines import build_engine_steps, check_engine, read_engine_versions
 from lpsearch.latency.fallback import TransformersSteps
 from lpsearch.latency.model import GroupCosts, fit_group_costs
-from lpsearch.latency.profile import LatencyProfile, MeasuredPoint, ProfileGeometry, WorkloadProfile
+from lpsearch.latency.profile import Engine, LatencyProfile, MeasuredPoint, ProfileGeometry, WorkloadProfile
 from lpsearch.latency.runtime.steps import RuntimeSteps
 from lpsearch.latency.sums import OneRank, Ranks
 from lpsearch.latency.timing import MIN_BLOCKS, StepTiming, measure_interleaved
@@ -48,6 +49,7 @@ def measure_profile(
     *,
     device: torch.device | str,
     dtype: torch.dtype,
+    engine: Engine = "runtime",
     workloads: Sequence[Workload] | None = None,
     batch_size: int = 1,
     context_len: int = 1024,
@@ -61,13 +63,14 @@ def measure_profile(
     """Measure a model's shape with groups fused into wide layers, and fit the cost of each kind of group.
 
     Weights are random and need no download. A family that the runtime does not compute is measured by transformers'
-    own eager execution, decode steps only, and ``runtime`` says so. Where memory is short we build fewer layers; the
-    model is additive, so the costs carry over to all of them.
+    own eager execution, decode steps only, and ``runtime`` says so; other engines refuse such families. Where memory is
+    short we build fewer layers; the model is additive, so the costs carry over to all of them.
 
     Args:
         config: the model's configuration.
         device: device to measure.
         dtype: dtype of weights and cache.
+        engine: what to measure.
         workloads: what to measure; None for decoding ``batch_size`` sequences with ``context_len`` tokens.
         batch_size: sequences decoded together.
         context_len: cached tokens of each, or as many as the model reads if these are fewer.
@@ -81,8 +84,9 @@ def measure_profile(
 
     Raises:
         FamilyError: if transformers cannot build the model from its configuration, or for prompts of a family that the
-            runtime does not compute.
-        ConfigError: if the ranks do not divide the model, or for more tokens than it reads.
+            runtime does not compute, or for a family that another engine does not run.
+        ConfigError: if the ranks do not divide the model, for more tokens than it reads, or for what another engine
+            cannot time (:func:`lpsearch.latency.engines.check_engine`).
         LpsearchError: if not even a few layers fit into memory.
     """
     device = torch.device(device)
@@ -90,6 +94,8 @@ def measure_profile(
     geometry = ProfileGeometry.from_config(config)
     workloads = workloads or [Workload("decode", batch_size, limit_context(config, context_len))]
     check_workloads(config, workloads)
+    if engine != "runtime":
+        check_engine(engine, traits, device=device, workloads=workloads)
     measured = []
     for index, workload in enumerate(workloads):
 
@@ -99,35 +105,41 @@ def measure_profile(
 
         builder: StepBuilder
         sum_us: Mapping[str, float] = {}
-        if traits.runtime_obstacle is None or workload.kind == "prefill":
+        if engine != "runtime":
+            builder = build_engine_steps(engine, traits, workload, device=device, dtype=dtype)
+        elif traits.runtime_obstacle is None or workload.kind == "prefill":
             ranks: Ranks = OneRank()
             if choose_ranks is not None:
                 ranks, sum_us = choose_ranks(workload.batch_size * traits.hidden_size)
             builder = RuntimeSteps(traits, workload, device=device, dtype=dtype, ranks=ranks)
         else:
             builder = TransformersSteps(traits, workload, device=device, dtype=dtype)
-        measured.append(
-            _measure_workload(
-                builder,
-                geometry,
-                workload,
-                device=device,
-                dtype=dtype,
-                max_group=min(max_group, geometry.num_layers),
-                budget_s=budget_s,
-                allow=allow,
-                usable_bytes=_find_usable_bytes(device) if usable_bytes is None else usable_bytes,
-                all_reduce_us=sum_us,
-                on_progress=report,
+        try:
+            measured.append(
+                _measure_workload(
+                    builder,
+                    geometry,
+                    workload,
+                    device=device,
+                    dtype=dtype,
+                    max_group=min(max_group, geometry.num_layers),
+                    budget_s=budget_s,
+                    allow=allow,
+                    usable_bytes=usable_bytes,
+                    all_reduce_us=sum_us,
+                    on_progress=report,
+                )
             )
-        )
+        finally:
+            builder.close()
     profile = LatencyProfile(
         device=name_device(device),
         num_ranks=builder.ranks.num_ranks,
         num_threads=torch.get_num_threads(),
         dtype=str(dtype).removeprefix("torch."),
-        versions=read_versions(),
+        versions=read_versions() | read_engine_versions(engine),
         geometry=geometry,
+        engine=engine,
         runtime=builder.runtime,
         workloads=tuple(measured),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -147,17 +159,23 @@ def _measure_workload(
     max_group: int,
     budget_s: float,
     allow: Collection[str],
-    usable_bytes: int,
+    usable_bytes: int | None,
     all_reduce_us: Mapping[str, float],
     on_progress: Callable[[float], None],
 ) -> WorkloadProfile:
     """Measure one workload at a few depths and fit it."""
+    options: dict[str, Any] = {"max_group": max_group if builder.fuses else 1, "allow": allow}
+    if usable_bytes is None:
+        num_models = (
+            1 if builder.shares_memory else len(choose_depths(geometry, num_layers=geometry.num_layers, **options))
+        )
+        usable_bytes = _find_usable_bytes(device, num_models)
     num_layers = _count_fitting_layers(
         builder, geometry, workload, dtype=dtype, usable_bytes=usable_bytes, least=2 * max_group
     )
     if num_layers < geometry.num_layers:
         logger.warning("latency is measured on %d of %d layers, which fit", num_layers, geometry.num_layers)
-    depths = choose_depths(geometry, num_layers=num_layers, max_group=max_group if builder.fuses else 1, allow=allow)
+    depths = choose_depths(geometry, num_layers=num_layers, **options)
     builder.reserve(num_layers)
     mode, *other_modes = builder.modes
     steps = [builder.build(depth.plan, depth.layers, mode) for depth in depths]
@@ -165,8 +183,9 @@ def _measure_workload(
         [step.run for step in steps],
         device=device,
         ranks=builder.ranks,
-        budget_s=budget_s * (1 - _UNMODIFIED_SHARE),
+        budget_s=budget_s * (1 - _UNMODIFIED_SHARE if other_modes else 1),
         min_blocks=MIN_BLOCKS if device.type == "cuda" else _MIN_CPU_BLOCKS,
+        are_clocked=steps[0].is_clocked,
         on_progress=on_progress,
     )
     points = [_build_point(d.count_groups(geometry), d.use, t) for d, t in zip(depths, timings, strict=True)]
@@ -186,6 +205,7 @@ def _measure_workload(
             ranks=builder.ranks,
             budget_s=budget_s * _UNMODIFIED_SHARE,
             min_blocks=_MIN_UNMODIFIED_BLOCKS,
+            are_clocked=steps[0].is_clocked,
         )
         unmodified_ms |= {other: timing.median_ms for other, timing in zip(other_modes, others, strict=True)}
     read_bytes = steps[0].read_bytes
@@ -309,11 +329,12 @@ def _count_fitting_layers(
     )
 
 
-def _find_usable_bytes(device: torch.device) -> int:
+def _find_usable_bytes(device: torch.device, num_models: int = 1) -> int:
+    """Return the bytes that each of so many models may take."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        return int(_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0])
-    return min(_MAX_CPU_BYTES, int(_MEMORY_SHARE * psutil.virtual_memory().available))
+        return int(_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]) // num_models
+    return min(_MAX_CPU_BYTES, int(_MEMORY_SHARE * psutil.virtual_memory().available) // num_models)
 
 
 def name_device(device: torch.device) -> str:

@@ -173,7 +173,8 @@ class LatencyModel:
         """
         num_tokens = max(1, self.workload.context_len)
         elements = self.profile.geometry.count_cached_elements(plan, num_tokens=num_tokens)
-        size = _DTYPE_BYTES.get(self.profile.dtype)
+        # llama.cpp's cache is of float16, whatever the weights are.
+        size = _DTYPE_BYTES.get("float16" if self.profile.engine == "llama.cpp" else self.profile.dtype)
         return None if elements is None or size is None else round(elements * size / num_tokens)
 
     def estimate_speedup(self, plan: Plan) -> float:
@@ -206,6 +207,7 @@ class LatencyModel:
             context_len=self.workload.context_len,
             dtype=profile.dtype,
             device=profile.device if profile.num_ranks == 1 else f"{profile.num_ranks} x {profile.device}",
+            engine=profile.engine,
             runtime=profile.runtime,
             versions=profile.versions,
             mean_error=self.mean_error,

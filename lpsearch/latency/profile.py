@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 __all__ = [
+    "Engine",
     "LatencyProfile",
     "MeasuredPoint",
     "ProfileGeometry",
@@ -40,6 +41,9 @@ logger = logging.getLogger(__name__)
 
 PROFILE_SCHEMA_VERSION = 2
 """Version of the profile file's form; raised when a reader of the old form could misread the new one."""
+
+Engine = Literal["runtime", "transformers", "llama.cpp", "vllm"]
+"""What runs a plan: this package's own runtime, or one of the engines that people serve with."""
 
 
 LARGEST_QUIET_ERROR = 0.05
@@ -252,7 +256,8 @@ class LatencyProfile(_FileModel):
         dtype: dtype of weights and cache, e.g. ``bfloat16``.
         versions: package versions.
         geometry: shape of the model.
-        runtime: what executed the step.
+        engine: what was timed; files that were written before there were several do not say, and are of the runtime.
+        runtime: how the engine executed the step.
         workloads: what was measured; a search uses the first.
         created_at: ISO 8601 time, UTC.
     """
@@ -265,6 +270,7 @@ class LatencyProfile(_FileModel):
     dtype: str
     versions: dict[str, str]
     geometry: ProfileGeometry
+    engine: Engine = "runtime"
     runtime: str
     workloads: tuple[WorkloadProfile, ...] = Field(min_length=1)
     created_at: str

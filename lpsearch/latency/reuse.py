@@ -12,9 +12,10 @@ import torch
 
 from lpsearch.errors import ConfigError
 from lpsearch.latency.allow import JOINS
+from lpsearch.latency.engines import read_engine_versions
 from lpsearch.latency.measure import measure_profile, name_device
 from lpsearch.latency.mix import Workload
-from lpsearch.latency.profile import PROFILE_SCHEMA_VERSION, LatencyProfile, load_profile, save_profile
+from lpsearch.latency.profile import PROFILE_SCHEMA_VERSION, Engine, LatencyProfile, load_profile, save_profile
 from lpsearch.models.cache import cache_directory
 from lpsearch.versions import read_versions
 
@@ -36,12 +37,13 @@ def measure_or_reuse_profile(
     workloads: Sequence[Workload] | None = None,
     max_group: int = 2,
     allow: Collection[str] = JOINS,
+    engine: Engine = "runtime",
     budget_s: float = 15.0,
     on_progress: Callable[[float], None] | None = None,
 ) -> LatencyProfile:
     """Return the profile of some workloads from the cache, or measure it and keep it.
 
-    The key is device, threads, versions, configuration, dtype and workload, but not how long it was timed. The
+    The key is engine, device, threads, versions, configuration, dtype and workload, but not how long it was timed. The
     arguments are those of :func:`lpsearch.latency.measure_profile`.
     """
     device = torch.device(device)
@@ -58,6 +60,8 @@ def measure_or_reuse_profile(
         key["workloads"] = [workload.spec for workload in workloads]
     if set(allow) != JOINS:
         key["allow"] = sorted(allow)
+    if engine != "runtime":  # so that a profile of one engine never stands for another
+        key["engine"] = [engine, read_engine_versions(engine)]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:24]
     path = cache_directory() / "latency" / f"{digest}.json"
     if path.is_file():
@@ -77,6 +81,7 @@ def measure_or_reuse_profile(
         workloads=workloads,
         max_group=max_group,
         allow=allow,
+        engine=engine,
         budget_s=budget_s,
         on_progress=on_progress,
     )

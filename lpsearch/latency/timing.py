@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -61,6 +62,7 @@ def measure_interleaved(
     budget_s: float = 10.0,
     min_blocks: int = MIN_BLOCKS,
     warm_up_s: float = WARM_UP_S,
+    are_clocked: bool = False,
     on_progress: Callable[[float], None] | None = None,
 ) -> list[StepTiming]:
     """Time steps in blocks: each round runs one block of every step, forwards in one round and backwards in the next.
@@ -72,11 +74,13 @@ def measure_interleaved(
         budget_s: about how long the blocks take; at least ``min_blocks`` are run.
         min_blocks: least number of blocks of each step.
         warm_up_s: how long all steps run first.
+        are_clocked: whether steps time themselves, and a block is what one call returns, in milliseconds.
         on_progress: called with the share done.
     """
     ranks = ranks or OneRank()
     lengths = [_warm_up(step, device, ranks, warm_up_s / len(steps)) for step in steps]
-    counts = [int(min(_MAX_STEPS_PER_BLOCK, max(1, round(_BLOCK_S * 1e3 / length)))) for length in lengths]
+    most = 1 if are_clocked else _MAX_STEPS_PER_BLOCK
+    counts = [int(min(most, max(1, round(_BLOCK_S * 1e3 / length)))) for length in lengths]
     round_ms = sum(count * length for count, length in zip(counts, lengths, strict=True))
     num_blocks = int(min(_MAX_BLOCKS, max(min_blocks, budget_s * 1e3 / round_ms)))
     times = np.empty((len(steps), num_blocks))
@@ -84,7 +88,8 @@ def measure_interleaved(
         order = range(len(steps)) if block % 2 == 0 else reversed(range(len(steps)))
         for index in order:
             ranks.barrier()
-            times[index, block] = _time_ms(steps[index], device, counts[index])
+            step, count = steps[index], counts[index]
+            times[index, block] = float(cast("float", step())) if are_clocked else _time_ms(step, device, count)
         if on_progress is not None:
             on_progress((block + 1) / num_blocks)
     slowest = ranks.all_gather(torch.tensor(times, dtype=torch.float32, device=device)).amax(0)

@@ -64,17 +64,21 @@ class Step:
     Attributes:
         run: a decode step, or a prefill; it leaves the device as it found it.
         read_bytes: bytes that a decode step must read on one rank; None where that is not known, or for a prefill.
+        is_clocked: whether ``run`` times itself: it returns the mean time in milliseconds of one of the decode steps
+            that it ran, or of its prefill, and may do other work beside them.
     """
 
     run: Callable[[], Any]
     read_bytes: int | None = None
+    is_clocked: bool = False
 
 
 class StepBuilder(Protocol):
     """Builds the steps of one workload under many plans, which share memory and run in turn.
 
-    There are two: :class:`lpsearch.latency.runtime.steps.RuntimeSteps`, this package's decoder, and
-    :class:`lpsearch.latency.fallback.TransformersSteps` for families that the runtime does not compute.
+    The engine ``runtime`` has two: :class:`lpsearch.latency.runtime.steps.RuntimeSteps`, this package's decoder, and
+    :class:`lpsearch.latency.fallback.TransformersSteps` for families that the runtime does not compute. Every other
+    engine has one, in :mod:`lpsearch.latency.engines`.
     """
 
     @property
@@ -101,6 +105,10 @@ class StepBuilder(Protocol):
     def token_elements(self) -> int:
         """Elements of one layer's keys and values of one token on a rank."""
 
+    @property
+    def shares_memory(self) -> bool:
+        """Whether plans share one model's memory; if not, each holds its own until :meth:`close`."""
+
     def reserve(self, num_layers: int) -> None:
         """Take the memory of so many layers of the model, before the first step is built."""
 
@@ -112,3 +120,6 @@ class StepBuilder(Protocol):
             layers: layers of the model that the plan is over, in any order and more than once if wanted.
             mode: one of ``modes``.
         """
+
+    def close(self) -> None:
+        """Give back what the steps hold; none of them runs again."""

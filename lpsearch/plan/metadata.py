@@ -119,7 +119,9 @@ class LatencyMetrics(FileModel):
         context_len: cached tokens of each sequence.
         dtype: dtype of the weights.
         device: device that was measured.
-        runtime: what executed the step, e.g. ``transformers eager, fused layers``.
+        engine: what the time is of: ``runtime`` (this package's own), ``transformers``, ``llama.cpp`` or ``vllm``; None
+            in files of older versions, whose times are of the runtime.
+        runtime: how the engine executed the step, e.g. ``transformers eager, fused layers``.
         versions: package versions at the measurement.
         mean_error: mean relative error of the model's estimates on depths that it was not fitted to; None where that is
             not known.
@@ -138,6 +140,7 @@ class LatencyMetrics(FileModel):
     context_len: int = Field(ge=0)
     dtype: str
     device: str
+    engine: str | None = None
     runtime: str
     versions: dict[str, str]
     mean_error: float | None = Field(default=None, ge=0)

@@ -219,7 +219,9 @@ def _render_head(report: StudyReport) -> str:
         profile = report.latency_model.profile
         ranks = "" if profile.num_ranks == 1 else f"{profile.num_ranks} x "
         workload = report.latency_model.description or describe_workload(report.latency_model.workload)
-        facts["latency of"] = f"{ranks}{profile.device}, {workload}" + (" (emulated)" if profile.emulated else "")
+        facts["latency of"] = f"{ranks}{profile.device}, engine {profile.engine}, {workload}" + (
+            " (emulated)" if profile.emulated else ""
+        )
     items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
     notes = (
         ""

@@ -55,8 +55,10 @@ def test_a_profile_that_is_far_off_is_said_wherever_it_is_used(
         said = " ".join(outcome.stderr.split())
         assert (f"{name}: estimates of latency were 34% off" in said) == is_said
         assert "latency were" not in said or is_said
-    assert json.loads((out / "front.json").read_text(encoding="utf-8"))["latency_error"] == error
+    front = json.loads((out / "front.json").read_text(encoding="utf-8"))
+    assert (front["latency_error"], front["latency_engine"]) == (error, "runtime")
     page = (out / "report.html").read_text(encoding="utf-8")
+    assert ", engine runtime, decode of 1 x 8 tokens" in page
     assert ("(estimated, 34% off where it was checked)" in page) == is_said
     assert ("Latency profile: estimates of latency were 34% off" in page) == is_said
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lpsearch.latency import load_profile
 from tests.commands.conftest import Run
@@ -102,6 +104,26 @@ def test_a_place_that_cannot_be_written_is_refused_before_it_measures(
     assert "measuring" not in outcome.stderr
 
 
+def test_the_engine_is_named(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
+    with torch.compiler.set_stance("force_eager"):  # what is compiled is tested in tests/latency
+        outcome = run_lpsearch(*arguments, "--context", 8, "--engine", "transformers")
+    assert outcome.exit_code == 0, outcome.stderr
+    assert outcome.document["engine"] == "transformers"
+    assert "engine transformers: generate, static cache, compiled step" in outcome.stderr
+    assert load_profile(tmp_path / "profile.json").engine == "transformers"
+
+
+def test_an_engine_that_is_not_installed_is_refused_before_it_measures(
+    run_lpsearch: Run, arguments: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    outcome = run_lpsearch(*arguments, "--engine", "llama.cpp")
+    assert outcome.exit_code == 2
+    expected = "--engine llama.cpp: xllamacpp is not installed here; run pip install 'lpsearch[llamacpp]'"
+    assert outcome.document["error"]["message"] == expected
+    assert "measuring" not in outcome.stderr
+
+
 @pytest.mark.slow
 def test_ranks_are_started(run_lpsearch: Run, arguments: list) -> None:
     outcome = run_lpsearch(*arguments, "--context", 8, "--tp", 2)
@@ -124,6 +146,10 @@ def test_ranks_are_started(run_lpsearch: Run, arguments: list) -> None:
         (["--context", 128, "--tp", 2], "--context 128: the model reads at most 128 tokens"),
         (["--workload", "decode:8"], "--workload decode:8: expected decode:SEQUENCESxTOKENS"),
         (["--workload", "decode:1x8", "--batch", 2], "--workload says what is measured"),
+        (["--engine", "transformers", "--tp", 2], "--engine transformers: a model shared by 2 GPUs is not timed there"),
+        (["--engine", "transformers", "--context", 0], "--engine transformers: it decodes after a prompt"),
+        (["--engine", "transformers", "--emulate-tp", 2, "--all-reduce-us", 5], "a model shared by 2 GPUs is not"),
+        (["--engine", "ollama"], "'ollama' is not one of"),
         (["--allow", "splits"], "--allow splits: 'splits' is none of joins, drops"),
         (["--context", 8, "--prefill", 129], "--prefill 129: the model reads at most 128 tokens"),
     ],

@@ -100,11 +100,26 @@ def test_a_profile_survives_its_file(profile, tmp_path):
     assert load_profile(tmp_path / "profile.json") == profile
 
 
+def test_a_profile_that_names_no_engine_is_of_the_runtime(profile, tmp_path):
+    document = profile.model_dump(mode="json")
+    assert document.pop("engine") == "runtime"
+    (tmp_path / "profile.json").write_text(json.dumps(document))
+    assert load_profile(tmp_path / "profile.json") == profile
+
+
+def test_a_cache_of_llama_cpp_is_of_float16(profile):
+    def count(**change):
+        return LatencyModel(profile.model_copy(update=change)).estimate_kv_bytes_per_token(Plan.baseline(6))
+
+    assert count(engine="vllm") == count() == 2 * count(engine="llama.cpp")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"schema_version": 1}, "schema_version is 1, this lpsearch reads 2"),
         ({"colour": "red"}, "colour: Extra inputs"),
+        ({"engine": "ollama"}, "engine: Input should be 'runtime', 'transformers', 'llama.cpp' or 'vllm'"),
         ({"num_ranks": 0}, "num_ranks: "),
         ({"workloads": [{"batch_size": 1}]}, r"workloads\.0\."),
         ({"workloads": []}, "workloads: "),

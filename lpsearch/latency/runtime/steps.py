@@ -39,6 +39,7 @@ class RuntimeSteps:
     """
 
     fuses = True
+    shares_memory = True
 
     def __init__(
         self, traits: FamilyTraits, workload: Workload, *, device: torch.device, dtype: torch.dtype, ranks: Ranks
@@ -77,3 +78,6 @@ class RuntimeSteps:
         if mode != "eager":
             decoder.capture_fastest()
         return Step(decoder.run_step, decoder.count_step_bytes())
+
+    def close(self) -> None:
+        """Do nothing: what a decoder holds goes with it."""
