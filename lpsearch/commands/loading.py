@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lpsearch.commands.checks import read_config
 from lpsearch.commands.steps import show_steps
-from lpsearch.errors import ConfigError, describe_error
+from lpsearch.errors import ConfigError, PlanError, describe_error
 from lpsearch.plan import Plan
 
 if TYPE_CHECKING:
@@ -90,12 +91,21 @@ def resolve_source_of_plan(plan: Plan, model: str | None) -> ModelSource:
 
     Raises:
         ModelError: if there is no such model.
+        PlanError: for a plan that names a path relative to wherever the command runs.
     """
     from lpsearch.models import resolve_source
 
     assert plan.metadata is not None  # a plan file has it
     identity = plan.metadata.model
-    return resolve_source(model) if model else resolve_source(identity.id, revision=identity.revision)
+    if model:
+        return resolve_source(model)
+    source = resolve_source(identity.id, revision=identity.revision)
+    if source.path is not None and not Path(identity.id).is_absolute():  # a directory that happens to be here
+        raise PlanError(
+            f"the plan names its model {identity.id!r}, which would be {source.path} here; a plan names a local model by "
+            "its whole path: name the model with --model"
+        )
+    return source
 
 
 def load_model_of_plan(
