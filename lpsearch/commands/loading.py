@@ -102,8 +102,8 @@ def resolve_source_of_plan(plan: Plan, model: str | None) -> ModelSource:
     source = resolve_source(identity.id, revision=identity.revision)
     if source.path is not None and not Path(identity.id).is_absolute():  # a directory that happens to be here
         raise PlanError(
-            f"the plan names its model {identity.id!r}, which would be {source.path} here; a plan names a local model by "
-            "its whole path: name the model with --model"
+            f"the plan names its model {identity.id!r}, which would be {source.path} here; a plan names a local model "
+            "by its whole path: name the model with --model"
         )
     return source
 

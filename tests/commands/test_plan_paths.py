@@ -1,4 +1,4 @@
-"""No path in a file says where a command reads a model from the current directory, or which file it deletes or copies."""
+"""No path in a file says which directory is taken for a model, or which files a command deletes or copies."""
 
 from __future__ import annotations
 
