@@ -117,6 +117,7 @@ def load_model_of_plan(
     trust_remote_code: bool,
     check: Callable[[PretrainedConfig], None] = _accept,
     check_tokenizer: WeightlessCheck = _accept,
+    spread: bool = False,
 ) -> LoadedModel:
     """Load the model that a plan is for.
 
@@ -128,6 +129,7 @@ def load_model_of_plan(
         trust_remote_code: run the model's own Python code from the hub.
         check: refuses a configuration, as soon as it is known.
         check_tokenizer: refuses a configuration with its tokenizer, before the weights are read.
+        spread: spread it over all GPUs, host memory and disk.
 
     Raises:
         PlanError: if the plan is for another model.
@@ -157,6 +159,7 @@ def load_model_of_plan(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             before_weights=check_before_weights,
+            spread=spread,
         )
     check_plan_model(plan.without_recovery(), loaded.model)
     return loaded
@@ -169,6 +172,7 @@ def load_for_search(
     dtype: str,
     trust_remote_code: bool,
     check: Callable[[PretrainedConfig], None] = _accept,
+    spread: bool = False,
 ) -> LoadedModel:
     """Load a model in the dtype of a search, or in float32 where an automatic dtype must first be checked against it.
 
@@ -178,6 +182,7 @@ def load_for_search(
         dtype: name of the dtype, or ``auto``.
         trust_remote_code: run the model's own Python code from the hub.
         check: refuses a configuration, before the weights are read.
+        spread: spread it over all GPUs, host memory and disk; then an automatic dtype is not checked.
 
     Raises:
         ModelError: if there is no such model.
@@ -189,15 +194,18 @@ def load_for_search(
 
     loaded_dtype = resolve_dtype(dtype, device)
     # The geometry of a repository with its own code is not known before it is loaded.
-    if dtype == "auto" and loaded_dtype != torch.float32 and not trust_remote_code and fits_in_float32(source, device):
+    may_check = dtype == "auto" and loaded_dtype != torch.float32 and not trust_remote_code and not spread
+    if may_check and fits_in_float32(source, device):
         loaded_dtype = torch.float32
-    with show_steps(f"loading {source.id} on {describe_device(device)}"):
+    where = "all devices" if spread else describe_device(device)
+    with show_steps(f"loading {source.id} on {where}"):
         return load_model(
             source,
             device=device,
             dtype=loaded_dtype,
             trust_remote_code=trust_remote_code,
             before_weights=lambda config, tokenizer: check(config),
+            spread=spread,
         )
 
 
