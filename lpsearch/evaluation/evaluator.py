@@ -22,10 +22,20 @@ from lpsearch.transform import applied_plan
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["ModelEvaluator"]
+__all__ = ["ModelEvaluator", "choose_batch_size"]
 
 _LOGIT_CHUNK_BYTES = 64 << 20
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+
+
+def choose_batch_size(device: torch.device, seq_len: int) -> int:
+    """Choose how many windows run together: 4096 tokens on a CPU and 16384 on a GPU.
+
+    Args:
+        device: that of the tokens.
+        seq_len: tokens in a window.
+    """
+    return max(1, _BATCH_TOKENS.get(device.type, _BATCH_TOKENS["cpu"]) // seq_len)
 
 
 class ModelEvaluator:
@@ -70,8 +80,7 @@ class ModelEvaluator:
         self._windows = windows
         self._metric = metric
         self._device = find_input_device(model)
-        batch_tokens = _BATCH_TOKENS.get(self._device.type, _BATCH_TOKENS["cpu"])
-        self._batch_size = batch_size or max(1, batch_tokens // windows.seq_len)
+        self._batch_size = batch_size or choose_batch_size(self._device, windows.seq_len)
         self._base_hidden_states: dict[int, torch.Tensor] = {}  # by window, each (seq - 1, hidden)
         with torch.inference_mode():
             self._head = OutputHead(model, self._input_ids([0]))
