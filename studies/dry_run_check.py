@@ -35,7 +35,10 @@ def compare(forecast: dict[str, Any], measured: dict[str, Any], *, seq_len: int)
     ``seconds a layer-window`` leaves out how many windows racing spares, which depends on the losses.
     """
     proxy_tokens = measured["tokens"] / seq_len * (seq_len - 1)
-    share = measured["layers_run"] / measured["layers_asked"]
+    # Before the first plan the evaluator runs the unmodified model, which the plans are compared with; its own
+    # evaluation then comes from the cache, so the study asks for it twice and runs it once.
+    num_windows = measured["tokens_unstaged"] / seq_len / measured["trials"]
+    share = measured["layers_run"] / (measured["layers_asked"] - num_windows * forecast["num_layers"])
     layers_expected = (
         forecast["tokens"]["proxy"] / (seq_len - 1) * forecast["num_layers"] * forecast["layers_run_share"]
     )

@@ -245,17 +245,15 @@ def _build_document(
     def time_work(windows: float, layers: float) -> float:
         return layers * rates.layer_s + windows * rates.rest_s + batches_s * windows / batch_size
 
-    # The unmodified model runs twice for a divergence: it is what the others are compared with.
-    base_s = time_work(num_windows, num_windows * size.num_layers) if values.metric == "kl" else 0.0
     proxy = study.proxy
     most = study.num_plans * num_windows
     least = num_windows + (study.num_plans - 1) * _count_first_rung(num_windows, len(values.data), staged=values.staged)
     share = proxy.layers / proxy.windows
 
     def time_search(windows: int) -> float:
-        return base_s + max(time_work(windows, windows * share), study.books_s)
+        return max(time_work(windows, windows * share), study.books_s)
 
-    heldout_s = time_work(study.heldout.windows, study.heldout.layers) + base_s
+    heldout_s = time_work(study.heldout.windows, study.heldout.layers)
     total_bytes = memory.weights + memory.elsewhere
     seconds = {
         "loading": total_bytes / _DISK_BYTES_PER_S,
