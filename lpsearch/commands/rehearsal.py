@@ -28,6 +28,10 @@ from lpsearch.search import PlanSpace, StudyStore, run_study
 __all__ = ["CountedWork", "RehearsedStudy", "rehearse_study"]
 
 _BASE_NLL = 3.0
+_CHEAPEST = 0.75
+"""Where in the model layers cost least, as a share of its depth: beyond the middle in all that were searched."""
+
+_STEEPNESS = 2.0
 _SCATTER = 0.1
 """Standard deviation over windows of what a plan costs on one, as a share of its mean cost."""
 
@@ -89,8 +93,9 @@ class _CountingEvaluator:
         self._tree: PrefixTree[bool] = PrefixTree(budget_bytes=cache_bytes)
         self._held_bytes = self._windows = self._layers = self._layers_asked = 0
         rng = np.random.default_rng(seed)
-        depth = np.linspace(-1.0, 1.0, max(2, num_layers))
-        ends = 0.05 + 1.5 * np.abs(depth) ** 6  # the first and the last layers cost most
+        depth = np.linspace(0.0, 1.0, max(2, num_layers))
+        distance = np.where(depth < _CHEAPEST, _CHEAPEST - depth, 3 * (depth - _CHEAPEST))
+        ends = 0.05 + 1.5 * distance**_STEEPNESS  # the first and the last layers cost most
         self._attention = ends * rng.gamma(2.0, 0.3, len(depth))
         self._mlp = ends * rng.gamma(2.0, 0.3, len(depth))
         self._joins = ends[:-1] * rng.gamma(2.0, 0.5, len(depth) - 1)
