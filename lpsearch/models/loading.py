@@ -109,7 +109,7 @@ def load_model(
         if spread and source.kind == "gguf":
             raise ModelError(
                 f"{source.id}: a .gguf file is read whole, so it cannot be spread over devices; give the model's "
-                "directory or hub id, or leave --device-map out"
+                "directory or hub id, or leave the device map out"
             )
         if source.kind == "gguf":
             path = _existing(source)
@@ -220,7 +220,7 @@ def _read_directory(
     if offload is not None:
         if extracted is not model:
             raise ModelError(
-                f"{directory}: a model inside an image-text model cannot be spread; leave --device-map out"
+                f"{directory}: a model inside an image-text model cannot be spread; leave the device map out"
             )
         weakref.finalize(model, shutil.rmtree, offload, ignore_errors=True)
         logger.info("%s is spread: %s", directory.name, describe_placement(model))

@@ -53,7 +53,7 @@ def refuse_spread(model: nn.Module, *, what: str) -> None:
     if is_spread(model):
         raise ModelError(
             f"{what} needs the whole model on one device, and this one is spread over several, host memory or disk; "
-            "load it without a device map (--device-map single), on a larger device or in bfloat16"
+            "load it without a device map, on a larger device or in bfloat16"
         )
 
 
