@@ -12,7 +12,7 @@ VLLM_PIP := $(VLLM_BIN)/python -m pip --disable-pip-version-check --quiet
 # Number of processes that run tests; each needs about 3 GB.
 TEST_PROCESSES ?= 2
 
-.PHONY: demo docs test test-engines test-llamacpp test-vllm lint format clean help
+.PHONY: demo docs test test-engines test-llamacpp test-vllm lint audit format clean help
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -60,11 +60,15 @@ test-vllm: $(VENV)/.installed-dev $(VLLM_VENV)/.installed ## export models and s
 	LPSEARCH_VLLM_EXPORTS=$(abspath $(VLLM_VENV)/exports) VLLM_CACHE_ROOT=$(abspath $(VLLM_VENV)/cache) \
 		OMP_NUM_THREADS=$$(nproc) $(VLLM_BIN)/python -m pytest -o addopts= -o filterwarnings=default -ra --durations=15 tests/vllm
 
-lint: $(VENV)/.installed-dev ## check style, types and layering
+lint: $(VENV)/.installed-dev ## check style, types, layering and the pinned dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/audit.py
+
+audit: $(VENV)/.installed-dev ## check the pinned dependencies against known vulnerabilities, without a network
+	$(BIN)/python .ci/audit.py
 
 # The variable silences an advertisement of mkdocs-material, which is not a warning of the build.
 docs: $(VENV)/.installed-docs ## build the documentation into site/, with warnings as errors

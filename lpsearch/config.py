@@ -19,6 +19,8 @@ from lpsearch.errors import ConfigError, mask_urls
 
 __all__ = [
     "Allowed",
+    "CacheLocation",
+    "DeviceMap",
     "Dtype",
     "Metric",
     "Objective",
@@ -27,6 +29,7 @@ __all__ = [
     "ResolvedConfig",
     "Split",
     "StoredSplit",
+    "check_device_map",
     "parse_allowed",
     "parse_layer_list",
     "resolve_config",
@@ -50,6 +53,12 @@ Split = Literal["proxy", "heldout"]
 
 StoredSplit = Literal["proxy", "heldout", "calibration"]
 """What the windows that a study keeps are for: also those that repairs are fitted to."""
+
+DeviceMap = Literal["single", "auto"]
+"""Where a model is: on one device, or spread over all by accelerate."""
+
+CacheLocation = Literal["device", "host"]
+"""Where hidden states are kept: on the device, or in host memory."""
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -115,6 +124,14 @@ class OptimizeConfig(BaseModel):
     device: str = Field(default="auto", description="torch device, or auto")
     dtype: Dtype = Field(
         default="auto", description="dtype of the weights; auto: bfloat16 where the device is fast at it"
+    )
+    device_map: DeviceMap = Field(
+        default="single",
+        description="auto spreads a model that is larger than one GPU over all, then over host memory and disk",
+    )
+    cache_location: CacheLocation = Field(
+        default="device",
+        description="where hidden states are kept for further plans: beside the weights, or in pinned host memory",
     )
     freeze: tuple[int, ...] = Field(
         default=(), description="layers that stay alone, e.g. 0,1,28-29", json_schema_extra={"metavar": "LAYERS"}
@@ -247,6 +264,19 @@ def check_latency(values: OptimizeConfig) -> None:
         raise ConfigError("--objective latency needs a latency to optimise; drop --latency off")
     if values.workload and values.latency == "off":
         raise ConfigError("--workload says whose latency counts, and --latency off that none does; drop either")
+
+
+def check_device_map(values: OptimizeConfig) -> None:
+    """Refuse to refit a model that is spread over devices.
+
+    Raises:
+        ConfigError: for both.
+    """
+    if values.device_map != "single" and values.recover != "off":
+        raise ConfigError(
+            f"--recover {values.recover} changes weights, which needs the whole model on one device; drop it, or "
+            "--device-map"
+        )
 
 
 def load_preset(model: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ __all__ = [
     "UsageError",
     "describe_error",
     "mask_urls",
+    "shorten",
 ]
 
 EXIT_DONE = 0
@@ -101,9 +102,12 @@ def describe_error(error: BaseException) -> str:
         return type(error).__name__
     if isinstance(error, KeyError):  # its message is the key alone
         text = f"{type(error).__name__}: {text}"
-    if len(text) > _LONGEST_MESSAGE:
-        text = f"{text[: _LONGEST_MESSAGE * 2 // 3]} ... {text[-_LONGEST_MESSAGE // 3 :]}"
-    return text
+    return shorten(text, longest=_LONGEST_MESSAGE)
+
+
+def shorten(text: str, *, longest: int) -> str:
+    """Return a text without its middle where it is longer than so many characters: the end often says what to do."""
+    return text if len(text) <= longest else f"{text[: longest * 2 // 3]} ... {text[-longest // 3 :]}"
 
 
 def mask_urls(text: str) -> str:

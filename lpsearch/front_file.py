@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from lpsearch.config import Metric, Objective, Recover
 from lpsearch.errors import StudyError, StudyVersionError
-from lpsearch.json_file import load_json
+from lpsearch.json_file import describe_first_finding, load_json, shorten_value
 from lpsearch.plan import KindMetrics, ModelIdentity
 
-__all__ = ["FRONT_NAME", "FRONT_SCHEMA_VERSION", "FrontFile", "FrontPoint", "load_front_file"]
+__all__ = ["FRONT_NAME", "FRONT_SCHEMA_VERSION", "FrontFile", "FrontPoint", "is_plan_name", "load_front_file"]
 
 FRONT_NAME = "front.json"
 """Name of the file in a study's directory."""
 
 FRONT_SCHEMA_VERSION: Literal[1] = 1
 """Version of its form. Fields that have a default are those that the first files of this version lack."""
+
+
+def _check_plan_name(name: str) -> str:
+    """Refuse a name that leads out of the study's directory: the file is read, and deleted when it is stale."""
+    if not is_plan_name(name):
+        raise ValueError(f"{shorten_value(name)} is no plan file of the study itself; expected plans/NAME.json")
+    return name
+
+
+def is_plan_name(name: object) -> bool:
+    """Say whether a text names a file in a study's directory or its ``plans``, and nothing elsewhere."""
+    return isinstance(name, str) and _PLAN_NAME.fullmatch(name) is not None
+
+
+PlanName = Annotated[str, AfterValidator(_check_plan_name)]
+_PLAN_NAME = re.compile(r"(?:plans/)?[\w-][\w.-]{0,200}\.json", re.ASCII)
 
 
 class FrontPoint(BaseModel):
@@ -58,7 +75,7 @@ class FrontPoint(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    plan: str
+    plan: PlanName
     num_joins: int
     num_dropped: int = 0
     depth_reduction: float
@@ -162,12 +179,10 @@ def load_front_file(directory: Path) -> FrontFile | None:
     version = document.get("schema_version") if isinstance(document, dict) else None
     if version != FRONT_SCHEMA_VERSION:
         raise StudyVersionError(
-            f"{path}: schema_version is {version!r}, this lpsearch reads {FRONT_SCHEMA_VERSION}; {mend}, or use the "
-            "version that wrote it"
+            f"{path}: schema_version is {shorten_value(version)}, this lpsearch reads {FRONT_SCHEMA_VERSION}; {mend}, "
+            "or use the version that wrote it"
         )
     try:
         return FrontFile.model_validate(document)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise StudyError(f"{path}: not the front of a study: {where}: {first['msg']}; {mend}") from None
+        raise StudyError(f"{path}: not the front of a study: {describe_first_finding(error)}; {mend}") from None

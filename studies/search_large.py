@@ -164,8 +164,8 @@ def measure_study(
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Time a study, print the JSON line, and return the exit code."""
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama2-7b", help="alias, hub id or directory whose geometry is used")
     parser.add_argument("--trials", type=int, default=200)
@@ -179,17 +179,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--peak-tflops", type=float, default=790.0, help="peak rate of the device, for predicted_s")
     parser.add_argument("--device", default="auto", help="torch device")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
-    options = parser.parse_args(arguments)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Time a study, print the JSON line, and return the exit code."""
+    options = build_parser().parse_args(arguments)
     try:
-        print(json.dumps(_run(options)))
+        print(json.dumps(run(options)))
     except LpsearchError as error:
         print(f"search_large: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
-def _run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Run a study, and report where the time went."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     if min(options.trials, options.windows) < 1 or options.seq_len < 2 or options.peak_tflops <= 0:
         raise ConfigError("--trials, --windows and --peak-tflops must be positive, --seq-len at least 2")
     device = resolve_device(options.device)

@@ -11,7 +11,7 @@ import typer
 
 from lpsearch.commands.console import Answer
 from lpsearch.commands.loading import describe_device, load_model_of_plan, resolve_device, resolve_dtype
-from lpsearch.commands.options import DeviceOption, DtypeOption, ModelOption, PlanArgument, TrustOption
+from lpsearch.commands.options import DeviceMapOption, DeviceOption, DtypeOption, ModelOption, PlanArgument, TrustOption
 from lpsearch.commands.steps import show_steps
 from lpsearch.commands.tasks import (
     BatchSizeOption,
@@ -63,6 +63,7 @@ def evaluate(
     seed: Annotated[int | None, typer.Option(help="seed of sampled data; default: as in the plan file", min=0)] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    device_map: DeviceMapOption = "single",
     trust_remote_code: TrustOption = False,
     tasks: TasksOption = None,
     task_path: TaskPathOption = None,
@@ -112,6 +113,7 @@ def evaluate(
         trust_remote_code=trust_remote_code,
         check=lambda config: check_seq_len(texts.seq_len, config),
         check_tokenizer=check_tokenizer,
+        spread=device_map == "auto",
     )
     weights = read_recovery(loaded.model, plan, plan_path)
     document = {"plan": str(plan_path), **_measure(loaded, plan, weights, texts.build(loaded), metric=metric)}
@@ -228,6 +230,7 @@ def _measure(
     from lpsearch.commands.results import build_proxy_metrics
     from lpsearch.evaluation import ModelEvaluator
     from lpsearch.evaluation.losses import PlanLosses
+    from lpsearch.models.placement import find_input_device
     from lpsearch.recovery import swapped_weights
     from lpsearch.search.results import compute_loss
 
@@ -253,7 +256,7 @@ def _measure(
         compare(losses if repaired_losses is None else repaired_losses),
         windows=windows,
         dtype=str(loaded.model.dtype).removeprefix("torch."),
-        device_name=describe_device(loaded.model.device),
+        device_name=describe_device(find_input_device(loaded.model)),
         variant=RAW if repaired_losses is None else _name_variant(plan),
     )
     return {

@@ -62,6 +62,7 @@ def get_latency_model(
             a kind of group.
     """
     from lpsearch.latency import LatencyModel, check_profile_geometry, measure_or_reuse_profile
+    from lpsearch.models.placement import find_input_device
 
     recorded = parse_recorded_profile(store.load_latency_profile())
     name = f"--latency {profile_name}"
@@ -81,7 +82,7 @@ def get_latency_model(
             with show_steps("measuring latency") as on_step:
                 profile = measure_or_reuse_profile(
                     model.config,
-                    device=model.device,
+                    device=find_input_device(model),
                     dtype=model.dtype,
                     workloads=list(mix) if mix else None,
                     max_group=max_group,

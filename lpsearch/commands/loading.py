@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lpsearch.commands.checks import read_config
 from lpsearch.commands.steps import show_steps
-from lpsearch.errors import ConfigError, describe_error
+from lpsearch.errors import ConfigError, PlanError, describe_error
 from lpsearch.plan import Plan
 
 if TYPE_CHECKING:
@@ -90,12 +91,21 @@ def resolve_source_of_plan(plan: Plan, model: str | None) -> ModelSource:
 
     Raises:
         ModelError: if there is no such model.
+        PlanError: for a plan that names a path relative to wherever the command runs.
     """
     from lpsearch.models import resolve_source
 
     assert plan.metadata is not None  # a plan file has it
     identity = plan.metadata.model
-    return resolve_source(model) if model else resolve_source(identity.id, revision=identity.revision)
+    if model:
+        return resolve_source(model)
+    source = resolve_source(identity.id, revision=identity.revision)
+    if source.path is not None and not Path(identity.id).is_absolute():  # a directory that happens to be here
+        raise PlanError(
+            f"the plan names its model {identity.id!r}, which would be {source.path} here; a plan names a local model "
+            "by its whole path: name the model with --model"
+        )
+    return source
 
 
 def load_model_of_plan(
@@ -107,6 +117,7 @@ def load_model_of_plan(
     trust_remote_code: bool,
     check: Callable[[PretrainedConfig], None] = _accept,
     check_tokenizer: WeightlessCheck = _accept,
+    spread: bool = False,
 ) -> LoadedModel:
     """Load the model that a plan is for.
 
@@ -118,6 +129,7 @@ def load_model_of_plan(
         trust_remote_code: run the model's own Python code from the hub.
         check: refuses a configuration, as soon as it is known.
         check_tokenizer: refuses a configuration with its tokenizer, before the weights are read.
+        spread: spread it over all GPUs, host memory and disk.
 
     Raises:
         PlanError: if the plan is for another model.
@@ -147,6 +159,7 @@ def load_model_of_plan(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             before_weights=check_before_weights,
+            spread=spread,
         )
     check_plan_model(plan.without_recovery(), loaded.model)
     return loaded
@@ -159,6 +172,7 @@ def load_for_search(
     dtype: str,
     trust_remote_code: bool,
     check: Callable[[PretrainedConfig], None] = _accept,
+    spread: bool = False,
 ) -> LoadedModel:
     """Load a model in the dtype of a search, or in float32 where an automatic dtype must first be checked against it.
 
@@ -168,6 +182,7 @@ def load_for_search(
         dtype: name of the dtype, or ``auto``.
         trust_remote_code: run the model's own Python code from the hub.
         check: refuses a configuration, before the weights are read.
+        spread: spread it over all GPUs, host memory and disk; then an automatic dtype is not checked.
 
     Raises:
         ModelError: if there is no such model.
@@ -179,15 +194,18 @@ def load_for_search(
 
     loaded_dtype = resolve_dtype(dtype, device)
     # The geometry of a repository with its own code is not known before it is loaded.
-    if dtype == "auto" and loaded_dtype != torch.float32 and not trust_remote_code and fits_in_float32(source, device):
+    may_check = dtype == "auto" and loaded_dtype != torch.float32 and not trust_remote_code and not spread
+    if may_check and fits_in_float32(source, device):
         loaded_dtype = torch.float32
-    with show_steps(f"loading {source.id} on {describe_device(device)}"):
+    where = "all devices" if spread else describe_device(device)
+    with show_steps(f"loading {source.id} on {where}"):
         return load_model(
             source,
             device=device,
             dtype=loaded_dtype,
             trust_remote_code=trust_remote_code,
             before_weights=lambda config, tokenizer: check(config),
+            spread=spread,
         )
 
 

@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
 
-from lpsearch.config import Dtype, OptimizeConfig
+from lpsearch.config import DeviceMap, Dtype, OptimizeConfig
 from lpsearch.errors import UsageError
 
 __all__ = [
+    "DeviceMapOption",
     "DeviceOption",
     "DirectoryArgument",
     "DtypeOption",
@@ -51,6 +52,7 @@ PlanArgument = Annotated[Path, typer.Argument(help="plan file, or a directory th
 DirectoryArgument = Annotated[Path, typer.Argument(help="directory that optimize wrote", metavar="DIR")]
 ModelOption = Annotated[str | None, _describe("model")]
 DeviceOption = Annotated[str, _describe("device")]
+DeviceMapOption = Annotated[DeviceMap, _describe("device_map")]
 DtypeOption = Annotated[Dtype, _describe("dtype")]
 TrustOption = Annotated[bool, _describe("trust_remote_code")]
 StorageOption = Annotated[str | None, typer.Option(help="database URL; default: study.db in DIR", metavar="URL")]

@@ -33,7 +33,7 @@ from lpsearch.commands.studies import (
     resume_study,
 )
 from lpsearch.commands.summary import SearchSummary
-from lpsearch.config import Allowed, OptimizeConfig, ResolvedConfig, Split, slug_of_model
+from lpsearch.config import Allowed, OptimizeConfig, ResolvedConfig, Split, check_device_map, slug_of_model
 from lpsearch.data import Windows, check_seq_len, check_text_kinds
 from lpsearch.errors import PlanError
 from lpsearch.front_file import FrontFile
@@ -116,7 +116,11 @@ def search(config: ResolvedConfig, *, fresh: bool) -> Answer:
     with _prepare(config, fresh=fresh) as run:
         try:
             evaluators = Evaluators(
-                run.loaded.model, run.windows, metric=run.values.metric, calibration=run.calibration
+                run.loaded.model,
+                run.windows,
+                metric=run.values.metric,
+                calibration=run.calibration,
+                cache_location=run.values.cache_location,
             )
             result = _evaluate_plans(run, evaluators)
             _check_front(run, evaluators, result.front)
@@ -148,6 +152,7 @@ def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
     values = config.values
     device = resolve_device(values.device)
     parse_mix(values.workload)  # before anything is opened
+    check_device_map(values)
     enqueued = {path: load_plan(path).without_recovery() for path in values.enqueue}
 
     def build_space(num_layers: int) -> PlanSpace:
@@ -204,6 +209,7 @@ def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
             dtype=values.dtype,
             trust_remote_code=values.trust_remote_code,
             check=check_new_config if recorded is None else check_config,
+            spread=values.device_map == "auto",
         )
         space = build_space(loaded.identity.num_layers)
         _check_fingerprints(enqueued, loaded)

@@ -16,7 +16,7 @@ from sqlalchemy.engine import URL
 from lpsearch.commands.loading import settle_dtype
 from lpsearch.commands.outputs import prepare_directory
 from lpsearch.commands.steps import show_steps
-from lpsearch.config import OptimizeConfig, ResolvedConfig, Split, StoredSplit, check_latency
+from lpsearch.config import OptimizeConfig, ResolvedConfig, Split, StoredSplit, check_device_map, check_latency
 from lpsearch.errors import ResumeError, StudyError, UsageError
 from lpsearch.front_file import FRONT_NAME, load_front_file
 from lpsearch.kinds import parse_kinds
@@ -203,6 +203,7 @@ def follow_record(
             updates[name] = (updates[name],) if isinstance(updates[name], str) else tuple(updates[name] or ())
     followed = values.model_copy(update=updates)
     check_latency(followed)
+    check_device_map(followed)
     return followed, ModelSource.from_dict(recorded["source"])
 
 

@@ -26,6 +26,7 @@ from lpsearch.errors import ModelError
 from lpsearch.models import fingerprint_model, fingerprint_parts
 from lpsearch.models.cache import cache_directory
 from lpsearch.models.memory import find_free_bytes
+from lpsearch.models.placement import find_input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -119,7 +120,7 @@ def sample_tokens(
         past_key_values = None
         for position in range(1, seq_len):
             outputs = model(
-                input_ids=tokens[rows, position - 1 : position].to(model.device),
+                input_ids=tokens[rows, position - 1 : position].to(find_input_device(model)),
                 past_key_values=past_key_values,
                 use_cache=True,
             )
@@ -136,9 +137,10 @@ def sample_tokens(
 
 def _choose_batch_size(model: PreTrainedModel, seq_len: int) -> int:
     """Choose how many sequences are drawn at once. On a GPU a step takes as long for one as for hundreds."""
-    if model.device.type != "cuda":
+    device = find_input_device(model)
+    if device.type != "cuda":
         return _CPU_BATCH_SIZE
-    free_bytes = int(_SHARE_OF_FREE * find_free_bytes(model.device))
+    free_bytes = int(_SHARE_OF_FREE * find_free_bytes(device))
     return max(1, min(_MAX_BATCH_SIZE, free_bytes // estimate_sampling_bytes(model, seq_len)))
 
 

@@ -15,16 +15,27 @@ from lpsearch.evaluation.losses import RAW, Variant, WindowLosses
 from lpsearch.evaluation.prefix_cache import CacheUsage, PrefixCache, choose_cache_bytes
 from lpsearch.evaluation.rungs import split_by_rung
 from lpsearch.models.families import get_decoder_layers
+from lpsearch.models.placement import find_input_device, list_run_devices
 from lpsearch.plan import Plan
 from lpsearch.transform import applied_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["ModelEvaluator"]
+__all__ = ["ModelEvaluator", "choose_batch_size"]
 
 _LOGIT_CHUNK_BYTES = 64 << 20
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+
+
+def choose_batch_size(device: torch.device, seq_len: int) -> int:
+    """Choose how many windows run together: 4096 tokens on a CPU and 16384 on a GPU.
+
+    Args:
+        device: that of the tokens.
+        seq_len: tokens in a window.
+    """
+    return max(1, _BATCH_TOKENS.get(device.type, _BATCH_TOKENS["cpu"]) // seq_len)
 
 
 class ModelEvaluator:
@@ -68,13 +79,13 @@ class ModelEvaluator:
         self._model = model
         self._windows = windows
         self._metric = metric
-        batch_tokens = _BATCH_TOKENS.get(model.device.type, _BATCH_TOKENS["cpu"])
-        self._batch_size = batch_size or max(1, batch_tokens // windows.seq_len)
+        self._device = find_input_device(model)
+        self._batch_size = batch_size or choose_batch_size(self._device, windows.seq_len)
         self._base_hidden_states: dict[int, torch.Tensor] = {}  # by window, each (seq - 1, hidden)
         with torch.inference_mode():
             self._head = OutputHead(model, self._input_ids([0]))
         if cache_bytes is None:
-            cache_bytes = choose_cache_bytes(model.device, location=cache_location)
+            cache_bytes = choose_cache_bytes(*list_run_devices(model), location=cache_location)
         self._cache = PrefixCache(model=model, budget_bytes=cache_bytes, location=cache_location)
 
     @property
@@ -151,7 +162,7 @@ class ModelEvaluator:
             # Outside the handler, whose traceback holds on to the tensors of the failed forward.
             if not self._cache.halve():
                 raise LpsearchError(
-                    f"{self._model.device} ran out of memory on {self._batch_size} windows of {self._windows.seq_len} "
+                    f"{self._device} ran out of memory on {self._batch_size} windows of {self._windows.seq_len} "
                     f"tokens ({message}); lower --seq-len, or use --dtype bfloat16 or a larger device"
                 )
 
@@ -197,7 +208,7 @@ class ModelEvaluator:
 
     def _input_ids(self, window_indices: Sequence[int]) -> torch.Tensor:
         rows = self._windows.input_ids[list(window_indices)]
-        return torch.from_numpy(rows).to(device=self._model.device, dtype=torch.long)
+        return torch.from_numpy(rows).to(device=self._device, dtype=torch.long)
 
     def _compute_losses(self, window_index: int, hidden_states: torch.Tensor) -> tuple[float, float | None]:
         """Return mean NLL and mean KL, or None, of one window in nats per token.
@@ -206,7 +217,7 @@ class ModelEvaluator:
             window_index: the window.
             hidden_states: its last hidden states under the plan, ``(seq - 1, hidden)``.
         """
-        targets = self._input_ids([window_index])[0, 1:]  # (seq - 1,)
+        targets = self._input_ids([window_index])[0, 1:].to(hidden_states.device)  # (seq - 1,)
         base = self._base_hidden_states[window_index] if self._metric == "kl" else None
         chunk_len = max(1, _LOGIT_CHUNK_BYTES // (4 * self._head.vocab_size))
         nll_sum = torch.zeros((), dtype=torch.float64, device=targets.device)

@@ -45,7 +45,7 @@ class OutputHead:
         with torch.no_grad():
             expected = model(input_ids=input_ids, use_cache=False).logits
             self._decoder_output = _run_decoder(model, input_ids)
-            logits = self(cast(Tensor, self._decoder_output.last_hidden_state))
+            logits = self(cast(Tensor, self._decoder_output.last_hidden_state)).to(expected.device)
         self.vocab_size = int(expected.shape[-1])
         if not torch.equal(logits.isnan(), expected.isnan()) or not torch.allclose(
             logits.float(), expected.float(), rtol=1e-2, atol=1e-2, equal_nan=True

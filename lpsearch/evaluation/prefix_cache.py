@@ -21,6 +21,7 @@ from lpsearch.evaluation.prefix_tree import Boundary, PrefixTree
 from lpsearch.models.families import get_decoder_layers
 from lpsearch.models.forwards import replaced_forwards
 from lpsearch.models.memory import find_free_bytes
+from lpsearch.models.placement import find_input_device, find_run_device, place_beside
 from lpsearch.plan import Plan
 
 if TYPE_CHECKING:
@@ -56,17 +57,19 @@ class CacheUsage:
     budget_bytes: int = 0
 
 
-def choose_cache_bytes(device: torch.device, *, location: Literal["device", "host"] = "device") -> int:
+def choose_cache_bytes(*devices: torch.device, location: Literal["device", "host"] = "device") -> int:
     """Choose a budget: half of the free memory of a GPU; of a machine's own a quarter, with a CPU model at most 2 GiB.
 
     Args:
-        device: where the model is, loaded.
+        devices: where the model is, loaded; of one that is spread, those that it runs on, the least free of which
+            decides, for which states are kept beside their layers.
         location: where the states are to be kept.
     """
-    if device.type == "cuda" and location == "device":
-        return int(_DEVICE_SHARE * find_free_bytes(device))
+    is_cuda = devices[0].type == "cuda"
+    if is_cuda and location == "device":
+        return int(_DEVICE_SHARE * min(map(find_free_bytes, devices)))
     available_bytes = int(_HOST_SHARE * find_free_bytes(torch.device("cpu")))
-    return available_bytes if device.type == "cuda" else min(_MAX_CPU_BYTES, available_bytes)
+    return available_bytes if is_cuda else min(_MAX_CPU_BYTES, available_bytes)
 
 
 class PrefixCache:
@@ -91,8 +94,9 @@ class PrefixCache:
         self._model = model
         self._tree: PrefixTree[Tensor] = PrefixTree(budget_bytes=budget_bytes)
         self._hidden_size = int(model.config.get_text_config().hidden_size)
-        copied = location == "host" and model.device.type == "cuda"
-        self._copies = torch.cuda.Stream(model.device) if copied else None  # type: ignore[no-untyped-call]
+        self._device = find_input_device(model)
+        copied = location == "host" and self._device.type == "cuda"
+        self._copies: dict[torch.device, torch.cuda.Stream] | None = {} if copied else None
         self._counts = CacheUsage()
 
     def list_states(self) -> list[Tensor]:
@@ -125,7 +129,7 @@ class PrefixCache:
         self.clear(budget_bytes=held_bytes // 2)
         _logger.warning(
             "%s ran out of memory; the prefix cache keeps at most %.1f GiB from now on",
-            self._model.device,
+            self._device,
             held_bytes / 2 / 2**30,
         )
         return True
@@ -149,7 +153,8 @@ class PrefixCache:
             num_skipped = 0
             if visit.resume is not None and visit.state is not None:
                 num_skipped = visit.resume.num_layers
-                stack.enter_context(_skipping(layers[:num_skipped], self._load(visit.state)))
+                next_layer = layers[min(num_skipped, len(layers) - 1)]
+                stack.enter_context(_skipping(layers[:num_skipped], self._load(visit.state, next_layer)))
             for boundary in visit.keep:
                 hook = _Keep(self, boundary)
                 stack.enter_context(_hooked(layers[boundary.num_layers - 1], hook))
@@ -164,18 +169,29 @@ class PrefixCache:
         """Keep the hidden states ``(batch, seq, hidden)`` at a boundary that a visit asked for."""
         if self._copies is not None:
             host = torch.empty(hidden_states.shape, dtype=hidden_states.dtype, pin_memory=True)
-            self._copies.wait_stream(torch.cuda.current_stream(hidden_states.device))
-            with torch.cuda.stream(self._copies):
+            stream = self._get_stream(self._copies, hidden_states.device)
+            stream.wait_stream(torch.cuda.current_stream(hidden_states.device))
+            with torch.cuda.stream(stream):
                 host.copy_(hidden_states, non_blocking=True)
-            hidden_states.record_stream(self._copies)
+            hidden_states.record_stream(stream)
             hidden_states = host
         self._tree.hold(boundary, hidden_states, nbytes=hidden_states.nbytes)
 
-    def _load(self, state: Tensor) -> Tensor:
+    def _load(self, state: Tensor, layer: nn.Module) -> Tensor:
+        """Return a state where the layer that reads it runs."""
         if self._copies is None:
-            return state
-        torch.cuda.current_stream(self._model.device).wait_stream(self._copies)
-        return state.to(self._model.device, non_blocking=True)
+            return place_beside(layer, state)
+        device = find_run_device(layer) or self._device
+        for stream in self._copies.values():  # the copy to the host may have been on any
+            torch.cuda.current_stream(device).wait_stream(stream)
+        return state.to(device, non_blocking=True)
+
+    @staticmethod
+    def _get_stream(streams: dict[torch.device, torch.cuda.Stream], device: torch.device) -> torch.cuda.Stream:
+        """Return the stream that copies from a device."""
+        if device not in streams:
+            streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return streams[device]
 
 
 @dataclass(frozen=True, eq=False)

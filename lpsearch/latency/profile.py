@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lpsearch.errors import ConfigError
-from lpsearch.json_file import load_json
+from lpsearch.json_file import describe_first_finding, load_json, shorten_value
 from lpsearch.models.traits import read_traits
 from lpsearch.plan import Group, Plan, write_json
 
@@ -49,6 +49,9 @@ Engine = Literal["runtime", "transformers", "llama.cpp", "vllm"]
 LARGEST_QUIET_ERROR = 0.05
 """Mean error of a profile's estimates above which everything that uses them says so. Well-run GPUs stay below 0.002."""
 
+_SHORTEST_MS, _LONGEST_MS = 1e-9, 1e12
+"""Times that no step of any model takes."""
+
 _TimeMs = Annotated[float, Field(gt=0)]
 _CostMs = Annotated[float, Field(ge=0)]
 
@@ -77,6 +80,13 @@ class ProfileGeometry(_FileModel):
     vocab_size: int = Field(gt=0)
     layer_kinds: tuple[str, ...]
     attention_windows: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check_layer_kinds(self) -> Self:
+        """Refuse a list that does not name the kind of every layer."""
+        if len(self.layer_kinds) != self.num_layers:
+            raise ValueError(f"layer_kinds names {len(self.layer_kinds)} layers, num_layers is {self.num_layers}")
+        return self
 
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> ProfileGeometry:
@@ -283,8 +293,12 @@ class LatencyProfile(_FileModel):
             missing = sorted(kinds - {*workload.cost_ms})
             if missing:
                 raise ValueError(f"workloads.{index}.cost_ms has no cost of {missing[0]!r}, a layer of the model alone")
-            if workload.overhead_ms + sum(workload.cost_ms[kind] for kind in kinds) <= 0:
+            total_ms = workload.overhead_ms + sum(workload.cost_ms[kind] for kind in kinds)
+            if total_ms <= 0:
                 raise ValueError(f"workloads.{index}: by its costs the unmodified model takes no time")
+            slowest_ms = workload.overhead_ms + self.geometry.num_layers * max(workload.cost_ms.values())
+            if not _SHORTEST_MS < total_ms <= slowest_ms < _LONGEST_MS:  # so that no ratio of times overflows
+                raise ValueError(f"workloads.{index}: by its costs a step takes {total_ms} to {slowest_ms} ms")
         return self
 
 
@@ -306,21 +320,15 @@ def load_profile(path: str | os.PathLike[str]) -> LatencyProfile:
     version = document.get("schema_version") if isinstance(document, dict) else None
     if version != PROFILE_SCHEMA_VERSION:
         raise ConfigError(
-            f"--latency {file}: schema_version is {version!r}, this lpsearch reads {PROFILE_SCHEMA_VERSION}; "
-            "measure again with this version"
+            f"--latency {file}: schema_version is {shorten_value(version)}, this lpsearch reads "
+            f"{PROFILE_SCHEMA_VERSION}; measure again with this version"
         )
     try:
         return LatencyProfile.model_validate(document)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise ConfigError(f"--latency {file}: not a latency profile: {_describe(first)}; measure again") from None
-
-
-def _describe(finding: Mapping[str, Any]) -> str:
-    """Say what pydantic found, and where."""
-    place = ".".join(str(part) for part in finding["loc"])
-    said = str(finding["msg"]).removeprefix("Value error, ")
-    return f"{place}: {said}" if place else said
+        raise ConfigError(
+            f"--latency {file}: not a latency profile: {describe_first_finding(error)}; measure again"
+        ) from None
 
 
 def describe_profile_error(mean_error: float | None, *, name: str) -> str | None:
@@ -353,7 +361,7 @@ def parse_recorded_profile(document: Mapping[str, Any] | None) -> LatencyProfile
     except ValidationError as error:
         logger.warning(
             "the study's latency profile is damaged or of another version, and is left aside: %s",
-            _describe(error.errors(include_url=False)[0]),
+            describe_first_finding(error),
         )
         return None
 

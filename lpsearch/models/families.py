@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lpsearch.errors import FamilyError, ModelError
+from lpsearch.models.placement import find_input_device
 from lpsearch.models.traits import FAMILIES, BlockForm
 from lpsearch.plan import Group
 
@@ -170,7 +171,10 @@ def _run_parallel_branches(
 
 def _add_sum(hidden_states: Tensor, branches: list[Tensor]) -> Tensor:
     """Add the sum of branches, left to right; unlike the builtin, without adding 0 first."""
-    return hidden_states + reduce(add, branches) if branches else hidden_states
+    if not branches:
+        return hidden_states
+    # Where a model is spread, the members of a group may run on several devices.
+    return hidden_states + reduce(add, [branch.to(hidden_states.device) for branch in branches])
 
 
 def get_decoder(model: nn.Module) -> nn.Module:
@@ -279,7 +283,7 @@ def check_family(model: nn.Module) -> None:
             hook = _SelfTestHook(model, layer_idx, block)
             handles.append(block.layer.register_forward_hook(hook, with_kwargs=True))
         with torch.no_grad():
-            decoder(input_ids=input_ids.to(embeddings.weight.device), use_cache=False)
+            decoder(input_ids=input_ids.to(find_input_device(model)), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -310,7 +314,8 @@ class _SelfTestHook:
                 f"{where} returns values that are not finite in {output.dtype}, so it cannot be tested; load the model "
                 "in bfloat16 or float32, and check its weights"
             )
-        branches = run_group([self.block], hidden_states, [kwargs])
+        branches = run_group([self.block], hidden_states, [kwargs]).to(output.device)
+        hidden_states = hidden_states.to(output.device)
         x, expected, actual = hidden_states.float(), output.float(), branches.float()
         scale = x.abs() + expected.abs() + (expected - x).square().mean().sqrt()
         allowed = _SELF_TEST_ULPS * torch.finfo(output.dtype).eps * scale

@@ -29,6 +29,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lpsearch.errors import ResumeError
 from lpsearch.models.families import get_decoder, get_decoder_layers
+from lpsearch.models.placement import read_parameter
 from lpsearch.models.traits import read_traits
 
 __all__ = [
@@ -80,13 +81,13 @@ def fingerprint_parts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     embedding: nn.Module = decoder.get_input_embeddings()
     head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     elsewhere = {id(tensor) for part in (decoder.layers, embedding) for tensor in part.parameters()}
-    rest = [tensor for _, tensor in sorted(decoder.named_parameters()) if id(tensor) not in elsewhere]
+    rest = [name for name, tensor in sorted(decoder.named_parameters()) if id(tensor) not in elsewhere]
     return {
         "configuration": _hash_arithmetic(decoder, model.config),
         "decoder": _hash_samples(tensor.detach().reshape(1, -1) for tensor in _list_parameters(model)),
-        "embedding": _hash_samples(embedding.parameters()),
-        "final norm": _hash_samples(rest),
-        "head": "none" if head is None else _hash_samples(head.parameters()),
+        "embedding": _hash_samples(_read_parameters(embedding)),
+        "final norm": _hash_samples(read_parameter(decoder, name) for name in rest),
+        "head": "none" if head is None else _hash_samples(_read_parameters(head)),
         "tokenizer": _hash_tokenizer(tokenizer),
     }
 
@@ -143,12 +144,16 @@ def fingerprints_match(first: str, second: str) -> bool:
     return weights == other_weights or _NO_WEIGHTS in (weights, other_weights)
 
 
+def _read_parameters(module: nn.Module) -> Iterable[Tensor]:
+    return (read_parameter(module, name) for name, _ in module.named_parameters())
+
+
 def _list_parameters(model: PreTrainedModel) -> list[Tensor]:
     """List the parameters of the decoder layers in the order of layers and names."""
     return [
-        parameter
+        read_parameter(layer, name)
         for layer in get_decoder_layers(model)
-        for _, parameter in sorted(layer.named_parameters(), key=lambda item: item[0])
+        for name in sorted(name for name, _ in layer.named_parameters())
     ]
 
 

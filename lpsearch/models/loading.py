@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +24,7 @@ from lpsearch.models.fingerprint import fingerprint_model
 from lpsearch.models.geometry import load_config, take_language_model
 from lpsearch.models.hub import fetch_snapshot
 from lpsearch.models.image_text import choose_auto_class, extract_language_model
+from lpsearch.models.placement import choose_max_memory, describe_placement
 from lpsearch.models.quiet import quiet_transformers
 from lpsearch.models.refusals import (
     describe_custom_code,
@@ -74,6 +78,8 @@ def load_model(
     dtype: torch.dtype,
     trust_remote_code: bool = False,
     before_weights: WeightlessCheck | None = None,
+    spread: bool = False,
+    max_memory: Mapping[int | str, int] | None = None,
 ) -> LoadedModel:
     """Load a model and its tokenizer.
 
@@ -88,6 +94,8 @@ def load_model(
         before_weights: called with the configuration, that of the language model inside an image-text model, and the
             tokenizer before the weights are read, which takes
             longest; what it raises ends the loading.
+        spread: let accelerate spread the layers over all GPUs, and over host memory and disk what does not fit.
+        max_memory: where to spread to: bytes of weights by the GPU's number, and ``cpu``; None decides by what is free.
 
     Raises:
         ModelError: if the model does not exist, is quantised, incomplete or unusable, or its weights have other shapes
@@ -98,6 +106,11 @@ def load_model(
     """
     device = torch.device(device)
     with _explain_failures(source):
+        if spread and source.kind == "gguf":
+            raise ModelError(
+                f"{source.id}: a .gguf file is read whole, so it cannot be spread over devices; give the model's "
+                "directory or hub id, or leave the device map out"
+            )
         if source.kind == "gguf":
             path = _existing(source)
             model, tokenizer = read_gguf(path, dtype=dtype, before_weights=before_weights)
@@ -112,6 +125,7 @@ def load_model(
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 before_weights=before_weights,
+                spread_over=(max_memory or choose_max_memory()) if spread else None,
             )
     model.requires_grad_(False)
     model.train(False)
@@ -162,6 +176,7 @@ def _read_directory(
     dtype: torch.dtype,
     trust_remote_code: bool,
     before_weights: WeightlessCheck | None,
+    spread_over: Mapping[int | str, int] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Read the weights and the tokenizer in a model directory; the weights last, since they take longest."""
     config = load_config(directory, trust_remote_code=trust_remote_code)
@@ -173,13 +188,18 @@ def _read_directory(
         before_weights(take_language_model(config), tokenizer)
     stored = read_stored_tensors(directory)
     refuse_unscaled(directory, stored)
+    placement: dict[str, Any] = {"device_map": None if device.type == "cpu" else {"": device}}
+    offload = None
+    if spread_over is not None:
+        offload = tempfile.mkdtemp(prefix="lpsearch-offload-")
+        placement = {"device_map": "auto", "max_memory": dict(spread_over), "offload_folder": offload}
     with quiet_transformers() as warnings:
         try:
             loaded: Any = choose_auto_class(config).from_pretrained(
                 directory,
                 config=config,
                 dtype=dtype,
-                device_map=None if device.type == "cpu" else {"": device},
+                **placement,
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
@@ -196,7 +216,15 @@ def _read_directory(
         num_layers=config.get_text_config(decoder=True).num_hidden_layers,
         decoder=next(name for name, module in model.named_modules() if module is decoder),
     )
-    return extract_language_model(model), tokenizer
+    extracted = extract_language_model(model)
+    if offload is not None:
+        if extracted is not model:
+            raise ModelError(
+                f"{directory}: a model inside an image-text model cannot be spread; leave the device map out"
+            )
+        weakref.finalize(model, shutil.rmtree, offload, ignore_errors=True)
+        logger.info("%s is spread: %s", directory.name, describe_placement(model))
+    return extracted, tokenizer
 
 
 def _read_tokenizer(directory: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lpsearch.errors import ModelError
+from lpsearch.errors import ModelError, shorten
 from lpsearch.models.aliases import find_alias, suggest_aliases
 
 __all__ = ["ModelSource", "SourceKind", "check_model_directory", "normalise_id", "refuse_split_gguf", "resolve_source"]
@@ -95,14 +95,21 @@ def resolve_source(spec: str, *, revision: str | None = None) -> ModelSource:
     matches = suggest_aliases(spec)
     hint = f" (did you mean {' or '.join(matches)}?)" if matches else ""
     raise ModelError(
-        f"unknown model {spec!r}{hint}; give an alias (`lpsearch models` lists them), a hub id owner/name, a directory "
-        "or a .gguf file"
+        f"unknown model {shorten(repr(spec), longest=200)}{hint}; give an alias (`lpsearch models` lists them), a hub "
+        "id owner/name, a directory or a .gguf file"
     )
 
 
 def _looks_like_path(spec: str) -> bool:
     """Say whether a specification must be a path, or is one that exists."""
-    return spec.endswith(".gguf") or spec.startswith(_PATH_PREFIXES) or (spec != "" and Path(spec).exists())
+    return spec.endswith(".gguf") or spec.startswith(_PATH_PREFIXES) or (spec != "" and _exists(Path(spec)))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long for the file system
+        return False
 
 
 def _resolve_path(spec: str) -> ModelSource:
@@ -111,8 +118,12 @@ def _resolve_path(spec: str) -> ModelSource:
     Raises:
         ModelError: if it does not exist, or is neither a model directory nor a ``.gguf`` file.
     """
-    path = _resolve_links(Path(spec).expanduser())
-    if not path.exists():
+    try:
+        path = _resolve_links(Path(spec).expanduser())
+        is_there = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, ~ of an unknown user, a null character
+        raise ModelError(f"{shorten(spec, longest=200)}: no such model directory or .gguf file: {error}") from None
+    if not is_there:
         raise ModelError(f"{path}: no such model directory or .gguf file")
     if path.is_dir():
         check_model_directory(path)

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, StrictFloat, StrictInt, ValidationError
 
-from lpsearch.errors import PlanError
-from lpsearch.json_file import load_json
+from lpsearch.errors import PlanError, shorten
+from lpsearch.json_file import describe_findings, load_json, shorten_value
 from lpsearch.plan.groups import Plan
 from lpsearch.plan.metadata import FileModel, ModelIdentity, PlanMetadata, PlanMetrics, Provenance
 
@@ -35,6 +35,12 @@ PLAN_SCHEMA_VERSION = 2
 
 Version 1 has no ``dropped``, and is read for ever.
 """
+
+MAX_LAYERS = 4096
+"""Layers of a plan file at most; models have some hundred. What is done with a plan may take the square of them."""
+
+_LONGEST_MESSAGE = 2000
+"""Characters of what is wrong with the groups of a file."""
 
 RECOVERED_PLAN_NAME = "plan.json"
 """Name of the plan file inside a directory that ``recover`` or ``export`` wrote."""
@@ -97,7 +103,7 @@ def parse_plan(document: Any, *, where: str = "plan") -> Plan:
     version = document.get("schema_version")
     if version not in (1, 2) or isinstance(version, bool):
         raise PlanError(
-            f"{where}: schema_version is {version!r}, this lpsearch reads 1 and 2; "
+            f"{where}: schema_version is {shorten_value(version)}, this lpsearch reads 1 and 2; "
             "write the plan again with this version, or install the version that wrote it"
         )
     if version == 1 and "dropped" in document:
@@ -105,12 +111,15 @@ def parse_plan(document: Any, *, where: str = "plan") -> Plan:
     try:
         file = _PlanFile.model_validate(document)
     except ValidationError as error:
-        raise PlanError(f"{where}: {_describe(error)}") from None
+        raise PlanError(f"{where}: {describe_findings(error)}") from None
+    num_named = sum(map(len, (*file.groups, file.dropped.attention, file.dropped.mlp)))
+    if num_named > 3 * MAX_LAYERS:
+        raise PlanError(f"{where}: its groups name {num_named} layers; a plan has {MAX_LAYERS} layers at most")
     metadata = PlanMetadata(model=file.model, metrics=file.metrics, provenance=file.provenance)
     try:
         plan = Plan.from_groups(file.groups, dropped=file.dropped.model_dump(), metadata=metadata)
     except PlanError as error:
-        raise PlanError(f"{where}: {error}") from None
+        raise PlanError(f"{where}: {shorten(str(error), longest=_LONGEST_MESSAGE)}") from None
     if plan.num_layers != file.model.num_layers:
         raise PlanError(
             f"{where}: groups cover {plan.num_layers} layers but model.num_layers is {file.model.num_layers}; "
@@ -228,17 +237,3 @@ def write_json(document: Any, path: str | os.PathLike[str]) -> None:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _describe(error: ValidationError) -> str:
-    """Put pydantic's findings into one line: where, what was found, what was expected."""
-    findings = []
-    for item in error.errors(include_url=False):
-        place = ".".join(str(part) for part in item["loc"]) or "document"
-        if item["type"] == "extra_forbidden":
-            findings.append(f"unknown field {place}; remove it")
-        elif item["type"] == "missing":
-            findings.append(f"field {place} is missing; add it")
-        else:
-            findings.append(f"field {place}: {item['msg']}, got {item['input']!r}")
-    return "; ".join(findings)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from lpsearch.errors import ModelError, PlanError, describe_error
 from lpsearch.models.families import get_decoder_layers
 from lpsearch.models.fingerprint import fingerprint_model, fingerprints_match
+from lpsearch.models.placement import refuse_spread
 from lpsearch.plan import (
     RECOVERED_PLAN_NAME,
     RECOVERED_WEIGHTS_NAME,
@@ -116,6 +117,7 @@ def read_recovery(model: PreTrainedModel, plan: Plan, path: str | os.PathLike[st
         return {}
     assert plan.metadata is not None
     assert plan.metadata.provenance.recovery is not None
+    refuse_spread(model, what=f"{file}: a plan with repaired weights")
     check_plan_model(plan.without_recovery(), model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     parameters = name_parameters(model)

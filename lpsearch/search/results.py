@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from lpsearch.config import Split
 from lpsearch.errors import StudyError, StudyVersionError
 from lpsearch.evaluation.losses import RAW, Metric, PlanLosses, Variant
+from lpsearch.front_file import is_plan_name
 from lpsearch.plan import Plan
 from lpsearch.search.cost import KindLoss, Loss, compute_loss, compute_perplexity
 from lpsearch.search.kinds import read_kinds
@@ -298,7 +299,9 @@ class _ResultReader:
         self._raw_plans = store.losses.load_plans()
         self._plans = self._raw_plans if self._variant == RAW else store.losses.load_plans(variant=self._variant)
         self._plan_files = {
-            _read_key(point): str(point["plan"]) for point in (store.load_front() or {}).get("front", ())
+            _read_key(point): point["plan"]
+            for point in (store.load_front() or {}).get("front", ())
+            if is_plan_name(point["plan"])  # a database may come from anybody, and the file is read
         }
 
     def read(self, trial: FrozenTrial) -> TrialResult:

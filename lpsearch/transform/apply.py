@@ -39,6 +39,7 @@ from lpsearch.models.families import (
     select_group,
 )
 from lpsearch.models.fingerprint import fingerprint_model, fingerprints_match
+from lpsearch.models.placement import place_beside, refuse_spread, runs_own_forward
 from lpsearch.plan import Plan
 from lpsearch.transform.empty_slots import count_tokens
 
@@ -197,13 +198,15 @@ def check_unplanned(model: PreTrainedModel) -> None:
     """Check that every layer runs its class's own ``forward``.
 
     Raises:
-        ModelError: if a plan is applied, or something else has replaced a layer's ``forward``.
+        ModelError: if a plan is applied, something else has replaced a layer's ``forward``, or the model is spread over
+            devices.
     """
     if _find_application(model) is not None:
         raise ModelError(
             f"a plan is applied to this model ({type(model).__name__}); expected the unmodified one: call undo_plan"
         )
     _check_forwards(model)
+    refuse_spread(model, what="a change of its weights")
 
 
 @dataclass
@@ -260,9 +263,10 @@ class _LayerGroup:
         if len(running) == 1 and running[0][0].runs_attention and running[0][0].runs_mlp:
             block, layer_kwargs = running[0]
             layer: Any = block.layer
-            output: Tensor = type(layer).forward(layer, hidden_states, **layer_kwargs)
+            forward = layer.__dict__["forward"].before or partial(type(layer).forward, layer)
+            output: Tensor = forward(hidden_states, **layer_kwargs)
             return output
-        return run_group(self.blocks, hidden_states, kept)
+        return run_group(self.blocks, place_beside(self.blocks[0].layer, hidden_states), kept)
 
     def _count_dropped(self, kept: list[dict[str, Any]], hidden_states: Tensor) -> None:
         """Let the cache slots of dropped attentions count the tokens."""
@@ -310,6 +314,7 @@ class _Slot:
     application: _Application
     group: _LayerGroup
     position: int
+    before: Callable[..., Tensor] | None  # what accelerate gave the layer; None for the class's own
 
     def __call__(self, hidden_states: Tensor, **layer_kwargs: Any) -> Tensor:
         return self.group.visit(self.position, hidden_states, layer_kwargs)
@@ -350,11 +355,11 @@ def _check_forwards(model: PreTrainedModel) -> None:
     """Refuse a layer whose ``forward`` another library replaced, since running its parts would pass that by."""
     for layer_idx, layer in enumerate(get_decoder_layers(model)):
         forward = layer.__dict__.get("forward")
-        if forward is not None and not isinstance(forward, _Slot):
+        if not isinstance(forward, _Slot) and not runs_own_forward(layer):
             raise ModelError(
-                f"layer {layer_idx} ({type(layer).__name__}) has a forward that is not its class's, as accelerate "
-                "gives the layers of a model that it spreads over devices or offloads; expected the class's own: load "
-                "the model on one device, without a device_map that splits it"
+                f"layer {layer_idx} ({type(layer).__name__}) has a forward that is not its class's; expected the "
+                "class's own, or what accelerate gives the layers of a model that it spreads over devices: take off "
+                "what another library put there, or load the model anew"
             )
 
 
@@ -368,8 +373,11 @@ def _replace_application(model: PreTrainedModel, plan: Plan | None) -> None:
         for group in standing.groups:
             group.leave()
         for layer in layers:
-            if isinstance(layer.__dict__.get("forward"), _Slot):
+            slot = layer.__dict__.get("forward")
+            if isinstance(slot, _Slot):
                 del layer.forward
+                if slot.before is not None:
+                    layer.__dict__["forward"] = slot.before
     if plan is None or not any(group.is_changed for group in plan.groups):
         return
     blocks = build_blocks(model)
@@ -382,5 +390,6 @@ def _replace_application(model: PreTrainedModel, plan: Plan | None) -> None:
     application = _Application(plan, groups, handles)
     for group in groups:
         for position, block in enumerate(group.blocks):
-            block.layer.__dict__["forward"] = _Slot(application, group, position)
+            before = block.layer.__dict__.get("forward")
+            block.layer.__dict__["forward"] = _Slot(application, group, position, before)
     logger.debug("%s runs %d layers in %d groups", type(model).__name__, plan.num_layers, len(plan.groups))

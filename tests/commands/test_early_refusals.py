@@ -320,9 +320,12 @@ _SAID_BY = {
     "commands/app.py": [],  # it looks for the option that it names
     "commands/console.py": ["optimize", "profile", "report"],  # for those with --out
     "commands/export.py": ["export"],
+    "commands/dry_run.py": ["optimize"],
     "commands/generate.py": ["generate"],
+    "commands/hardware.py": ["optimize"],
     "commands/latency.py": ["optimize"],
     "commands/loading.py": ["optimize", "evaluate", "generate", "recover"],
+    "commands/optimize.py": ["optimize"],
     "commands/plan.py": ["plan pick"],
     "commands/profile.py": ["profile"],
     "commands/recover.py": ["recover"],
@@ -336,6 +339,7 @@ _SAID_BY = {
     "data": ["optimize", "evaluate", "recover"],
     "evaluation": ["optimize", "evaluate"],
     "evaluation/harness.py": ["evaluate"],
+    "evaluation/probe.py": ["optimize"],
     "evaluation/tasks.py": ["evaluate"],
     "export": ["export"],
     "latency": ["optimize", "profile"],

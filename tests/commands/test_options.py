@@ -31,6 +31,8 @@ TYPED = {
     "sampler": ("random", "random"),
     "seed": ("9", 9),
     "device": ("cpu", "cpu"),
+    "device_map": ("auto", "auto"),
+    "cache_location": ("host", "host"),
     "dtype": ("float32", "float32"),
     "freeze": ("0,2-3", (0, 2, 3)),
     "latency": ("p.json", "p.json"),
