@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.browsing import CHROMIUM
+from tests.servers import MariaDB, Postgres, Server, run_server
 
 # One thread a process, here and in the ranks that tests start: on busy cores more threads starve one another, and ranks
 # that talk over gloo then wait too long for each other. Read when torch is first imported.
@@ -73,6 +74,33 @@ def searched_study(
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return out, json.loads(done.stdout.splitlines()[-1])["front"]
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Server]:
+    """Return a running PostgreSQL."""
+    with run_server(Postgres) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def mariadb() -> Iterator[Server]:
+    """Return a running MariaDB."""
+    with run_server(MariaDB) as server:
+        yield server
+
+
+@pytest.fixture
+def postgres_url(postgres: Server) -> str:
+    """Return the URL of an empty database of PostgreSQL."""
+    return postgres.create_database()
+
+
+@pytest.fixture(params=["postgres", "mariadb"])
+def server_url(request: pytest.FixtureRequest) -> str:
+    """Return the URL of an empty database of each kind of server."""
+    server: Server = request.getfixturevalue(request.param)
+    return server.create_database()
 
 
 @pytest.fixture(scope="module")

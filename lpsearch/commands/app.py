@@ -28,6 +28,7 @@ from lpsearch.commands.options import JsonOption, QuietOption, refuse_empty, ref
 from lpsearch.commands.profile import profile
 from lpsearch.commands.recover import recover
 from lpsearch.commands.report import report
+from lpsearch.commands.worker import worker
 from lpsearch.errors import UsageError
 
 __all__ = ["app", "main"]
@@ -122,7 +123,7 @@ def _add_shared_options(call: _Call, quiet: bool, json: bool) -> _Call:
 
 
 app = _build_app(
-    [optimize, evaluate, recover, export, generate, profile, report, dashboard, models],
+    [optimize, evaluate, recover, export, generate, profile, report, dashboard, worker, models],
     name="lpsearch",
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -196,8 +196,11 @@ def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
     slug = slug_of_model(values.model)
     out = values.out or Path("studies") / slug
     with open_study_store(out, storage=values.storage, study=values.study, slug=slug, fresh=fresh) as store:
+        store.lock.announce(values.budget)
         recorded = store.load_settings()
         if recorded is not None:
+            if values.latency == "off" or store.load_latency_profile() is not None:
+                store.lock.end_turn()  # nothing is left to begin
             values, source = follow_record(recorded, config, source)
             build_space(recorded["num_layers"])
         elif not fresh:
@@ -231,6 +234,7 @@ def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
                 mix=parse_mix(values.workload),
                 model_name=values.model,
             )
+        store.lock.end_turn()
         yield _Run(
             values=values,
             out=out,
@@ -396,5 +400,7 @@ def _write_front(run: _Run, result: StudyResult) -> tuple[list[TrialResult], Fro
         seed=run.values.seed,
         latency_model=model,
     )
+    run.store.lock.wait_for_turn()
     run.store.save_front(file.model_dump(mode="json"))
+    run.store.lock.end_turn()
     return front, file

@@ -82,7 +82,9 @@ RECORDED_OPTIONS = (
 def open_study_store(
     out: Path, *, storage: str | None, study: str | None, slug: str, fresh: bool
 ) -> Iterator[StudyStore]:
-    """Open the study of a directory, or of a database elsewhere, and be the only process that runs it.
+    """Open the study of a directory, or of a database elsewhere, and be the process that runs it, or one of several.
+
+    On a database server this process has its turn to begin the study; others wait until it ends that.
 
     Args:
         out: directory of the study; made if it is not there.
@@ -103,6 +105,7 @@ def open_study_store(
     if fresh:
         _move_aside(out)
     with StudyStore(url, study_name=study or slug) as store, store.hold_lock():
+        store.lock.wait_for_turn()
         if fresh:
             store.move_aside()
         if storage is None:

@@ -12,11 +12,16 @@ need whole gets its other windows at the end, in the store's own tables.
 Losses go into these tables before the next evaluation begins, and a plan is never evaluated on a window twice. A
 process that dies at any moment therefore loses at most the rung it was in. Only the coordinator's thread touches the
 database.
+
+On a database server several coordinators may search a study at once. Each claims a plan before it evaluates it
+(:mod:`lpsearch.search.claims`), learns what the others finished whenever it asks, and takes over the plans of those
+that are gone. The search ends when none of them has a plan at work.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -27,12 +32,19 @@ from dataclasses import dataclass
 from lpsearch.errors import ConfigError, StudyError
 from lpsearch.evaluation.losses import WindowLosses
 from lpsearch.plan import Plan
+from lpsearch.search.claims import POLL_S, ClaimLostError
 from lpsearch.search.pool import Pool
 from lpsearch.search.racing import Racing
 from lpsearch.search.results import EvaluationUpdate, StudyResult, TrialUpdate
+from lpsearch.search.storage_url import is_connection_lost
 from lpsearch.search.trials import Job, Trials
 
-__all__ = ["Coordinator"]
+__all__ = ["Coordinator", "InFlight"]
+
+logger = logging.getLogger(__name__)
+
+InFlight = dict[tuple[Plan, tuple[int, ...]], "Future[WindowLosses]"]
+"""Evaluations that are under way, by plan and windows."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,7 @@ class Coordinator:
         timeout_s: seconds after which no further trial begins.
         on_trial: called after every trial that this run finishes.
         on_evaluation: called as every evaluation of a plan on some windows begins.
+        in_flight: evaluations that began before the database was lost, and are taken up again; changed in place.
     """
 
     def __init__(
@@ -71,6 +84,7 @@ class Coordinator:
         timeout_s: float,
         on_trial: Callable[[TrialUpdate], None] | None,
         on_evaluation: Callable[[EvaluationUpdate], None] | None,
+        in_flight: InFlight | None = None,
     ) -> None:
         self._pool = pool
         self._trials = trials
@@ -80,6 +94,8 @@ class Coordinator:
         self._on_evaluation = on_evaluation
         self._began_at = time.monotonic()
         self._has_begun = False
+        self._in_flight = {} if in_flight is None else in_flight
+        self._num_new = 0
         self._num_new_tokens = 0
 
     def run(self, enqueue: Sequence[Plan]) -> StudyResult:
@@ -88,10 +104,12 @@ class Coordinator:
         trials.line_up(enqueue, num_windows=self._pool.num_windows)
         try:
             self._evaluate_baseline()
-            self._evaluate(self._ask, self._tell)
+            self._search()
             timed_out = len(trials.finished) < trials.budget and self._is_late()
             self._complete_front()
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, StudyError) and is_connection_lost(error):
+                raise  # the plans stay this coordinator's while its lease lasts
             # Ctrl-C included. If the database itself fails, the next run finds these trials running and fails them.
             with suppress(StudyError):
                 for job in tuple(trials.running):
@@ -104,18 +122,30 @@ class Coordinator:
             front=tuple(trials.build_front()),
             exact=is_exhausted and all(result.state != "stopped" for result in results),
             num_resumed=trials.num_resumed,
-            num_new=len(results) - trials.num_resumed,
+            num_new=self._num_new,
             num_new_tokens=self._num_new_tokens,
             timed_out=timed_out,
             elapsed_s=self._get_elapsed_s(),
         )
 
-    def _evaluate(self, find_job: Callable[[], Job | None], finish: Callable[[Job], None]) -> None:
+    def _search(self) -> None:
+        """Evaluate what is asked for until the study needs no more and no other coordinator has a plan at work."""
+        while True:
+            self._evaluate(self._ask, self._tell, self._trials.drop)
+            # Where none of them was at work at the last ask, it saw everything.
+            if self._is_late() or not self._trials.are_others_at_work:
+                return
+            time.sleep(POLL_S)
+
+    def _evaluate(
+        self, find_job: Callable[[], Job | None], finish: Callable[[Job], None], leave: Callable[[Job], None]
+    ) -> None:
         """Keep every slot at work until there is no job left.
 
         Args:
             find_job: returns the next plan to evaluate, None when there is none; called while the slots work.
             finish: called with every plan that needs no more windows, while the plan after it is evaluated.
+            leave: called with every plan that another coordinator took over.
         """
         slots: list[_Evaluation] = []
         following = find_job()
@@ -126,14 +156,19 @@ class Coordinator:
                 continue
             ended = _wait_for_any(slots)
             slots.remove(ended)
-            next_rung = self._keep(ended)
-            if next_rung is not None:
-                slots.append(next_rung)
-                continue
-            if following is not None:
-                slots += self._begin(following)
-            finish(ended.job)
-            following = find_job()
+            try:
+                next_rung = self._keep(ended)
+                if next_rung is not None:
+                    slots.append(next_rung)
+                    continue
+                if following is not None:
+                    slots += self._begin(following)
+                    following = None
+                finish(ended.job)
+            except ClaimLostError as error:
+                logger.warning("%s", error)
+                leave(ended.job)
+            following = following or find_job()
 
     # ---- Trials ------------------------------------------------------------------------------------------------------
 
@@ -143,12 +178,13 @@ class Coordinator:
     def _tell(self, job: Job) -> None:
         trials = self._trials
         result = trials.tell(job, state=self._racing.get_state(job.plan), loss=self._racing.compute_loss(job.plan))
+        self._num_new += 1
         if self._on_trial is not None:
             self._on_trial(
                 TrialUpdate(
                     result=result,
                     num_finished=len(trials.finished),
-                    num_new=len(trials.finished) - trials.num_resumed,
+                    num_new=self._num_new,
                     budget=trials.budget,
                     front=trials.build_front(),
                     elapsed_s=self._get_elapsed_s(),
@@ -183,7 +219,10 @@ class Coordinator:
         window_indices = self._racing.find_next_windows(job.plan, rival=rival)
         if not window_indices:
             return _Evaluation(job, [], None)
-        future = self._pool.submit(job.plan, window_indices)
+        key = (job.plan, tuple(window_indices))
+        if key not in self._in_flight:
+            self._in_flight[key] = self._pool.submit(job.plan, window_indices)
+        future = self._in_flight[key]
         if self._on_evaluation is not None:
             self._on_evaluation(
                 EvaluationUpdate(
@@ -203,6 +242,7 @@ class Coordinator:
             return None
         losses = ended.future.result()
         self._racing.keep(ended.job.plan, ended.window_indices, losses)
+        del self._in_flight[ended.job.plan, tuple(ended.window_indices)]
         self._num_new_tokens += losses.tokens_per_window * len(ended.window_indices)
         following = self._begin_rung(ended.job)
         return None if following.future is None else following
@@ -227,6 +267,7 @@ class Coordinator:
         """
         trials = self._trials
         while True:
+            trials.reload()
             candidates = trials.list_valid() if trials.enumerates else trials.build_front(include_partial=True)
             stopped = [Job(result.plan, "front") for result in candidates if result.state == "stopped"]
             if not stopped:
@@ -236,14 +277,26 @@ class Coordinator:
     def _evaluate_whole(self, jobs: Sequence[Job]) -> None:
         """Evaluate plans on all windows, and refresh the results of those that are finished."""
         finished = self._trials.finished
+        waiting = list(jobs)
+
+        def find_job() -> Job | None:
+            job = next((job for job in waiting if self._trials.claim(job.plan)), None)
+            if job is not None:
+                waiting.remove(job)
+                self._racing.forget(job.plan)
+            return job
 
         def refresh(job: Job) -> None:
+            self._trials.give_back(job.plan)
             if job.plan in finished:
                 state, loss = self._racing.get_state(job.plan), self._racing.compute_loss(job.plan)
                 finished[job.plan] = dataclasses.replace(finished[job.plan], state=state, loss=loss)
 
-        waiting = iter(jobs)
-        self._evaluate(lambda: next(waiting, None), refresh)
+        while True:
+            self._evaluate(find_job, refresh, waiting.append)
+            if not waiting:
+                return
+            time.sleep(POLL_S)  # another coordinator has claimed what is left
 
 
 def _wait_for_any(slots: Sequence[_Evaluation]) -> _Evaluation:

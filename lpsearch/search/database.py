@@ -109,6 +109,9 @@ def _build_engine_kwargs(url: URL, *, creates: bool = False, read_only: bool = F
     if backend in ("postgresql", "mysql", "mariadb"):
         # A server may drop a connection that idles while a model is evaluated.
         kwargs = {"connect_args": {"connect_timeout": CONNECT_TIMEOUT_S}, "pool_pre_ping": True}
+    if backend in ("mysql", "mariadb"):
+        # As PostgreSQL does: what others have written is seen, and no range of keys is locked.
+        kwargs["isolation_level"] = "READ COMMITTED"
     if backend == "postgresql" and read_only:
         kwargs["execution_options"] = {"postgresql_readonly": True}
     return kwargs

@@ -1,29 +1,26 @@
-"""One coordinator a study: a file lock beside a SQLite file, a renewed claim in any other database."""
+"""One coordinator a SQLite file, which a file lock beside it holds; on a database server several, each with a lease."""
 
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
-from sqlalchemy import Connection, Row, delete, insert, select, update
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import IntegrityError
 
 from lpsearch.errors import StudyError
-from lpsearch.search.schema import claims_table
+from lpsearch.search.claims import POLL_S, Claims
+from lpsearch.search.coordinators import Coordinators, Member
 from lpsearch.search.storage_url import describe_url, find_sqlite_path, translate_storage_errors
 
 __all__ = ["HeldElsewhereError", "StudyLock", "get_lock_path", "hold_file_lock"]
 
-CLAIM_LIFETIME_S = 900.0
-"""Age at which a claim from another machine counts as abandoned; it is renewed with every evaluation."""
+logger = logging.getLogger(__name__)
 
 PATIENCE_S = 0.5
 """How long a file lock is tried for: others hold it for a moment to make the tables, or to ask who holds it."""
@@ -33,7 +30,7 @@ class HeldElsewhereError(Exception):
     """Another process holds the lock.
 
     Attributes:
-        holder: its process id, with its host where that may be another.
+        holder: its process id, with its host.
     """
 
     def __init__(self, holder: str) -> None:
@@ -42,60 +39,93 @@ class HeldElsewhereError(Exception):
 
 
 class StudyLock:
-    """The right to write a study, which one process has at a time.
+    """The right to write a study.
 
-    A SQLite file is locked as a whole through ``<file>.lock``, which the system releases when its holder dies. Other
-    databases hold a claim, which is renewed with every evaluation and taken over once its process is gone.
+    A SQLite file is locked as a whole through ``<file>.lock``, which the system releases when its holder dies: it has
+    one coordinator at a time. A study on a database server has any number, each of which joins the others. They begin
+    the study one after another: the first makes what the others then find.
 
     Args:
         url: of the database.
         get_study_name: tells the study, which may be chosen after the database was opened.
-        begin_transaction: begins a transaction on the database.
+        coordinators: who searches the study.
+        claims: of this process.
     """
 
     def __init__(
-        self,
-        url: URL,
-        get_study_name: Callable[[], str],
-        begin_transaction: Callable[[], AbstractContextManager[Connection]],
+        self, url: URL, get_study_name: Callable[[], str], *, coordinators: Coordinators, claims: Claims
     ) -> None:
         self._url = url
         self._get_study_name = get_study_name
-        self._begin_transaction = begin_transaction
+        self._coordinators = coordinators
+        self._claims = claims
         self._is_held = False
-        self._claim: _Claim | None = None
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Hold the lock during a block; may be nested.
+        """Hold the lock, or be one of the coordinators, during a block; may be nested.
 
         Raises:
-            StudyError: if another process holds it, naming that process.
+            StudyError: if the database fails, or another process holds the lock of a SQLite file, naming it.
         """
         if self._is_held:
             yield
             return
         path = find_sqlite_path(self._url)
         with ExitStack() as held:
-            try:
-                if path is not None:
+            if path is not None:
+                try:
                     held.enter_context(hold_file_lock(get_lock_path(path)))
-                else:
-                    self._claim = held.enter_context(_hold_claim(self._subject, self._begin_transaction))
-            except HeldElsewhereError as error:
-                raise StudyError(
-                    f"{describe_url(self._url)}: study {self._get_study_name()!r} is being run by process "
-                    f"{error.holder}; wait for it or end it, or name another directory with --out"
-                ) from None
+                except HeldElsewhereError as error:
+                    raise self._build_refusal(error.holder) from None
+            elif self._url.get_backend_name() != "sqlite":  # nobody else sees a database in memory
+                held.enter_context(self._coordinators.join())
             self._is_held = True
             try:
                 yield
             finally:
                 self._is_held = False
-                self._claim = None
+
+    def wait_for_turn(self) -> None:
+        """Wait until no other coordinator begins the study; those that come later wait for :meth:`end_turn`.
+
+        Raises:
+            StudyError: if the database fails.
+        """
+        is_told = False
+        while not self._claims.take(self._turn):
+            if not is_told:
+                others = ", ".join(map(str, self._coordinators.list_others()))
+                logger.info("waiting for another process, which begins the study (%s)", others)
+                is_told = True
+            time.sleep(POLL_S)
+
+    def end_turn(self) -> None:
+        """Let the others go on that wait for their turn."""
+        self._claims.give_back(self._turn)
+
+    def announce(self, budget: int) -> None:
+        """Tell the others that this process searches, and up to how many trials."""
+        self._coordinators.announce(budget)
+
+    def refuse_others(self) -> None:
+        """Refuse what nobody may do while others search the study.
+
+        Raises:
+            StudyError: naming these processes.
+        """
+        others = self.list_searching()
+        if others:
+            raise self._build_refusal(", ".join(map(str, others)))
+
+    def list_searching(self) -> list[Member]:
+        """Return the other coordinators that search the study; none where it has one at a time."""
+        if self._url.get_backend_name() == "sqlite":
+            return []
+        return [member for member in self._coordinators.list_others() if member.budget is not None]
 
     def find_holder(self) -> str | None:
-        """Return the process that runs the study, of whatever machine; None if none does. Nothing is written.
+        """Return the processes that run the study, of whatever machine; None if none does. Nothing is written.
 
         Raises:
             StudyError: if the database fails.
@@ -103,24 +133,19 @@ class StudyLock:
         path = find_sqlite_path(self._url)
         if path is not None:
             return _find_file_lock_holder(get_lock_path(path))
-        with self._begin_transaction() as connection:
-            row = _find_claim(connection, self._subject)
-        return None if row is None or _is_abandoned(row.owner, row.claimed_at) else row.owner
+        if self._url.get_backend_name() == "sqlite":
+            return None
+        return ", ".join(sorted(map(str, self._coordinators.list_live()))) or None
 
     @property
-    def _subject(self) -> str:
-        return f"coordinator of {self._get_study_name()}"
+    def _turn(self) -> str:
+        return f"beginning of study {self._get_study_name()}"
 
-    def renew(self, connection: Connection) -> None:
-        """Put off the age at which a claim counts as abandoned, where there is one.
-
-        Raises:
-            StudyError: if another process took it over.
-        """
-        if self._claim is not None and not self._claim.renew(connection):
-            raise StudyError(
-                f"{describe_url(self._url)}: another process took over study {self._get_study_name()!r}; this one stops"
-            )
+    def _build_refusal(self, holder: str) -> StudyError:
+        return StudyError(
+            f"{describe_url(self._url)}: study {self._get_study_name()!r} is being run by process {holder}; wait for "
+            "it or end it, or name another directory with --out"
+        )
 
 
 def get_lock_path(path: Path) -> Path:
@@ -149,7 +174,7 @@ def hold_file_lock(path: Path) -> Iterator[None]:
                     raise HeldElsewhereError(_read_holder(descriptor))
                 time.sleep(0.02)
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
     finally:
         os.close(descriptor)  # releases the lock; the file stays, since removing it would race with its next holder
@@ -176,72 +201,4 @@ def _try_lock(descriptor: int, kind: int) -> bool:
 
 
 def _read_holder(descriptor: int) -> str:
-    return os.pread(descriptor, 100, 0).decode().strip() or "of unknown id"
-
-
-@dataclass(frozen=True)
-class _Claim:
-    """A row that says who works on something.
-
-    Attributes:
-        subject: what is worked on.
-        owner: ``host:pid`` of the process that does.
-    """
-
-    subject: str
-    owner: str
-
-    def renew(self, connection: Connection) -> bool:
-        """Put off the age at which the claim counts as abandoned; False if it was taken over meanwhile."""
-        table = claims_table
-        ours = (table.c.subject == self.subject) & (table.c.owner == self.owner)
-        return connection.execute(update(table).where(ours).values(claimed_at=time.time())).rowcount > 0
-
-
-@contextmanager
-def _hold_claim(subject: str, transaction: Callable[[], AbstractContextManager[Connection]]) -> Iterator[_Claim]:
-    """Hold the only claim on a subject; one whose process is gone is taken over.
-
-    Args:
-        subject: what to claim.
-        transaction: begins a transaction on the database.
-
-    Raises:
-        HeldElsewhereError: if another process holds it.
-    """
-    claim = _Claim(subject, f"{socket.gethostname()}:{os.getpid()}")
-    table = claims_table
-    with transaction() as connection:
-        row = _find_claim(connection, subject)
-        if row is not None:
-            if not _is_abandoned(row.owner, row.claimed_at):
-                raise HeldElsewhereError(row.owner)
-            # Only the claim that was judged goes: if another process takes it over now, the insertion fails.
-            connection.execute(delete(table).where(table.c.subject == subject, table.c.owner == row.owner))
-        try:
-            connection.execute(insert(table).values(subject=subject, owner=claim.owner, claimed_at=time.time()))
-        except IntegrityError:
-            raise HeldElsewhereError("that began at the same moment") from None
-    try:
-        yield claim
-    finally:
-        with transaction() as connection:
-            connection.execute(delete(table).where(table.c.subject == subject, table.c.owner == claim.owner))
-
-
-def _find_claim(connection: Connection, subject: str) -> Row[Any] | None:
-    return connection.execute(select(claims_table).where(claims_table.c.subject == subject)).one_or_none()
-
-
-def _is_abandoned(owner: str, claimed_at: float) -> bool:
-    """Say whether the process of a claim is gone: known on this machine, presumed by age on another."""
-    host, _, pid = owner.rpartition(":")
-    if host != socket.gethostname():
-        return time.time() - claimed_at > CLAIM_LIFETIME_S
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
+    return os.pread(descriptor, 300, 0).decode(errors="replace").strip() or "of unknown id"

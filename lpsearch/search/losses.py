@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,7 +17,7 @@ from lpsearch.errors import StudyError
 from lpsearch.evaluation.losses import RAW, Variant, WindowLosses
 from lpsearch.plan import Plan
 from lpsearch.search import schema
-from lpsearch.search.locks import StudyLock
+from lpsearch.search.claims import Claims
 
 __all__ = ["LossStore", "State", "StoredPlan", "choose_variant", "finite_or_none", "read_variant"]
 
@@ -45,7 +45,7 @@ class LossStore:
         begin_transaction: begins a transaction on the study's database.
         get_study_id: returns the study's key in the tables, once it has begun.
         where: name of the database, for messages.
-        lock: the right to write the study, renewed with every evaluation.
+        claims: of this process; losses are kept only of what it has claimed.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class LossStore:
         begin_transaction: Callable[[], AbstractContextManager[Connection]],
         get_study_id: Callable[[], int],
         where: str,
-        lock: StudyLock,
+        claims: Claims,
     ) -> None:
         self._begin_transaction = begin_transaction
         self._get_study_id = get_study_id
         self._where = where
-        self._lock = lock
+        self._claims = claims
 
     def record(
         self,
@@ -78,11 +78,15 @@ class LossStore:
             losses: one value a window; values that are not finite are kept as such.
             split: which windows the indices count.
             variant: what was done to the weights before; losses of two variants never mix.
+
+        Raises:
+            ClaimLostError: if another coordinator took the plan over.
+            StudyError: if the database fails.
         """
         kl_values = losses.kl_nats_per_token or (None,) * len(window_indices)
         study_id = self._get_study_id()
         with self._begin_transaction() as connection:
-            self._lock.renew(connection)
+            self._claims.check(connection, self.name_subject(plan, split=split, variant=variant))
             plan_id = self._find_plan_id(connection, study_id, plan, variant)
             if plan_id is None:
                 connection.execute(
@@ -108,6 +112,10 @@ class LossStore:
                     for window_idx, nll, kl in zip(window_indices, losses.nll_nats_per_token, kl_values, strict=True)
                 ],
             )
+
+    def name_subject(self, plan: Plan, *, split: Split, variant: Variant = RAW) -> str:
+        """Return what a coordinator claims before it evaluates a plan; see :mod:`lpsearch.search.claims`."""
+        return f"{split} losses of plan {_hash_plan(plan, variant)} of study {self._get_study_id()}"
 
     def record_state(self, plan: Plan, state: State, *, variant: Variant = RAW) -> None:
         """Note how far a plan was evaluated, of which losses are kept."""
@@ -152,19 +160,26 @@ class LossStore:
             rows = connection.execute(chosen.order_by(table.c.window_idx)).all()
         return self._read_losses(plan, rows)
 
-    def load_plans(self, *, variant: Variant = RAW) -> dict[str, StoredPlan]:
+    def load_plans(self, *, variant: Variant = RAW, only: Collection[Plan] | None = None) -> dict[str, StoredPlan]:
         """Return what is known of every plan of a variant, by the plan's compact JSON, in the order they came.
+
+        Args:
+            variant: what was done to the weights before.
+            only: plans to look for; None at all.
 
         Raises:
             StudyError: for a loss that this project would not have kept.
         """
         plans, evaluations = schema.plans_table, schema.evaluations_table
         study_id = self._get_study_id()
+        chosen = (plans.c.study_id == study_id) & (plans.c.variant == variant)
+        if only is not None:
+            chosen &= plans.c.plan_hash.in_([_hash_plan(plan, variant) for plan in only])
         with self._begin_transaction() as connection:
             rows = connection.execute(
                 select(plans.c.groups, plans.c.state, evaluations)
                 .join(evaluations, evaluations.c.plan_id == plans.c.id)
-                .where(plans.c.study_id == study_id, plans.c.variant == variant)
+                .where(chosen)
                 .order_by(plans.c.id, evaluations.c.split, evaluations.c.window_idx)
             ).all()
         loaded: dict[str, StoredPlan] = {}

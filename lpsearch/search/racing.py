@@ -13,7 +13,9 @@ the front alone, and the bound is that of a t-test over a finite number of windo
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +27,7 @@ from lpsearch.evaluation.losses import RAW, Metric, PlanEvaluator, PlanLosses, V
 from lpsearch.evaluation.rungs import split_by_rung
 from lpsearch.kinds import TextKind, normalise_weights
 from lpsearch.plan import Plan
+from lpsearch.search.claims import POLL_S, ClaimLostError
 from lpsearch.search.cost import Loss, compute_loss, split_by_kind
 from lpsearch.search.losses import State, choose_variant
 from lpsearch.search.store import StudyStore
@@ -108,6 +111,10 @@ class Racing:
     def get_state(self, plan: Plan) -> State:
         """Return the state of a plan that needed no more windows when it was last asked for."""
         return self._states[plan]
+
+    def forget(self, plan: Plan) -> None:
+        """Read the losses of a plan anew when they are next needed: another coordinator may have added some."""
+        self._losses.pop(plan, None)
 
     def compute_loss(self, plan: Plan) -> Loss:
         """Return the loss of a plan that has losses on some windows; the unmodified model has them on all."""
@@ -228,6 +235,8 @@ def evaluate_stored_plan(
 ) -> StoredEvaluation:
     """Evaluate a plan on the windows that the store has no losses for, and keep them there.
 
+    Where another coordinator of the study does just that, wait for it.
+
     Args:
         store: the study's database; the study has begun.
         evaluator: holds the windows of ``split``.
@@ -237,16 +246,33 @@ def evaluate_stored_plan(
     """
     variant = choose_variant(plan, variant)
     num_windows = evaluator.num_windows
-    evaluated = store.losses.find_evaluated_windows(plan, split=split, variant=variant)
-    missing = [window_idx for window_idx in range(num_windows) if window_idx not in evaluated]
+    subject = store.losses.name_subject(plan, split=split, variant=variant)
     num_new_tokens = 0
-    if missing:
-        losses = evaluator.evaluate_windows(plan, missing)
-        store.losses.record(plan, missing, losses, split=split, variant=variant)
-        num_new_tokens = losses.tokens_per_window * len(missing)
-        if split == "proxy":
-            is_finite = all(map(math.isfinite, (*losses.nll_nats_per_token, *(losses.kl_nats_per_token or ()))))
-            store.losses.record_state(plan, "complete" if is_finite else "broken", variant=variant)
+    while store.losses.load(plan, num_windows=num_windows, split=split, variant=variant) is None:
+        if not store.claims.take(subject):
+            time.sleep(POLL_S)  # another coordinator evaluates the plan
+            continue
+        with suppress(ClaimLostError):
+            try:
+                num_new_tokens += _evaluate_missing_windows(store, evaluator, plan, split=split, variant=variant)
+            finally:
+                store.claims.give_back(subject)
     stored = store.losses.load(plan, num_windows=num_windows, split=split, variant=variant)
     assert stored is not None
     return StoredEvaluation(stored, num_new_tokens)
+
+
+def _evaluate_missing_windows(
+    store: StudyStore, evaluator: PlanEvaluator, plan: Plan, *, split: Split, variant: Variant
+) -> int:
+    """Evaluate a plan, which this process has claimed, where it has no losses; return the number of tokens."""
+    evaluated = store.losses.find_evaluated_windows(plan, split=split, variant=variant)
+    missing = [window_idx for window_idx in range(evaluator.num_windows) if window_idx not in evaluated]
+    if not missing:
+        return 0
+    losses = evaluator.evaluate_windows(plan, missing)
+    store.losses.record(plan, missing, losses, split=split, variant=variant)
+    if split == "proxy":
+        is_finite = all(map(math.isfinite, (*losses.nll_nats_per_token, *(losses.kl_nats_per_token or ()))))
+        store.losses.record_state(plan, "complete" if is_finite else "broken", variant=variant)
+    return losses.tokens_per_window * len(missing)

@@ -235,27 +235,33 @@ def list_untouched(results: Sequence[TrialResult]) -> list[TrialResult]:
 
 
 def read_results(
-    store: StudyStore, *, estimate_latency_ms: Callable[[Plan], float | None] | None = None
+    store: StudyStore,
+    *,
+    estimate_latency_ms: Callable[[Plan], float | None] | None = None,
+    trials: Sequence[FrozenTrial] | None = None,
 ) -> list[TrialResult]:
     """Return every finished plan of a study in the order of the trials, each once.
 
     Args:
         store: its database.
         estimate_latency_ms: time of a plan by the study's latest latency profile; None takes what stands on the trials.
+        trials: finished trials whose results are wanted; None reads all of the study.
 
     Raises:
         StudyError: if there is no such study, its database fails, or it holds no finite loss of the unmodified model.
         StudyVersionError: if a trial lacks what this version reads.
     """
-    with store.translate_errors():
-        try:
-            study = optuna.load_study(study_name=store.study_name, storage=store.optuna_storage)
-        except KeyError:
-            raise StudyError(f"{store.where}: holds no study {store.study_name!r}") from None
-        trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    only = None if trials is None else [trial.user_attrs["groups"] for trial in trials if "groups" in trial.user_attrs]
+    if trials is None:
+        with store.translate_errors():
+            try:
+                study = optuna.load_study(study_name=store.study_name, storage=store.optuna_storage)
+            except KeyError:
+                raise StudyError(f"{store.where}: holds no study {store.study_name!r}") from None
+            trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not trials:
         return []
-    reader = _ResultReader(store, store.load_settings() or {})
+    reader = _ResultReader(store, store.load_settings() or {}, only=only)
     results: dict[Plan, TrialResult] = {}
     for trial in trials:
         try:
@@ -272,7 +278,10 @@ def read_results(
         latencies = {plan: result.latency_ms for plan, result in results.items()}
     else:
         latencies = {plan: estimate_latency_ms(plan) for plan in results}
-    baseline_ms = latencies.get(Plan.baseline(next(iter(results)).num_layers))
+    baseline = Plan.baseline(next(iter(results)).num_layers)
+    baseline_ms = latencies.get(baseline)
+    if baseline_ms is None and only is not None and estimate_latency_ms is not None:
+        baseline_ms = estimate_latency_ms(baseline)
     return [set_latency(result, latencies[plan], baseline_ms) for plan, result in results.items()]
 
 
@@ -289,15 +298,21 @@ def _check_baseline(results: Mapping[Plan, TrialResult], store: StudyStore) -> N
 
 
 class _ResultReader:
-    """Joins Optuna's trials with what the study's own tables know of their plans."""
+    """Joins Optuna's trials with what the study's own tables know of their plans, or of some of them."""
 
-    def __init__(self, store: StudyStore, settings: Mapping[str, Any]) -> None:
+    def __init__(self, store: StudyStore, settings: Mapping[str, Any], *, only: Sequence[str] | None) -> None:
         self._metric: Metric = settings.get("metric", "nll")
         self._worst_case = bool(settings.get("worst_case", False))
         self._kinds = {split: read_kinds(settings, split) for split in get_args(Split)}
         self._variant = read_variant(settings)
-        self._raw_plans = store.losses.load_plans()
-        self._plans = self._raw_plans if self._variant == RAW else store.losses.load_plans(variant=self._variant)
+        plans = None
+        if only is not None:
+            plans = {Plan.from_key(key) for key in only}
+            plans |= {Plan.baseline(plan.num_layers) for plan in plans}
+        self._raw_plans = store.losses.load_plans(only=plans)
+        self._plans = (
+            self._raw_plans if self._variant == RAW else store.losses.load_plans(variant=self._variant, only=plans)
+        )
         self._plan_files = {
             _read_key(point): point["plan"]
             for point in (store.load_front() or {}).get("front", ())

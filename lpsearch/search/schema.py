@@ -30,6 +30,7 @@ from sqlalchemy.engine import Engine
 __all__ = [
     "TABLE_NAMES",
     "claims_table",
+    "coordinators_table",
     "create_tables",
     "evaluations_table",
     "fronts_table",
@@ -114,13 +115,32 @@ latency_profiles_table = _table(
 )
 """Latency profiles that the study used, the newest last."""
 
+coordinators_table = _table(
+    "coordinators",
+    Column("id", String(32), primary_key=True),
+    Column("study_name", String(512), nullable=False, index=True),
+    Column("host", String(255), nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("process", String(255), nullable=False),
+    Column("budget", Integer),
+    Column("lease_s", Double, nullable=False),
+    Column("renewed_at", Double, nullable=False),
+)
+"""Who searches a study on a database server: one row a process, renewed while it lives, by the database's clock.
+
+``process`` tells processes of one machine apart; the budget is NULL until its search has begun.
+"""
+
 claims_table = _table(
     "claims",
     Column("subject", String(640), primary_key=True),
     Column("owner", String(255), nullable=False),
     Column("claimed_at", Double, nullable=False),
 )
-"""Who works on what, at most one owner a subject."""
+"""Who works on what, at most one owner a subject; the claim lasts as long as the lease of its owner.
+
+The owner is the ``id`` of a coordinator. The time is the database's.
+"""
 
 fronts_table = _table(
     "fronts",
@@ -131,6 +151,9 @@ fronts_table = _table(
 """The latest front of a study, the content of its ``front.json``."""
 
 TABLE_NAMES = frozenset(_metadata.tables)
+
+_SERVER_TABLE_NAMES = frozenset({coordinators_table.name})
+"""Tables that a SQLite file may lack, which has one coordinator, and is read on a read-only medium too."""
 
 
 def create_tables(engine: Engine) -> None:
@@ -143,7 +166,8 @@ def create_tables(engine: Engine) -> None:
 def is_current(engine: Engine) -> bool:
     """Say whether a database has all tables in the form of this version."""
     inspector = inspect(engine)
-    if not set(inspector.get_table_names()) >= TABLE_NAMES:
+    needed = TABLE_NAMES - _SERVER_TABLE_NAMES if engine.dialect.name == "sqlite" else TABLE_NAMES
+    if not set(inspector.get_table_names()) >= needed:
         return False
     return "variant" in {found["name"] for found in inspector.get_columns(plans_table.name)}
 

@@ -8,20 +8,38 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    InterfaceError,
+    NoSuchModuleError,
+    OperationalError,
+    SQLAlchemyError,
+)
 
 from lpsearch.errors import ConfigError, StudyError, mask_urls
 
-__all__ = ["describe_url", "find_sqlite_path", "parse_storage_url", "refuse_memory", "translate_storage_errors"]
+__all__ = [
+    "describe_url",
+    "find_sqlite_path",
+    "is_connection_lost",
+    "parse_storage_url",
+    "refuse_memory",
+    "translate_storage_errors",
+]
 
-_EXAMPLES = "write e.g. sqlite:///path/study.db or postgresql+psycopg://user:password@host/database"
+_EXAMPLES = "write e.g. sqlite:///path/study.db, postgresql://user:password@host/database or mysql://user:password@host/database"
+
+_LOST_CONNECTIONS = {"57P01", "57P02", "57P03", 1053, 1927, 2002, 2003, 2006, 2013}
+"""Codes of PostgreSQL and of MySQL and its client for a server that ends, begins, or cannot be reached."""
 
 
 def parse_storage_url(url: str | URL) -> URL:
-    """Parse a storage URL; ``postgres:`` and ``postgresql:`` are psycopg's.
+    """Parse a storage URL; ``postgres:`` and ``postgresql:`` are psycopg's, ``mysql:`` and ``mariadb:`` PyMySQL's.
 
     Raises:
         ConfigError: for text that is no SQLAlchemy URL or names an unknown database; it shows no secret of the URL.
@@ -29,6 +47,8 @@ def parse_storage_url(url: str | URL) -> URL:
     parsed = url if isinstance(url, URL) else _parse_text(url)
     if parsed.drivername in ("postgres", "postgresql", "postgres+psycopg"):
         parsed = parsed.set(drivername="postgresql+psycopg")
+    elif parsed.drivername in ("mysql", "mariadb", "mariadb+pymysql"):  # Optuna knows MariaDB as MySQL only
+        parsed = parsed.set(drivername="mysql+pymysql")
     try:
         parsed.get_dialect().import_dbapi()
     except (ArgumentError, NoSuchModuleError):
@@ -113,6 +133,21 @@ def translate_storage_errors(where: str, url: URL | None = None) -> Iterator[Non
         for secret in _list_secrets(url):
             message = message.replace(secret, "***")
         raise StudyError(message) from error
+
+
+def is_connection_lost(error: StudyError) -> bool:
+    """Say whether an error means that a database server ended the connection or cannot be reached; it may come back."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, DBAPIError) and not isinstance(cause.orig, sqlite3.Error):
+            original: Any = cause.orig
+            code = getattr(original, "sqlstate", None) or next(iter(original.args), None)
+            # libpq's client, and PyMySQL on a closed socket, have no code of their own for what ends a connection.
+            has_no_code = isinstance(cause, OperationalError | InterfaceError) and not isinstance(code, int)
+            has_no_code = has_no_code and getattr(original, "sqlstate", None) is None
+            return cause.connection_invalidated or code in _LOST_CONNECTIONS or has_no_code
+        cause = cause.__cause__
+    return False
 
 
 def _list_secrets(url: URL | None) -> list[str]:

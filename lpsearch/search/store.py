@@ -21,6 +21,8 @@ from lpsearch.config import Split, StoredSplit
 from lpsearch.errors import StudyError
 from lpsearch.json_file import parse_json
 from lpsearch.search import optuna_tables, schema
+from lpsearch.search.claims import Claims
+from lpsearch.search.coordinators import LEASE_S, Coordinators
 from lpsearch.search.database import open_optuna_storage
 from lpsearch.search.locks import StudyLock
 from lpsearch.search.losses import LossStore
@@ -54,19 +56,22 @@ class StudyStore:
         is_read_only: nothing is written to the database.
         optuna_storage: Optuna's part of it.
         losses: losses by plan, variant and window.
-        lock: held by the one process that writes the study.
+        claims: which plans this process works on, where several search the study.
+        lock: held by the process that writes the study; on a database server, by each of several.
 
     Args:
         url: SQLAlchemy URL, e.g. ``sqlite:///studies/smollm2-135m/study.db``.
         study_name: name of the Optuna study.
         read_only: only read the study, so that it may lie where nothing can be written.
+        lease_s: seconds after which others take over what this process works on, if it no longer says that it lives;
+            on a database server only.
 
     Raises:
         ConfigError: for a malformed URL or a missing driver.
         StudyError: for a database that is damaged, unreachable, not writable or another program's.
     """
 
-    def __init__(self, url: str | URL, *, study_name: str, read_only: bool = False) -> None:
+    def __init__(self, url: str | URL, *, study_name: str, read_only: bool = False, lease_s: float = LEASE_S) -> None:
         self.study_name = study_name
         self.url = parse_storage_url(url)
         self.where = describe_url(self.url)
@@ -74,12 +79,14 @@ class StudyStore:
         self.optuna_storage: RDBStorage = open_optuna_storage(self.url, read_only=read_only)
         self._engine = self.optuna_storage.engine
         self._study_id: int | None = None
-        self.lock = StudyLock(self.url, lambda: self.study_name, self.begin_transaction)
+        self._coordinators = Coordinators(self.begin_transaction, lambda: self.study_name, lease_s=lease_s)
+        self.claims = Claims(self._coordinators, self.begin_transaction, self.where)
+        self.lock = StudyLock(self.url, lambda: self.study_name, coordinators=self._coordinators, claims=self.claims)
         self.losses = LossStore(
             begin_transaction=self.begin_transaction,
             get_study_id=lambda: self.study_id,
             where=self.where,
-            lock=self.lock,
+            claims=self.claims,
         )
 
     def __enter__(self) -> StudyStore:
@@ -91,6 +98,10 @@ class StudyStore:
     ) -> None:
         """Close the store."""
         self.close()
+
+    def list_live_ids(self) -> set[str]:
+        """Return the ids of the coordinators on a database server whose lease is valid."""
+        return {member.id for member in self._coordinators.list_live()}
 
     def close(self) -> None:
         """Close every connection; SQLite then folds its write-ahead log into the file."""
@@ -164,9 +175,14 @@ class StudyStore:
         Raises:
             StudyError: if another process runs it.
         """
+        with self.hold_lock():
+            self.lock.refuse_others()
+            return self._rename()
+
+    def _rename(self) -> str | None:
         aside = f"{self.study_name} before {time.strftime('%Y-%m-%dT%H:%M:%S')}"
         own = schema.studies_table
-        with self.hold_lock(), self.begin_transaction() as connection:
+        with self.begin_transaction() as connection:
             changed = connection.execute(update(own).where(own.c.name == self.study_name).values(name=aside)).rowcount
             optuna_tables.rename_study(connection, self.study_name, aside)
         self._study_id = None
@@ -325,7 +341,7 @@ class StudyStore:
         return parsed
 
     def hold_lock(self) -> AbstractContextManager[None]:
-        """Be the only process that writes the study; see :meth:`lpsearch.search.locks.StudyLock.hold`."""
+        """Be the process that writes the study, or one of several; see :meth:`lpsearch.search.locks.StudyLock.hold`."""
         return self.lock.hold()
 
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import logging
+import random
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
 
 import optuna
-from optuna.trial import TrialState
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState
 
 from lpsearch.evaluation.losses import Metric
 from lpsearch.kinds import TextKind
 from lpsearch.plan import Plan
+from lpsearch.search.claims import POLL_S, ClaimLostError
 from lpsearch.search.front import Objective, build_front, find_rival
 from lpsearch.search.losses import choose_variant
 from lpsearch.search.results import Loss, State, TrialResult, Variant, build_attributes, read_results, set_latency
@@ -42,8 +49,23 @@ class Job:
     trial: optuna.Trial | None = None
 
 
+@dataclass(frozen=True)
+class _Queued:
+    """A plan that is evaluated before the sampler is asked for one.
+
+    Attributes:
+        plan: the plan.
+        origin: what proposed it.
+        system_attributes: what a sampler of Optuna's noted on the trial that is repeated.
+    """
+
+    plan: Plan
+    origin: str
+    system_attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
 def ask_trial(
-    study: optuna.Study, space: PlanSpace, store: StudyStore, *, is_waiting: bool
+    study: optuna.Study, space: PlanSpace, store: StudyStore, *, is_waiting: bool, owner: str | None = None
 ) -> tuple[optuna.Trial, Plan]:
     """Ask for the next trial, and note its parameters.
 
@@ -55,6 +77,7 @@ def ask_trial(
         space: the plans.
         store: the study's database.
         is_waiting: a trial waits in the study, whose parameters are fixed; it is handed out first.
+        owner: the coordinator that asks, noted on the trial; None where a study has one at a time.
 
     Returns:
         The trial, which is running, and the plan that it stands for.
@@ -62,10 +85,30 @@ def ask_trial(
     if is_waiting:
         trial = study.ask(dict(space.distributions))
         return trial, space.build_plan(trial.params)
-    trial = study.ask()
+    trial = study.ask() if owner is None else _create_trial(study, {"owner": owner})
     params = trial.relative_params
     store.record_params(trial.number, params, space.distributions)
     return trial, space.build_plan(params)
+
+
+def _create_trial(
+    study: optuna.Study,
+    user_attributes: Mapping[str, Any],
+    *,
+    params: Mapping[str, Any] | None = None,
+    distributions: Mapping[str, BaseDistribution] | None = None,
+    system_attributes: Mapping[str, Any] | None = None,
+) -> optuna.Trial:
+    """Create a running trial with all that is known of it in one transaction, so that it never lacks any of it."""
+    template = optuna.trial.create_trial(
+        state=TrialState.RUNNING,
+        params=dict(params or {}),
+        distributions=dict(distributions or {}),
+        user_attrs=dict(user_attributes),
+        system_attrs=dict(system_attributes or {}),
+    )
+    study._thread_local.cached_all_trials = None  # as Study.ask does
+    return optuna.Trial(study, study._storage.create_new_trial(study._study_id, template_trial=template))
 
 
 class Trials:
@@ -115,7 +158,6 @@ class Trials:
                 budget=budget,
                 seed=seed,
                 metric=metric,
-                num_trials=len(self._study.get_trials(deepcopy=False)),
                 estimate_latency_ms=estimate_latency_ms if objective == "latency" else None,
                 read_results=lambda study: self.list_finished(),
             )
@@ -126,8 +168,10 @@ class Trials:
         self.running: list[Job] = []
         self.budget = min(budget, space.count_plans())
         self.enumerates = space.count_plans() <= budget
-        self._queue: deque[tuple[Plan, str]] = deque()
+        self._queue: deque[_Queued] = deque()
         self._num_waiting = 0
+        self._others: dict[int, Plan | None] = {}
+        self._seen_trials = {result.trial for result in results}
 
     def list_finished(self) -> list[TrialResult]:
         """Return the finished plans in the order of the trials."""
@@ -163,67 +207,174 @@ class Trials:
             enqueue: plans to evaluate first.
             num_windows: windows that make a plan complete.
         """
-        self._queue.append((Plan.baseline(self.space.num_layers), "baseline"))
+        self._queue.append(_Queued(Plan.baseline(self.space.num_layers), "baseline"))
         self._queue.extend(self._recover_orphans(num_windows))
-        self._queue.extend((plan, "enqueued") for plan in enqueue)
+        self._queue.extend(_Queued(plan, "enqueued") for plan in enqueue)
         if self.enumerates:
-            self._queue.extend((plan, "enumeration") for plan in self.space.enumerate_plans())
+            self._queue.extend(_Queued(plan, "enumeration") for plan in self.space.enumerate_plans())
         with self.store.translate_errors():
             self._num_waiting = len(self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
 
-    def _recover_orphans(self, num_windows: int) -> Iterator[tuple[Plan, str]]:
+    def _recover_orphans(self, num_windows: int) -> Iterator[_Queued]:
         """Fail the trials that a dead process left running, and yield the plans that were asked for but not told.
 
         Taking them up again keeps their work, and has an interrupted search go on as if it had never stopped.
         """
-        origins: dict[str, str] = {}
-        orphans: dict[Plan, None] = {}
+        orphans: dict[Plan, _Queued] = {}
         with self.store.translate_errors():
-            for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.FAIL)):
-                groups = trial.user_attrs.get("groups")
-                if groups is not None:
-                    origins[groups] = trial.user_attrs.get("origin", "enqueued")
-                    orphans[Plan.from_key(groups)] = None
+            trials = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.FAIL))
+            live = self._list_other_ids()  # after the trials, since who begins one has joined before
+            for trial in trials:
                 if trial.state == TrialState.RUNNING:
-                    logger.info("trial %d was left running by a process that ended; its plan is next", trial.number)
-                    self._study.tell(trial.number, state=TrialState.FAIL)
+                    if trial.user_attrs.get("owner") in live:
+                        continue
+                    self._fail_orphan(trial)
+                queued = _read_queued(trial)
+                if queued is not None:
+                    orphans[queued.plan] = queued
         evaluated = self.store.losses.list_evaluated(num_windows=num_windows, split="proxy", variant=self._variant)
         for plan in dict.fromkeys([*evaluated, *orphans]):
             if plan in self.space:  # layers may have been frozen since
-                yield plan, origins.get(plan.key, "enqueued")
+                yield orphans.get(plan, _Queued(plan, "enqueued"))
+
+    def _fail_orphan(self, trial: FrozenTrial) -> None:
+        """Fail a trial that a dead process left running, unless another coordinator does."""
+        logger.info("trial %d was left running by a process that ended; its plan is next", trial.number)
+        with suppress(UpdateFinishedTrialError):
+            self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
+    # ---- Other coordinators ------------------------------------------------------------------------------------------
+
+    def follow_others(self) -> None:
+        """Take note of what other coordinators finished and run, and line up the plans of those that are gone."""
+        if self.store.claims.owner is None:
+            return
+        own = {job.trial.number for job in self.running if job.trial is not None}
+        with self.store.translate_errors():
+            trials = self._study.get_trials(deepcopy=False)
+        live = self._list_other_ids()  # after the trials, since who begins one has joined before
+        new = [t for t in trials if t.state == TrialState.COMPLETE and t.number not in self._seen_trials]
+        for result in read_results(self.store, estimate_latency_ms=self._estimate_latency_ms, trials=new):
+            self.finished.setdefault(result.plan, result)
+        self._seen_trials.update(trial.number for trial in new)
+        self._others = {}
+        for trial in trials:
+            if trial.state != TrialState.RUNNING or trial.number in own:
+                continue
+            queued = _read_queued(trial)
+            if trial.user_attrs.get("owner") in live:
+                self._others[trial.number] = self._find_plan(trial)
+                continue
+            with self.store.translate_errors():
+                self._fail_orphan(trial)
+            if queued is not None and queued.plan in self.space:
+                self._queue.appendleft(queued)
+
+    def reload(self) -> None:
+        """Read the results of all coordinators, with what they learned of plans after their trials."""
+        if self.store.claims.owner is not None:
+            results = read_results(self.store, estimate_latency_ms=self._estimate_latency_ms)
+            self.finished = {result.plan: result for result in results}
+
+    @property
+    def are_others_at_work(self) -> bool:
+        """Whether another coordinator ran a trial when :meth:`follow_others` last looked."""
+        return bool(self._others)
+
+    def claim(self, plan: Plan) -> bool:
+        """Claim a plan, which no other coordinator then evaluates; False if one has it."""
+        return self.store.claims.take(self._name_subject(plan))
+
+    def give_back(self, plan: Plan) -> None:
+        """Give back the claim on a plan."""
+        self.store.claims.give_back(self._name_subject(plan))
+
+    def _list_other_ids(self) -> set[str]:
+        """Return the other coordinators that live; none where a study has one at a time."""
+        owner = self.store.claims.owner
+        return set() if owner is None else self.store.list_live_ids() - {owner}
+
+    def _name_subject(self, plan: Plan) -> str:
+        return self.store.losses.name_subject(plan, split="proxy", variant=choose_variant(plan, self._variant))
+
+    def _find_plan(self, trial: FrozenTrial) -> Plan | None:
+        """Return the plan of a running trial; None before it is chosen."""
+        if trial.params.keys() != self.space.distributions.keys():
+            return None
+        return self.space.build_plan(trial.params)
 
     # ---- Asking and telling ------------------------------------------------------------------------------------------
 
     def ask(self) -> Job | None:
         """Ask for a plan that is neither finished nor running; None when the study needs no more."""
-        taken = {*self.finished, *(job.plan for job in self.running)}
-        while len(taken) < self._budget:
-            while self._queue and self._queue[0][0] in taken:
+        while True:
+            self.follow_others()
+            taken = {*self.finished, *(job.plan for job in self.running), *filter(None, self._others.values())}
+            if len(taken) >= self._budget:
+                return None
+            while self._queue and self._queue[0].plan in taken:
                 self._queue.popleft()
             if not self._queue and not self._num_waiting and self.enumerates:
                 return None
-            # Optuna hands out waiting trials first: those of a run that was killed between enqueueing and asking.
-            is_waiting = bool(self._num_waiting or self._queue)
-            with self.store.translate_errors():
-                if self._num_waiting:
-                    self._num_waiting -= 1
-                elif self._queue:
-                    plan, origin = self._queue[0]
-                    self._study.enqueue_trial(self.space.build_params(plan), user_attrs={"origin": origin})
-                trial, plan = ask_trial(self._study, self.space, self.store, is_waiting=is_waiting)
-                origin = self._sampler.origins.get(trial.number) or trial.user_attrs.get("origin", "enqueued")
-                job = Job(plan, origin, trial)
-                self.running.append(job)
-                if plan not in taken:
-                    # Noted before the work, so that a later process knows what this one was doing.
-                    trial.set_user_attr("origin", origin)
-                    trial.set_user_attr("groups", plan.key)
-                    return job
-            self.drop(job)  # only a waiting trial can repeat a plan
-        return None
+            if not self._num_waiting and self._queue and not self.claim(self._queue[0].plan):
+                time.sleep(POLL_S * random.random())  # another coordinator is about to begin with it, or to end
+                continue
+            try:
+                with self.store.translate_errors():
+                    job = self._begin_trial(taken)
+            except UpdateFinishedTrialError:  # another coordinator took this one for lost, and failed its trial
+                self.running.pop()
+                continue
+            if job.plan not in taken and self.claim(job.plan) and self._may_evaluate(job):
+                return job
+            self.drop(job)  # a waiting trial can repeat a plan, and another coordinator propose the same
+
+    def _begin_trial(self, taken: Collection[Plan]) -> Job:
+        """Begin a trial: one that waits in the study, or of the plan that is next in line, or of the sampler's."""
+        owner = self.store.claims.owner
+        # Optuna hands out waiting trials first: those of a run that was killed between enqueueing and asking.
+        if self._queue and not self._num_waiting:
+            queued = self._queue.popleft()
+            trial = _create_trial(
+                self._study,
+                {"origin": queued.origin, "groups": queued.plan.key, **({} if owner is None else {"owner": owner})},
+                params=self.space.build_params(queued.plan),
+                distributions=self.space.distributions,
+                system_attributes=queued.system_attributes,
+            )
+            job = Job(queued.plan, queued.origin, trial)
+            self.running.append(job)
+            return job
+        is_waiting = bool(self._num_waiting)
+        self._num_waiting -= is_waiting
+        trial, plan = ask_trial(self._study, self.space, self.store, is_waiting=is_waiting, owner=owner)
+        origin = self._sampler.origins.get(trial.number) or trial.user_attrs.get("origin", "enqueued")
+        job = Job(plan, origin, trial)
+        self.running.append(job)
+        if plan not in taken:
+            # Noted before the work, so that a later process knows what this one was doing.
+            trial.set_user_attr("origin", origin)
+            trial.set_user_attr("groups", plan.key)
+        return job
+
+    def _may_evaluate(self, job: Job) -> bool:
+        """Look once more at what the others did before the plan was claimed: it may be finished, or one too many.
+
+        Of trials that began at once, those of the lowest numbers fill the budget.
+        """
+        self.follow_others()
+        assert job.trial is not None
+        number = job.trial.number
+        num_earlier = len(self.finished) + len(self.running) - 1 + sum(other < number for other in self._others)
+        return self.store.claims.owner is None or (job.plan not in self.finished and num_earlier < self._budget)
 
     def tell(self, job: Job, *, state: State, loss: Loss) -> TrialResult:
-        """Tell the values of an evaluated plan, and return its result."""
+        """Tell the values of an evaluated plan, and return its result.
+
+        Raises:
+            ClaimLostError: if another coordinator took the plan over.
+            StudyError: if the database fails.
+        """
         assert job.trial is not None
         variant = choose_variant(job.plan, self._variant)
         result = TrialResult(job.plan, variant, job.trial.number, job.origin, state, loss)
@@ -233,17 +384,32 @@ class Trials:
         saving = result.depth_reduction if self._objective == "depth" else result.latency_ms
         cost = loss.get_told_value(self.metric)
         assert saving is not None
-        with self.store.translate_errors():
-            for name, value in build_attributes(result).items():
-                job.trial.set_user_attr(name, value)
-            self._study.tell(job.trial, [saving, cost])
+        with self.store.claims.finish(self._name_subject(job.plan)), self.store.translate_errors():
+            try:
+                for name, value in build_attributes(result).items():
+                    job.trial.set_user_attr(name, value)
+                self._study.tell(job.trial, [saving, cost])
+            except UpdateFinishedTrialError:
+                raise ClaimLostError(f"{self.store.where}: another process failed trial {result.trial}") from None
         self.running.remove(job)
         self.finished[job.plan] = result
+        self._seen_trials.add(result.trial)
         return result
 
     def drop(self, job: Job) -> None:
         """Fail a trial that is not to be evaluated."""
         assert job.trial is not None
-        with self.store.translate_errors():
+        with self.store.translate_errors(), suppress(UpdateFinishedTrialError):
             self._study.tell(job.trial, state=TrialState.FAIL, skip_if_finished=True)
+        self.give_back(job.plan)
         self.running.remove(job)
+
+
+def _read_queued(trial: FrozenTrial) -> _Queued | None:
+    """Return the plan of a trial that was not told, to be evaluated by another; None if it had chosen none."""
+    groups = trial.user_attrs.get("groups")
+    if groups is None:
+        return None
+    # What a sampler of Optuna's noted on the trial belongs to the plan; its parameters stand for themselves.
+    noted = {name: value for name, value in trial.system_attrs.items() if name != "fixed_params"}
+    return _Queued(Plan.from_key(groups), trial.user_attrs.get("origin", "enqueued"), noted)

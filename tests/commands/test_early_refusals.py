@@ -335,6 +335,7 @@ _SAID_BY = {
     "commands/studies.py": ["optimize"],
     "commands/summary.py": ["optimize"],
     "commands/tasks.py": ["evaluate"],
+    "commands/worker.py": ["worker"],
     "config.py": ["optimize"],
     "data": ["optimize", "evaluate", "recover"],
     "evaluation": ["optimize", "evaluate"],

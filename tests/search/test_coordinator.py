@@ -13,6 +13,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+from optuna.storages._cached_storage import _CachedStorage
 from optuna.trial import TrialState
 
 from lpsearch.errors import ConfigError, PlanError, ResumeError, StudyError
@@ -444,15 +445,15 @@ def test_trials_are_asked_and_told_while_their_neighbour_is_evaluated(url):
             return super().evaluate_windows(plan, window_indices)
 
     num_asked = [0]
-    ask = optuna.Study.ask
+    create_trial = _CachedStorage.create_new_trial
 
-    def count_asks(*args, **kwargs):
-        trial = ask(*args, **kwargs)
+    def count_trials(*args, **kwargs):
+        trial_id = create_trial(*args, **kwargs)
         num_asked[0] += 1
-        return trial
+        return trial_id
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optuna.Study, "ask", count_asks)
+        patch.setattr(_CachedStorage, "create_new_trial", count_trials)
         result = run(url, Evaluator(NUM_LAYERS), budget=12, on_trial=told.append)
     assert [update.result for update in told] == list(result.results)
     assert num_asked == [12]

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -107,7 +108,7 @@ def test_reading_follows_a_search_under_way(tmp_path: Path) -> None:
         StudyStore(f"sqlite:///{path}", study_name="demo") as writer,
         writer.hold_lock(),
     ):
-        assert reader.lock.find_holder() == str(os.getpid())
+        assert reader.lock.find_holder() == f"{os.getpid()} on {socket.gethostname()}"
         for budget in (4, 5):
             run_study(evaluator=SyntheticEvaluator(6), space=PlanSpace(6), budget=budget, store=writer)
             assert len(read_results(reader)) == budget

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 
 from lpsearch.errors import ConfigError
@@ -37,7 +36,6 @@ class _Settings:
     budget: int | None
     seed: int
     metric: Metric
-    num_trials: int
     estimate_latency_ms: Callable[[Plan], float] | None
     read_results: ResultSource
 
@@ -46,20 +44,20 @@ class _Settings:
         """Levels of time of a space with drops; None for joins alone, which go by their number."""
         return TimeLevels(self.space, self.estimate_latency_ms) if self.space.allows_drops else None
 
-    @property
-    def stock_seed(self) -> int:
-        """Seed of a sampler of Optuna's: it must not repeat the draws of a former run."""
-        return int(np.random.SeedSequence([self.seed, self.num_trials]).generate_state(1)[0])
-
     def ask(self, proposer: Proposer) -> PlanSampler:
         """Build the sampler of a proposer."""
         return ProposerSampler(proposer, space=self.space, read_results=self.read_results)
 
-    def repair(self, sampler: BaseSampler, *, origin: str) -> PlanSampler:
-        """Build the sampler that repairs what one of Optuna's draws."""
+    def repair(self, build_sampler: Callable[[int], BaseSampler], *, origin: str) -> PlanSampler:
+        """Build the sampler that repairs what one of Optuna's draws, which is built from a seed."""
         fallback = RandomProposer(space=self.space, seed=self.seed, levels=self.levels)
         return RepairingSampler(
-            sampler, origin=origin, fallback=fallback, space=self.space, read_results=self.read_results
+            build_sampler,
+            seed=self.seed,
+            origin=origin,
+            fallback=fallback,
+            space=self.space,
+            read_results=self.read_results,
         )
 
 
@@ -87,11 +85,11 @@ def _build_pairset(settings: _Settings) -> PlanSampler:
 
 _FACTORIES: dict[str, Callable[[_Settings], PlanSampler]] = {
     "evolution": lambda of: of.ask(EvolutionProposer(space=of.space, seed=of.seed, metric=of.metric, levels=of.levels)),
-    "nsga2": lambda of: of.repair(NSGAIISampler(seed=of.stock_seed), origin="nsga2"),
+    "nsga2": lambda of: of.repair(lambda seed: NSGAIISampler(seed=seed), origin="nsga2"),
     "pairset": _build_pairset,
     "random": lambda of: of.ask(RandomProposer(space=of.space, seed=of.seed, levels=of.levels)),
     # Univariate, its default for several objectives, would sort all trials once for every join.
-    "tpe": lambda of: of.repair(TPESampler(seed=of.stock_seed, multivariate=True), origin="tpe"),
+    "tpe": lambda of: of.repair(lambda seed: TPESampler(seed=seed, multivariate=True), origin="tpe"),
     "window": lambda of: of.ask(BlockProposer(space=of.space, seed=of.seed, levels=of.levels)),
 }
 
@@ -105,7 +103,6 @@ def build_sampler(
     budget: int | None,
     seed: int,
     metric: Metric = "nll",
-    num_trials: int = 0,
     estimate_latency_ms: Callable[[Plan], float] | None = None,
     read_results: ResultSource | None = None,
 ) -> PlanSampler:
@@ -117,7 +114,6 @@ def build_sampler(
         budget: evaluations of the whole study; None when unknown.
         seed: decides every draw.
         metric: the loss that plans are compared by.
-        num_trials: trials that the study already has, so that Optuna's samplers do not repeat their first draws.
         estimate_latency_ms: latency in ms that ``pairset`` compares plans by, and every sampler of this package where
             drops are allowed; None compares by depth.
         read_results: where the finished plans come from, with their losses as they are known by now; None takes the
@@ -130,4 +126,4 @@ def build_sampler(
         raise ConfigError(f"sampler {name!r} is unknown; choose one of {', '.join(SAMPLER_NAMES)}")
     if read_results is None:
         read_results = partial(read_told_results, space=space, metric=metric)
-    return _FACTORIES[name](_Settings(space, budget, seed, metric, num_trials, estimate_latency_ms, read_results))
+    return _FACTORIES[name](_Settings(space, budget, seed, metric, estimate_latency_ms, read_results))

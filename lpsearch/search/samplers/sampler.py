@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
@@ -136,8 +137,12 @@ class RepairingSampler(ProposerSampler):
     The stored parameters are those of the repaired plan, so the sampler learns from what was evaluated. A repeat is
     drawn again before it becomes a trial: it would teach nothing, and its trial would count against nobody's budget.
 
+    The sampler is built anew for every trial, with a seed that depends on how many plans are finished or running: all
+    else that it knows is in the study, so a search that is interrupted goes on with the draws of an unbroken one.
+
     Args:
-        sampler: the sampler that draws.
+        build_sampler: builds the sampler that draws, from a seed.
+        seed: of the search.
         origin: of its plans.
         fallback: proposes a plan after ``MAX_REDRAWS`` repeats.
         space: the plans of the study.
@@ -146,20 +151,22 @@ class RepairingSampler(ProposerSampler):
 
     def __init__(
         self,
-        sampler: BaseSampler,
+        build_sampler: Callable[[int], BaseSampler],
         *,
+        seed: int,
         origin: str,
         fallback: Proposer,
         space: PlanSpace,
         read_results: ResultSource,
     ) -> None:
         super().__init__(fallback, space=space, read_results=read_results)
-        self._sampler = sampler
+        self._build_sampler = build_sampler
+        self._seed = seed
+        self._sampler = build_sampler(seed)
         self._origin = origin
 
     def reseed_rng(self) -> None:
-        """Give the sampler a fresh random state."""
-        self._sampler.reseed_rng()
+        """Change nothing: the seed of a trial depends on the study."""
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -167,6 +174,7 @@ class RepairingSampler(ProposerSampler):
         """Return the parameters of a plan that is neither finished nor running."""
         taken = {result.plan for result in self._read_results(study)}
         taken.update(self.list_pending(study, current=trial))
+        self._sampler = self._build_sampler(int(np.random.SeedSequence([self._seed, len(taken)]).generate_state(1)[0]))
         inner_space = self._sampler.infer_relative_search_space(study, trial)
         for _ in range(MAX_REDRAWS):
             params = self._sampler.sample_relative(study, trial, inner_space)
