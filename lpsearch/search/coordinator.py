@@ -34,6 +34,9 @@ from lpsearch.search.trials import Job, Trials
 
 __all__ = ["Coordinator"]
 
+NEW_SLOTS_AFTER_S = 0.5
+"""Seconds between two looks at how many slots the pool has, while none of its evaluations ends."""
+
 
 @dataclass(frozen=True)
 class _Evaluation:
@@ -125,6 +128,8 @@ class Coordinator:
                 following = find_job()
                 continue
             ended = _wait_for_any(slots)
+            if ended is None:
+                continue  # there may be more slots by now
             slots.remove(ended)
             next_rung = self._keep(ended)
             if next_rung is not None:
@@ -246,10 +251,11 @@ class Coordinator:
         self._evaluate(lambda: next(waiting, None), refresh)
 
 
-def _wait_for_any(slots: Sequence[_Evaluation]) -> _Evaluation:
-    """Wait until one of the evaluations has ended, and return it; the oldest of several."""
+def _wait_for_any(slots: Sequence[_Evaluation]) -> _Evaluation | None:
+    """Wait until one of the evaluations has ended, and return it, the oldest of several; None if that takes long."""
     for evaluation in slots:
         if evaluation.future is None:
             return evaluation
-    wait([evaluation.future for evaluation in slots if evaluation.future is not None], return_when=FIRST_COMPLETED)
-    return next(evaluation for evaluation in slots if evaluation.future is not None and evaluation.future.done())
+    futures = [evaluation.future for evaluation in slots if evaluation.future is not None]
+    wait(futures, timeout=NEW_SLOTS_AFTER_S, return_when=FIRST_COMPLETED)
+    return next((evaluation for evaluation, future in zip(slots, futures, strict=True) if future.done()), None)
