@@ -13,7 +13,8 @@ the front alone, and the bound is that of a t-test over a finite number of windo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,9 +28,17 @@ from lpsearch.kinds import TextKind, normalise_weights
 from lpsearch.plan import Plan
 from lpsearch.search.cost import Loss, compute_loss, split_by_kind
 from lpsearch.search.losses import State, choose_variant
+from lpsearch.search.pool import Pool
 from lpsearch.search.store import StudyStore
 
-__all__ = ["Racing", "StoredEvaluation", "evaluate_stored_plan", "is_mean_beaten", "is_worst_kind_beaten"]
+__all__ = [
+    "Racing",
+    "StoredEvaluation",
+    "evaluate_stored_plan",
+    "evaluate_stored_plans",
+    "is_mean_beaten",
+    "is_worst_kind_beaten",
+]
 
 FloatArray = NDArray[np.float64]
 
@@ -235,18 +244,79 @@ def evaluate_stored_plan(
         split: which windows these are.
         variant: what the evaluator does to the weights of every plan but the unmodified model.
     """
-    variant = choose_variant(plan, variant)
-    num_windows = evaluator.num_windows
-    evaluated = store.losses.find_evaluated_windows(plan, split=split, variant=variant)
-    missing = [window_idx for window_idx in range(num_windows) if window_idx not in evaluated]
-    num_new_tokens = 0
+    keeper = _Keeper(store, num_windows=evaluator.num_windows, split=split, variant=variant)
+    missing = keeper.find_missing(plan)
     if missing:
-        losses = evaluator.evaluate_windows(plan, missing)
-        store.losses.record(plan, missing, losses, split=split, variant=variant)
-        num_new_tokens = losses.tokens_per_window * len(missing)
-        if split == "proxy":
+        keeper.keep(plan, missing, evaluator.evaluate_windows(plan, missing))
+    return keeper.load(plan)
+
+
+def evaluate_stored_plans(
+    store: StudyStore,
+    pool: Pool,
+    plans: Sequence[Plan],
+    *,
+    split: Split = "proxy",
+    variant: Variant = RAW,
+    on_plan: Callable[[int], None] | None = None,
+) -> list[StoredEvaluation]:
+    """Evaluate plans in a pool on the windows that the store has no losses for, and keep them there.
+
+    Args:
+        store: the study's database; the study has begun.
+        pool: evaluates on the windows of ``split``; every slot is at work until the last plans.
+        plans: plans for its model, each once.
+        split: which windows these are.
+        variant: what is done to the weights of every plan but the unmodified model.
+        on_plan: called with the number of plans that have all their losses.
+
+    Returns:
+        One evaluation a plan, in the order of ``plans``.
+    """
+    keeper = _Keeper(store, num_windows=pool.num_windows, split=split, variant=variant)
+    missing = {plan: keeper.find_missing(plan) for plan in plans}
+    running = {pool.submit(plan, windows): plan for plan, windows in missing.items() if windows}
+    num_known = len(missing) - len(running)
+    for num_ended, future in enumerate(as_completed(running), start=1):
+        plan = running[future]
+        keeper.keep(plan, missing[plan], future.result())
+        if on_plan is not None:
+            on_plan(num_known + num_ended)
+    return [keeper.load(plan) for plan in plans]
+
+
+class _Keeper:
+    """Keeps what is evaluated of plans on all windows of a split."""
+
+    def __init__(self, store: StudyStore, *, num_windows: int, split: Split, variant: Variant) -> None:
+        self._store = store
+        self._num_windows = num_windows
+        self._split: Split = split
+        self._variant = variant
+        self._num_new_tokens: dict[Plan, int] = {}
+
+    def find_missing(self, plan: Plan) -> list[int]:
+        """Return the windows that a plan has no losses on."""
+        variant = choose_variant(plan, self._variant)
+        evaluated = self._store.losses.find_evaluated_windows(plan, split=self._split, variant=variant)
+        return [window_idx for window_idx in range(self._num_windows) if window_idx not in evaluated]
+
+    def keep(self, plan: Plan, missing: list[int], losses: WindowLosses) -> None:
+        """Keep the losses of a plan on the windows that it lacked."""
+        variant = choose_variant(plan, self._variant)
+        self._store.losses.record(plan, missing, losses, split=self._split, variant=variant)
+        self._num_new_tokens[plan] = losses.tokens_per_window * len(missing)
+        if self._split == "proxy":
             is_finite = all(map(math.isfinite, (*losses.nll_nats_per_token, *(losses.kl_nats_per_token or ()))))
-            store.losses.record_state(plan, "complete" if is_finite else "broken", variant=variant)
-    stored = store.losses.load(plan, num_windows=num_windows, split=split, variant=variant)
-    assert stored is not None
-    return StoredEvaluation(stored, num_new_tokens)
+            self._store.losses.record_state(plan, "complete" if is_finite else "broken", variant=variant)
+
+    def load(self, plan: Plan) -> StoredEvaluation:
+        """Return the losses of a plan that has them all."""
+        stored = self._store.losses.load(
+            plan,
+            num_windows=self._num_windows,
+            split=self._split,
+            variant=choose_variant(plan, self._variant),
+        )
+        assert stored is not None
+        return StoredEvaluation(stored, self._num_new_tokens.get(plan, 0))

@@ -1,4 +1,4 @@
-"""A coordinator that evaluates for ever, for a test to kill: ``python -m tests.search.workers.coordinator_main DIR``."""
+"""A coordinator that evaluates for ever, for a test to kill."""
 
 from __future__ import annotations
 

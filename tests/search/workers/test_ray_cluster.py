@@ -71,7 +71,7 @@ def test_gpus_that_no_machine_has_are_refused(cluster, tmp_path):
 def test_a_cluster_that_does_not_answer_is_named():
     if ray.is_initialized():
         ray.shutdown()
-    with pytest.raises(ConfigError, match="--ray-address 127.0.0.1:9: no Ray cluster answers there"):
+    with pytest.raises(ConfigError, match=r"--ray-address 127.0.0.1:9: no Ray cluster answers there"):
         RayLauncher(dict, address="127.0.0.1:9")
 
 
