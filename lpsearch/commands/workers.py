@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from lpsearch.evaluation.losses import PlanEvaluator
     from lpsearch.models import LoadedModel
 
-__all__ = ["SearchPools", "check_workers", "open_pools", "uses_workers"]
+__all__ = ["Recipe", "SearchPools", "build_worker_evaluators", "check_workers", "open_pools", "uses_workers"]
 
 SearchPools = Mapping[EvaluatorName, Pool]
 """What evaluates the plans of a search, by what it does; all in the same slots."""
 
 
 @dataclass(frozen=True)
-class _Recipe:
+class Recipe:
     """What a worker needs to evaluate as its coordinator would; small, since it travels.
 
     Attributes:
@@ -110,7 +110,7 @@ def open_pools(
             named = evaluators.list_named(device_name=device_name)
             yield {name: stack.enter_context(ThreadPool(evaluator)) for name, evaluator in named.items()}
             return
-        recipe = _Recipe(
+        recipe = Recipe(
             source=loaded.source.to_dict(),
             fingerprint=loaded.identity.fingerprint,
             device=loaded.model.device.type if values.device == "auto" else values.device,
@@ -127,7 +127,7 @@ def open_pools(
         yield {name: pool.view(name) for name in get_args(EvaluatorName)}
 
 
-def build_worker_evaluators(recipe: _Recipe) -> Mapping[str, PlanEvaluator]:
+def build_worker_evaluators(recipe: Recipe) -> Mapping[str, PlanEvaluator]:
     """Load the model of a study in a worker, and build what evaluates there.
 
     Args:
@@ -153,10 +153,11 @@ def build_worker_evaluators(recipe: _Recipe) -> Mapping[str, PlanEvaluator]:
             f"study's ({recipe.fingerprint}); put the same one there"
         )
     evaluators = Evaluators(loaded.model, recipe.windows, metric=recipe.metric, calibration=recipe.calibration)
-    return {**evaluators.list_named(device_name=describe_device(device))}
+    named = evaluators.list_named(device_name=describe_device(device))
+    return {name: evaluator for name, evaluator in named.items()}  # noqa: C416 - the keys are any string here
 
 
-def _build_launcher(values: OptimizeConfig, recipe: _Recipe) -> Launcher:
+def _build_launcher(values: OptimizeConfig, recipe: Recipe) -> Launcher:
     """Build what starts the workers.
 
     Raises:

@@ -16,7 +16,6 @@ database.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -240,12 +239,11 @@ class Coordinator:
 
     def _evaluate_whole(self, jobs: Sequence[Job]) -> None:
         """Evaluate plans on all windows, and refresh the results of those that are finished."""
-        finished = self._trials.finished
 
         def refresh(job: Job) -> None:
-            if job.plan in finished:
+            if job.plan in self._trials.finished:
                 state, loss = self._racing.get_state(job.plan), self._racing.compute_loss(job.plan)
-                finished[job.plan] = dataclasses.replace(finished[job.plan], state=state, loss=loss)
+                self._trials.refresh(job.plan, state=state, loss=loss)
 
         waiting = iter(jobs)
         self._evaluate(lambda: next(waiting, None), refresh)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import optuna
@@ -45,10 +46,11 @@ class Job:
 def ask_trial(
     study: optuna.Study, space: PlanSpace, store: StudyStore, *, is_waiting: bool
 ) -> tuple[optuna.Trial, Plan]:
-    """Ask for the next trial, and note its parameters.
+    """Ask for the next trial, and note its parameters, its plan and what proposed it.
 
-    Optuna notes parameters one by one, each in a transaction of its own, which takes longer than choosing them. The
-    samplers of this package choose all of them together, and here they are noted together.
+    Optuna notes them one by one, each in a transaction of its own, which takes longer than choosing them. The samplers
+    of this package choose all of them together, and here they are noted together. Noted before the work, they tell a
+    later process what this one was doing.
 
     Args:
         study: the study, with its sampler.
@@ -64,8 +66,11 @@ def ask_trial(
         return trial, space.build_plan(trial.params)
     trial = study.ask()
     params = trial.relative_params
-    store.record_params(trial.number, params, space.distributions)
-    return trial, space.build_plan(params)
+    plan = space.build_plan(params)
+    origins = getattr(study.sampler, "origins", {})
+    attributes = {"origin": origins[trial.number], "groups": plan.key} if trial.number in origins else {}
+    store.record_trial(trial.number, params=params, distributions=space.distributions, attributes=attributes)
+    return trial, plan
 
 
 class Trials:
@@ -123,6 +128,7 @@ class Trials:
         results = read_results(store, estimate_latency_ms=estimate_latency_ms)
         self.finished = {result.plan: result for result in results}
         self.num_resumed = len(self.finished)
+        self._front: list[TrialResult] | None = None  # of what is finished; None where it is to be built anew
         self.running: list[Job] = []
         self.budget = min(budget, space.count_plans())
         self.enumerates = space.count_plans() <= budget
@@ -139,9 +145,17 @@ class Trials:
 
     def build_front(self, *, include_partial: bool = False) -> list[TrialResult]:
         """Return the front by now; see :func:`lpsearch.search.build_front`."""
-        return build_front(
-            self.list_valid(), metric=self.metric, objective=self._objective, include_partial=include_partial
-        )
+        if include_partial:
+            return self._build_front(self.list_valid(), include_partial=True)
+        if self._front is None:
+            self._front = self._build_front(self.list_valid())
+        return list(self._front)
+
+    def _build_front(self, results: Sequence[TrialResult], *, include_partial: bool = False) -> list[TrialResult]:
+        return build_front(results, metric=self.metric, objective=self._objective, include_partial=include_partial)
+
+    def _is_taken(self, plan: Plan, running: Collection[Plan]) -> bool:
+        return plan in self.finished or plan in running
 
     def find_rival(self, plan: Plan) -> Plan | None:
         """Return the plan that a new one has to beat; see :func:`lpsearch.search.front.find_rival`."""
@@ -196,9 +210,9 @@ class Trials:
 
     def ask(self) -> Job | None:
         """Ask for a plan that is neither finished nor running; None when the study needs no more."""
-        taken = {*self.finished, *(job.plan for job in self.running)}
-        while len(taken) < self._budget:
-            while self._queue and self._queue[0][0] in taken:
+        running = {job.plan for job in self.running}  # none of them is finished
+        while len(self.finished) + len(running) < self._budget:
+            while self._queue and self._is_taken(self._queue[0][0], running):
                 self._queue.popleft()
             if not self._queue and not self._num_waiting and self.enumerates:
                 return None
@@ -211,13 +225,17 @@ class Trials:
                     plan, origin = self._queue[0]
                     self._study.enqueue_trial(self.space.build_params(plan), user_attrs={"origin": origin})
                 trial, plan = ask_trial(self._study, self.space, self.store, is_waiting=is_waiting)
-                origin = self._sampler.origins.get(trial.number) or trial.user_attrs.get("origin", "enqueued")
+                noted = self._sampler.origins.get(trial.number)
+                origin = noted or trial.user_attrs.get("origin", "enqueued")
                 job = Job(plan, origin, trial)
                 self.running.append(job)
-                if plan not in taken:
-                    # Noted before the work, so that a later process knows what this one was doing.
-                    trial.set_user_attr("origin", origin)
-                    trial.set_user_attr("groups", plan.key)
+                if not self._is_taken(plan, running):
+                    if noted is None:
+                        known = trial.user_attrs
+                        attributes = {"origin": origin, "groups": plan.key}
+                        self.store.record_trial(
+                            trial.number, attributes={key: attributes[key] for key in attributes if key not in known}
+                        )
                     return job
             self.drop(job)  # only a waiting trial can repeat a plan
         return None
@@ -234,12 +252,23 @@ class Trials:
         cost = loss.get_told_value(self.metric)
         assert saving is not None
         with self.store.translate_errors():
-            for name, value in build_attributes(result).items():
-                job.trial.set_user_attr(name, value)
+            attributes = build_attributes(result)
+            del attributes["groups"]  # noted when it was asked for
+            self.store.record_trial(job.trial.number, attributes=attributes)
             self._study.tell(job.trial, [saving, cost])
         self.running.remove(job)
         self.finished[job.plan] = result
+        if self._front and job.plan in self.space:
+            # A plan that is beaten once stays so, and so does what it beats.
+            self._front = self._build_front([*self._front, result])
+        else:
+            self._front = None
         return result
+
+    def refresh(self, plan: Plan, *, state: State, loss: Loss) -> None:
+        """Replace what is known of a finished plan that got more windows."""
+        self.finished[plan] = dataclasses.replace(self.finished[plan], state=state, loss=loss)
+        self._front = None
 
     def drop(self, job: Job) -> None:
         """Fail a trial that is not to be evaluated."""

@@ -7,10 +7,11 @@ model itself and keeps it; Ray restarts none and repeats no call, since the pool
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from lpsearch.errors import ConfigError, describe_error
 from lpsearch.evaluation.losses import WindowLosses
@@ -26,10 +27,9 @@ from lpsearch.search.workers.evaluating import (
     settle,
 )
 
-if TYPE_CHECKING:
-    from types import ModuleType
-
 __all__ = ["RayLauncher"]
+
+CONNECT_TIMEOUT_S = 10.0
 
 _Read = TypeVar("_Read")
 
@@ -102,6 +102,7 @@ class RayLauncher:
     def _join(self, address: str | None) -> None:
         own_only = {} if address else {"include_dashboard": False}
         try:
+            _check_answers(address)
             self._ray.init(
                 # Not None, which takes whatever cluster this machine last belonged to.
                 address=address or "local",
@@ -127,7 +128,7 @@ class RayLauncher:
 class _RayWorker:
     """One actor."""
 
-    def __init__(self, ray: ModuleType, handle: Any) -> None:
+    def __init__(self, ray: Any, handle: Any) -> None:
         self._ray = ray
         self._handle = handle
         self.ready: Future[WorkerReport] = self._follow(handle.load.remote(), read_report)
@@ -153,8 +154,23 @@ class _RayWorker:
         return read(done.result())
 
 
-def _import_ray() -> ModuleType:
-    """Return Ray.
+def _check_answers(address: str | None) -> None:
+    """Refuse an address at which nothing listens; Ray itself would try for minutes.
+
+    Raises:
+        OSError: if nothing does.
+        ValueError: if it names no port.
+    """
+    if address is None or address in ("auto", "local"):
+        return
+    host, _, port = address.rpartition(":")
+    if "/" in host or not host or not port.isdecimal():
+        raise ValueError("it is no HOST:PORT")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+
+
+def _import_ray() -> Any:
+    """Return Ray's module.
 
     Raises:
         ConfigError: naming the extra, if it is not installed.

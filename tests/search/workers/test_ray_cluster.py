@@ -68,11 +68,12 @@ def test_gpus_that_no_machine_has_are_refused(cluster, tmp_path):
     assert not ray.is_initialized()
 
 
-def test_a_cluster_that_does_not_answer_is_named():
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9", "nowhere"])
+def test_a_cluster_that_does_not_answer_is_named(address):
     if ray.is_initialized():
         ray.shutdown()
-    with pytest.raises(ConfigError, match=r"--ray-address 127.0.0.1:9: no Ray cluster answers there"):
-        RayLauncher(dict, address="127.0.0.1:9")
+    with pytest.raises(ConfigError, match=f"--ray-address {address}: no Ray cluster answers there"):
+        RayLauncher(dict, address=address)
 
 
 def slow_plan():
