@@ -33,7 +33,7 @@ from lpsearch.commands.studies import (
     resume_study,
 )
 from lpsearch.commands.summary import SearchSummary
-from lpsearch.commands.workers import SearchPools, check_workers, open_pools
+from lpsearch.commands.workers import SearchPools, check_workers, open_pools, uses_workers
 from lpsearch.config import Allowed, OptimizeConfig, ResolvedConfig, Split, slug_of_model
 from lpsearch.data import Windows, check_seq_len, check_text_kinds
 from lpsearch.errors import PlanError
@@ -49,6 +49,7 @@ from lpsearch.search import (
     StudyResult,
     StudyStore,
     TrialResult,
+    TrialUpdate,
     evaluate_stored_plans,
     read_results,
     run_study,
@@ -290,10 +291,18 @@ def _check_fingerprints(enqueued: Mapping[Path, Plan], loaded: LoadedModel) -> N
 def _evaluate_plans(run: _Run, pools: SearchPools) -> StudyResult:
     """Evaluate plans until the budget."""
     values = run.values
-    _warn_of_odd_baseline(run, pools["proxy"])
+    pool = pools["proxy"]
+    if not uses_workers(values):
+        _warn_of_odd_baseline(run, pool)
     with show_search() as progress:
+
+        def on_trial(update: TrialUpdate) -> None:
+            if uses_workers(values) and update.result.is_baseline:  # by now; before, all but one would idle for it
+                _warn_of_odd_baseline(run, pool)
+            progress.on_trial(update)
+
         return run_study(
-            pool=pools["proxy"],
+            pool=pool,
             space=run.space,
             budget=values.budget,
             store=run.store,
@@ -308,7 +317,7 @@ def _evaluate_plans(run: _Run, pools: SearchPools) -> StudyResult:
             kinds=run.windows["proxy"].kinds,
             worst_case=values.worst_case,
             variant=choose_search_variant(run.calibration),
-            on_trial=progress.on_trial,
+            on_trial=on_trial,
             on_evaluation=progress.on_evaluation,
         )
 

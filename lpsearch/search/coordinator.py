@@ -82,6 +82,8 @@ class Coordinator:
         self._on_evaluation = on_evaluation
         self._began_at = time.monotonic()
         self._has_begun = False
+        self._has_baseline = False
+        self._untold: list[Job] = []
         self._num_new_tokens = 0
 
     def run(self, enqueue: Sequence[Plan]) -> StudyResult:
@@ -89,7 +91,9 @@ class Coordinator:
         trials, space = self._trials, self._trials.space
         trials.line_up(enqueue, num_windows=self._pool.num_windows)
         try:
-            self._evaluate_baseline()
+            # In one slot it comes first of all, so that the first plans race too; in several it would idle the others.
+            if self._pool.num_slots == 1 or trials.budget == 1 or Plan.baseline(space.num_layers) in trials.finished:
+                self._evaluate_baseline()
             self._evaluate(self._ask, self._tell)
             timed_out = len(trials.finished) < trials.budget and self._is_late()
             self._complete_front()
@@ -145,6 +149,17 @@ class Coordinator:
         return None if self._is_late() else self._trials.ask()
 
     def _tell(self, job: Job) -> None:
+        """Tell what is known of a plan; what is evaluated before the unmodified model waits, since it is relative."""
+        if job.plan == Plan.baseline(job.plan.num_layers):
+            self._check_baseline()
+        if not self._has_baseline:
+            self._untold.append(job)
+            return
+        untold, self._untold = self._untold, []
+        for ended in (job, *untold):
+            self._tell_now(ended)
+
+    def _tell_now(self, job: Job) -> None:
         trials = self._trials
         result = trials.tell(job, state=self._racing.get_state(job.plan), loss=self._racing.compute_loss(job.plan))
         if self._on_trial is not None:
@@ -213,9 +228,17 @@ class Coordinator:
 
     def _evaluate_baseline(self) -> None:
         """Evaluate the unmodified model on all windows; every other loss is relative to it."""
-        plan = Plan.baseline(self._trials.space.num_layers)
-        self._evaluate_whole([Job(plan, "baseline")])
-        loss = self._racing.compute_loss(plan)
+        self._evaluate_whole([Job(Plan.baseline(self._trials.space.num_layers), "baseline")])
+        self._check_baseline()
+
+    def _check_baseline(self) -> None:
+        """Refuse an unmodified model that nothing can be compared with.
+
+        Raises:
+            StudyError: if its loss is not finite.
+            ConfigError: if the metric was not measured.
+        """
+        loss = self._racing.compute_loss(Plan.baseline(self._trials.space.num_layers))
         if not math.isfinite(loss.nll):
             raise StudyError(
                 f"{self._trials.store.where}: the unmodified model's loss is not finite, so nothing can be compared "
@@ -223,6 +246,7 @@ class Coordinator:
             )
         if self._trials.metric == "kl" and not math.isfinite(loss.kl_nats_per_token or 0.0):
             raise ConfigError("metric kl needs an evaluator that measures KL to the unmodified model")
+        self._has_baseline = True
 
     def _complete_front(self) -> None:
         """Evaluate on all windows what looks as if it were on the front, until all of the front was.
