@@ -20,6 +20,7 @@ from lpsearch.search.results import Loss, State, TrialResult, Variant, build_att
 from lpsearch.search.samplers import build_sampler
 from lpsearch.search.settings import open_study, record_settings
 from lpsearch.search.space import PlanSpace
+from lpsearch.search.storage_url import find_sqlite_path
 from lpsearch.search.store import StudyStore
 
 __all__ = ["Job", "Trials", "ask_trial"]
@@ -64,13 +65,19 @@ def ask_trial(
     if is_waiting:
         trial = study.ask(dict(space.distributions))
         return trial, space.build_plan(trial.params)
-    trial = study.ask()
+    trial = _begin_trial(study)
     params = trial.relative_params
     plan = space.build_plan(params)
     origins = getattr(study.sampler, "origins", {})
     attributes = {"origin": origins[trial.number], "groups": plan.key} if trial.number in origins else {}
     store.record_trial(trial.number, params=params, distributions=space.distributions, attributes=attributes)
     return trial, plan
+
+
+def _begin_trial(study: optuna.Study) -> optuna.Trial:
+    """Ask for a trial where none waits, as ``study.ask`` does; that first reads the trials to see whether one does."""
+    study._thread_local.cached_all_trials = None
+    return optuna.Trial(study, study._storage.create_new_trial(study._study_id))
 
 
 class Trials:
@@ -123,6 +130,8 @@ class Trials:
                 num_trials=len(self._study.get_trials(deepcopy=False)),
                 estimate_latency_ms=estimate_latency_ms if objective == "latency" else None,
                 read_results=lambda study: self.list_finished(),
+                # Nobody else asks for plans of a SQLite file.
+                read_pending=None if find_sqlite_path(store.url) is None else self.list_running,
             )
             self._study.sampler = self._sampler
         results = read_results(store, estimate_latency_ms=estimate_latency_ms)
@@ -138,6 +147,10 @@ class Trials:
     def list_finished(self) -> list[TrialResult]:
         """Return the finished plans in the order of the trials."""
         return sorted(self.finished.values(), key=lambda result: result.trial)
+
+    def list_running(self) -> list[Plan]:
+        """Return the plans that were asked for but not told, in the order of the trials."""
+        return [job.plan for job in self.running]
 
     def list_valid(self) -> list[TrialResult]:
         """Return the finished plans of the space; a former run's may have been larger, before a layer was frozen."""
