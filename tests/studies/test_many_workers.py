@@ -17,7 +17,7 @@ def test_the_cheapest_plans_of_the_synthetic_cost_are_those_of_an_enumeration():
     plans = list(PlanSpace(10).enumerate_plans())
     for k, least in enumerate(problem.least_nll, start=1):
         assert least == pytest.approx(
-            min(problem.get_nll(plan) for plan in plans if plan.num_joins >= k), rel=FLOAT64_MEAN
+            min(problem.get_nll(plan) for plan in plans if plan.num_joins >= k), abs=FLOAT64_MEAN
         )
     assert many_workers.compute_regret(problem, plans) == pytest.approx(0.0, abs=1e-12)
     assert many_workers.compute_regret(problem, [Plan.baseline(10)]) > 1
@@ -69,4 +69,4 @@ def test_the_load_benchmark_prints_its_curve(capsys, tmp_path):
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [point["num_trials"] for point in summary["points"]] == [10, 15, 20]
     assert summary["least_trials_per_s"] > 0
-    assert "trials/s" in (tmp_path / "load.html").read_text(encoding="utf-8")
+    assert "finished trials" in (tmp_path / "load.html").read_text(encoding="utf-8")

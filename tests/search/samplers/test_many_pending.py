@@ -65,10 +65,10 @@ def test_one_fit_serves_many_proposals_and_is_renewed_after_some_results(monkeyp
     assert len(set(pending)) == 24
     num_fits = len(fits)
     assert num_fits < 24, "the first few have no fit to share"
-    for _ in range(6):  # 24 pending allow for two more results
+    for _ in range(6):  # 23 pending let a fit do for one more result
         results.append(build_result(pending.pop(0), len(results)))
         pending.append(proposer.propose(results, pending).plan)
-    assert len(fits) - num_fits == 2
+    assert len(fits) - num_fits == 3, "one for every two results"
     assert len({*pending, *(result.plan for result in results)}) == len(pending) + len(results)
 
 
