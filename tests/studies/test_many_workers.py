@@ -8,7 +8,7 @@ import pytest
 
 from lpsearch.plan import Plan
 from lpsearch.search import PlanSpace, StudyStore, run_study
-from studies import coordinator_load, many_workers
+from studies import coordinator_load, many_workers, search_workers
 from tests.tolerances import FLOAT64_MEAN
 
 
@@ -70,3 +70,13 @@ def test_the_load_benchmark_prints_its_curve(capsys, tmp_path):
     assert [point["num_trials"] for point in summary["points"]] == [10, 15, 20]
     assert summary["least_trials_per_s"] > 0
     assert "finished trials" in (tmp_path / "load.html").read_text(encoding="utf-8")
+
+
+def test_a_study_of_a_random_model_is_timed_on_one_and_two_workers(tiny_model_dir, capsys):
+    arguments = ["--model", str(tiny_model_dir), "--workers", "1,2", "--trials", "13", "--windows", "3"]
+    assert search_workers.main([*arguments, "--seq-len", "20", "--device", "cpu", "--dtype", "float32"]) == 0
+    one, two = map(json.loads, capsys.readouterr().out.splitlines()[-2:])
+    assert (one["workers"], two["workers"]) == (1, 2)
+    assert one["trials"] == two["trials"] == 13
+    assert one["front"] == two["front"], "the whole space, whichever worker evaluated a plan"
+    assert min(one["study_s"], two["study_s"]) > 0
