@@ -164,6 +164,24 @@ class OptimizeConfig(BaseModel):
         description="database URL; default: study.db in --out",
         json_schema_extra={"metavar": "URL"},
     )
+    executor: Literal["local", "ray"] = Field(
+        default="local", description="what evaluates plans: processes of this machine, or Ray actors on many"
+    )
+    workers: int | None = Field(
+        default=None,
+        ge=1,
+        description="processes that evaluate plans, each with the model; default: one with local, with ray as many as"
+        " find room",
+    )
+    gpus_per_worker: int | None = Field(
+        default=None, ge=0, description="GPUs of each; default: one where plans are evaluated on GPUs"
+    )
+    ray_address: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Ray cluster to join, auto for this machine's; default: Ray is started on this machine and stopped",
+        json_schema_extra={"metavar": "auto|HOST:PORT"},
+    )
     timeout: float | None = Field(
         default=None,
         gt=0,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from lpsearch.commands.checks import read_config, read_num_layers
 from lpsearch.commands.console import Answer, adopt_optuna_log
-from lpsearch.commands.evaluators import Evaluators
+from lpsearch.commands.evaluators import EvaluatorName, choose_search_variant
 from lpsearch.commands.latency import check_profile_use, get_latency_model
 from lpsearch.commands.loading import describe_device, load_for_search, resolve_device
 from lpsearch.commands.progress import show_search
@@ -33,6 +33,7 @@ from lpsearch.commands.studies import (
     resume_study,
 )
 from lpsearch.commands.summary import SearchSummary
+from lpsearch.commands.workers import SearchPools, check_workers, open_pools, uses_workers
 from lpsearch.config import Allowed, OptimizeConfig, ResolvedConfig, Split, check_device_map, slug_of_model
 from lpsearch.data import Windows, check_seq_len, check_text_kinds
 from lpsearch.errors import PlanError
@@ -44,10 +45,12 @@ from lpsearch.models import resolve_source
 from lpsearch.plan import Plan, load_plan
 from lpsearch.search import (
     PlanSpace,
+    Pool,
     StudyResult,
     StudyStore,
     TrialResult,
-    evaluate_stored_plan,
+    TrialUpdate,
+    evaluate_stored_plans,
     read_results,
     run_study,
 )
@@ -57,7 +60,7 @@ from lpsearch.search.settings import has_own_database
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from lpsearch.evaluation.losses import PlanEvaluator, Variant
+    from lpsearch.evaluation.losses import Variant
     from lpsearch.latency import LatencyModel
     from lpsearch.models import LoadedModel
 
@@ -115,15 +118,9 @@ def search(config: ResolvedConfig, *, fresh: bool) -> Answer:
     adopt_optuna_log()
     with _prepare(config, fresh=fresh) as run:
         try:
-            evaluators = Evaluators(
-                run.loaded.model,
-                run.windows,
-                metric=run.values.metric,
-                calibration=run.calibration,
-                cache_location=run.values.cache_location,
-            )
-            result = _evaluate_plans(run, evaluators)
-            _check_front(run, evaluators, result.front)
+            with open_pools(run.values, run.loaded, run.windows, run.calibration, device_name=run.device_name) as pools:
+                result = _evaluate_plans(run, pools)
+                _check_front(run, pools, result.front)
             front, file = _write_front(run, result)
         except KeyboardInterrupt:
             try_write_report(run.store, run.out)
@@ -150,6 +147,7 @@ def search(config: ResolvedConfig, *, fresh: bool) -> Answer:
 def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
     """Check what was asked for, open the study and load what it needs; see :func:`search` for what raises."""
     values = config.values
+    check_workers(values)
     device = resolve_device(values.device)
     parse_mix(values.workload)  # before anything is opened
     check_device_map(values)
@@ -296,13 +294,21 @@ def _check_fingerprints(enqueued: Mapping[Path, Plan], loaded: LoadedModel) -> N
 # ---- Evaluating ------------------------------------------------------------------------------------------------------
 
 
-def _evaluate_plans(run: _Run, evaluators: Evaluators) -> StudyResult:
+def _evaluate_plans(run: _Run, pools: SearchPools) -> StudyResult:
     """Evaluate plans until the budget."""
     values = run.values
-    _warn_of_odd_baseline(run, evaluators.proxy)
+    pool = pools["proxy"]
+    if not uses_workers(values):
+        _warn_of_odd_baseline(run, pool)
     with show_search() as progress:
+
+        def on_trial(update: TrialUpdate) -> None:
+            if uses_workers(values) and update.result.is_baseline:  # by now; before, all but one would idle for it
+                _warn_of_odd_baseline(run, pool)
+            progress.on_trial(update)
+
         return run_study(
-            evaluator=evaluators.proxy,
+            pool=pool,
             space=run.space,
             budget=values.budget,
             store=run.store,
@@ -316,18 +322,18 @@ def _evaluate_plans(run: _Run, evaluators: Evaluators) -> StudyResult:
             staged=values.staged,
             kinds=run.windows["proxy"].kinds,
             worst_case=values.worst_case,
-            variant=evaluators.variant,
-            on_trial=progress.on_trial,
+            variant=choose_search_variant(run.calibration),
+            on_trial=on_trial,
             on_evaluation=progress.on_evaluation,
         )
 
 
-def _warn_of_odd_baseline(run: _Run, evaluator: PlanEvaluator) -> None:
+def _warn_of_odd_baseline(run: _Run, pool: Pool) -> None:
     """Warn where the unmodified model predicts its text worse than any healthy model would."""
     from lpsearch.models import check_baseline_nll
 
     with show_steps("evaluating the unmodified model"):
-        stored = evaluate_stored_plan(run.store, evaluator, Plan.baseline(run.loaded.identity.num_layers))
+        (stored,) = evaluate_stored_plans(run.store, pool, [Plan.baseline(run.loaded.identity.num_layers)])
     losses = stored.losses
     if not stored.num_new_tokens and not all(map(math.isfinite, losses.nll_nats_per_token)):
         return  # what is wrong is in the study, which is refused
@@ -345,26 +351,30 @@ def _warn_of_odd_baseline(run: _Run, evaluator: PlanEvaluator) -> None:
             logger.warning("%s%s", f"{windows.spec}: " if len(kinds) > 1 else "", warning)
 
 
-def _check_front(run: _Run, evaluators: Evaluators, front: Sequence[TrialResult]) -> None:
+def _check_front(run: _Run, pools: SearchPools, front: Sequence[TrialResult]) -> None:
     """Evaluate the front on windows that the search never saw: the best of many noisy values is optimistic.
 
     Where plans were repaired, they are also evaluated without the repair, which says what that won back.
     """
-    variant = evaluators.variant
+    searched = choose_search_variant(run.calibration)
     plans = [result.plan for result in front]
 
-    def evaluate(evaluator: PlanEvaluator, split: Split, variant: Variant, title: str) -> None:
+    def evaluate(name: EvaluatorName, split: Split, variant: Variant, title: str) -> None:
         with show_steps(title) as on_step:
-            for index, plan in enumerate(plans):
-                evaluate_stored_plan(run.store, evaluator, plan, split=split, variant=variant)
-                on_step(index + 1, len(plans))
+            evaluate_stored_plans(
+                run.store,
+                pools[name],
+                plans,
+                split=split,
+                variant=variant,
+                on_plan=lambda num_ended: on_step(num_ended, len(plans)),
+            )
 
-    if variant != RAW:
-        evaluate(evaluators.raw, "proxy", RAW, "evaluating the front without repair")
-    heldout, raw_heldout = evaluators.build_heldout()
-    evaluate(heldout, "heldout", variant, "checking the front on held-out windows")
-    if variant != RAW:
-        evaluate(raw_heldout, "heldout", RAW, "checking the front without repair")
+    if searched != RAW:
+        evaluate("raw", "proxy", RAW, "evaluating the front without repair")
+    evaluate("heldout", "heldout", searched, "checking the front on held-out windows")
+    if searched != RAW:
+        evaluate("raw_heldout", "heldout", RAW, "checking the front without repair")
 
 
 def _write_front(run: _Run, result: StudyResult) -> tuple[list[TrialResult], FrontFile]:

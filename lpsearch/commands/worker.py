@@ -121,8 +121,8 @@ def _join(storage: str, study: str | None, budget: int | None, options: dict[str
 def _search(joined: _Joined, model: str | None) -> StudyResult:
     """Evaluate plans until the study needs no more."""
     from lpsearch.commands.checks import read_num_layers
-    from lpsearch.commands.evaluators import Evaluators
-    from lpsearch.commands.loading import load_for_search, resolve_device
+    from lpsearch.commands.evaluators import Evaluators, choose_search_variant
+    from lpsearch.commands.loading import describe_device, load_for_search, resolve_device
     from lpsearch.commands.progress import show_search
     from lpsearch.commands.studies import follow_record, resume_study
     from lpsearch.models import resolve_source
@@ -153,7 +153,7 @@ def _search(joined: _Joined, model: str | None) -> StudyResult:
     latency_model = _load_latency_model(store, values)
     with show_search() as progress:
         return run_study(
-            evaluator=evaluators.proxy,
+            evaluator=evaluators.list_named(device_name=describe_device(loaded.model.device))["proxy"],
             space=build_space(loaded.identity.num_layers),
             budget=values.budget,
             store=store,
@@ -166,7 +166,7 @@ def _search(joined: _Joined, model: str | None) -> StudyResult:
             staged=values.staged,
             kinds=windows["proxy"].kinds,
             worst_case=values.worst_case,
-            variant=evaluators.variant,
+            variant=choose_search_variant(calibration),
             on_trial=progress.on_trial,
             on_evaluation=progress.on_evaluation,
         )

@@ -222,7 +222,7 @@ class Plan:
         """Number of decoder layers."""
         return self.groups[-1][-1] + 1
 
-    @property
+    @cached_property
     def depth(self) -> float:
         """Sequential steps that remain, in layers: half for every attention stage and half for every MLP stage.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lpsearch.search.front import build_front
 from lpsearch.search.pool import Pool, ThreadPool
-from lpsearch.search.racing import StoredEvaluation, evaluate_stored_plan
+from lpsearch.search.racing import StoredEvaluation, evaluate_stored_plan, evaluate_stored_plans
 from lpsearch.search.results import (
     EvaluationUpdate,
     KindLoss,
@@ -41,6 +41,7 @@ __all__ = [
     "compare_settings",
     "complete_settings",
     "evaluate_stored_plan",
+    "evaluate_stored_plans",
     "read_results",
     "run_study",
 ]

@@ -20,7 +20,6 @@ that are gone. The search ends when none of them has a plan at work.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import time
@@ -45,6 +44,9 @@ logger = logging.getLogger(__name__)
 
 InFlight = dict[tuple[Plan, tuple[int, ...]], "Future[WindowLosses]"]
 """Evaluations that are under way, by plan and windows."""
+
+NEW_SLOTS_AFTER_S = 0.5
+"""Seconds between two looks at how many slots the pool has, while none of its evaluations ends."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ class Coordinator:
         self._has_begun = False
         self._in_flight = {} if in_flight is None else in_flight
         self._num_new = 0
+        self._has_baseline = False
+        self._untold: list[Job] = []
         self._num_new_tokens = 0
 
     def run(self, enqueue: Sequence[Plan]) -> StudyResult:
@@ -103,7 +107,12 @@ class Coordinator:
         trials, space = self._trials, self._trials.space
         trials.line_up(enqueue, num_windows=self._pool.num_windows)
         try:
-            self._evaluate_baseline()
+            # In one slot it comes first of all, so that the first plans race too; in several it would idle the others.
+            # Where other coordinators search too, one of them may evaluate it, and this one would not be told.
+            is_shared = trials.store.claims.owner is not None
+            is_known = Plan.baseline(space.num_layers) in trials.finished
+            if self._pool.num_slots == 1 or trials.budget == 1 or is_known or is_shared:
+                self._evaluate_baseline()
             self._search()
             timed_out = len(trials.finished) < trials.budget and self._is_late()
             self._complete_front()
@@ -155,6 +164,8 @@ class Coordinator:
                 following = find_job()
                 continue
             ended = _wait_for_any(slots)
+            if ended is None:
+                continue  # there may be more slots by now
             slots.remove(ended)
             try:
                 next_rung = self._keep(ended)
@@ -176,6 +187,17 @@ class Coordinator:
         return None if self._is_late() else self._trials.ask()
 
     def _tell(self, job: Job) -> None:
+        """Tell what is known of a plan; what is evaluated before the unmodified model waits, since it is relative."""
+        if job.plan == Plan.baseline(job.plan.num_layers):
+            self._check_baseline()
+        if not self._has_baseline:
+            self._untold.append(job)
+            return
+        untold, self._untold = self._untold, []
+        for ended in (job, *untold):
+            self._tell_now(ended)
+
+    def _tell_now(self, job: Job) -> None:
         trials = self._trials
         result = trials.tell(job, state=self._racing.get_state(job.plan), loss=self._racing.compute_loss(job.plan))
         self._num_new += 1
@@ -249,9 +271,17 @@ class Coordinator:
 
     def _evaluate_baseline(self) -> None:
         """Evaluate the unmodified model on all windows; every other loss is relative to it."""
-        plan = Plan.baseline(self._trials.space.num_layers)
-        self._evaluate_whole([Job(plan, "baseline")])
-        loss = self._racing.compute_loss(plan)
+        self._evaluate_whole([Job(Plan.baseline(self._trials.space.num_layers), "baseline")])
+        self._check_baseline()
+
+    def _check_baseline(self) -> None:
+        """Refuse an unmodified model that nothing can be compared with.
+
+        Raises:
+            StudyError: if its loss is not finite.
+            ConfigError: if the metric was not measured.
+        """
+        loss = self._racing.compute_loss(Plan.baseline(self._trials.space.num_layers))
         if not math.isfinite(loss.nll):
             raise StudyError(
                 f"{self._trials.store.where}: the unmodified model's loss is not finite, so nothing can be compared "
@@ -259,6 +289,7 @@ class Coordinator:
             )
         if self._trials.metric == "kl" and not math.isfinite(loss.kl_nats_per_token or 0.0):
             raise ConfigError("metric kl needs an evaluator that measures KL to the unmodified model")
+        self._has_baseline = True
 
     def _complete_front(self) -> None:
         """Evaluate on all windows what looks as if it were on the front, until all of the front was.
@@ -276,7 +307,6 @@ class Coordinator:
 
     def _evaluate_whole(self, jobs: Sequence[Job]) -> None:
         """Evaluate plans on all windows, and refresh the results of those that are finished."""
-        finished = self._trials.finished
         waiting = list(jobs)
 
         def find_job() -> Job | None:
@@ -288,9 +318,9 @@ class Coordinator:
 
         def refresh(job: Job) -> None:
             self._trials.give_back(job.plan)
-            if job.plan in finished:
+            if job.plan in self._trials.finished:
                 state, loss = self._racing.get_state(job.plan), self._racing.compute_loss(job.plan)
-                finished[job.plan] = dataclasses.replace(finished[job.plan], state=state, loss=loss)
+                self._trials.refresh(job.plan, state=state, loss=loss)
 
         while True:
             self._evaluate(find_job, refresh, waiting.append)
@@ -299,10 +329,11 @@ class Coordinator:
             time.sleep(POLL_S)  # another coordinator has claimed what is left
 
 
-def _wait_for_any(slots: Sequence[_Evaluation]) -> _Evaluation:
-    """Wait until one of the evaluations has ended, and return it; the oldest of several."""
+def _wait_for_any(slots: Sequence[_Evaluation]) -> _Evaluation | None:
+    """Wait until one of the evaluations has ended, and return it, the oldest of several; None if that takes long."""
     for evaluation in slots:
         if evaluation.future is None:
             return evaluation
-    wait([evaluation.future for evaluation in slots if evaluation.future is not None], return_when=FIRST_COMPLETED)
-    return next(evaluation for evaluation in slots if evaluation.future is not None and evaluation.future.done())
+    futures = [evaluation.future for evaluation in slots if evaluation.future is not None]
+    wait(futures, timeout=NEW_SLOTS_AFTER_S, return_when=FIRST_COMPLETED)
+    return next((evaluation for evaluation, future in zip(slots, futures, strict=True) if future.done()), None)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from optuna.distributions import BaseDistribution, distribution_to_json
 from sqlalchemy import Connection, ScalarSelect, column, delete, func, insert, select, table, update
 
-__all__ = ["TABLE_NAMES", "count_trials", "delete_study_attribute", "record_params", "rename_study"]
+__all__ = [
+    "TABLE_NAMES",
+    "count_trials",
+    "delete_study_attribute",
+    "record_attributes",
+    "record_params",
+    "rename_study",
+]
 
 _studies = table("studies", column("study_id"), column("study_name"))
 _study_attributes = table("study_system_attributes", column("study_id"), column("key"))
@@ -16,6 +24,7 @@ _trials = table("trials", column("trial_id"), column("number"), column("study_id
 _params = table(
     "trial_params", column("trial_id"), column("param_name"), column("param_value"), column("distribution_json")
 )
+_attributes = table("trial_user_attributes", column("trial_id"), column("key"), column("value_json"))
 
 TABLE_NAMES = frozenset({_studies.name, _trials.name})
 """Tables by which a database of Optuna's is known."""
@@ -48,9 +57,7 @@ def record_params(
         params: values by name.
         distributions: what each value is from.
     """
-    trial_id = connection.execute(
-        select(_trials.c.trial_id).where(_trials.c.study_id == _find_study(study_name), _trials.c.number == trial)
-    ).scalar_one()
+    trial_id = _find_trial_id(connection, study_name, trial)
     rows = [
         {
             "trial_id": trial_id,
@@ -64,11 +71,32 @@ def record_params(
         connection.execute(insert(_params), rows)
 
 
+def record_attributes(connection: Connection, study_name: str, trial: int, attributes: Mapping[str, Any]) -> None:
+    """Note user attributes of a running trial that has none of them yet; Optuna notes each in its own transaction.
+
+    Args:
+        connection: to the database, in a transaction.
+        study_name: name of the study.
+        trial: number of the trial.
+        attributes: JSON values by name.
+    """
+    trial_id = _find_trial_id(connection, study_name, trial)
+    rows = [{"trial_id": trial_id, "key": key, "value_json": json.dumps(value)} for key, value in attributes.items()]
+    if rows:
+        connection.execute(insert(_attributes), rows)
+
+
 def count_trials(connection: Connection, study_name: str) -> dict[str, int]:
     """Return how many trials a study has in each state; Optuna reads each of them to count them."""
     own = _trials.c
     query = select(own.state, func.count()).where(own.study_id == _find_study(study_name)).group_by(own.state)
     return {str(state): count for state, count in connection.execute(query)}
+
+
+def _find_trial_id(connection: Connection, study_name: str, trial: int) -> int:
+    """Return the key of a trial by its number."""
+    query = select(_trials.c.trial_id).where(_trials.c.study_id == _find_study(study_name), _trials.c.number == trial)
+    return int(connection.execute(query).scalar_one())
 
 
 def _find_study(name: str) -> ScalarSelect[Any]:

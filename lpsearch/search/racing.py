@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -30,9 +31,17 @@ from lpsearch.plan import Plan
 from lpsearch.search.claims import POLL_S, ClaimLostError
 from lpsearch.search.cost import Loss, compute_loss, split_by_kind
 from lpsearch.search.losses import State, choose_variant
+from lpsearch.search.pool import Pool
 from lpsearch.search.store import StudyStore
 
-__all__ = ["Racing", "StoredEvaluation", "evaluate_stored_plan", "is_mean_beaten", "is_worst_kind_beaten"]
+__all__ = [
+    "Racing",
+    "StoredEvaluation",
+    "evaluate_stored_plan",
+    "evaluate_stored_plans",
+    "is_mean_beaten",
+    "is_worst_kind_beaten",
+]
 
 FloatArray = NDArray[np.float64]
 
@@ -244,35 +253,129 @@ def evaluate_stored_plan(
         split: which windows these are.
         variant: what the evaluator does to the weights of every plan but the unmodified model.
     """
-    variant = choose_variant(plan, variant)
-    num_windows = evaluator.num_windows
-    subject = store.losses.name_subject(plan, split=split, variant=variant)
-    num_new_tokens = 0
-    while store.losses.load(plan, num_windows=num_windows, split=split, variant=variant) is None:
-        if not store.claims.take(subject):
+    keeper = _Keeper(store, num_windows=evaluator.num_windows, split=split, variant=variant)
+    while not keeper.is_known(plan):
+        if not keeper.claim(plan):
             time.sleep(POLL_S)  # another coordinator evaluates the plan
             continue
         with suppress(ClaimLostError):
             try:
-                num_new_tokens += _evaluate_missing_windows(store, evaluator, plan, split=split, variant=variant)
+                missing = keeper.find_missing(plan)
+                if missing:
+                    keeper.keep(plan, missing, evaluator.evaluate_windows(plan, missing))
             finally:
-                store.claims.give_back(subject)
-    stored = store.losses.load(plan, num_windows=num_windows, split=split, variant=variant)
-    assert stored is not None
-    return StoredEvaluation(stored, num_new_tokens)
+                keeper.give_back(plan)
+    return keeper.load(plan)
 
 
-def _evaluate_missing_windows(
-    store: StudyStore, evaluator: PlanEvaluator, plan: Plan, *, split: Split, variant: Variant
-) -> int:
-    """Evaluate a plan, which this process has claimed, where it has no losses; return the number of tokens."""
-    evaluated = store.losses.find_evaluated_windows(plan, split=split, variant=variant)
-    missing = [window_idx for window_idx in range(evaluator.num_windows) if window_idx not in evaluated]
-    if not missing:
-        return 0
-    losses = evaluator.evaluate_windows(plan, missing)
-    store.losses.record(plan, missing, losses, split=split, variant=variant)
-    if split == "proxy":
-        is_finite = all(map(math.isfinite, (*losses.nll_nats_per_token, *(losses.kl_nats_per_token or ()))))
-        store.losses.record_state(plan, "complete" if is_finite else "broken", variant=variant)
-    return losses.tokens_per_window * len(missing)
+def evaluate_stored_plans(
+    store: StudyStore,
+    pool: Pool,
+    plans: Sequence[Plan],
+    *,
+    split: Split = "proxy",
+    variant: Variant = RAW,
+    on_plan: Callable[[int], None] | None = None,
+) -> list[StoredEvaluation]:
+    """Evaluate plans in a pool on the windows that the store has no losses for, and keep them there.
+
+    Args:
+        store: the study's database; the study has begun.
+        pool: evaluates on the windows of ``split``; every slot is at work until the last plans.
+        plans: plans for its model, each once.
+        split: which windows these are.
+        variant: what is done to the weights of every plan but the unmodified model.
+        on_plan: called with the number of plans that have all their losses.
+
+    Returns:
+        One evaluation a plan, in the order of ``plans``.
+    """
+    keeper = _Keeper(store, num_windows=pool.num_windows, split=split, variant=variant)
+    waiting = list(plans)
+    running: dict[Future[WindowLosses], tuple[Plan, list[int]]] = {}
+    num_ended = 0
+    try:
+        while waiting or running:
+            for plan in [plan for plan in waiting if keeper.is_known(plan)]:
+                waiting.remove(plan)
+                num_ended += 1
+                if on_plan is not None:
+                    on_plan(num_ended)
+            for plan in [plan for plan in waiting if keeper.claim(plan)]:
+                missing = keeper.find_missing(plan)
+                if not missing:  # another coordinator ended it in between
+                    keeper.give_back(plan)
+                    continue
+                waiting.remove(plan)
+                running[pool.submit(plan, missing)] = plan, missing
+            # While another coordinator has plans that are waited for, it is looked at again and again.
+            if not running:
+                time.sleep(POLL_S if waiting else 0)
+                continue
+            for future in wait(running, timeout=POLL_S if waiting else None, return_when=FIRST_COMPLETED).done:
+                plan, missing = running.pop(future)
+                try:
+                    with suppress(ClaimLostError):
+                        keeper.keep(plan, missing, future.result())
+                finally:
+                    keeper.give_back(plan)
+                waiting.append(plan)
+    finally:
+        for plan, _ in running.values():
+            keeper.give_back(plan)
+    return [keeper.load(plan) for plan in plans]
+
+
+class _Keeper:
+    """Keeps what is evaluated of plans on all windows of a split, of which this process has claimed them."""
+
+    def __init__(self, store: StudyStore, *, num_windows: int, split: Split, variant: Variant) -> None:
+        self._store = store
+        self._num_windows = num_windows
+        self._split: Split = split
+        self._variant = variant
+        self._num_new_tokens: dict[Plan, int] = {}
+
+    def is_known(self, plan: Plan) -> bool:
+        """Say whether a plan has all its losses."""
+        return self._read(plan) is not None
+
+    def claim(self, plan: Plan) -> bool:
+        """Claim a plan; False if another coordinator has it."""
+        return self._store.claims.take(self._name_subject(plan))
+
+    def give_back(self, plan: Plan) -> None:
+        """Give back the claim on a plan."""
+        self._store.claims.give_back(self._name_subject(plan))
+
+    def find_missing(self, plan: Plan) -> list[int]:
+        """Return the windows that a plan has no losses on."""
+        variant = choose_variant(plan, self._variant)
+        evaluated = self._store.losses.find_evaluated_windows(plan, split=self._split, variant=variant)
+        return [window_idx for window_idx in range(self._num_windows) if window_idx not in evaluated]
+
+    def keep(self, plan: Plan, missing: list[int], losses: WindowLosses) -> None:
+        """Keep the losses of a plan on the windows that it lacked.
+
+        Raises:
+            ClaimLostError: if another coordinator took the plan over.
+        """
+        variant = choose_variant(plan, self._variant)
+        self._store.losses.record(plan, missing, losses, split=self._split, variant=variant)
+        self._num_new_tokens[plan] = losses.tokens_per_window * len(missing)
+        if self._split == "proxy":
+            is_finite = all(map(math.isfinite, (*losses.nll_nats_per_token, *(losses.kl_nats_per_token or ()))))
+            self._store.losses.record_state(plan, "complete" if is_finite else "broken", variant=variant)
+
+    def load(self, plan: Plan) -> StoredEvaluation:
+        """Return the losses of a plan that has them all."""
+        stored = self._read(plan)
+        assert stored is not None
+        return StoredEvaluation(stored, self._num_new_tokens.get(plan, 0))
+
+    def _read(self, plan: Plan) -> WindowLosses | None:
+        variant = choose_variant(plan, self._variant)
+        return self._store.losses.load(plan, num_windows=self._num_windows, split=self._split, variant=variant)
+
+    def _name_subject(self, plan: Plan) -> str:
+        return self._store.losses.name_subject(plan, split=self._split, variant=choose_variant(plan, self._variant))

@@ -193,10 +193,23 @@ class StudyStore:
         with self.begin_transaction() as connection:
             optuna_tables.delete_study_attribute(connection, self.study_name, key)
 
-    def record_params(self, trial: int, params: Mapping[str, Any], distributions: Mapping[str, Any]) -> None:
-        """Note all parameters of a running Optuna trial that has none yet; see :mod:`lpsearch.search.optuna_tables`."""
+    def record_trial(
+        self,
+        trial: int,
+        *,
+        params: Mapping[str, Any] | None = None,
+        distributions: Mapping[str, Any] | None = None,
+        attributes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Note parameters and user attributes of a running Optuna trial that has none of them yet, all or nothing.
+
+        See :mod:`lpsearch.search.optuna_tables`.
+        """
         with self.begin_transaction() as connection:
-            optuna_tables.record_params(connection, self.study_name, trial, params, distributions)
+            if params:
+                optuna_tables.record_params(connection, self.study_name, trial, params, distributions or {})
+            if attributes:
+                optuna_tables.record_attributes(connection, self.study_name, trial, attributes)
 
     def read_stamp(self) -> str:
         """Return a text that changes whenever the study has a new trial, loss, latency profile or front.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import random
 import time
@@ -26,6 +27,7 @@ from lpsearch.search.results import Loss, State, TrialResult, Variant, build_att
 from lpsearch.search.samplers import build_sampler
 from lpsearch.search.settings import open_study, record_settings
 from lpsearch.search.space import PlanSpace
+from lpsearch.search.storage_url import find_sqlite_path
 from lpsearch.search.store import StudyStore
 
 __all__ = ["Job", "Trials", "ask_trial"]
@@ -67,10 +69,11 @@ class _Queued:
 def ask_trial(
     study: optuna.Study, space: PlanSpace, store: StudyStore, *, is_waiting: bool, owner: str | None = None
 ) -> tuple[optuna.Trial, Plan]:
-    """Ask for the next trial, and note its parameters.
+    """Ask for the next trial, and note its parameters, its plan and what proposed it.
 
-    Optuna notes parameters one by one, each in a transaction of its own, which takes longer than choosing them. The
-    samplers of this package choose all of them together, and here they are noted together.
+    Optuna notes them one by one, each in a transaction of its own, which takes longer than choosing them. The samplers
+    of this package choose all of them together, and here they are noted together. Noted before the work, they tell a
+    later process what this one was doing.
 
     Args:
         study: the study, with its sampler.
@@ -85,10 +88,19 @@ def ask_trial(
     if is_waiting:
         trial = study.ask(dict(space.distributions))
         return trial, space.build_plan(trial.params)
-    trial = study.ask() if owner is None else _create_trial(study, {"owner": owner})
+    trial = _begin_sampled(study) if owner is None else _create_trial(study, {"owner": owner})
     params = trial.relative_params
-    store.record_params(trial.number, params, space.distributions)
-    return trial, space.build_plan(params)
+    plan = space.build_plan(params)
+    origins = getattr(study.sampler, "origins", {})
+    attributes = {"origin": origins[trial.number], "groups": plan.key} if trial.number in origins else {}
+    store.record_trial(trial.number, params=params, distributions=space.distributions, attributes=attributes)
+    return trial, plan
+
+
+def _begin_sampled(study: optuna.Study) -> optuna.Trial:
+    """Ask for a trial where none waits, as ``study.ask`` does; that first reads the trials to see whether one does."""
+    study._thread_local.cached_all_trials = None
+    return optuna.Trial(study, study._storage.create_new_trial(study._study_id))
 
 
 def _create_trial(
@@ -160,11 +172,14 @@ class Trials:
                 metric=metric,
                 estimate_latency_ms=estimate_latency_ms if objective == "latency" else None,
                 read_results=lambda study: self.list_finished(),
+                # Nobody else asks for plans of a SQLite file.
+                read_pending=None if find_sqlite_path(store.url) is None else self.list_running,
             )
             self._study.sampler = self._sampler
         results = read_results(store, estimate_latency_ms=estimate_latency_ms)
         self.finished = {result.plan: result for result in results}
         self.num_resumed = len(self.finished)
+        self._front: list[TrialResult] | None = None  # of what is finished; None where it is to be built anew
         self.running: list[Job] = []
         self.budget = min(budget, space.count_plans())
         self.enumerates = space.count_plans() <= budget
@@ -177,15 +192,24 @@ class Trials:
         """Return the finished plans in the order of the trials."""
         return sorted(self.finished.values(), key=lambda result: result.trial)
 
+    def list_running(self) -> list[Plan]:
+        """Return the plans that were asked for but not told, in the order of the trials."""
+        return [job.plan for job in self.running]
+
     def list_valid(self) -> list[TrialResult]:
         """Return the finished plans of the space; a former run's may have been larger, before a layer was frozen."""
         return [result for result in self.list_finished() if result.plan in self.space]
 
     def build_front(self, *, include_partial: bool = False) -> list[TrialResult]:
         """Return the front by now; see :func:`lpsearch.search.build_front`."""
-        return build_front(
-            self.list_valid(), metric=self.metric, objective=self._objective, include_partial=include_partial
-        )
+        if include_partial:
+            return self._build_front(self.list_valid(), include_partial=True)
+        if self._front is None:
+            self._front = self._build_front(self.list_valid())
+        return list(self._front)
+
+    def _build_front(self, results: Sequence[TrialResult], *, include_partial: bool = False) -> list[TrialResult]:
+        return build_front(results, metric=self.metric, objective=self._objective, include_partial=include_partial)
 
     def find_rival(self, plan: Plan) -> Plan | None:
         """Return the plan that a new one has to beat; see :func:`lpsearch.search.front.find_rival`."""
@@ -256,6 +280,7 @@ class Trials:
         new = [t for t in trials if t.state == TrialState.COMPLETE and t.number not in self._seen_trials]
         for result in read_results(self.store, estimate_latency_ms=self._estimate_latency_ms, trials=new):
             self.finished.setdefault(result.plan, result)
+            self._front = None
         self._seen_trials.update(trial.number for trial in new)
         self._others = {}
         for trial in trials:
@@ -275,6 +300,7 @@ class Trials:
         if self.store.claims.owner is not None:
             results = read_results(self.store, estimate_latency_ms=self._estimate_latency_ms)
             self.finished = {result.plan: result for result in results}
+            self._front = None
 
     @property
     def are_others_at_work(self) -> bool:
@@ -348,13 +374,15 @@ class Trials:
         is_waiting = bool(self._num_waiting)
         self._num_waiting -= is_waiting
         trial, plan = ask_trial(self._study, self.space, self.store, is_waiting=is_waiting, owner=owner)
-        origin = self._sampler.origins.get(trial.number) or trial.user_attrs.get("origin", "enqueued")
+        noted = self._sampler.origins.get(trial.number)
+        origin = noted or trial.user_attrs.get("origin", "enqueued")
         job = Job(plan, origin, trial)
         self.running.append(job)
-        if plan not in taken:
+        if plan not in taken and noted is None:
             # Noted before the work, so that a later process knows what this one was doing.
-            trial.set_user_attr("origin", origin)
-            trial.set_user_attr("groups", plan.key)
+            attributes = {"origin": origin, "groups": plan.key}
+            missing = {key: attributes[key] for key in attributes if key not in trial.user_attrs}
+            self.store.record_trial(trial.number, attributes=missing)
         return job
 
     def _may_evaluate(self, job: Job) -> bool:
@@ -385,16 +413,27 @@ class Trials:
         cost = loss.get_told_value(self.metric)
         assert saving is not None
         with self.store.claims.finish(self._name_subject(job.plan)), self.store.translate_errors():
+            attributes = build_attributes(result)
+            del attributes["groups"]  # noted when it was asked for
+            self.store.record_trial(job.trial.number, attributes=attributes)
             try:
-                for name, value in build_attributes(result).items():
-                    job.trial.set_user_attr(name, value)
                 self._study.tell(job.trial, [saving, cost])
             except UpdateFinishedTrialError:
                 raise ClaimLostError(f"{self.store.where}: another process failed trial {result.trial}") from None
         self.running.remove(job)
         self.finished[job.plan] = result
         self._seen_trials.add(result.trial)
+        if self._front and job.plan in self.space:
+            # A plan that is beaten once stays so, and so does what it beats.
+            self._front = self._build_front([*self._front, result])
+        else:
+            self._front = None
         return result
+
+    def refresh(self, plan: Plan, *, state: State, loss: Loss) -> None:
+        """Replace what is known of a finished plan that got more windows."""
+        self.finished[plan] = dataclasses.replace(self.finished[plan], state=state, loss=loss)
+        self._front = None
 
     def drop(self, job: Job) -> None:
         """Fail a trial that is not to be evaluated."""

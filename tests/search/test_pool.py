@@ -11,7 +11,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from lpsearch.errors import ConfigError
+from lpsearch.errors import ConfigError, StudyError
 from lpsearch.plan import Plan
 from lpsearch.search import PlanSpace, StudyStore, ThreadPool, run_study
 from tests.search.evaluators import SyntheticEvaluator
@@ -199,3 +199,38 @@ def test_an_evaluator_or_a_pool_is_needed(tmp_path, given):
         pytest.raises(ConfigError, match="one of the two"),
     ):
         run_study(space=SPACE, store=store, budget=5, **given)
+
+
+def test_no_slot_waits_for_the_unmodified_model(tmp_path):
+    """The unmodified model's evaluation ends only after another plan's: behind a barrier that would never be."""
+    other_ended = threading.Event()
+
+    class Evaluator(SyntheticEvaluator):
+        def evaluate_windows(self, plan, window_indices):
+            losses = super().evaluate_windows(plan, window_indices)
+            if plan == BASE:
+                assert other_ended.wait(PATIENCE_S)
+            else:
+                other_ended.set()
+            return losses
+
+    told = []
+    _, result, states = search(tmp_path, Evaluator(10), budget=12, on_trial=lambda update: told.append(update.result))
+    assert told[0].is_baseline, "what ended before is told after it, since it is relative to it"
+    assert states == [TrialState.COMPLETE] * 12
+    assert {found.plan for found in told} == {found.plan for found in result.results}
+    reference = SyntheticEvaluator(10)
+    for found in result.results:
+        assert found.loss.delta_nll == pytest.approx(
+            sum(reference.evaluate_windows(found.plan, range(3)).nll_nats_per_token) / 3
+            - sum(reference.evaluate_windows(BASE, range(3)).nll_nats_per_token) / 3
+        )
+
+
+def test_an_unmodified_model_whose_loss_is_not_finite_ends_a_search_in_slots(tmp_path):
+    class Evaluator(SyntheticEvaluator):
+        def compute_delta(self, plan):
+            return float("nan") if plan == BASE else super().compute_delta(plan)
+
+    with pytest.raises(StudyError, match="the unmodified model's loss is not finite"):
+        search(tmp_path, Evaluator(10), budget=12)

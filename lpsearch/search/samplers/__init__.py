@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -105,6 +105,7 @@ def build_sampler(
     metric: Metric = "nll",
     estimate_latency_ms: Callable[[Plan], float] | None = None,
     read_results: ResultSource | None = None,
+    read_pending: Callable[[], Sequence[Plan]] | None = None,
 ) -> PlanSampler:
     """Build a sampler for ask-and-tell on a study over ``space.distributions``.
 
@@ -118,6 +119,8 @@ def build_sampler(
             drops are allowed; None compares by depth.
         read_results: where the finished plans come from, with their losses as they are known by now; None takes the
             values that the trials were told.
+        read_pending: where the plans come from that are being evaluated, if no other process evaluates any; None reads
+            them from the study.
 
     Raises:
         ConfigError: for an unknown name.
@@ -126,4 +129,6 @@ def build_sampler(
         raise ConfigError(f"sampler {name!r} is unknown; choose one of {', '.join(SAMPLER_NAMES)}")
     if read_results is None:
         read_results = partial(read_told_results, space=space, metric=metric)
-    return _FACTORIES[name](_Settings(space, budget, seed, metric, estimate_latency_ms, read_results))
+    sampler = _FACTORIES[name](_Settings(space, budget, seed, metric, estimate_latency_ms, read_results))
+    sampler.read_pending = read_pending
+    return sampler

@@ -8,7 +8,10 @@
 
 Where plans are compared by time, levels of what they save take the place of the numbers of joins.
 
-The proposer keeps no state: any process that sees the same results proposes the same plan.
+With few plans pending the proposer keeps no state: any process that sees the same results proposes the same plan. With
+many, which make a search depend on time anyhow, one fit serves for several proposals, since a fit takes longer than a
+worker may wait. Pending plans count as measured at their mean then, which keeps a batch apart (the kriging believer of
+Ginsbourger, Le Riche and Carraro, Kriging is well-suited to parallelize optimization, 2010).
 """
 
 from __future__ import annotations
@@ -70,10 +73,17 @@ DEEP_AFTER = 4
 DEEP_WEIGHT = 0.01
 """Weight of these in the front, whose losses are many times larger."""
 
+MAX_OBSERVATIONS = 640
+"""Most plans to fit; the time of a fit grows with their cube. Beyond it the worst of every number of joins go."""
+
+MANY_PENDING = 8
+"""Pending plans from which a fit serves for several proposals, and one more result for each so many of them."""
+
 REACH_JOINS = 4
 NUM_DRAWS = 4
 NUM_EXCHANGES = 24
 MAX_EXCHANGE_STEPS = 6
+MAX_RANDOM_DRAWS = 16
 INCUMBENTS_PER_LEVEL = 2
 CANDIDATES_PER_LEVEL = 16
 ENUMERABLE_PLANS = 256
@@ -123,6 +133,7 @@ class PairsetProposer:
         if len(scan) + 1 > FULL_SCAN_SHARE * budget:
             scan = scan[: max(1, budget // 2)]
         self._scan = scan
+        self._fit: _Fit | None = None
         self._num_scanned_groups = max(0, int(GROUP_SCAN_SHARE * (budget - len(scan) - 1)))
 
     def propose(self, results: Sequence[TrialResult], pending: Collection[Plan]) -> Proposal | None:
@@ -148,13 +159,20 @@ class PairsetProposer:
             return None
         evaluated = Evaluated.from_results(results, self._num_joins, self._metric)
         if not len(evaluated.delta_nll):
-            return self._propose_any(taken)
+            return self._propose_random(taken) or self._propose_any(taken)
         join_means, _ = evaluated.estimate_join_costs()
         group = self._choose_group(join_means, taken)
         if group is not None:
             return self._build_proposal(group, "scan")
+        fit = self._fit
+        if fit is not None and 0 <= len(results) - fit.num_results < len(pending) // MANY_PENDING:
+            proposal = self._propose_candidate(fit, evaluated, taken, pending)
+            if proposal is not None:
+                return proposal
         surrogate = evaluated.fit_surrogate()
-        return self._propose_candidate(surrogate, evaluated, taken, pending) or self._propose_any(taken)
+        fit = _Fit(len(results), surrogate, self._list_candidates(surrogate, evaluated, taken))
+        self._fit = fit if len(pending) >= MANY_PENDING else None
+        return self._propose_candidate(fit, evaluated, taken, pending) or self._propose_any(taken)
 
     def _choose_group(self, join_means: FloatArray, taken: Collection[tuple[int, ...]]) -> tuple[int, ...] | None:
         """Return the joins of the next single group of more than two layers to scan, the cheapest a join first."""
@@ -173,14 +191,10 @@ class PairsetProposer:
         return min(groups, key=lambda group: (float(join_means[list(group)].mean()), group), default=None)
 
     def _propose_candidate(
-        self,
-        surrogate: Surrogate,
-        evaluated: Evaluated,
-        taken: Collection[tuple[int, ...]],
-        pending: Collection[Plan],
+        self, fit: _Fit, evaluated: Evaluated, taken: Collection[tuple[int, ...]], pending: Collection[Plan]
     ) -> Proposal | None:
         """Return the best candidate: the dynamic program's where a level is yet untried, else by improvement."""
-        candidates = self._list_candidates(surrogate, evaluated, taken)
+        surrogate, candidates = fit.surrogate, leave_taken(fit.candidates, taken)
         if not len(candidates):
             return None
         levels = self._levels.classify(candidates)
@@ -195,7 +209,7 @@ class PairsetProposer:
         candidates, levels, mean = candidates[kept], levels[kept], mean[kept]
         gain = compute_expected_improvement(
             mean,
-            surrogate.estimate_standard_deviation(candidates, mean),
+            self._estimate_deviation(surrogate, candidates, mean, pending),
             levels,
             front=self._estimate_front(surrogate, evaluated, pending),
             weights=np.where(np.arange(self._max_level + 1) <= self._useful_level, 1.0, DEEP_WEIGHT),
@@ -238,6 +252,15 @@ class PairsetProposer:
         joined = result.joined.reshape(-1, num_levels + 1, units, self._num_joins)
         return np.take_along_axis(joined, best[:, :, None, None], axis=2)[:, 1:, 0]
 
+    def _estimate_deviation(
+        self, surrogate: Surrogate, candidates: BoolArray, mean: FloatArray, pending: Collection[Plan]
+    ) -> FloatArray:
+        """Return the (plans,) standard deviations of candidates, where many are pending as if these were measured."""
+        if len(pending) < MANY_PENDING:
+            return surrogate.estimate_standard_deviation(candidates, mean)
+        believed = stack_joins((plan.joins for plan in pending if plan.joins), self._num_joins)
+        return surrogate.estimate_standard_deviation(candidates, mean, believed=believed)
+
     def _estimate_front(self, surrogate: Surrogate, evaluated: Evaluated, pending: Collection[Plan]) -> FloatArray:
         """Return (num_levels + 1,): the least loss of plans that save so much, pending ones at what is expected."""
         front = np.full(self._max_level + 1, WORST_DELTA_NATS)
@@ -246,6 +269,19 @@ class PairsetProposer:
         joined = stack_joins((plan.joins for plan in pending), self._num_joins)
         np.minimum.at(front, self._levels.classify(joined), surrogate.estimate_mean(joined))
         return np.minimum.accumulate(front[::-1])[::-1]
+
+    def _propose_random(self, taken: Collection[tuple[int, ...]]) -> Proposal | None:
+        """Return a random plan of few joins, for when many workers wait before anything is known."""
+        rng = self._build_rng(taken)
+        for _ in range(MAX_RANDOM_DRAWS):
+            joins: set[int] = set()
+            num_joins = int(rng.integers(2, max(3, self._useful_level + 1)))
+            for join in rng.permutation(np.array(self._space.free_joins, dtype=np.int64)).tolist():
+                if len(joins) < num_joins and self._space.is_valid(joins | {join}):
+                    joins.add(join)
+            if tuple(sorted(joins)) not in taken:
+                return self._build_proposal(tuple(sorted(joins)), "random")
+        return None
 
     def _propose_any(self, taken: Collection[tuple[int, ...]]) -> Proposal | None:
         """Return the first plan that is not taken, for when nothing is known or the candidates are used up."""
@@ -261,6 +297,21 @@ class PairsetProposer:
         """Return a generator that depends on the seed and on which plans are taken, in no order."""
         digest = hashlib.sha256(json.dumps([self._seed, sorted(taken)]).encode()).digest()
         return np.random.default_rng(int.from_bytes(digest[:16], "big"))
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """What is learned from some results.
+
+    Attributes:
+        num_results: how many.
+        surrogate: the model fitted to them.
+        candidates: (plans, num_joins) promising plans by it, none of which was taken.
+    """
+
+    num_results: int
+    surrogate: Surrogate
+    candidates: BoolArray
 
 
 @dataclass(frozen=True)
@@ -324,13 +375,25 @@ class Evaluated:
     def fit_surrogate(self) -> Surrogate:
         """Fit the model of the losses."""
         join_means, measured = self.estimate_join_costs()
+        fitted = self._choose_fitted()
         return Surrogate(
-            joined=self.joined,
-            delta_nll=self.delta_nll,
-            sampling_error=self.sampling_error,
+            joined=self.joined[fitted],
+            delta_nll=self.delta_nll[fitted],
+            sampling_error=self.sampling_error[fitted],
             join_means=join_means,
             measured=measured,
         )
+
+    def _choose_fitted(self) -> IntArray:
+        """Return the places of the plans to fit, ascending: all, or of every number of joins as many of the best."""
+        counts = self.joined.sum(axis=1)
+        if len(counts) <= MAX_OBSERVATIONS:
+            return np.arange(len(counts))
+        order = np.lexsort((self.delta_nll, counts))
+        rank = np.empty(len(order), dtype=np.int64)
+        rank[order] = np.arange(len(order)) - np.searchsorted(counts[order], counts[order])
+        rank[counts == 1] = 0  # what a join costs alone is told by nothing else
+        return np.sort(np.lexsort((counts, rank))[:MAX_OBSERVATIONS])
 
 
 def compute_expected_improvement(

@@ -72,12 +72,15 @@ class PlanSampler(BaseSampler):
 
     Attributes:
         origins: by the number of the trial, what proposed its plan.
+        read_pending: returns the plans that are being evaluated, where nobody but the caller evaluates any; None reads
+            them from the study.
     """
 
     def __init__(self, *, space: PlanSpace, read_results: ResultSource) -> None:
         self._space = space
         self._read_results = read_results
         self.origins: dict[int, str] = {}
+        self.read_pending: Callable[[], Sequence[Plan]] | None = None
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Return every choice: they are made together, and the space is the same for every trial."""
@@ -91,6 +94,8 @@ class PlanSampler(BaseSampler):
 
     def list_pending(self, study: optuna.Study, *, current: FrozenTrial) -> list[Plan]:
         """Return the plans that are being evaluated, the one that is asked for now left out."""
+        if self.read_pending is not None:
+            return list(self.read_pending())
         trials = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         plans = [self._find_plan(trial) for trial in trials if trial.number != current.number]
         return [plan for plan in plans if plan is not None]

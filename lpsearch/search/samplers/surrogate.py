@@ -181,21 +181,38 @@ class Surrogate:
         costs = self.mean_costs.evaluate(flags)[0]
         return np.asarray(costs + self._compute_count_features(flags)[:, 1:3] @ self._mean_count[0, 1:3])
 
-    def estimate_standard_deviation(self, joined: BoolArray, mean: FloatArray) -> FloatArray:
+    def estimate_standard_deviation(
+        self, joined: BoolArray, mean: FloatArray, *, believed: BoolArray | None = None
+    ) -> FloatArray:
         """Return the (plans,) standard deviations of losses yet to be measured, the misfit included.
 
         Args:
             joined: (plans, num_joins) plans.
             mean: (plans,) their posterior means.
+            believed: (others, num_joins) plans that are taken to be measured at their means, which changes no mean.
         """
         flags = joined.astype(np.float64)
-        cross = self._compute_covariances(flags, self._joined).combine(self.strengths)
+        explained = self._explain(flags)
         prior = self._compute_variances(flags).combine(self.strengths)
-        explained = solve_triangular(self._factor, cross.T, lower=True, check_finite=False)
-        variance = np.maximum(prior - (explained**2).sum(axis=0), 0.0)
+        variance = prior - (explained**2).sum(axis=0)
+        if believed is not None and len(believed):
+            others = believed.astype(np.float64)
+            others_explained = self._explain(others)
+            covariance = self._compute_covariances(others, others).combine(self.strengths)
+            covariance -= others_explained.T @ others_explained
+            misfit = self.strengths.misfit * np.maximum(self.estimate_mean(believed), self._least_loss)
+            covariance[np.diag_indices_from(covariance)] += np.maximum(misfit, 1e-3 * self._least_loss) ** 2
+            factor, _ = cho_factor(covariance, lower=True, overwrite_a=True, check_finite=False)
+            cross = self._compute_covariances(flags, others).combine(self.strengths) - explained.T @ others_explained
+            variance -= (solve_triangular(factor, cross.T, lower=True, check_finite=False) ** 2).sum(axis=0)
         # without the saturation's share, which would promise the front a windfall from ruined plans
         misfit = self.strengths.misfit * np.maximum(mean, self._least_loss)
-        return np.asarray(np.sqrt(variance + misfit**2))
+        return np.asarray(np.sqrt(np.maximum(variance, 0.0) + misfit**2))
+
+    def _explain(self, flags: FloatArray) -> FloatArray:
+        """Return (observations, plans) whitened covariances of plans with what was observed."""
+        cross = self._compute_covariances(flags, self._joined).combine(self.strengths)
+        return np.asarray(solve_triangular(self._factor, cross.T, lower=True, check_finite=False))
 
     @cached_property
     def mean_costs(self) -> PlanCosts:

@@ -1,0 +1,135 @@
+"""Proposals while many plans are pending: all different, near the serial ones, and serial ones unchanged."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lpsearch.plan import Plan
+from lpsearch.search import PlanSpace
+from lpsearch.search.results import RAW, Loss, TrialResult
+from lpsearch.search.samplers import pairset
+from lpsearch.search.samplers.pairset import PairsetProposer
+from lpsearch.search.samplers.surrogate import Surrogate
+
+NUM_LAYERS = 12
+SPACE = PlanSpace(NUM_LAYERS)
+COSTS = np.random.default_rng(5).gamma(1.0, 0.1, NUM_LAYERS - 1)
+
+
+def build_result(plan, trial=0):
+    total = float(COSTS[list(plan.joins)].sum())
+    delta = total + 0.3 * total**2
+    loss = Loss(
+        nll=3 + delta,
+        delta_nll=delta,
+        delta_nll_se=0.0,
+        kl_nats_per_token=None,
+        kl_se=None,
+        num_windows=1,
+        num_tokens=1,
+    )
+    return TrialResult(plan, RAW, trial, "scan", "complete", loss)
+
+
+def list_scanned():
+    joins = [(), *((join,) for join in range(NUM_LAYERS - 1))]
+    return [build_result(Plan.from_joins(NUM_LAYERS, made), trial) for trial, made in enumerate(joins)]
+
+
+def test_proposals_without_any_result_are_different_valid_plans():
+    proposer = PairsetProposer(space=SPACE, budget=200, seed=0)
+    pending = []
+    for _ in range(64):
+        proposal = proposer.propose([], pending)
+        assert proposal is not None
+        assert proposal.plan in SPACE
+        assert proposal.plan not in pending
+        pending.append(proposal.plan)
+    assert max(plan.num_joins for plan in pending) > 2, "not only the first plans of an enumeration"
+
+
+def test_one_fit_serves_many_proposals_and_is_renewed_after_some_results(monkeypatch):
+    fits = []
+
+    class Counting(Surrogate):
+        def __init__(self, **arguments):
+            fits.append(len(arguments["delta_nll"]))
+            super().__init__(**arguments)
+
+    monkeypatch.setattr(pairset, "Surrogate", Counting)
+    proposer = PairsetProposer(space=SPACE, budget=400, seed=0)
+    results, pending = list_scanned(), []
+    while len(pending) < 24:
+        pending.append(proposer.propose(results, pending).plan)
+    assert len(set(pending)) == 24
+    num_fits = len(fits)
+    assert num_fits < 24, "the first few have no fit to share"
+    for _ in range(6):  # 23 pending let a fit do for one more result
+        results.append(build_result(pending.pop(0), len(results)))
+        pending.append(proposer.propose(results, pending).plan)
+    assert len(fits) - num_fits == 3, "one for every two results"
+    assert len({*pending, *(result.plan for result in results)}) == len(pending) + len(results)
+
+
+@pytest.mark.parametrize("num_pending", [0, 1, 7])
+def test_with_few_pending_a_proposal_depends_on_nothing_before(num_pending):
+    results, pending = list_scanned(), []
+    used = PairsetProposer(space=SPACE, budget=200, seed=0)
+    for _ in range(20):
+        fresh = PairsetProposer(space=SPACE, budget=200, seed=0).propose(results, pending)
+        assert used.propose(results, pending) == fresh
+        pending.append(fresh.plan)
+        if len(pending) > num_pending:
+            results.append(build_result(pending.pop(0), len(results)))
+
+
+def test_what_is_believed_lowers_the_deviation_as_a_measurement_at_the_mean_would():
+    rng = np.random.default_rng(1)
+    plans = [plan for plan in SPACE.enumerate_plans() if 2 <= plan.num_joins <= 4]
+    chosen = [plans[place] for place in rng.choice(len(plans), 30, replace=False)]
+    joined = pairset.stack_joins((plan.joins for plan in chosen), NUM_LAYERS - 1)
+    singles = np.eye(NUM_LAYERS - 1, dtype=bool)
+
+    def fit(observed, losses):
+        return Surrogate(
+            joined=observed,
+            delta_nll=losses,
+            sampling_error=np.zeros(len(losses)),
+            join_means=COSTS,
+            measured=np.ones(NUM_LAYERS - 1, dtype=bool),
+        )
+
+    surrogate = fit(singles, COSTS)
+    believed, asked = joined[:5], joined[5:]
+    mean = surrogate.estimate_mean(asked)
+    got = surrogate.estimate_standard_deviation(asked, mean, believed=believed)
+    # the slow way: the posterior covariance of all of them, then conditioned on the believed ones
+    everything = np.concatenate([asked, believed]).astype(float)
+    prior = surrogate._compute_covariances(everything, everything).combine(surrogate.strengths)
+    explained = surrogate._explain(everything)
+    posterior = prior - explained.T @ explained
+    noise = surrogate.strengths.misfit * np.maximum(surrogate.estimate_mean(believed), surrogate._least_loss)
+    count = len(asked)
+    gain = posterior[:count, count:] @ np.linalg.inv(posterior[count:, count:] + np.diag(noise**2))
+    variance = np.diag(posterior[:count, :count] - gain @ posterior[count:, :count])
+    misfit = surrogate.strengths.misfit * np.maximum(mean, surrogate._least_loss)
+    assert got == pytest.approx(np.sqrt(np.maximum(variance, 0) + misfit**2), rel=1e-6)
+    assert (got <= surrogate.estimate_standard_deviation(asked, mean)).all()
+    assert (got < surrogate.estimate_standard_deviation(asked, mean)).any()
+
+
+def test_what_is_left_out_of_a_fit_is_the_worst_of_every_number_of_joins(monkeypatch):
+    monkeypatch.setattr(pairset, "MAX_OBSERVATIONS", 40)
+    results = [build_result(plan, trial) for trial, plan in enumerate(SPACE.enumerate_plans())]
+    evaluated = pairset.Evaluated.from_results(results, NUM_LAYERS - 1, "nll")
+    fitted = evaluated._choose_fitted()
+    assert len(fitted) == len(set(fitted.tolist())) == 40
+    counts = evaluated.joined.sum(axis=1)
+    assert (counts[fitted] == 1).sum() == NUM_LAYERS - 1, "every single join stays"
+    for count in range(2, 7):
+        kept = set(fitted[counts[fitted] == count].tolist())
+        left_out = set(np.flatnonzero(counts == count).tolist()) - kept
+        assert kept
+        if left_out:
+            assert max(evaluated.delta_nll[list(kept)]) <= min(evaluated.delta_nll[list(left_out)])
