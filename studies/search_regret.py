@@ -162,19 +162,20 @@ def replay_study(table: Table, *, sampler: str, budget: int, seed: int, staged: 
 def _time_asks() -> Iterator[list[float]]:
     """Collect the time in ms of every ask inside the ``with`` statement, sampler and storage together."""
     asks_ms: list[float] = []
-    ask_trial = trials.ask_trial
+    ask = trials.Trials.ask
 
-    def timed_ask(*args: Any, **kwargs: Any) -> tuple[optuna.Trial, Plan]:
+    def timed_ask(asked: trials.Trials) -> trials.Job | None:
         began_at = time.perf_counter()
-        asked = ask_trial(*args, **kwargs)
-        asks_ms.append(1e3 * (time.perf_counter() - began_at))
-        return asked
+        job = ask(asked)
+        if job is not None:
+            asks_ms.append(1e3 * (time.perf_counter() - began_at))
+        return job
 
-    trials.ask_trial = timed_ask
+    trials.Trials.ask = timed_ask  # type: ignore[method-assign]
     try:
         yield asks_ms
     finally:
-        trials.ask_trial = ask_trial
+        trials.Trials.ask = ask  # type: ignore[method-assign]
 
 
 def replay_seeds(

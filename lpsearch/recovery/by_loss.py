@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -84,6 +85,7 @@ def refit_by_loss(
         LpsearchError: if the device has too little memory for the sums.
     """
     evaluator = ModelEvaluator(model=model, windows=validation, metric="kl", cache_bytes=0)
+    bare = replace(plan, metadata=None)  # it names the unmodified model, and repaired weights are another one's
     refits: list[Refit] = []
     losses: list[float] = []
     for number in range(len(ridges)):
@@ -96,9 +98,9 @@ def refit_by_loss(
         del refitter
         if not losses:
             evaluator.remember_base(range(evaluator.num_windows))
-            losses.append(_measure(evaluator, plan, "untouched"))
+            losses.append(_measure(evaluator, bare, "untouched"))
         with swapped_weights(model, refit.weights):
-            loss = _measure(evaluator, plan, f"ridges from {ridges[number]}")
+            loss = _measure(evaluator, bare, f"ridges from {ridges[number]}")
         logger.info("ridges from %g: KL %.4f nats per token on validation windows", ridges[number], loss)
         if not loss < min(losses[1:], default=float("inf")):
             break

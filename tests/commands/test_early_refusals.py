@@ -323,6 +323,7 @@ _SAID_BY = {
     "commands/dry_run.py": ["optimize"],
     "commands/generate.py": ["generate"],
     "commands/hardware.py": ["optimize"],
+    "commands/workers.py": ["optimize"],
     "commands/latency.py": ["optimize"],
     "commands/loading.py": ["optimize", "evaluate", "generate", "recover"],
     "commands/optimize.py": ["optimize"],
@@ -344,6 +345,7 @@ _SAID_BY = {
     "evaluation/tasks.py": ["evaluate"],
     "export": ["export"],
     "latency": ["optimize", "profile"],
+    "latency/engines": ["profile"],
     "latency/profile.py": ["optimize"],  # which reads it
     "latency/ranks": ["profile"],
     "latency/workload.py": ["profile"],
@@ -361,6 +363,7 @@ _SAID_BY = {
     "search/locks.py": ["optimize"],
     "search/settings.py": ["optimize"],
     "search/space.py": ["optimize"],
+    "search/workers": ["optimize"],
 }
 """Which commands the messages of a module may come from."""
 

@@ -120,7 +120,8 @@ def test_the_plan_file_says_how_it_was_repaired(model: PreTrainedModel, tmp_path
 def test_only_what_changed_is_stored(model: PreTrainedModel, tmp_path: Path) -> None:
     weights = write_refit(model, tmp_path / "out")
     num_values = sum(weight.numel() for weight in weights.values())
-    assert num_values == 5 * 32 * (32 + 48), "output projections of five layers"
+    outputs, attention_inputs, mlp_inputs = 5 * 32 * (32 + 48), 3 * 32 * (32 + 16 + 16), 4 * 2 * 32 * 48
+    assert num_values == outputs + attention_inputs + mlp_inputs, "outputs of five layers, inputs of two groups"
     assert (tmp_path / "out" / "recovered.safetensors").stat().st_size < 4 * num_values + 4096
 
 
