@@ -63,8 +63,15 @@ def test_a_search_outlives_a_restart_of_its_server(
 
     def restart() -> None:
         server.stop()
-        starters.append(threading.Timer(1.0, server.start))
+        starters.append(threading.Thread(target=start_when_missed))
         starters[0].start()
+
+    def start_when_missed() -> None:
+        for _ in range(600):
+            if "waiting up to" in caplog.text:
+                break
+            time.sleep(0.1)
+        server.start()
 
     evaluator = Interrupting(restart, at=9)
     try:

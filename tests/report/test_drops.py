@@ -34,7 +34,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(directory: Path) -> StudyReport:
-    report = search_formula(directory, budget=50, objective="latency", allow=EVERYTHING)
+    report = search_formula(directory, budget=40, objective="latency", allow=EVERYTHING)
     kinds = {(result.num_joins > 0, result.num_dropped > 0) for result in report.front}
     assert kinds == {(False, False), (True, False), (False, True), (True, True)}, "the front has plans of every kind"
     return report
