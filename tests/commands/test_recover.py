@@ -82,7 +82,8 @@ def test_a_refit_is_written_with_what_it_won_back(
     assert document["num_tokens"] == 38 * 32 * 2, "each token in each of two passes"
     assert document["num_bytes"] == sum(file.stat().st_size for file in out.iterdir())
     assert sorted(file.name for file in out.iterdir()) == ["plan.json", "recovered.safetensors"]
-    assert {name.rsplit(".", 2)[1] for name in read_weights(out)} == {"o_proj", "down_proj"}
+    inputs, outputs = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}, {"o_proj", "down_proj"}
+    assert {name.rsplit(".", 2)[1] for name in read_weights(out)} == inputs | outputs
     (loss,) = document["losses"]
     assert (loss["data"], loss["windows"], loss["seq_len"], loss["num_tokens"]) == (str(text_file), 10, 32, 10 * 31)
     assert loss["delta_nll"] < loss["untouched_delta_nll"]
@@ -270,7 +271,9 @@ def test_several_kinds_of_text_are_repaired_and_shown(
     assert both.document["num_tokens"] == 2 * 38 * 32 * 2
     assert load_plan(tmp_path / "both").metadata.provenance.recovery.data == (str(text_file), f"{code_file}@3")
     assert losses[1]["untouched_delta_nll"] == pytest.approx(one[1]["untouched_delta_nll"], abs=0.1)
-    assert losses[1]["recovered_share"] > one[1]["recovered_share"], "a kind is repaired best where it is fitted"
+    # With random weights more than the whole may be won back by chance; a repair is good where it is near to the whole.
+    missed, missed_elsewhere = (abs(1 - loss["recovered_share"]) for loss in (losses[1], one[1]))
+    assert missed < missed_elsewhere, "a kind is repaired best where it is fitted"
     for name in (text_file.name, code_file.name):
         assert name in both.stderr
 
@@ -325,9 +328,10 @@ def test_distilling_goes_on_from_the_refit(recover: Callable[..., Outcome], tmp_
         "windows": 40, "seq_len": 32, "passes": 2, "num_tokens": 60_000, "learning_rate": 3e-4, "train": train,
         "checkpointing": False, "seed": 0,
     }  # fmt: skip
-    assert any("q_proj" in name for name in read_weights(tmp_path / "out")), "which a refit does not change"
-    layers = {int(name.split(".")[1]) for name in read_weights(tmp_path / "out")}
-    assert layers == ({1, 2, 3, 4, 5} if train == "grouped" else {0, 1, 2, 3, 4, 5})
+    assert any("layernorm" in name for name in read_weights(tmp_path / "out")), "which a refit does not change"
+    assert recover(*OPTIONS, out="refit").exit_code == 0
+    layers, refitted = ({int(n.split(".")[1]) for n in read_weights(tmp_path / out)} for out in ("out", "refit"))
+    assert layers == (refitted | {1, 2, 3, 4} if train == "grouped" else {0, 1, 2, 3, 4, 5})
     assert "won back on validation windows" in outcome.stderr
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".out")], "nothing is left beside it"
 
