@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lpsearch.errors import UsageError
+from lpsearch.errors import LpsearchError, UsageError
 
-__all__ = ["check_target", "staged", "staged_file"]
+__all__ = ["check_disk", "check_target", "staged", "staged_file"]
 
 
 def check_target(target: Path) -> None:
@@ -25,6 +25,27 @@ def check_target(target: Path) -> None:
             raise UsageError(f"{target} is not empty; name a new directory, or empty this one")
     elif target.exists() or target.is_symlink():
         raise UsageError(f"{target} is a file; name a new directory")
+
+
+def check_disk(target: Path, needed_bytes: int, *, what: str, advice: str) -> None:
+    """Refuse a disk without room for what is to be written.
+
+    Args:
+        target: file or directory to write.
+        needed_bytes: what it takes.
+        what: what is written, for the message, e.g. ``file``.
+        advice: what else to do than to free some space.
+
+    Raises:
+        LpsearchError: saying what is needed and what is free.
+    """
+    parent = next(parent for parent in target.absolute().parents if parent.is_dir())
+    free_bytes = shutil.disk_usage(parent).free
+    if free_bytes < needed_bytes:
+        raise LpsearchError(
+            f"{target}: the {what} needs {needed_bytes / 1e9:.2f} GB and {free_bytes / 1e9:.2f} GB are free; free some "
+            f"space, {advice}"
+        )
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -224,7 +224,7 @@ def _measure_untouched(loaded: LoadedModel, plan: Plan, windows: Windows) -> _Un
     with show_steps("measuring the plan without repair") as on_step:
         base = evaluator.evaluate_windows(Plan.baseline(plan.num_layers), indices).nll_nats_per_token
         on_step(1, 2)
-        untouched = evaluator.evaluate_windows(_without_metadata(plan), indices).nll_nats_per_token
+        untouched = evaluator.evaluate_windows(plan.without_metadata(), indices).nll_nats_per_token
         on_step(2, 2)
     check_finite([*base, *untouched], spec=windows.spec, dtype=_name_dtype(loaded))
     return _Untouched(base, untouched)
@@ -245,7 +245,7 @@ def _measure(
     evaluator = ModelEvaluator(model=loaded.model, windows=windows, cache_bytes=0)
     indices = range(windows.num_windows)
     with show_steps("measuring what was won back"), swapped_weights(loaded.model, repair.weights):
-        found = evaluator.evaluate_windows(_without_metadata(plan), indices, variant="repaired")
+        found = evaluator.evaluate_windows(plan.without_metadata(), indices, variant="repaired")
     repaired = found.nll_nats_per_token
     check_finite(repaired, spec=windows.spec, dtype=_name_dtype(loaded))
     losses = []
@@ -270,11 +270,6 @@ def _measure(
             "text (--windows), or to more kinds of it (--data)"
         )
     return tuple(losses)
-
-
-def _without_metadata(plan: Plan) -> Plan:
-    """Return the plan alone; its model was checked when it was loaded, and repaired weights are another model's."""
-    return replace(plan, metadata=None)
 
 
 def _name_dtype(loaded: LoadedModel) -> str:

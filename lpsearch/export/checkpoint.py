@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lpsearch.errors import LpsearchError
 from lpsearch.export.base import BaseModel, open_model, open_source, replace_weights
 from lpsearch.export.card import write_card
 from lpsearch.export.shards import INDEX_NAME, Shard, TensorSpec, list_shards, write_shard
 from lpsearch.models import ModelSource
 from lpsearch.models.quiet import quiet_transformers
 from lpsearch.plan import RECOVERED_PLAN_NAME, ModelIdentity, Plan, PlanMetadata, save_plan, write_json
-from lpsearch.staging import check_target, staged
+from lpsearch.staging import check_disk, check_target, staged
 from lpsearch.transform import check_plan_layers, check_plan_numbers
 from lpsearch.transform import modeling_lpsearch as modeling
 from lpsearch.transform.fused_config import build_fused_config
@@ -151,7 +150,9 @@ def _write_directory(
     config: Any = build_fused_config(base.config, plan)
     config.dtype = dtype or base.dtype
     shards = list_shards(_list_tensors(config), max_shard_bytes=max_shard_bytes)
-    _check_disk(target, sum(shard.num_bytes for shard in shards) + _OTHER_FILES_BYTES)
+    needed_bytes = sum(shard.num_bytes for shard in shards) + _OTHER_FILES_BYTES
+    advice = "name a directory on another disk, or write it in bfloat16 (--dtype bfloat16)"
+    check_disk(target, needed_bytes, what="checkpoint", advice=advice)
     plan = _complete_plan(plan, base.identity)
     with staged(target) as staging:
         _write_weights(staging, shards, InterleavedWeights(base.config, config, base.read), on_progress)
@@ -204,18 +205,3 @@ def _write_weights(
 def _complete_plan(plan: Plan, identity: ModelIdentity) -> Plan:
     """Give a plan made by hand the model that it was checked against, so that it can be written."""
     return plan if plan.metadata is not None else Plan(plan.groups, PlanMetadata(model=identity))
-
-
-def _check_disk(target: Path, needed_bytes: int) -> None:
-    """Refuse a disk without room for the checkpoint.
-
-    Raises:
-        LpsearchError: saying what is needed and what is free.
-    """
-    parent = next(parent for parent in target.absolute().parents if parent.is_dir())
-    free_bytes = shutil.disk_usage(parent).free
-    if free_bytes < needed_bytes:
-        raise LpsearchError(
-            f"{target}: the checkpoint needs {needed_bytes / 1e9:.2f} GB and {free_bytes / 1e9:.2f} GB are free; free "
-            "some space, name a directory on another disk, or write it in bfloat16 (--dtype bfloat16)"
-        )

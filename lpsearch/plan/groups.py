@@ -183,6 +183,10 @@ class Plan:
         provenance = self.metadata.provenance.model_copy(update={"recovery": None})
         return dataclasses.replace(self, metadata=self.metadata.model_copy(update={"provenance": provenance}))
 
+    def without_metadata(self) -> Plan:
+        """Return the groups alone: with repaired weights the model is no longer the one that the metadata names."""
+        return dataclasses.replace(self, metadata=None)
+
     @classmethod
     def from_key(cls, key: str) -> Plan:
         """Build the plan of a :attr:`key`."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -85,7 +84,7 @@ def refit_by_loss(
         LpsearchError: if the device has too little memory for the sums.
     """
     evaluator = ModelEvaluator(model=model, windows=validation, metric="kl", cache_bytes=0)
-    bare = replace(plan, metadata=None)  # it names the unmodified model, and repaired weights are another one's
+    bare = plan.without_metadata()
     refits: list[Refit] = []
     losses: list[float] = []
     for number in range(len(ridges)):

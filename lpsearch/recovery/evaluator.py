@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -134,9 +133,7 @@ class RefitEvaluator:
         """
         self._evaluator.remember_base(window_indices)
         with swapped_weights(self._model, self._fit(plan) if plan.num_joins or plan.num_dropped else {}):
-            # Its metadata names the unmodified model, and repaired weights are another one's.
-            bare = replace(plan, metadata=None)
-            return self._evaluator.evaluate_windows(bare, window_indices, variant=REFIT)
+            return self._evaluator.evaluate_windows(plan.without_metadata(), window_indices, variant=REFIT)
 
     def _fit(self, plan: Plan) -> Mapping[str, Tensor]:
         weights = self._fits.get(plan)

@@ -8,46 +8,16 @@ length of 0 is no way to leave an MLP out: the graph then skips the attention of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from lpsearch.errors import FamilyError
 from lpsearch.export.gguf.rotary import find_rotary_obstacle
 from lpsearch.models.traits import FamilyTraits, read_traits
-from lpsearch.plan import Plan
+from lpsearch.plan.stage_blocks import Block, arrange_blocks
 
 __all__ = ["Block", "arrange_blocks", "check_gguf"]
 
 _NORMED_HEADS = {"head": "by head", "full": "over their full width"}
-
-
-@dataclass(frozen=True)
-class Block:
-    """One block: the layers whose attentions it sums, and those whose MLPs follow; either may be empty."""
-
-    attention: tuple[int, ...]
-    mlp: tuple[int, ...]
-
-
-def arrange_blocks(plan: Plan) -> tuple[Block, ...]:
-    """Lay the stages of a plan into as few blocks as hold them.
-
-    A group is an attention stage, then an MLP stage, and either is missing where the plan drops all of it. A block
-    takes an attention stage and the MLP stage that follows it, though it be that of the next group.
-    """
-    blocks: list[Block] = []
-    open_attention: tuple[int, ...] = ()
-    for group in plan.groups:
-        if group.attention_layers:
-            if open_attention:
-                blocks.append(Block(open_attention, ()))
-            open_attention = tuple(group.attention_layers)
-        if group.mlp_layers:
-            blocks.append(Block(open_attention, tuple(group.mlp_layers)))
-            open_attention = ()
-    if open_attention:
-        blocks.append(Block(open_attention, ()))
-    return tuple(blocks)
 
 
 def check_gguf(config: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from gguf import GGUFEndian, GGUFWriter, LlamaFileType
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lpsearch.errors import LpsearchError, UsageError
+from lpsearch.errors import UsageError
 from lpsearch.export.base import BaseModel, open_model, open_source, replace_weights
 from lpsearch.export.gguf.blocks import arrange_blocks, check_gguf
 from lpsearch.export.gguf.formats import QUANTISATIONS, Quantisation, is_quantised
@@ -28,7 +27,7 @@ from lpsearch.models.gguf_header import read_gguf_header
 from lpsearch.models.packaged import fetch_package
 from lpsearch.models.traits import read_traits
 from lpsearch.plan import ModelIdentity, Plan
-from lpsearch.staging import staged_file
+from lpsearch.staging import check_disk, staged_file
 from lpsearch.transform import check_plan_layers, check_plan_numbers
 from lpsearch.versions import __version__
 
@@ -193,7 +192,9 @@ def _write(
     file_type = stored.file_type if is_copied and stored is not None else None
     writer.add_file_type(_FILE_TYPES[deci.quantisation] if file_type is None else file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _check_disk(target, sum(tensor.num_bytes for tensor in tensors) + _METADATA_BYTES)
+    needed_bytes = sum(tensor.num_bytes for tensor in tensors) + _METADATA_BYTES
+    advice = "name a file on another disk, or write it in 8 bits (--quant q8_0)"
+    check_disk(target, needed_bytes, what="file", advice=advice)
     with staged_file(target) as staging:
         _write_tensors(writer, tensors, staging, on_progress)
     logger.info("wrote %s: %d layers as %g", target, plan.num_layers, plan.depth)
@@ -301,19 +302,4 @@ def _check_quantisation(quantisation: str | None) -> None:
         raise UsageError(
             f"quantisation {quantisation!r} is none that is written; choose one of {', '.join(QUANTISATIONS)}, and "
             "llama.cpp's `llama-quantize` makes others of a file in f16 or f32"
-        )
-
-
-def _check_disk(target: Path, needed_bytes: int) -> None:
-    """Refuse a disk without room for the file.
-
-    Raises:
-        LpsearchError: saying what is needed and what is free.
-    """
-    parent = next(parent for parent in target.absolute().parents if parent.is_dir())
-    free_bytes = shutil.disk_usage(parent).free
-    if free_bytes < needed_bytes:
-        raise LpsearchError(
-            f"{target}: the file needs {needed_bytes / 1e9:.2f} GB and {free_bytes / 1e9:.2f} GB are free; free some "
-            "space, name a file on another disk, or write it in 8 bits (--quant q8_0)"
         )

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from lpsearch.errors import FamilyError
 from lpsearch.models.traits import FamilyTraits
 from lpsearch.plan import Plan
+from lpsearch.plan.stage_blocks import arrange_blocks
 
 __all__ = ["Block", "check_llama_cpp_family", "list_blocks", "write_timing_file"]
 
@@ -86,22 +87,13 @@ def list_blocks(traits: FamilyTraits, plan: Plan) -> list[Block]:
         traits: of the model.
         plan: for it.
     """
-    blocks: list[tuple[int, int]] = []  # members that attend, and members whose MLPs follow
-    for group in plan.groups:
-        attentions, mlps = len(group.attention_layers), len(group.mlp_layers)
-        if attentions:
-            blocks.append((attentions, mlps))
-        elif mlps and blocks and not blocks[-1][1]:
-            blocks[-1] = (blocks[-1][0], mlps)
-        elif mlps:
-            blocks.append((0, mlps))
     found = [
         Block(
-            attentions * traits.num_heads,
-            attentions * traits.num_kv_heads,
-            mlps * traits.intermediate_size or _LEAST_FEED_FORWARD,
+            len(block.attention) * traits.num_heads,
+            len(block.attention) * traits.num_kv_heads,
+            len(block.mlp) * traits.intermediate_size or _LEAST_FEED_FORWARD,
         )
-        for attentions, mlps in blocks
+        for block in arrange_blocks(plan)
     ] or [Block(0, 0, _LEAST_FEED_FORWARD)]
     return found if found[0].num_heads else [Block(1, 1, found[0].feed_forward), *found[1:]]
 
