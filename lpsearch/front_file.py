@@ -113,6 +113,9 @@ class FrontFile(BaseModel):
         heldout_tokens: tokens behind the held-out losses of the front.
         latency_error: mean relative error of the latency model on depths that it was not fitted to; None where that is
             not known.
+        speedup_margin: by what share a speed-up may be off; None where that is not known.
+        finished: whether the search has ended. While it is under way, and after it was interrupted, the front is the
+            best by then, and its plans may not have been checked on held-out windows.
         front: the unmodified model, then the plans that no other beats, fewest joins first.
     """
 
@@ -132,6 +135,8 @@ class FrontFile(BaseModel):
     proxy_tokens: int
     heldout_tokens: int
     latency_error: float | None = None
+    speedup_margin: float | None = None
+    finished: bool = True
     front: tuple[FrontPoint, ...]
 
 

@@ -6,14 +6,16 @@ import logging
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lpsearch.commands.console import adopt_optuna_log
+from lpsearch.commands.console import Answer, adopt_optuna_log
+from lpsearch.commands.facts import Facts, Row
 from lpsearch.commands.options import DirectoryArgument, StorageOption, StudyOption
 from lpsearch.commands.outputs import check_output_file
 from lpsearch.errors import UsageError
+from lpsearch.wording import name_count
 
 if TYPE_CHECKING:
     from lpsearch.report import StudyReport
@@ -32,7 +34,7 @@ def report(
     storage: StorageOption = None,
     study: StudyOption = None,
     out: Annotated[Path | None, typer.Option(help="file to write; default: report.html in DIR", metavar="FILE")] = None,
-) -> dict[str, Any]:
+) -> Answer:
     """Write a study's report, finished or not, as one HTML file that needs no network."""
     from lpsearch.commands.studies import open_existing_study
     from lpsearch.latency.profile import describe_profile_error
@@ -48,7 +50,7 @@ def report(
     if warning is not None:
         logger.warning("%s", warning)
     num_bytes = write_html(found, target)
-    return {
+    document = {
         "report": str(target),
         "study": found.name,
         "trials": len(found.results),
@@ -56,6 +58,12 @@ def report(
         "num_bytes": num_bytes,
         "seconds": round(time.perf_counter() - started, 2),
     }
+    rows: list[Row] = [
+        ("report", target),
+        ("study", f"{found.name}: {name_count(len(found.results), 'plan')} evaluated, {len(found.front)} on the front"),
+        ("state", None if found.is_current else "unfinished: under way or interrupted"),
+    ]
+    return Answer(document, Facts(rows))
 
 
 def try_write_report(store: StudyStore, out: Path) -> StudyReport | None:

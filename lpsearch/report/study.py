@@ -124,6 +124,11 @@ class StudyReport:
         """Mean relative error of the latency model on depths that it was not fitted to; None where not known."""
         return None if self.latency_model is None else self.latency_model.mean_error
 
+    @property
+    def speedup_margin(self) -> float | None:
+        """By what share a speed-up may be off; None with latency off."""
+        return None if self.latency_model is None else self.latency_model.speedup_margin
+
     def estimate_kv_bytes_per_token(self, plan: Plan) -> int | None:
         """Return the bytes of a plan's KV cache a token; None where that is not known."""
         return None if self.latency_model is None else self.latency_model.estimate_kv_bytes_per_token(plan)
@@ -193,7 +198,7 @@ def load_report(store: StudyStore, directory: Path) -> StudyReport:
         effects=estimate_effects(results, space, metric),
         latency_model=latency_model,
         is_exact=file is not None and file.exact,
-        is_current=is_written and file is not None and file.trials == len(results),
+        is_current=is_written and file is not None and file.finished and file.trials == len(results),
     )
 
 

@@ -151,6 +151,7 @@ class Coordinator:
                     num_new=len(trials.finished) - trials.num_resumed,
                     budget=trials.budget,
                     front=trials.build_front(),
+                    proxy_tokens=sum(found.proxy_tokens for found in trials.finished.values()),
                     elapsed_s=self._get_elapsed_s(),
                 )
             )

@@ -12,7 +12,7 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from lpsearch.commands.lines import StderrConsole, dump_json_line
+from lpsearch.commands.lines import SafeConsole, dump_json_line
 from lpsearch.commands.steps import clip
 from lpsearch.wording import escape_controls
 from tests.commands.conftest import Run
@@ -164,7 +164,7 @@ def test_generated_text_cannot_drive_the_terminal(
 
 def test_tables_and_displays_keep_their_width() -> None:
     stream = io.StringIO()
-    console = StderrConsole(file=stream, width=24, force_terminal=False)
+    console = SafeConsole(file=stream, width=24, force_terminal=False)
     table = Table()
     table.add_column(MARK)
     table.add_row(Text(MARK))

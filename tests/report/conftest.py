@@ -113,7 +113,15 @@ def write_front_files(directory: Path, front: list[TrialResult], result: StudyRe
     named = name_plan_files(front)
     for found in named:
         save_plan(Plan(found.plan.groups, PlanMetadata(model=identity)), directory / found.plan_file)
-    file = build_front_file(named, study="demo", model=identity, result=result, **fields)
+    file = build_front_file(
+        named,
+        study="demo",
+        model=identity,
+        num_trials=len(result.results),
+        proxy_tokens=result.proxy_tokens,
+        exact=result.exact,
+        **fields,
+    )
     write_json(file.model_dump(mode="json"), directory / "front.json")
 
 
