@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
-from lpsearch.commands.console import Answer
+from lpsearch.commands.console import Answer, get_output
 from lpsearch.commands.facts import Facts, Row
 from lpsearch.commands.options import ModelOption, PlanArgument
 from lpsearch.commands.plan_facts import describe_difference, describe_pick, describe_plan
@@ -263,6 +265,9 @@ def _warn_of_latency(mean_error: float | None, path: Path) -> None:
         logger.warning("%s", warning)
 
 
-def schema() -> dict[str, Any]:
+def schema() -> dict[str, Any] | Answer:
     """Print the JSON Schema of the plan file."""
-    return build_plan_schema()
+    document = build_plan_schema()
+    if get_output().tables is None:
+        return document
+    return Answer(document, Text(json.dumps(document, indent=2), no_wrap=True, overflow="ignore"))

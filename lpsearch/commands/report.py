@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,14 +15,14 @@ from lpsearch.commands.console import Answer, adopt_optuna_log
 from lpsearch.commands.facts import Facts, Row
 from lpsearch.commands.options import DirectoryArgument, StorageOption, StudyOption
 from lpsearch.commands.outputs import check_output_file
-from lpsearch.errors import UsageError
+from lpsearch.errors import StudyError, UsageError
 from lpsearch.wording import name_count
 
 if TYPE_CHECKING:
     from lpsearch.report import StudyReport
     from lpsearch.search import StudyStore
 
-__all__ = ["REPORT_NAME", "report", "try_write_report"]
+__all__ = ["REPORT_NAME", "annotate_if_missing", "has_dashboard", "report", "try_write_report"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +44,10 @@ def report(
     adopt_optuna_log()
     started = time.perf_counter()
     target = directory / REPORT_NAME if out is None else out
-    with open_existing_study(directory, storage=storage, study=study) as store:
+    with open_existing_study(directory, storage=storage, study=study, annotates=has_dashboard()) as store:
         check_output_file(target)
         found = load_report(store, directory)
+        annotate_if_missing(store, found, directory)
     warning = describe_profile_error(found.latency_error, name=f"{directory}: the latency profile of the study")
     if warning is not None:
         logger.warning("%s", warning)
@@ -93,6 +95,34 @@ def try_write_report(store: StudyStore, out: Path) -> StudyReport | None:
         return None
     _try_annotate(store, found, out)
     return found
+
+
+def has_dashboard() -> bool:
+    """Tell whether optuna-dashboard is installed, for which a study is annotated."""
+    return find_spec("optuna_dashboard") is not None
+
+
+def annotate_if_missing(store: StudyStore, found: StudyReport, directory: Path) -> None:
+    """Write what optuna-dashboard shows of a study, if a search that could not write it has ended.
+
+    The search writes it at its end, but not where optuna-dashboard was installed only later.
+
+    Args:
+        store: the study's database, open.
+        found: what the report shows.
+        directory: of the study.
+    """
+    from lpsearch.report.annotations import is_annotated
+
+    if store.is_read_only or not has_dashboard():
+        return
+    try:
+        if is_annotated(store, found):
+            return
+        with store.hold_lock():
+            _try_annotate(store, found, directory)
+    except StudyError as error:  # a search holds it, and writes this at its end
+        logger.debug("nothing written for optuna-dashboard: %s", error)
 
 
 def _try_annotate(store: StudyStore, found: StudyReport, out: Path) -> None:

@@ -174,7 +174,8 @@ def search_formula(
             for record in front:
                 evaluate_stored_plan(store, unseen, record.plan, split="heldout")
         if files:
-            write_front_files(directory, front, result, metric=metric, objective=objective)
+            model = None if profile is None else LatencyModel(profile)
+            write_front_files(directory, front, result, metric=metric, objective=objective, latency_model=model)
         return load_report(store, directory)
 
 

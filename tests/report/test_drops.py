@@ -168,11 +168,11 @@ def test_the_page_says_what_is_left_out_and_the_cache_that_it_saves(report: Stud
 
 def test_plan_pick_takes_plans_of_any_kind(report: StudyReport, directory: Path) -> None:
     for advised in pick_plans(report):
-        picked = pick(directory, max_delta=advised.max_loss)
+        picked = pick(directory, max_delta=advised.max_loss).document
         assert advised.index is not None
         assert load_plan(picked["plan"]) == report.front[advised.index].plan
     drops_alone = next(result for result in report.front if result.num_dropped and not result.num_joins)
-    picked = pick(directory, max_delta=drops_alone.heldout.delta_nll, min_speedup=drops_alone.speedup)
+    picked = pick(directory, max_delta=drops_alone.heldout.delta_nll, min_speedup=drops_alone.speedup).document
     assert (load_plan(picked["plan"]), picked["num_joins"]) == (drops_alone.plan, 0)
     assert set(picked["ways"]) == {"joins", "drops", "both"}
     ways = compare_ways(report.results, metric="nll", objective="latency", max_loss=drops_alone.heldout.delta_nll)
@@ -182,7 +182,7 @@ def test_plan_pick_takes_plans_of_any_kind(report: StudyReport, directory: Path)
         if found is not None:
             assert Plan.from_groups(said["groups"], dropped=said["dropped"]) == found.plan
             assert (said["loss"], said["speedup"]) == (found.get_reported_cost("nll"), found.speedup)
-    assert "ways" not in pick(directory, min_speedup=1.0), "no loss to compare them at"
+    assert "ways" not in pick(directory, min_speedup=1.0).document, "no loss to compare them at"
     file = load_front_file(directory)
     assert file is not None
     assert [point.num_dropped for point in file.front] == [result.plan.num_dropped for result in report.front]
