@@ -71,15 +71,14 @@ def pick_plan(
         and (min_speedup is None or (plan.speedup is not None and plan.speedup >= min_speedup))
     ]
     changed = [index for index in meeting if front[index].num_joins + front[index].num_dropped > 0]
+    unmodified = [index for index in meeting if index not in changed]
     if margin is not None and objective == "latency" and max_loss is not None and min_speedup is None:
-        is_unmodified_within = len(changed) < len(meeting)
         gaining = [index for index in changed if has_gain(front[index], margin)]
-        changed = gaining if gaining or is_unmodified_within else changed
-    meeting = changed or meeting
+        changed = gaining or ([] if unmodified else changed)
 
     def rank(index: int) -> tuple[float, float]:
         plan = front[index]
         saving = plan.depth_reduction if objective == "depth" else plan.speedup or 0.0
         return (0.0 if max_loss is None else saving, -plan.get_reported_cost(metric))
 
-    return max(meeting, key=rank, default=None)
+    return max(changed or unmodified, key=rank, default=None)
