@@ -100,10 +100,10 @@ def _build_app(commands: Sequence[Callable[..., Any]], *, prefix: str = "", **op
     """
     group = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}, **options)
     for command in commands:
-        lines = EXAMPLES[f"{prefix} {command.__name__}".strip()]
+        lines = EXAMPLES.get(f"{prefix} {command.__name__}".strip(), ())
         title = "Example:" if len(lines) == 1 else "Examples:"
         # typer joins the lines of a paragraph, so each line is one.
-        group.command(command.__name__, epilog="\n\n".join([title, *lines]))(_defer(command))
+        group.command(command.__name__, epilog="\n\n".join([title, *lines]) if lines else None)(_defer(command))
     return group
 
 
