@@ -106,6 +106,7 @@ class FrontFile(BaseModel):
         worst_case: plans were compared by the loss on their worst kind of text, not by the mean.
         recover: what was done to the weights of every plan before its losses were measured.
         untouched_front: the plan files that no other of ``front`` beats without repair; empty without repair.
+        freeze: layers that no plan of the front changes; None in files of older versions, which do not say.
         trials: finished plans of the study.
         exact: every plan of the space is finished.
         baseline_nll: of the unmodified model on the proxy windows, nats per token.
@@ -129,6 +130,7 @@ class FrontFile(BaseModel):
     worst_case: bool = False
     recover: Recover = "off"
     untouched_front: tuple[str, ...] = ()
+    freeze: tuple[int, ...] | None = None
     trials: int
     exact: bool
     baseline_nll: float

@@ -84,8 +84,9 @@ class FrontWriter:
 
     def write_interrupted(self) -> None:
         """Write the front of a search that was interrupted, with the held-out losses that are known by then."""
-        results = [result for result in read_results(self._store) if result.plan in self._space]
-        front = build_front(results, metric=self._values.metric, objective=self._values.objective)
+        results = read_results(self._store)
+        valid = [result for result in results if result.plan in self._space]
+        front = build_front(valid, metric=self._values.metric, objective=self._values.objective)
         if not front:
             return
         try:
@@ -134,6 +135,7 @@ class FrontWriter:
             proxy_tokens=proxy_tokens,
             latency_model=model,
             recover=values.recover,
+            freeze=values.freeze,
             exact=exact,
             finished=finished,
         )

@@ -90,6 +90,7 @@ def build_front_file(
     proxy_tokens: int,
     latency_model: LatencyModel | None = None,
     recover: Recover = "off",
+    freeze: tuple[int, ...] = (),
     exact: bool = False,
     finished: bool = True,
 ) -> FrontFile:
@@ -105,6 +106,7 @@ def build_front_file(
         proxy_tokens: tokens behind their losses.
         latency_model: estimates of time; None with latency off.
         recover: what was done to the weights of every plan before its losses were measured.
+        freeze: layers that no plan of the front changes.
         exact: every plan of the space is finished.
         finished: the search has ended.
     """
@@ -118,6 +120,7 @@ def build_front_file(
         worst_case=_is_worst_case(front[0]),
         recover=recover,
         untouched_front=tuple(str(found.plan_file) for found in untouched_front),
+        freeze=freeze,
         trials=num_trials,
         exact=exact,
         baseline_nll=front[0].loss.nll,

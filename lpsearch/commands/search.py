@@ -287,7 +287,7 @@ def _warn_of_hidden_plans(store: StudyStore, space: PlanSpace) -> None:
     if num_hidden:
         logger.warning(
             "--freeze keeps layers alone that %d of the %d finished plans change: front.json and plans/ leave these "
-            "plans out, the study and its report keep them; leave --freeze out to have them back",
+            "plans out, the study keeps them; leave --freeze out to have them back",
             num_hidden,
             len(results),
         )

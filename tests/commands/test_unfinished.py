@@ -137,6 +137,9 @@ def test_freezing_more_layers_says_what_it_hides(run_lpsearch: Run, arguments: l
     hidden = 13 - 2  # only layers 4 and 5 may still join
     assert f"{hidden} of the 13 finished plans change" in outcome.stderr
     assert [point["num_joins"] for point in outcome.document["front"]] == [0, 1]
+    reported = run_lpsearch("report", tmp_path / "study")
+    assert (reported.document["trials"], reported.document["front_plans"]) == (13, 2)
+    assert "unfinished" not in reported.stderr
     outcome = run_lpsearch(*arguments, "--budget", 13)
     assert "--freeze keeps" not in outcome.stderr
     assert outcome.document["front"][-1]["num_joins"] == 3
