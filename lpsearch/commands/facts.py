@@ -14,10 +14,17 @@ from rich.text import Text
 
 from lpsearch.wording import escape_controls
 
-__all__ = ["Facts", "Grid", "Row", "describe_document", "keep_line", "wrap_line"]
+__all__ = ["Facts", "Grid", "Kept", "Row", "describe_document", "keep_line", "wrap_line"]
 
 Row = tuple[str, str | Path | None]
 """A name and its value."""
+
+
+class Kept(str):
+    """Text that is left to the terminal to break, such as a command line, so that it can be copied."""
+
+    __slots__ = ()
+
 
 _GAP = 2
 """Columns of the terminal between a name and its value."""
@@ -53,7 +60,7 @@ class Facts:
                 yield Text(label)
             margin = indent if is_beside else _INDENT
             head = f"{label:<{indent}}" if is_beside else " " * _INDENT
-            if isinstance(value, Path) or " " not in value:
+            if isinstance(value, Path | Kept) or " " not in value:
                 yield keep_line(f"{head}{value}")
                 continue
             lines = Text(escape_controls(value)).wrap(console, max(1, options.max_width - margin))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.console import Group
 
 from lpsearch.commands.checks import read_num_layers
 from lpsearch.commands.console import Answer
-from lpsearch.commands.facts import Facts, Grid, Row
+from lpsearch.commands.facts import Facts, Grid, Kept, Row
 from lpsearch.commands.loading import resolve_device, resolve_dtype
 from lpsearch.commands.options import DeviceOption, DtypeOption, ModelOption
 from lpsearch.commands.outputs import check_output_file
@@ -274,7 +275,7 @@ def _describe(model: str, measured: LatencyProfile, out: Path) -> Facts:
         ("device", f"{where}{', emulated from one' if measured.emulated else ''}"),
         ("engine", f"{measured.runtime}, {name_count(measured.num_threads, 'CPU thread')}"),
         ("measured", f"{name_count(len(first.points), 'depth')} of each workload, {_describe_samples(measured)}"),
-        ("use it", f"lpsearch optimize --model {model} --latency {out}"),
+        ("use it", Kept(shlex.join(["lpsearch", "optimize", "--model", model, "--latency", str(out)]))),
     ]
     return Facts(rows)
 

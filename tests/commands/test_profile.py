@@ -102,6 +102,21 @@ def test_a_place_that_cannot_be_written_is_refused_before_it_measures(
     assert "measuring" not in outcome.stderr
 
 
+def test_a_file_is_replaced_only_if_that_is_asked_for(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text("precious", encoding="utf-8")
+    refused = run_lpsearch(*arguments, "--context", 8)
+    assert refused.exit_code == 2
+    assert "add --overwrite to replace it" in refused.document["error"]["message"]
+    assert "measuring" not in refused.stderr
+    assert path.read_text(encoding="utf-8") == "precious"
+    outcome = run_lpsearch(*arguments, "--context", 8, "--overwrite")
+    assert outcome.exit_code == 0, outcome.stderr
+    assert load_profile(path).geometry.num_layers == 6
+    for echoed in ("6 layers", "wide layers", "each timed", f"--latency {path}"):
+        assert echoed in outcome.stderr
+
+
 @pytest.mark.slow
 def test_ranks_are_started(run_lpsearch: Run, arguments: list) -> None:
     outcome = run_lpsearch(*arguments, "--context", 8, "--tp", 2)
