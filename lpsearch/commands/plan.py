@@ -82,7 +82,7 @@ def validate(plan_path: PlanArgument, model: ModelOption = None) -> Answer:
         "depth": plan.depth,
         "model": model,
     }
-    checked = "its model was not looked at; --model MODEL checks that the plan is for it"
+    checked = "its model was not looked at, which `lpsearch plan validate PLAN --model MODEL` does too"
     rows: list[Row] = [
         ("plan", plan_path),
         ("valid", "yes; " + (checked if model is None else f"and it is for {model}")),

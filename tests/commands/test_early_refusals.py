@@ -319,6 +319,7 @@ _SAID_BY = {
     "commands": ["optimize", "evaluate", "export", "generate", "profile", "report", "dashboard", "plan pick"],
     "commands/app.py": [],  # it looks for the option that it names
     "commands/console.py": ["optimize", "profile", "report"],  # for those with --out
+    "commands/examples.py": [],  # command lines, which test_help.py parses
     "commands/generate.py": ["generate"],
     "commands/latency.py": ["optimize"],
     "commands/loading.py": ["optimize", "evaluate", "generate", "recover"],
