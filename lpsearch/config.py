@@ -78,7 +78,7 @@ class OptimizeConfig(BaseModel):
 
     model: str = Field(
         min_length=1,
-        description="alias (see `lpsearch models`), hub id, directory or .gguf file",
+        description="alias (see `lpsearch models`), hub id, directory or .gguf file; must be given",
         json_schema_extra={"metavar": "MODEL"},
     )
     budget: int = Field(default=200, ge=1, description="distinct finished plans in total, baseline included")
@@ -107,7 +107,7 @@ class OptimizeConfig(BaseModel):
     )
     worst_case: bool = Field(
         default=False,
-        description="search by the loss on the worst kind of text, not by the mean over the kinds",
+        description="search by the loss on the worst kind of text; default: by the mean over the kinds",
         json_schema_extra={"flags": "--worst-case"},
     )
     recover: Recover = Field(
@@ -134,10 +134,14 @@ class OptimizeConfig(BaseModel):
         description="where hidden states are kept for further plans: beside the weights, or in pinned host memory",
     )
     freeze: tuple[int, ...] = Field(
-        default=(), description="layers that stay alone, e.g. 0,1,28-29", json_schema_extra={"metavar": "LAYERS"}
+        default=(),
+        description="layers that no plan changes, e.g. 0,1,28-29; default: none",
+        json_schema_extra={"metavar": "LAYERS"},
     )
     enqueue: tuple[Path, ...] = Field(
-        default=(), description="plan to evaluate first; may be repeated", json_schema_extra={"metavar": "PLAN"}
+        default=(),
+        description="plan to evaluate first; may be repeated; default: none",
+        json_schema_extra={"metavar": "PLAN"},
     )
     latency: str = Field(
         default="auto",
@@ -185,7 +189,7 @@ class OptimizeConfig(BaseModel):
     timeout: float | None = Field(
         default=None,
         gt=0,
-        description="seconds after which no further trial starts",
+        description="seconds, above 0, after which no further trial starts; default: no limit",
         json_schema_extra={"metavar": "SECONDS"},
     )
     staged: bool = Field(
@@ -195,7 +199,7 @@ class OptimizeConfig(BaseModel):
     )
     trust_remote_code: bool = Field(
         default=False,
-        description="run the model's own Python code from the hub",
+        description="run the model's own Python code from the hub; default: never",
         json_schema_extra={"flags": "--trust-remote-code"},
     )
 
@@ -375,8 +379,16 @@ def _describe(error: ValidationError) -> str:
     for item in error.errors(include_url=False):
         option = "--" + str(item["loc"][0]).replace("_", "-")
         if item["type"] == "extra_forbidden":
-            known = ", ".join(name.replace("_", "-") for name in OptimizeConfig.model_fields)
-            findings.append(f"{option} is not an option; known: {known}")
+            findings.append(_describe_unknown(option))
         else:
             findings.append(f"{option}: {item['msg']}, got {mask_urls(repr(item['input']))}")
     return "; ".join(findings)
+
+
+def _describe_unknown(option: str) -> str:
+    """Say that a configuration file cannot set something."""
+    name = option.removeprefix("--")
+    if name in ("fresh", "config", "quiet", "json"):
+        return f"{name} cannot be set in a configuration file; give {option} on the command line"
+    known = ", ".join(name.replace("_", "-") for name in OptimizeConfig.model_fields)
+    return f"{name} is no setting of a configuration file; known: {known}"

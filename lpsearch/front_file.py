@@ -123,6 +123,7 @@ class FrontFile(BaseModel):
         worst_case: plans were compared by the loss on their worst kind of text, not by the mean.
         recover: what was done to the weights of every plan before its losses were measured.
         untouched_front: the plan files that no other of ``front`` beats without repair; empty without repair.
+        freeze: layers that no plan of the front changes; None in files of older versions, which do not say.
         trials: finished plans of the study.
         exact: every plan of the space is finished.
         baseline_nll: of the unmodified model on the proxy windows, nats per token.
@@ -132,6 +133,9 @@ class FrontFile(BaseModel):
             files of older versions, whose times are of the runtime.
         latency_error: mean relative error of the latency model on depths that it was not fitted to; None where that is
             not known.
+        speedup_margin: by what share a speed-up may be off; None where that is not known.
+        finished: whether the search has ended. While it is under way, and after it was interrupted, the front is the
+            best by then, and its plans may not have been checked on held-out windows.
         front: the unmodified model, then the plans that no other beats, fewest joins first.
     """
 
@@ -145,6 +149,7 @@ class FrontFile(BaseModel):
     worst_case: bool = False
     recover: Recover = "off"
     untouched_front: tuple[str, ...] = ()
+    freeze: tuple[int, ...] | None = None
     trials: int
     exact: bool
     baseline_nll: float
@@ -152,6 +157,8 @@ class FrontFile(BaseModel):
     heldout_tokens: int
     latency_engine: str | None = None
     latency_error: float | None = None
+    speedup_margin: float | None = None
+    finished: bool = True
     front: tuple[FrontPoint, ...]
 
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from lpsearch.config import Metric, Objective
 
-__all__ = ["Pickable", "pick_plan"]
+__all__ = ["Pickable", "has_gain", "pick_plan"]
 
 
 class Pickable(Protocol):
@@ -33,6 +33,11 @@ class Pickable(Protocol):
         """Return its loss in nats per token: held out where that is known."""
 
 
+def has_gain(plan: Pickable, margin: float | None) -> bool:
+    """Tell whether a plan is faster than the unmodified model by more than its speed-up may be off."""
+    return plan.speedup is not None and plan.speedup > 1 + (margin or 0.0)
+
+
 def pick_plan(
     front: Sequence[Pickable],
     *,
@@ -40,10 +45,12 @@ def pick_plan(
     objective: Objective,
     max_loss: float | None = None,
     min_speedup: float | None = None,
+    margin: float | None = None,
 ) -> int | None:
     """Pick the plan that saves most within a loss, or without such a limit the one of least loss.
 
-    The unmodified model saves nothing, so it is picked only where no plan that changes it meets the limits.
+    The unmodified model saves nothing, so it is picked only where no plan that changes it meets the limits, or where
+    time is what is saved and no such plan is measurably faster.
 
     Args:
         front: the plans.
@@ -51,6 +58,8 @@ def pick_plan(
         objective: what is saved: depth, or estimated time.
         max_loss: largest loss, in nats per token.
         min_speedup: smallest speed-up.
+        margin: by what share a speed-up may be off, so that one within it saves no time that could be measured; None
+            where that is not known.
 
     Returns:
         The place of the plan on the front; None where none meets the limits.
@@ -61,11 +70,15 @@ def pick_plan(
         if (max_loss is None or plan.get_reported_cost(metric) <= max_loss)
         and (min_speedup is None or (plan.speedup is not None and plan.speedup >= min_speedup))
     ]
-    meeting = [index for index in meeting if front[index].num_joins + front[index].num_dropped > 0] or meeting
+    changed = [index for index in meeting if front[index].num_joins + front[index].num_dropped > 0]
+    unmodified = [index for index in meeting if index not in changed]
+    if margin is not None and objective == "latency" and max_loss is not None and min_speedup is None:
+        gaining = [index for index in changed if has_gain(front[index], margin)]
+        changed = gaining or ([] if unmodified else changed)
 
     def rank(index: int) -> tuple[float, float]:
         plan = front[index]
         saving = plan.depth_reduction if objective == "depth" else plan.speedup or 0.0
         return (0.0 if max_loss is None else saving, -plan.get_reported_cost(metric))
 
-    return max(meeting, key=rank, default=None)
+    return max(changed or unmodified, key=rank, default=None)

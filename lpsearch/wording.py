@@ -11,8 +11,11 @@ from lpsearch.plan import Plan
 
 __all__ = [
     "describe_changes",
+    "describe_delta",
     "describe_layers",
     "describe_repair",
+    "describe_speedup",
+    "describe_unfinished",
     "escape_controls",
     "escape_html",
     "format_value",
@@ -85,6 +88,24 @@ def describe_repair(plan: Plan, path: Path) -> str | None:
     return (
         f"{path}: its losses are those after a refit of the weights, which a plan file does not hold; "
         f"`{command} DIR` writes them"
+    )
+
+
+def describe_delta(delta_nll: float, *, digits: int = 3) -> str:
+    """Say what a plan loses, in nats per token, e.g. ``loses 0.225``, or ``loses nothing (-0.038)``."""
+    return f"loses {delta_nll:.{digits}f}" if delta_nll >= 0 else f"loses nothing ({delta_nll:.{digits}f})"
+
+
+def describe_speedup(speedup: float, margin: float | None) -> str:
+    """Write an estimated speed-up, and by how much it may be off, e.g. ``1.179x ±0.5%``."""
+    return f"{speedup:.3f}x" + (" estimated" if margin is None else f" ±{margin:.1%}")
+
+
+def describe_unfinished(directory: Path) -> str:
+    """Say that a front is of a search that has not ended."""
+    return (
+        f"{directory}: unfinished, since its search is under way or was interrupted; plans without a held-out loss "
+        "were not checked yet"
     )
 
 

@@ -39,7 +39,11 @@ def test_a_model_without_a_preset_takes_the_defaults() -> None:
         ({"model": "m", "max_group": 1}, "--max-group"),
         ({"model": "m", "sampler": "magic"}, "--sampler"),
         ({"model": "m", "freeze": "1-"}, "'1-' is no layer"),
-        ({"model": "m", "colour": 1}, "--colour is not an option; known: model, budget"),
+        ({"model": "m", "colour": 1}, "colour is no setting of a configuration file; known: model, budget"),
+        (
+            {"model": "m", "fresh": True},
+            "fresh cannot be set in a configuration file; give --fresh on the command line",
+        ),
         ({"model": "m", "objective": "latency", "latency": "off"}, "--objective latency needs a latency"),
     ],
 )

@@ -85,3 +85,19 @@ def test_the_held_out_loss_decides_where_it_is_known_and_finite() -> None:
     front[2] = dataclasses.replace(unseen, heldout=dataclasses.replace(heldout, delta_nll=math.nan))
     assert pick_plan(front, metric="nll", objective="depth", max_loss=0.07) == 0
     assert pick_plan(front, metric="nll", objective="depth", max_loss=0.2) == 2
+
+
+def test_a_speed_up_within_its_margin_saves_no_time() -> None:
+    front = [build_plan(0, 0.0, 1.0), build_plan(1, 0.05, 1.007), build_plan(2, 0.08, 1.03)]
+
+    def pick(objective: str = "latency", **limits: float) -> int | None:
+        return pick_plan(front, metric="nll", objective=objective, **limits)
+
+    assert pick(max_loss=0.1, margin=0.05) == 0
+    assert pick(max_loss=0.1, margin=0.01) == 2
+    assert pick(max_loss=0.06, margin=0.01) == 0
+    assert pick(max_loss=0.06) == 1
+    assert pick("depth", max_loss=0.1, margin=0.05) == 2, "depth is saved whatever the machine"
+    assert pick(max_loss=0.1, min_speedup=1.0, margin=0.05) == 2, "as much as was asked for"
+    front[1] = build_plan(1, -0.05, 1.007)
+    assert pick(max_loss=-0.01, margin=0.05) == 1, "the unmodified model loses too much"

@@ -12,7 +12,7 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -20,6 +20,7 @@ from lpsearch.commands import cache, plan
 from lpsearch.commands.console import prepare_streams, run_command
 from lpsearch.commands.dashboard import dashboard
 from lpsearch.commands.evaluate import evaluate
+from lpsearch.commands.examples import EXAMPLES
 from lpsearch.commands.export import export
 from lpsearch.commands.generate import generate
 from lpsearch.commands.models import models
@@ -30,6 +31,7 @@ from lpsearch.commands.recover import recover
 from lpsearch.commands.report import report
 from lpsearch.commands.worker import worker
 from lpsearch.errors import UsageError
+from lpsearch.versions import __version__
 
 __all__ = ["app", "main"]
 
@@ -86,14 +88,23 @@ def _check_encoding(arguments: Sequence[str]) -> None:
         try:
             argument.encode()
         except UnicodeEncodeError:
-            raise UsageError(f"the argument {argument!a} is not UTF-8; rename the file, or type it anew") from None
+            raise UsageError(f"the argument {argument!a} is not UTF-8; rename the file, or type it again") from None
 
 
-def _build_app(commands: Sequence[Callable[..., Any]], **options: Any) -> typer.Typer:
-    """Build a group of commands that are named like their functions; each also takes ``--quiet`` and ``--json``."""
-    group = typer.Typer(no_args_is_help=True, **options)
+def _build_app(commands: Sequence[Callable[..., Any]], *, prefix: str = "", **options: Any) -> typer.Typer:
+    """Build a group of commands that are named like their functions; each also takes ``--quiet`` and ``--json``.
+
+    Args:
+        commands: the functions.
+        prefix: words before the name of each.
+        options: of the group.
+    """
+    group = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}, **options)
     for command in commands:
-        group.command(command.__name__)(_defer(command))
+        lines = EXAMPLES.get(f"{prefix} {command.__name__}".strip(), ())
+        title = "Example:" if len(lines) == 1 else "Examples:"
+        # typer joins the lines of a paragraph, so each line is one.
+        group.command(command.__name__, epilog="\n\n".join([title, *lines]) if lines else None)(_defer(command))
     return group
 
 
@@ -117,9 +128,20 @@ def _defer(command: Callable[..., Any]) -> Callable[..., _Call]:
     return parse
 
 
-def _add_shared_options(call: _Call, quiet: bool, json: bool) -> _Call:
+def _add_shared_options(call: _Call, quiet: bool, json: bool, version: bool) -> _Call:
     """Heed the options that stand before the command's name too."""
     return dataclasses.replace(call, quiet=call.quiet or quiet, json=call.json or json)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"lpsearch {__version__}")
+        raise typer.Exit
+
+
+VersionOption = Annotated[
+    bool, typer.Option("--version", help="print the version and exit", callback=_print_version, is_eager=True)
+]
 
 
 app = _build_app(
@@ -129,14 +151,21 @@ app = _build_app(
     pretty_exceptions_enable=False,
 )
 app.add_typer(
-    _build_app([plan.show, plan.validate, plan.diff, plan.pick, plan.schema], help="Look at plan files."), name="plan"
+    _build_app(
+        [plan.show, plan.validate, plan.diff, plan.pick, plan.schema], prefix="plan", help="Look at plan files."
+    ),
+    name="plan",
 )
 app.add_typer(
-    _build_app([cache.show, cache.clear], help="Look at or clear the cache of packaged models and sampled windows."),
+    _build_app(
+        [cache.show, cache.clear],
+        prefix="cache",
+        help="Look at or clear the cache: packaged models, sampled windows, latencies. LPSEARCH_CACHE moves it.",
+    ),
     name="cache",
 )
 
 
 @app.callback(result_callback=_add_shared_options)
-def take_shared_options(quiet: QuietOption = False, json: JsonOption = False) -> None:
+def take_shared_options(quiet: QuietOption = False, json: JsonOption = False, version: VersionOption = False) -> None:
     """Find which layers of an LLM can run in parallel, what that saves on your GPUs and what it costs in accuracy."""

@@ -1,7 +1,10 @@
-"""How every command speaks on stderr, and how it ends: exit code, last line of stdout, summary.
+"""How every command speaks on stderr, and how it ends: exit code, and what stands on stdout.
 
 On a terminal a live display stands below the log lines. Elsewhere, in a file or a pipe, there are plain lines and no
 control characters. With ``--json`` every line on stderr is a JSON object, for a program to read.
+
+Where stdout is a terminal, a person gets the result as a table there. In a file or a pipe, and with ``--json``, the
+last line of stdout is the result as one JSON object, and the table goes to stderr.
 """
 
 from __future__ import annotations
@@ -21,12 +24,13 @@ from typing import Any, NoReturn
 import typer
 from rich.console import Console, RenderableType
 
+from lpsearch.commands.facts import describe_document
 from lpsearch.commands.lines import (
     ConsoleHandler,
     JsonFormatter,
     LineFormatter,
     LineHandler,
-    StderrConsole,
+    SafeConsole,
     dump_json_line,
     give_up_stream,
     log_stray_lines,
@@ -57,12 +61,15 @@ class Output:
     """How a command speaks on stderr.
 
     Attributes:
-        console: for tables and displays; silent with ``--quiet`` and ``--json``.
+        console: for displays, and for tables where stdout is no terminal; silent with ``--quiet`` and ``--json``.
+        tables: where a person reads the result, which is what was asked for, so that ``--quiet`` does not silence it;
+            None where stdout is for a program.
         is_live: a display may be drawn over and over.
         is_json: log lines are JSON objects, which carry progress as data.
     """
 
     console: Console
+    tables: Console | None = None
     is_live: bool = False
     is_json: bool = False
 
@@ -72,8 +79,8 @@ class Answer:
     """What a command returns.
 
     Attributes:
-        document: the JSON object of the last line of stdout.
-        summary: the same for a person, on stderr.
+        document: the JSON object of the last line of stdout, for a program.
+        summary: the same for a person.
     """
 
     document: Mapping[str, Any]
@@ -99,12 +106,12 @@ def adopt_optuna_log() -> None:
 def run_command(
     command: Callable[[], Any], *, quiet: bool = False, as_json: bool = False, has_out: bool = False
 ) -> NoReturn:
-    """Run a command to its end: print its JSON object, or its error, and exit with the design's code.
+    """Run a command to its end: print its result, or its error, and exit with the design's code.
 
     Args:
-        command: returns an :class:`Answer`, the JSON object of the last line, or an exit code (after ``--help``).
+        command: returns an :class:`Answer`, a JSON object, or an exit code (after ``--help``).
         quiet: on stderr, warnings and errors only.
-        as_json: on stderr, one JSON object a line and nothing else.
+        as_json: one JSON object a line on stderr and nothing else; the result as one on stdout.
         has_out: the command has an option ``--out``, for its errors to name.
     """
     signal.signal(signal.SIGTERM, _interrupt)
@@ -135,7 +142,7 @@ def _speak(*, quiet: bool, as_json: bool) -> Iterator[None]:
     """Send this package's log, and with ``as_json`` whatever else comes, to stderr in the form that was asked for."""
     is_terminal = sys.stderr.isatty() and not as_json
     # Bound to the present stream: while a model is loaded, sys.stderr is another one, which holds libraries back.
-    console = StderrConsole(
+    console = SafeConsole(
         file=sys.stderr,
         highlight=False,
         quiet=quiet or as_json,
@@ -155,7 +162,8 @@ def _speak(*, quiet: bool, as_json: bool) -> Iterator[None]:
     if quiet or as_json:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when a command first imports the library
     is_live = is_terminal and not quiet and console.is_interactive
-    token = _OUTPUT.set(Output(console, is_live=is_live, is_json=as_json))
+    tables = SafeConsole(file=sys.stdout, highlight=False) if sys.stdout.isatty() and not as_json else None
+    token = _OUTPUT.set(Output(console, tables=tables, is_live=is_live, is_json=as_json))
     try:
         with log_stray_lines(logging.getLogger("lpsearch.stderr")) if as_json else nullcontext():
             yield
@@ -203,38 +211,47 @@ def _run(command: Callable[[], Any], *, has_out: bool) -> int:
     if isinstance(result, Answer):
         return _show_answer(result)
     if isinstance(result, Mapping):
-        return _print_json(result)
+        return _show_document(result)
     return int(result or EXIT_DONE)
 
 
 def _show_answer(answer: Answer) -> int:
-    """Print both forms of an answer; the one that the reader wants comes last.
+    """Print an answer: as a table for a person; for a program as a JSON line, with the table on stderr before it."""
+    output = get_output()
+    is_shown = _print_summary(answer.summary, output.tables or output.console)
+    return EXIT_DONE if output.tables is not None and is_shown else _print_json(answer.document)
 
-    The JSON line of a search is long; on the screen it would push the summary out of sight.
+
+def _show_document(document: Mapping[str, Any]) -> int:
+    """Print the result of a command that has no table of its own."""
+    if get_output().tables is None:
+        return _print_json(document)
+    return _show_answer(Answer(document, describe_document(document)))
+
+
+def _print_summary(summary: RenderableType, console: Console) -> bool:
+    """Print the summary; return whether that went well.
+
+    The work is done by now, so whatever fails here, an interrupt included, keeps its result.
     """
-    if sys.stdout.isatty():
-        exit_code = _print_json(answer.document)
-        _print_summary(answer.summary)
-        return exit_code
-    _print_summary(answer.summary)
-    return _print_json(answer.document)
-
-
-def _print_summary(summary: RenderableType) -> None:
-    """Print the summary. The work is done by now, so whatever fails here, an interrupt included, keeps its result."""
     try:
-        get_output().console.print(summary, soft_wrap=True)
+        console.print(summary, soft_wrap=True)
     except KeyboardInterrupt:
         logger.warning("interrupted while the summary was printed; the result is complete")
     except Exception as error:
         logger.warning("the summary could not be printed: %s: %s", type(error).__name__, error)
         logger.debug("while printing the summary", exc_info=True)
+    else:
+        return True
+    return False
 
 
 def _fail(kind: str, message: str, exit_code: int) -> int:
+    """Say what is wrong: a line on stderr, and on stdout, where that is for a program, a JSON object."""
     message = mask_urls(message)  # the parser repeats arguments
     logger.error("%s", message)
-    _print_json({"error": {"type": kind, "message": message, "exit_code": exit_code}})
+    if get_output().tables is None:
+        _print_json({"error": {"type": kind, "message": message, "exit_code": exit_code}})
     return exit_code
 
 

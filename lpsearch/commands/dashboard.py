@@ -7,13 +7,17 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import entry_points
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lpsearch.commands.console import adopt_optuna_log
 from lpsearch.commands.options import DirectoryArgument, StorageOption, StudyOption
-from lpsearch.errors import UsageError
+from lpsearch.errors import LpsearchError, UsageError
+
+if TYPE_CHECKING:
+    from lpsearch.search import StudyStore
 
 __all__ = ["dashboard"]
 
@@ -35,6 +39,7 @@ def dashboard(
     adopt_optuna_log()
     with open_existing_study(directory, storage=storage, study=study, annotates=True) as store:
         build_server = _load_server()
+        _annotate(store, directory)
         started = time.perf_counter()
         with build_server(store, directory, port=port) as server:
             logger.setLevel(logging.INFO)  # with --quiet too: nothing else tells which port was free
@@ -47,6 +52,17 @@ def dashboard(
             with suppress(KeyboardInterrupt):  # the way to end it, so nothing was cut short
                 server.serve_forever(poll_interval=0.2)
         return {"url": server.url, "study": store.study_name, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def _annotate(store: StudyStore, directory: Path) -> None:
+    """Write what optuna-dashboard shows of a study, where it is missing; what cannot be reported has nothing yet."""
+    from lpsearch.commands.report import annotate_if_missing
+    from lpsearch.report import load_report
+
+    try:
+        annotate_if_missing(store, load_report(store, directory), directory)
+    except LpsearchError as error:
+        logger.debug("nothing written for optuna-dashboard: %s", error)
 
 
 def _load_server() -> Callable[..., Any]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Group
 
 from lpsearch.commands.console import Answer
+from lpsearch.commands.facts import Facts, Row
 from lpsearch.commands.loading import describe_device, load_model_of_plan, resolve_device, resolve_dtype
 from lpsearch.commands.options import DeviceMapOption, DeviceOption, DtypeOption, ModelOption, PlanArgument, TrustOption
+from lpsearch.commands.plan_facts import list_loss_rows
 from lpsearch.commands.steps import show_steps
 from lpsearch.commands.tasks import (
     BatchSizeOption,
@@ -71,7 +76,7 @@ def evaluate(
     limit: LimitOption = None,
     batch_size: BatchSizeOption = 8,
     apply_chat_template: ChatTemplateOption = False,
-) -> dict[str, Any] | Answer:
+) -> Answer:
     """Measure a plan's loss on any data, of one kind or several, and its scores on downstream tasks.
 
     What is not given is taken from the plan file, so that a plan alone repeats the values in it. Of a directory that
@@ -116,11 +121,13 @@ def evaluate(
         spread=device_map == "auto",
     )
     weights = read_recovery(loaded.model, plan, plan_path)
-    document = {"plan": str(plan_path), **_measure(loaded, plan, weights, texts.build(loaded), metric=metric)}
+    metrics, document = _measure(loaded, plan, weights, texts.build(loaded), metric=metric)
+    document = {"plan": str(plan_path), **document, **metrics.model_dump(mode="json")}
+    facts = _describe(plan_path, metrics, document)
     if task_run is None:
-        return document
+        return Answer(document, facts)
     table = task_run.score(loaded, list_variants(loaded.model, plan, weights))
-    return Answer({**document, **table.build_document()}, table)
+    return Answer({**document, **table.build_document()}, Group(facts, "", table))
 
 
 def _choose_texts(
@@ -221,8 +228,11 @@ class _Texts:
 
 def _measure(
     loaded: LoadedModel, plan: Plan, weights: Mapping[str, Tensor], windows: Windows, *, metric: Metric
-) -> dict[str, Any]:
-    """Measure the plan, with repaired weights too where there are any, and build the part of the document on losses.
+) -> tuple[ProxyMetrics, dict[str, Any]]:
+    """Measure the plan, with repaired weights too where there are any.
+
+    Returns:
+        Its loss, and what else the document says.
 
     Raises:
         LpsearchError: if a loss is not finite.
@@ -259,15 +269,29 @@ def _measure(
         device_name=describe_device(find_input_device(loaded.model)),
         variant=RAW if repaired_losses is None else _name_variant(plan),
     )
-    return {
+    return metrics, {
         "model": loaded.identity.id,
         "num_joins": plan.num_joins,
         "num_dropped": plan.num_dropped,
         "depth_reduction": plan.depth_reduction,
         "baseline_nll": metrics.nll - metrics.delta_nll,
         "untouched_delta_nll": compare(losses).delta_nll if weights else None,
-        **metrics.model_dump(mode="json"),
     }
+
+
+def _describe(plan_path: Path, metrics: ProxyMetrics, document: Mapping[str, Any]) -> Facts:
+    """Lay out what was measured, for a person."""
+    baseline_nll = document["baseline_nll"]
+    rows: list[Row] = [
+        ("plan", plan_path),
+        ("depth", f"{document['depth_reduction']:.1%} less"),
+        ("unmodified", f"nll {baseline_nll:.4f}, perplexity {math.exp(baseline_nll):.2f}"),
+        ("the plan", f"nll {metrics.nll:.4f}, perplexity {metrics.perplexity:.2f}"),
+        *list_loss_rows(metrics, "it loses"),
+    ]
+    if document["untouched_delta_nll"] is not None:
+        rows.append(("unrepaired", f"delta nll {document['untouched_delta_nll']:.4f}"))
+    return Facts(rows)
 
 
 def _name_variant(plan: Plan) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from lpsearch.commands.console import get_output
+from lpsearch.commands.console import Answer, get_output
+from lpsearch.commands.facts import Facts, Row
 from lpsearch.commands.loading import describe_device, load_model_of_plan, resolve_device, resolve_dtype
 from lpsearch.commands.options import DeviceOption, DtypeOption, ModelOption, TrustOption
 from lpsearch.commands.steps import show_steps
@@ -26,6 +28,15 @@ __all__ = ["generate"]
 
 logger = logging.getLogger(__name__)
 
+_UNFUSED_NOTE = (
+    "this shows the plan's text, not its speed: the layers of a group run one after the other here. `lpsearch export` "
+    "writes the fused form, and `lpsearch profile` measures what it saves"
+)
+_FUSED_NOTE = (
+    "one run through transformers, which adds much time of its own; `lpsearch profile` measures what a plan saves in a "
+    "well-run engine"
+)
+
 
 def generate(
     plan_path: Annotated[
@@ -38,8 +49,12 @@ def generate(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     trust_remote_code: TrustOption = False,
-) -> dict[str, Any]:
-    """Continue a prompt with a plan or an exported directory, greedily, and show the text as it comes."""
+) -> Answer:
+    """Continue a prompt with a plan or an exported directory, greedily, and show the text as it comes.
+
+    Of a plan file, the layers of a group still run one after the other, so that its speed is not that of the plan:
+    `lpsearch export` writes the fused form, which is what is faster.
+    """
     if not prompt:
         raise UsageError("--prompt is empty; give some text to continue")
     plan = load_plan(plan_path)
@@ -49,7 +64,8 @@ def generate(
 
     def continue_prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> dict[str, Any]:
         answer = _continue_prompt(model, tokenizer, prompt=prompt, max_new_tokens=max_new_tokens)
-        logger.info("%s: %d tokens, %.2f tokens/s", name, answer["new_tokens"], answer["tokens_per_s"])
+        if get_output().tables is None:  # else the table says it
+            logger.info("%s: %d tokens, %.2f tokens/s", name, answer["new_tokens"], answer["tokens_per_s"])
         return answer
 
     def check(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -78,7 +94,7 @@ def generate(
         if compare:
             loaded = load_base()
             result["base"] = continue_prompt(loaded.model, loaded.tokenizer, "base")
-        return result
+        return Answer(result, _describe(result, is_fused=True))
     find_recovered_weights(plan, plan_path)  # which must be there, before anything is loaded
     loaded = load_base()
     weights = read_recovery(loaded.model, plan, plan_path)
@@ -86,7 +102,23 @@ def generate(
         result.update(continue_prompt(loaded.model, loaded.tokenizer, "plan"))
     if compare:
         result["base"] = continue_prompt(loaded.model, loaded.tokenizer, "base")
-    return result
+    return Answer(result, _describe(result, is_fused=False))
+
+
+def _describe(result: Mapping[str, Any], *, is_fused: bool) -> Facts:
+    """Lay out what was generated, and what its speed says of the plan."""
+    base = result.get("base")
+    is_shown = not get_output().console.quiet  # as it came
+    rows: list[Row] = []
+    for name, made in (("fused" if is_fused else "plan", result), ("unmodified", base)):
+        if made is not None:
+            speed = f"{name_count(made['new_tokens'], 'token')}, {made['tokens_per_s']:.2f} a second"
+            rows += [(name, speed), ("", None if is_shown else made["text"])]
+    if not is_fused:
+        rows.append(("note", _UNFUSED_NOTE))
+    elif base is not None:
+        rows.append(("note", _FUSED_NOTE))
+    return Facts(rows)
 
 
 def _check_room(config: PretrainedConfig, *, max_new_tokens: int) -> None:

@@ -24,7 +24,7 @@ __all__ = [
     "JsonFormatter",
     "LineFormatter",
     "LineHandler",
-    "StderrConsole",
+    "SafeConsole",
     "dump_json_line",
     "give_up_stream",
     "log_stray_lines",
@@ -63,7 +63,7 @@ class LineHandler(logging.StreamHandler[TextIO]):
             super().handleError(record)
 
 
-class StderrConsole(Console):
+class SafeConsole(Console):
     """A console that shows control characters of texts as such, and whose reader may leave.
 
     When the reader has left it prints nothing, and the command continues.

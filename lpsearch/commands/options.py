@@ -39,6 +39,23 @@ _MAY_BE_EMPTY = {"freeze", "prompt"}
 """Options whose empty value means something, as no layers at all, or which their command refuses in its own words."""
 
 
+PANELS = {
+    "What to search": (
+        *("model", "allow", "max_group", "freeze", "enqueue", "objective", "latency", "workload", "metric"),
+        *("recover", "sampler", "seed"),
+    ),
+    "On what text": ("data", "heldout", "windows", "seq_len", "worst_case"),
+    "How long": ("budget", "timeout", "staged"),
+    "Where": (
+        *("device", "dtype", "device_map", "cache_location", "out", "study", "storage", "fresh", "config"),
+        "trust_remote_code",
+    ),
+    "By which processes": ("executor", "workers", "gpus_per_worker", "ray_address"),
+    "Without searching": ("dry_run", "hardware"),
+}
+"""The groups of options in the help of ``optimize``, each in its order."""
+
+
 def _describe(name: str, **details: Any) -> Any:
     """Build what typer needs to know of an option from the field of the configuration that declares it."""
     field = OptimizeConfig.model_fields[name]
@@ -58,7 +75,9 @@ TrustOption = Annotated[bool, _describe("trust_remote_code")]
 StorageOption = Annotated[str | None, typer.Option(help="database URL; default: study.db in DIR", metavar="URL")]
 StudyOption = Annotated[str | None, typer.Option(help="name of the study; default: that of DIR")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="warnings and the result only")]
-JsonOption = Annotated[bool, typer.Option("--json", help="for programs: every line on stderr is a JSON object too")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="for programs: the result, and every line on stderr, as one JSON object")
+]
 
 
 def with_config_options(command: Callable[..., _Result]) -> Callable[..., _Result]:
@@ -76,8 +95,20 @@ def with_config_options(command: Callable[..., _Result]) -> Callable[..., _Resul
 
     own = dict(inspect.signature(command, eval_str=True).parameters)
     del own["given"]
-    set_parameters(call, [*map(_build_parameter, OptimizeConfig.model_fields), *own.values()])
+    parameters = {name: _build_parameter(name) for name in OptimizeConfig.model_fields} | own
+    panels = {name: title for title, names in PANELS.items() for name in names}
+    order = [*(name for name in panels if name in parameters), *(name for name in parameters if name not in panels)]
+    set_parameters(call, [_put_in_panel(parameters[name], panels.get(name)) for name in order])
     return call
+
+
+def _put_in_panel(parameter: inspect.Parameter, title: str | None) -> inspect.Parameter:
+    """Have the help show an option in a group of options; in the last one where none is named."""
+    kind, *details = get_args(parameter.annotation)
+    details = [copy.copy(detail) for detail in details]
+    for detail in details:
+        detail.rich_help_panel = title
+    return parameter.replace(annotation=Annotated[kind, *details])
 
 
 def refuse_empty_paths(parameter: inspect.Parameter) -> inspect.Parameter:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Group
 
 from lpsearch.commands.checks import read_num_layers
 from lpsearch.commands.console import Answer
+from lpsearch.commands.facts import Facts, Grid, Kept, Row
 from lpsearch.commands.loading import resolve_device, resolve_dtype
 from lpsearch.commands.options import DeviceOption, DtypeOption, ModelOption
 from lpsearch.commands.outputs import check_output_file
 from lpsearch.commands.steps import show_steps
 from lpsearch.config import parse_allowed
-from lpsearch.errors import ConfigError
+from lpsearch.errors import ConfigError, UsageError
 from lpsearch.latency.mix import Workload, parse_mix
 from lpsearch.latency.profile import Engine
 from lpsearch.latency.workload import check_workloads, limit_context
@@ -26,7 +29,6 @@ from lpsearch.wording import name_count
 
 if TYPE_CHECKING:
     import torch
-    from rich.table import Table
     from transformers import PretrainedConfig
 
     from lpsearch.latency import LatencyProfile
@@ -48,6 +50,7 @@ _MAX_DIGITS = 12
 def profile(
     model: ModelOption = None,
     out: Annotated[Path, typer.Option(help="profile file to write", metavar="FILE")] = Path("profile.json"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a file that is there")] = False,
     batch: Annotated[
         str | None, typer.Option(help="sequences decoded together, e.g. 1,16,64", show_default="1")
     ] = None,
@@ -98,6 +101,8 @@ def profile(
         prefill_lens=() if prefill is None else _parse_counts(prefill, option="--prefill", least=1),
     )
     check_output_file(out)
+    if out.exists() and not overwrite:
+        raise UsageError(f"--out {out}: is there already; add --overwrite to replace it, or name another file")
     from lpsearch.latency import save_profile
     from lpsearch.latency.engines import check_engine_package
     from lpsearch.models import load_geometry
@@ -133,7 +138,8 @@ def profile(
     save_profile(measured, out)
     _warn_of_errors(measured, out)
     extremes = _list_extremes(measured, max_group, allowed)
-    return Answer(_build_document(measured, out, extremes), _build_table(measured, extremes))
+    document = _build_document(measured, out, extremes)
+    return Answer(document, Group(_describe(model, measured, out), "", _build_table(measured, extremes)))
 
 
 @dataclass(frozen=True)
@@ -279,28 +285,47 @@ def _name_workload(workload: WorkloadProfile) -> str:
     return f"{workload.kind} {workload.batch_size} x {workload.context_len}"
 
 
-def _build_table(measured: LatencyProfile, extremes: Mapping[str, Plan]) -> Table:
-    """Lay out each workload: the unmodified model by every way of running it, and what plans take against it."""
-    from rich import box
-    from rich.table import Table
+def _describe(model: str, measured: LatencyProfile, out: Path) -> Facts:
+    """Say what was measured, and where it is written."""
+    geometry = measured.geometry
+    where = measured.device if measured.num_ranks == 1 else f"{measured.num_ranks} x {measured.device}"
+    first = measured.workloads[0]
+    layers = f"{geometry.num_layers} layers" + (
+        "" if first.num_layers_measured == geometry.num_layers else f", {first.num_layers_measured} of them built"
+    )
+    rows: list[Row] = [
+        ("profile", out),
+        ("model", f"{model}: {layers}, {measured.dtype}"),
+        ("device", f"{where}{', emulated from one' if measured.emulated else ''}"),
+        ("engine", f"{measured.engine}: {measured.runtime}, {name_count(measured.num_threads, 'CPU thread')}"),
+        ("measured", f"{name_count(len(first.points), 'depth')} of each workload, {_describe_samples(measured)}"),
+        ("use it", Kept(shlex.join(["lpsearch", "optimize", "--model", model, "--latency", str(out)]))),
+    ]
+    return Facts(rows)
 
+
+def _describe_samples(measured: LatencyProfile) -> str:
+    least = min(point.num_samples for workload in measured.workloads for point in workload.points)
+    return f"each timed {least:,} times or more; the model's shape with random weights"
+
+
+def _build_table(measured: LatencyProfile, extremes: Mapping[str, Plan]) -> Grid:
+    """Lay out each workload: the unmodified model by every way of running it, and what plans take against it."""
     from lpsearch.latency import LatencyModel
 
-    where = f"{measured.num_ranks} x {measured.device}" if measured.num_ranks > 1 else measured.device
-    title = f"{where}, {measured.dtype}, engine {measured.engine}: {measured.runtime}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("workload", "unmodified, ms", "plan", "depth", "ms", "speed-up against", "off by", "GB/s a GPU"):
-        table.add_column(column, justify="left" if column in ("workload", "plan") else "right")
+    speed = "GB/s a GPU" if measured.num_ranks > 1 else "GB/s"
+    columns = ("workload", "unmodified ms", "plan", "depth", "ms", "speed-up against", "off by", speed)
+    rows = []
     for index, workload in enumerate(measured.workloads):
         latency_model = LatencyModel(measured, index)
         unmodified_ms = latency_model.estimate_unmodified_ms()
-        base = ", ".join(f"{mode} {ms:.2f}" for mode, ms in unmodified_ms.items())
+        base = "\n".join(f"{mode} {ms:.2f}" for mode, ms in unmodified_ms.items())
         error = "" if workload.check_error is None else f"{workload.check_error:.1%}"
-        speed = "" if workload.achieved_gb_per_s is None else f"{workload.achieved_gb_per_s:.0f}"
+        achieved = "" if workload.achieved_gb_per_s is None else f"{workload.achieved_gb_per_s:.3g}"
         cells = [_name_workload(workload), base]
         for what, plan in extremes.items():
             time_ms = latency_model.estimate_latency_ms(plan)
-            gains = ", ".join(f"{mode} {ms / time_ms:.{_DIGITS[what]}f}x" for mode, ms in unmodified_ms.items())
-            table.add_row(*cells, what, str(plan.depth), f"{time_ms:.{_DIGITS[what]}f}", gains, error, speed)
-            cells, error, speed = ["", ""], "", ""
-    return table
+            gains = "\n".join(f"{mode} {ms / time_ms:.{_DIGITS[what]}f}x" for mode, ms in unmodified_ms.items())
+            rows.append((*cells, what, str(plan.depth), f"{time_ms:.{_DIGITS[what]}f}", gains, error, achieved))
+            cells, error, achieved = ["", ""], "", ""
+    return Grid(columns, rows, left=("workload", "plan"))

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.console import Group
 
 from lpsearch.commands.console import Answer
+from lpsearch.commands.facts import Facts, Grid, wrap_line
 from lpsearch.commands.loading import (
     describe_device,
     fits_in_float32,
@@ -32,10 +34,9 @@ from lpsearch.kinds import parse_kinds, write_kind
 from lpsearch.plan import Plan, RecoveredLoss, Recovery, load_plan
 from lpsearch.staging import check_target
 from lpsearch.versions import read_versions
+from lpsearch.wording import format_value
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from lpsearch.data import Windows
     from lpsearch.models import LoadedModel
 
@@ -145,7 +146,7 @@ def recover(
     losses = _measure(loaded, plan, repair, unseen, before)
     recovery = _build_recovery(method, repair, calibration, losses, loaded, seconds=seconds)
     _write(out, plan, loaded, repair, recovery)
-    return Answer(_build_document(plan_path, out, recovery), _build_table(recovery))
+    return Answer(_build_document(plan_path, out, recovery), _describe(recovery, out))
 
 
 def _load_unrepaired(plan_path: Path) -> Plan:
@@ -331,15 +332,13 @@ def _build_document(plan_path: Path, out: Path, recovery: Recovery) -> dict[str,
     }
 
 
-def _build_table(recovery: Recovery) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE, title="loss against the unmodified model, nats per token")
-    for name in ("held-out text", "plan", "repaired", "won back"):
-        table.add_column(name, justify="left" if name == "held-out text" else "right")
+def _describe(recovery: Recovery, out: Path) -> Group:
+    """Lay out what the repair won back, and where it is."""
+    rows = []
     for loss in recovery.losses:
-        error = "" if loss.delta_nll_se is None else f" ± {loss.delta_nll_se:.4f}"
         share = "-" if loss.recovered_share is None else f"{loss.recovered_share:.0%}"
-        table.add_row(loss.data, f"{loss.untouched_delta_nll:+.4f}", f"{loss.delta_nll:+.4f}{error}", share)
-    return table
+        repaired = format_value(loss.delta_nll, loss.delta_nll_se)
+        rows.append((loss.data, f"{loss.untouched_delta_nll:.4f}", repaired, share))
+    table = Grid(("held-out text", "plan", "repaired", "won back"), rows, left=("held-out text",))
+    title = wrap_line("Loss against the unmodified model, in nats per token:", "bold")
+    return Group(Facts([("repaired", out), ("method", recovery.method)]), "", title, "", table)

@@ -23,7 +23,7 @@ from lpsearch.plan import (
     save_plan,
     write_json,
 )
-from lpsearch.search import Loss, StudyResult, TrialResult, build_front
+from lpsearch.search import Loss, TrialResult, build_front
 from lpsearch.search.results import RAW, Variant, finite_or_none, list_untouched
 from lpsearch.versions import read_versions
 
@@ -86,10 +86,13 @@ def build_front_file(
     model: ModelIdentity,
     objective: Objective,
     metric: Metric,
-    result: StudyResult,
-    latency_engine: str | None = None,
-    latency_error: float | None = None,
+    num_trials: int,
+    proxy_tokens: int,
+    latency_model: LatencyModel | None = None,
     recover: Recover = "off",
+    freeze: tuple[int, ...] = (),
+    exact: bool = False,
+    finished: bool = True,
 ) -> FrontFile:
     """Build the content of ``front.json``.
 
@@ -99,10 +102,13 @@ def build_front_file(
         model: the model.
         objective: what was traded against the loss.
         metric: the loss that was searched.
-        result: what the study has evaluated.
-        latency_engine: engine whose times the front has; None with latency off.
-        latency_error: mean relative error of the latency model on depths that it was not fitted to.
+        num_trials: finished plans of the study.
+        proxy_tokens: tokens behind their losses.
+        latency_model: estimates of time; None with latency off.
         recover: what was done to the weights of every plan before its losses were measured.
+        freeze: layers that no plan of the front changes.
+        exact: every plan of the space is finished.
+        finished: the search has ended.
     """
     untouched_front = build_front(list_untouched(front), metric=metric, objective=objective)
     return FrontFile(
@@ -114,13 +120,16 @@ def build_front_file(
         worst_case=_is_worst_case(front[0]),
         recover=recover,
         untouched_front=tuple(str(found.plan_file) for found in untouched_front),
-        trials=len(result.results),
-        exact=result.exact,
+        freeze=freeze,
+        trials=num_trials,
+        exact=exact,
         baseline_nll=front[0].loss.nll,
-        proxy_tokens=result.proxy_tokens,
+        proxy_tokens=proxy_tokens,
         heldout_tokens=sum(found.heldout.num_tokens for found in front if found.heldout is not None),
-        latency_engine=latency_engine,
-        latency_error=latency_error,
+        latency_engine=None if latency_model is None else latency_model.profile.engine,
+        latency_error=None if latency_model is None else latency_model.mean_error,
+        speedup_margin=None if latency_model is None else latency_model.speedup_margin,
+        finished=finished,
         front=tuple(_build_point(found, metric) for found in front),
     )
 
@@ -135,6 +144,7 @@ def write_front(
     device_name: str,
     seed: int,
     latency_model: LatencyModel | None,
+    written: Mapping[str, TrialResult],
 ) -> None:
     """Write the plan files, then ``front.json``; plan files of an earlier front are removed.
 
@@ -147,6 +157,7 @@ def write_front(
         device_name: what evaluated them.
         seed: of the search.
         latency_model: estimates of time; None with latency off.
+        written: results whose plan files stand there already, by the name of the file.
 
     Raises:
         OSError: if a file cannot be written.
@@ -156,6 +167,8 @@ def write_front(
     created_at = datetime.now(UTC).isoformat(timespec="seconds")
     for result in front:
         assert result.plan_file is not None
+        if written.get(result.plan_file) == result:
+            continue
         losses: dict[Split, Loss | None] = {"proxy": result.loss, "heldout": result.get_heldout("nll")}
         metrics = {
             split: build_proxy_metrics(

@@ -15,14 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import optuna
+
 from lpsearch.commands.checks import read_config, read_num_layers
 from lpsearch.commands.console import Answer, adopt_optuna_log
 from lpsearch.commands.evaluators import EvaluatorName, choose_search_variant
+from lpsearch.commands.fronts import FrontWriter
 from lpsearch.commands.latency import check_profile_use, get_latency_model
 from lpsearch.commands.loading import describe_device, load_for_search, resolve_device
 from lpsearch.commands.progress import show_search
 from lpsearch.commands.report import try_write_report
-from lpsearch.commands.results import build_front_file, build_summary, name_plan_files, write_front
+from lpsearch.commands.results import build_summary
 from lpsearch.commands.steps import show_steps
 from lpsearch.commands.studies import (
     RECORDED_OPTIONS,
@@ -37,7 +40,6 @@ from lpsearch.commands.workers import SearchPools, check_workers, open_pools, us
 from lpsearch.config import Allowed, OptimizeConfig, ResolvedConfig, Split, check_device_map, slug_of_model
 from lpsearch.data import Windows, check_seq_len, check_text_kinds
 from lpsearch.errors import PlanError
-from lpsearch.front_file import FrontFile
 from lpsearch.latency.mix import parse_mix
 from lpsearch.latency.profile import check_profile_geometry, load_profile
 from lpsearch.latency.workload import check_workloads
@@ -54,7 +56,7 @@ from lpsearch.search import (
     read_results,
     run_study,
 )
-from lpsearch.search.results import RAW, set_latency
+from lpsearch.search.results import RAW
 from lpsearch.search.settings import has_own_database
 
 if TYPE_CHECKING:
@@ -117,12 +119,23 @@ def search(config: ResolvedConfig, *, fresh: bool) -> Answer:
     began_at = time.monotonic()
     adopt_optuna_log()
     with _prepare(config, fresh=fresh) as run:
+        writer = FrontWriter(
+            values=run.values,
+            out=run.out,
+            store=run.store,
+            space=run.space,
+            loaded=run.loaded,
+            device_name=run.device_name,
+            windows=run.windows,
+            latency_model=run.latency_model,
+        )
         try:
             with open_pools(run.values, run.loaded, run.windows, run.calibration, device_name=run.device_name) as pools:
-                result = _evaluate_plans(run, pools)
+                result = _evaluate_plans(run, pools, writer)
                 _check_front(run, pools, result.front)
-            front, file = _write_front(run, result)
+            front, file = writer.write(result)
         except KeyboardInterrupt:
+            writer.write_interrupted()
             try_write_report(run.store, run.out)
             raise
         with show_steps("writing the report"):
@@ -232,6 +245,8 @@ def _prepare(config: ResolvedConfig, *, fresh: bool) -> Iterator[_Run]:
                 mix=parse_mix(values.workload),
                 model_name=values.model,
             )
+        if recorded is not None:
+            _warn_of_hidden_plans(store, space)
         store.lock.end_turn()
         yield _Run(
             values=values,
@@ -270,6 +285,21 @@ def _build_space(
     return space
 
 
+def _warn_of_hidden_plans(store: StudyStore, space: PlanSpace) -> None:
+    """Say how many plans of a resumed study change layers that are frozen now, so that its front leaves them out."""
+    with store.translate_errors():
+        has_trials = store.study_name in optuna.get_all_study_names(store.optuna_storage)
+    results = read_results(store) if has_trials else []
+    num_hidden = sum(result.plan not in space for result in results)
+    if num_hidden:
+        logger.warning(
+            "--freeze keeps layers alone that %d of the %d finished plans change: front.json and plans/ leave these "
+            "plans out, the study keeps them; leave --freeze out to have them back",
+            num_hidden,
+            len(results),
+        )
+
+
 def _check_fingerprints(enqueued: Mapping[Path, Plan], loaded: LoadedModel) -> None:
     """Refuse enqueued plans of another model with as many layers.
 
@@ -294,8 +324,8 @@ def _check_fingerprints(enqueued: Mapping[Path, Plan], loaded: LoadedModel) -> N
 # ---- Evaluating ------------------------------------------------------------------------------------------------------
 
 
-def _evaluate_plans(run: _Run, pools: SearchPools) -> StudyResult:
-    """Evaluate plans until the budget."""
+def _evaluate_plans(run: _Run, pools: SearchPools, writer: FrontWriter) -> StudyResult:
+    """Evaluate plans until the budget, and write the front whenever it improves."""
     values = run.values
     pool = pools["proxy"]
     if not uses_workers(values):
@@ -305,6 +335,7 @@ def _evaluate_plans(run: _Run, pools: SearchPools) -> StudyResult:
         def on_trial(update: TrialUpdate) -> None:
             if uses_workers(values) and update.result.is_baseline:  # by now; before, all but one would idle for it
                 _warn_of_odd_baseline(run, pool)
+            writer.on_trial(update)
             progress.on_trial(update)
 
         return run_study(
@@ -375,42 +406,3 @@ def _check_front(run: _Run, pools: SearchPools, front: Sequence[TrialResult]) ->
     evaluate("heldout", "heldout", searched, "checking the front on held-out windows")
     if searched != RAW:
         evaluate("raw_heldout", "heldout", RAW, "checking the front without repair")
-
-
-def _write_front(run: _Run, result: StudyResult) -> tuple[list[TrialResult], FrontFile]:
-    """Write the front and its plans, with the held-out losses and by the latest latency model.
-
-    Returns:
-        The front, and the content of ``front.json``.
-    """
-    known = {found.plan: found for found in read_results(run.store)}
-    front = name_plan_files([known[found.plan] for found in result.front])
-    # Trials were noted with the times of the profile of their day, if any.
-    model = run.latency_model
-    times = [None if model is None else model.estimate_latency_ms(found.plan) for found in front]
-    front = [set_latency(found, latency_ms, times[0]) for found, latency_ms in zip(front, times, strict=True)]
-    file = build_front_file(
-        front,
-        study=run.store.study_name,
-        model=run.loaded.identity,
-        objective=run.values.objective,
-        metric=run.values.metric,
-        result=result,
-        latency_engine=None if model is None else model.profile.engine,
-        latency_error=None if model is None else model.mean_error,
-        recover=run.values.recover,
-    )
-    write_front(
-        run.out,
-        front,
-        file,
-        windows=run.windows,
-        dtype=str(run.loaded.model.dtype).removeprefix("torch."),
-        device_name=run.device_name,
-        seed=run.values.seed,
-        latency_model=model,
-    )
-    run.store.lock.wait_for_turn()
-    run.store.save_front(file.model_dump(mode="json"))
-    run.store.lock.end_turn()
-    return front, file

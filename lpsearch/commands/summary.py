@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.text import Text
 
+from lpsearch.commands.facts import Facts, Row, keep_line, wrap_line
 from lpsearch.commands.report import REPORT_NAME
 from lpsearch.commands.steps import format_seconds
 from lpsearch.commands.tables import build_front_table
@@ -20,7 +20,7 @@ from lpsearch.plan import LatencyMetrics
 from lpsearch.report.front_columns import choose_kind_losses
 from lpsearch.search import StudyResult, TrialResult, build_front
 from lpsearch.search.results import list_untouched
-from lpsearch.wording import describe_changes, escape_controls, name_count
+from lpsearch.wording import describe_changes, describe_delta, describe_speedup, name_count
 
 if TYPE_CHECKING:
     from lpsearch.report import StudyReport
@@ -60,20 +60,24 @@ class SearchSummary:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Lay the summary out to the width of the console."""
         yield ""
-        yield _wrap(self._describe_search(), "bold")
+        yield wrap_line(self._describe_search(), "bold")
         yield ""
         yield build_front_table(self.front, width=options.max_width)
         yield ""
-        yield _wrap(self._explain_columns(), "dim")
+        yield wrap_line(self._explain_columns(), "dim")
         yield ""
-        yield _keep(self._list_files())
+        yield keep_line(self._list_files())
         if self.report is not None:
             yield from self._advise(self.report)
 
     def _describe_search(self) -> str:
         result = self.result
-        line = f"{self.study_name}: the front of {name_count(len(result.results), 'plan')}"
-        line += ", which are all there are" if result.exact else ""
+        num_plans = len(result.results)
+        line = f"{self.study_name}: {name_count(num_plans, 'plan')} evaluated, {len(self.front):,} of them on the front"
+        if result.exact:
+            line = f"{self.study_name}: all {num_plans:,} plans evaluated, {len(self.front):,} of them on the front"
+        if num_plans == 1:
+            line = f"{self.study_name}: the unmodified model evaluated" + ", the only plan there is" * result.exact
         line += f" ({result.proxy_tokens:,} tokens, {result.share_evaluated:.0%} of all windows)"
         if result.num_resumed:
             line += f"; this run added {name_count(result.num_new, 'plan')} and {result.num_new_tokens:,} tokens"
@@ -140,39 +144,40 @@ class SearchSummary:
 
     def _advise(self, report: StudyReport) -> RenderResult:
         """Name three plans to start from, and the commands for one of them."""
-        from lpsearch.report.advice import REPAIR, list_commands, pick_plans
+        from lpsearch.report.advice import REPAIR, describe_no_gain, list_commands, pick_plans
 
         picks = {pick.name: pick for pick in pick_plans(report)}
         loss = "loss" if report.metric == "nll" else "kl"
-        yield _wrap(f"Plans to start from, by the {loss} that you accept:", "bold")
+        yield wrap_line(f"Plans to start from, by the {loss} that you accept:", "bold")
+        rows: list[Row] = []
         for pick in picks.values():
-            yield _wrap(f"  {pick.name:<9} {_describe_pick(report, pick)}", "")
+            rows.append((f"  {pick.name}", _describe_pick(report, pick)))
+            if pick.index is not None:
+                rows.append(("", self.out / (report.front[pick.index].plan_file or "")))
+        yield Facts(rows)
+        no_gain = describe_no_gain(report)
+        if no_gain is not None:
+            yield wrap_line(no_gain, "bold")
         chosen = next((picks[name] for name in ("balanced", "free", "fast") if picks[name].index is not None), None)
-        yield _wrap("Next:" if chosen is None else f"Next, with the {chosen.name} one:", "bold")
-        yield _keep(f"  open {self.out / REPORT_NAME}")
+        yield wrap_line("Next:" if chosen is None else f"Next, with the {chosen.name} one:", "bold")
+        yield keep_line(f"  open {self.out / REPORT_NAME}")
         if chosen is None or chosen.index is None:
             return
         for command in list_commands(report, report.front[chosen.index]):
             if command.purpose in (REPAIR, "see the text it writes", "export a fused checkpoint"):
-                yield _keep(f"  {command.line}")
+                yield keep_line(f"  {command.line}")
 
 
 def _describe_pick(report: StudyReport, pick: Pick) -> str:
     limit = f"≤ {pick.max_loss}"
     if pick.index is None:
+        if pick.gains is False:
+            return f"{limit}: none is measurably faster than the unmodified model"
         return f"{limit}: no plan but the unmodified model has so little"
     result = report.front[pick.index]
     words = [describe_changes(result.plan), f"{result.depth_reduction:.1%} less depth"]
-    words += [] if result.speedup is None else [f"{result.speedup:.3f}x {describe_estimate(report.latency_error)}"]
-    words += [f"{'loses' if report.metric == 'nll' else 'kl'} {result.get_reported_cost(report.metric):.3f}"]
-    return f"{limit}: {', '.join(words)}  {result.plan_file or ''}".rstrip()
-
-
-def _wrap(line: str, style: str) -> Text:
-    """Break prose between words; commands and paths are left to the terminal, so that they can be copied."""
-    return Text(escape_controls(line), style, no_wrap=False, overflow="fold")
-
-
-def _keep(line: str) -> Text:
-    """Leave a line with commands or paths as it is, but for control characters."""
-    return Text(escape_controls(line, in_one_line=True))
+    words += [] if result.speedup is None else [describe_speedup(result.speedup, report.speedup_margin)]
+    cost = result.get_reported_cost(report.metric)
+    words += [describe_delta(cost) if report.metric == "nll" else f"kl {cost:.3f}"]
+    no_gain = "no faster here that could be measured; of least depth: " if pick.gains is False else ""
+    return f"{limit}: {no_gain}{', '.join(words)}"

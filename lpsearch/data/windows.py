@@ -127,5 +127,5 @@ class Windows:
                 return cls(archive["input_ids"], about["spec"], about["provenance"], kinds)
         except Exception as error:  # a damaged archive fails in many ways inside zipfile and numpy
             raise StudyError(
-                f"stored windows cannot be read ({error}); begin the study anew with `lpsearch optimize --fresh`"
+                f"stored windows cannot be read ({error}); begin a new study with `lpsearch optimize --fresh`"
             ) from None

@@ -114,6 +114,11 @@ class LatencyModel:
         return sum(error * weight for error, weight in known) if len(known) == len(errors) else None
 
     @property
+    def speedup_margin(self) -> float:
+        """By what share a speed-up may be off; of a mix the weighted mean."""
+        return sum(self.profile.workloads[index].speedup_margin * weight for index, weight in self._weights)
+
+    @property
     def description(self) -> str | None:
         """The workloads as ``--workload`` takes them; None for decoding alone."""
         held = ((self.profile.workloads[index], weight) for index, weight in self._weights)

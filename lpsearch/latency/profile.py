@@ -6,7 +6,9 @@ This module imports no torch.
 from __future__ import annotations
 
 import logging
+import math
 import os
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -252,6 +254,20 @@ class WorkloadProfile(_FileModel):
     def mean_error(self) -> float | None:
         """Mean relative error of the estimates on points that were not fitted to; None where it is not known."""
         return self.check_error if self.check_mean_error is None else self.check_mean_error
+
+    @property
+    def speedup_margin(self) -> float:
+        """By what share a speed-up may be off: how far estimates were off where checked, or else what timing blurs.
+
+        Timing blurs a ratio of two medians by twice its standard error. That of a median is 1.253 times that of the
+        mean (Kendall and Stuart, "The Advanced Theory of Statistics", 10.11), and 2.563 standard deviations lie between
+        the percentiles 10 and 90 of a normal distribution.
+        """
+        spreads = [(point.p90_ms - point.p10_ms) / 2.563 / point.median_ms for point in self.points]
+        errors = [
+            1.253 * spread / math.sqrt(point.num_samples) for spread, point in zip(spreads, self.points, strict=True)
+        ]
+        return max(self.mean_error or 0.0, 2 * math.sqrt(2) * statistics.median(errors))
 
 
 class LatencyProfile(_FileModel):

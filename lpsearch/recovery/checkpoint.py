@@ -113,11 +113,11 @@ def find_checkpoint(directory: Path, identity: Mapping[str, Any]) -> Checkpoint 
             return Checkpoint(known, state, tensors, best)
     except Exception as error:  # a damaged file fails in many ways
         raise ResumeError(
-            f"{path}: the checkpoint cannot be read ({error}); delete the directory to train anew"
+            f"{path}: the checkpoint cannot be read ({error}); delete the directory to train from the start"
         ) from None
     raise ResumeError(
         f"{path}: the checkpoint is of another training: {'; '.join(differences)}; give the same arguments to go on, "
-        "or another directory to train anew"
+        "or another directory to train from the start"
     )
 
 

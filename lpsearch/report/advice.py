@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from lpsearch.config import Metric, Objective
-from lpsearch.picking import pick_plan
+from lpsearch.picking import has_gain, pick_plan
 from lpsearch.report.progress import get_saving
 from lpsearch.report.study import StudyReport
 from lpsearch.search import TrialResult
 from lpsearch.search.results import RAW
+from lpsearch.wording import describe_speedup
 
 __all__ = [
     "LOSS_LIMITS",
@@ -20,6 +21,7 @@ __all__ = [
     "Command",
     "Pick",
     "compare_ways",
+    "describe_no_gain",
     "list_commands",
     "pick_plans",
 ]
@@ -39,12 +41,16 @@ class Pick:
     Attributes:
         name: ``free``, ``balanced`` or ``fast``.
         max_loss: largest loss that it may have, in nats per token.
-        index: place of the plan on the front; None where no plan of the front but the unmodified model loses so little.
+        index: place of the plan on the front; None where no plan of the front but the unmodified model loses so little,
+            or where time is what is saved and no such plan is measurably faster.
+        gains: whether the plan, or any plan within the loss, is faster than the unmodified model by more than speed-ups
+            may be off; None where no time is known, or no plan loses so little.
     """
 
     name: str
     max_loss: float
     index: int | None
+    gains: bool | None = None
 
 
 Ways = dict[str, TrialResult | None]
@@ -74,7 +80,38 @@ def pick_plans(report: StudyReport) -> tuple[Pick, ...]:
     Args:
         report: the study.
     """
-    return tuple(Pick(name, limit, _find_best(report, limit)) for name, limit in LOSS_LIMITS.items())
+    return tuple(_pick(report, name, limit) for name, limit in LOSS_LIMITS.items())
+
+
+def describe_no_gain(report: StudyReport) -> str | None:
+    """Say that no plan of a front is measurably faster, and what would be; None where one is, or no time is known.
+
+    Plans count whose loss is within the largest limit of :data:`LOSS_LIMITS`.
+
+    Args:
+        report: the study.
+    """
+    model, limit = report.latency_model, max(LOSS_LIMITS.values())
+    within = _list_within(report, limit)
+    if model is None or not report.has_latency or not within:
+        return None
+    if any(has_gain(result, report.speedup_margin) for result in within):
+        return None
+    fastest = max(result.speedup or 0.0 for result in within)
+    is_cpu = model.profile.device.startswith("cpu")
+    gpus = "GPUs" if is_cpu else "more GPUs"
+    helps = [
+        f"{gpus} (the gain of joins grows with their number; measure there with `lpsearch profile`, and give the file "
+        "to --latency)"
+    ]
+    if not report.has_drops:
+        helps.append("dropping attentions or MLPs (--allow joins,drops)")
+    if not report.is_repaired:
+        helps.append("repair (--recover refit), which lets a plan change more at the same loss")
+    return (
+        f"This machine gains nothing that could be measured: within {limit} nats the fastest plan is "
+        f"{describe_speedup(fastest, report.speedup_margin)}. What would help: {'; '.join(helps)}."
+    )
 
 
 def compare_ways(results: Sequence[TrialResult], *, metric: Metric, objective: Objective, max_loss: float) -> Ways:
@@ -137,6 +174,20 @@ def list_commands(report: StudyReport, result: TrialResult) -> tuple[Command, ..
     return (*(Command(purpose, shlex.join(words)) for purpose, words in lines.items()), Command("serve it", serve))
 
 
-def _find_best(report: StudyReport, limit: float) -> int | None:
-    index = pick_plan(report.front, metric=report.metric, objective=report.objective, max_loss=limit)
-    return index if index is not None and not report.front[index].is_baseline else None
+def _pick(report: StudyReport, name: str, limit: float) -> Pick:
+    margin = report.speedup_margin
+    index = pick_plan(report.front, metric=report.metric, objective=report.objective, max_loss=limit, margin=margin)
+    index = index if index is not None and not report.front[index].is_baseline else None
+    within = _list_within(report, limit)
+    if not within or not report.has_latency:
+        return Pick(name, limit, index)
+    if index is not None:
+        return Pick(name, limit, index, has_gain(report.front[index], margin))
+    return Pick(name, limit, None, any(has_gain(result, margin) for result in within))
+
+
+def _list_within(report: StudyReport, limit: float) -> list[TrialResult]:
+    """Return the plans of the front, but for the unmodified model, that lose no more than a limit."""
+    return [
+        result for result in report.front if not result.is_baseline and result.get_reported_cost(report.metric) <= limit
+    ]

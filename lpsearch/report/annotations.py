@@ -31,7 +31,7 @@ from lpsearch.search import StudyStore, TrialResult
 from lpsearch.search.settings import list_study_options
 from lpsearch.wording import describe_changes, escape_controls
 
-__all__ = ["ARTIFACTS_NAME", "FRONT_FIGURE_ID", "annotate_study"]
+__all__ = ["ARTIFACTS_NAME", "FRONT_FIGURE_ID", "annotate_study", "is_annotated"]
 
 ARTIFACTS_NAME = "artifacts"
 """Directory of the plan files as optuna-dashboard reads them, in the study's directory."""
@@ -72,6 +72,22 @@ class _FinishedTrial:
     storage: BaseStorage
     study: optuna.Study
     _trial_id: int
+
+
+def is_annotated(store: StudyStore, report: StudyReport) -> bool:
+    """Tell whether optuna-dashboard shows the present front of a study.
+
+    Args:
+        store: its database.
+        report: the study.
+
+    Raises:
+        StudyError: if the database fails.
+    """
+    with store.translate_errors():
+        study_id = store.optuna_storage.get_study_id_from_name(store.study_name)
+        noted = store.optuna_storage.get_study_system_attrs(study_id).get(_NOTED_TRIALS)
+    return noted == sorted(result.trial for result in report.front)
 
 
 def annotate_study(store: StudyStore, report: StudyReport, directory: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from lpsearch.latency.profile import describe_estimate, describe_profile_error
-from lpsearch.report.advice import Pick, list_commands, pick_plans
+from lpsearch.report.advice import Pick, describe_no_gain, list_commands, pick_plans
 from lpsearch.report.charts import Chart, build_charts
 from lpsearch.report.figures import describe_groups
 from lpsearch.report.front_columns import format_loss
@@ -23,7 +23,7 @@ from lpsearch.report.study import StudyReport, describe_cache
 from lpsearch.report.tables import Table, build_ways_table
 from lpsearch.report.theme import map_colours
 from lpsearch.search import TrialResult, build_front
-from lpsearch.wording import describe_changes
+from lpsearch.wording import describe_changes, describe_speedup
 from lpsearch.wording import escape_html as escape
 
 __all__ = ["PAGE_TOP", "PageParts", "build_html", "build_parts", "read_asset", "write_html"]
@@ -227,7 +227,7 @@ def _render_head(report: StudyReport) -> str:
         ""
         if report.is_current
         else "<p class='note'>This study is under way or was interrupted: the report shows what is there. "
-        "Run the same <code>lpsearch optimize</code> again to resume it and to write the plan files of this front.</p>"
+        "Run the same <code>lpsearch optimize</code> again to resume it and to check its front on held-out windows.</p>"
     )
     warning = describe_profile_error(report.latency_error, name="Latency profile")
     notes += "" if warning is None else f"<p class='note'>{escape(warning)}.</p>"
@@ -335,6 +335,8 @@ def _render_words(line: str) -> str:
 def _render_advice(report: StudyReport) -> str:
     cards = "".join(_render_pick(report, pick) for pick in pick_plans(report))
     loss = "loss" if report.metric == "nll" else "KL divergence"
+    sentence = describe_no_gain(report)
+    no_gain = "" if sentence is None else f"<p class='note'>{escape(sentence)}</p>"
     best = "of least depth" if report.objective == "depth" else "of least estimated time"
     ways = (
         "<h3>Joins, drops or both</h3><p>What each would give at the same loss. The best plan of one kind may be "
@@ -348,13 +350,18 @@ def _render_advice(report: StudyReport) -> str:
         f"{loss}, the one {best}. The held-out value counts where there is one. "
         f"<code>lpsearch plan pick DIR --max-delta NATS</code> picks the same way, and the unmodified model where no "
         f"other plan is within.</p>"
-        f"<div class='cards'>{cards}</div><p class='small'>{_SERVE_NOTE}</p>{ways}</section>"
+        f"{no_gain}<div class='cards'>{cards}</div><p class='small'>{_SERVE_NOTE}</p>{ways}</section>"
     )
 
 
 def _render_pick(report: StudyReport, pick: Pick) -> str:
     rule = f"at most {pick.max_loss} nats per token"
     if pick.index is None:
+        if pick.gains is False:
+            return (
+                f"<article class='card' data-pick='{pick.name}'><h3>{pick.name}</h3><p class='small'>{rule}</p>"
+                "<p>No plan within this loss is measurably faster than the unmodified model.</p></article>"
+            )
         losses = [result.get_reported_cost(report.metric) for result in report.front if not result.is_baseline]
         least = f" The least is {min(losses):.4f}." if losses else ""
         return (
@@ -362,11 +369,12 @@ def _render_pick(report: StudyReport, pick: Pick) -> str:
             f"<p>No plan but the unmodified model loses so little.{least}</p></article>"
         )
     result = report.front[pick.index]
-    speed = "" if result.speedup is None else f", {result.speedup:.3f}x {describe_estimate(report.latency_error)}"
+    speed = "" if result.speedup is None else f", {describe_speedup(result.speedup, report.speedup_margin)}"
     lost = "lost" if report.metric == "nll" else "of KL divergence"
+    gain = "" if pick.gains is not False else "<p>No faster here that could be measured; of least depth:</p>"
     return (
-        f"<article class='card' data-pick='{pick.name}'><h3>{pick.name}</h3><p class='small'>{rule}</p>"
-        f"<p><strong>{describe_changes(result.plan)}, {result.depth_reduction:.1%} less depth{speed}"
+        f"<article class='card' data-pick='{pick.name}'><h3>{pick.name}</h3><p class='small'>{rule}</p>{gain}"
+        f"<p><strong>{describe_changes(result.plan)}, {result.depth_reduction:.1%} less depth{escape(speed)}"
         f"</strong><br>{result.get_reported_cost(report.metric):.4f} nats per token {lost}; "
         f"layers {escape(describe_groups(result.plan))}</p>"
         f"<button type='button' class='show' data-show='{pick.index}' hidden>Show in the front</button>"

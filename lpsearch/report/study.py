@@ -43,7 +43,8 @@ class StudyReport:
         settings: what it was begun with.
         results: every finished plan in the order of the trials; times are those of ``latency_model``, and a plan file
             is named where it is there.
-        front: the baseline, then the plans that no other beats, those that save least first.
+        front: the baseline, then the plans that no other beats, those that save least first; none changes a layer that
+            the latest run of the search froze.
         blocks: for each number of joins the block of least loss, where the study tried blocks.
         effects: of joins and drops; None before a plan with one is finished.
         latency_model: estimates of time; None with latency off.
@@ -124,6 +125,11 @@ class StudyReport:
         """Mean relative error of the latency model on depths that it was not fitted to; None where not known."""
         return None if self.latency_model is None else self.latency_model.mean_error
 
+    @property
+    def speedup_margin(self) -> float | None:
+        """By what share a speed-up may be off; None with latency off."""
+        return None if self.latency_model is None else self.latency_model.speedup_margin
+
     def estimate_kv_bytes_per_token(self, plan: Plan) -> int | None:
         """Return the bytes of a plan's KV cache a token; None where that is not known."""
         return None if self.latency_model is None else self.latency_model.estimate_kv_bytes_per_token(plan)
@@ -175,13 +181,15 @@ def load_report(store: StudyStore, directory: Path) -> StudyReport:
     file = _load_front_file(directory, store.study_name)
     results = [_name_plan_file(result, directory, file) for result in results]
     metric: Metric = settings["metric"]
-    front = build_front(results, metric=metric, objective=settings["objective"])
+    frozen = None if file is None else file.freeze  # by the latest run, which need not be what the study records
     space = PlanSpace(
         int(settings["num_layers"]),
         int(settings["max_group"]),
-        tuple(settings.get("freeze", ())),
+        tuple(settings.get("freeze", ()) if frozen is None else frozen),
         tuple(settings.get("allow", ("joins",))),
     )
+    valid = [result for result in results if frozen is None or result.plan in space]
+    front = build_front(valid, metric=metric, objective=settings["objective"])
     is_written = file is not None and all(result.plan_file is not None for result in front)
     return StudyReport(
         name=store.study_name,
@@ -193,7 +201,7 @@ def load_report(store: StudyStore, directory: Path) -> StudyReport:
         effects=estimate_effects(results, space, metric),
         latency_model=latency_model,
         is_exact=file is not None and file.exact,
-        is_current=is_written and file is not None and file.trials == len(results),
+        is_current=is_written and file is not None and file.finished and file.trials == len(results),
     )
 
 

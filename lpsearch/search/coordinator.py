@@ -209,6 +209,7 @@ class Coordinator:
                     num_new=self._num_new,
                     budget=trials.budget,
                     front=trials.build_front(),
+                    proxy_tokens=sum(found.proxy_tokens for found in trials.finished.values()),
                     elapsed_s=self._get_elapsed_s(),
                 )
             )

@@ -160,6 +160,7 @@ class TrialUpdate:
         num_new: those of them that this run finished.
         budget: distinct finished plans at which the study ends; less than was asked for if the space is smaller.
         front: the best front so far, the baseline first.
+        proxy_tokens: tokens behind the losses of all finished plans.
         elapsed_s: seconds since this run began.
     """
 
@@ -168,6 +169,7 @@ class TrialUpdate:
     num_new: int
     budget: int
     front: Sequence[TrialResult]
+    proxy_tokens: int
     elapsed_s: float
 
 

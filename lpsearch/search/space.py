@@ -210,7 +210,9 @@ class PlanSpace:
         if not self.is_valid(plan.joins):
             if plan.num_joins and "joins" not in self.allow:
                 return "it joins layers"
-            return f"groups have at most {self.max_group} layers and leave layers {list(self.frozen_layers)} alone"
+            frozen = ", ".join(map(str, self.frozen_layers))
+            alone = f", and --freeze keeps {frozen} out of them" if frozen else ""
+            return f"groups have at most {self.max_group} layers{alone}"
         if not plan.num_dropped:
             return None
         dropped = {branch: set(layers) for branch, layers in plan.dropped.items()}

@@ -12,7 +12,7 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from lpsearch.commands.lines import StderrConsole, dump_json_line
+from lpsearch.commands.lines import SafeConsole, dump_json_line
 from lpsearch.commands.steps import clip
 from lpsearch.wording import escape_controls
 from tests.commands.conftest import Run
@@ -136,35 +136,38 @@ def test_a_search_shows_control_characters(
     assert SHOWN in page
 
 
-@pytest.mark.parametrize("is_terminal", [False, True])
+@pytest.mark.parametrize("where", ["a pipe", "a terminal", "a quiet terminal"])
 def test_generated_text_cannot_drive_the_terminal(
-    run_lpsearch: Run, talking_model: Path, tmp_path: Path, is_terminal: bool
+    run_lpsearch: Run, talking_model: Path, tmp_path: Path, where: str
 ) -> None:
     from lpsearch.models import load_model, resolve_source
 
     identity = load_model(resolve_source(str(talking_model)), device="cpu", dtype=_float32()).identity
     plan = write_plan(tmp_path / "plan.json", id=identity.id, fingerprint=identity.fingerprint)
     arguments = ["generate", plan, "--prompt", "word", "--max-new-tokens", 4, "--device", "cpu", "--dtype", "float32"]
-    if is_terminal:
-        with start_on_terminal(*arguments, width=300) as terminal:
-            assert terminal.wait() == 0
-            output = terminal.output
-        document = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
-        assert "\u202e" not in output
-    else:
+    if where == "a pipe":
         outcome = run_lpsearch(*arguments)
         assert outcome.exit_code == 0, outcome.stderr
-        document, output = outcome.document, outcome.stderr
+        output = outcome.stderr
         assert not _CONTROL.search(output)
-    tokens = re.findall("\x1b\\[(\\d+)m\t\u202e\\1\n", document["text"])
-    assert len(tokens) == 4, "the JSON holds the text itself"
+        tokens = re.findall("\x1b\\[(\\d+)m\t\u202e\\1\n", outcome.document["text"])
+        assert len(tokens) == 4, "the JSON holds the text itself"
+    else:
+        quiet = ["--quiet"] if where == "a quiet terminal" else []
+        with start_on_terminal(*arguments, *quiet, width=300) as terminal:
+            assert terminal.wait() == 0
+            output = terminal.output
+        assert "\u202e" not in output
+        tokens = re.findall(r"\\x1b\[(\d+)m\s+\\u202e\1\s", output)
+        assert len(tokens) == 4
+        assert not any(f"\x1b[{token}m" in output for token in tokens if int(token) > 2), "no colour is obeyed"
     for token in tokens:
         assert re.search(rf"\\x1b\[{token}m\s+\\u202e{token}\s", output), "line ends and tabs stay"
 
 
 def test_tables_and_displays_keep_their_width() -> None:
     stream = io.StringIO()
-    console = StderrConsole(file=stream, width=24, force_terminal=False)
+    console = SafeConsole(file=stream, width=24, force_terminal=False)
     table = Table()
     table.add_column(MARK)
     table.add_row(Text(MARK))

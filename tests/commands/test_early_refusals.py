@@ -319,8 +319,9 @@ _SAID_BY = {
     "commands": ["optimize", "evaluate", "export", "generate", "profile", "report", "dashboard", "plan pick"],
     "commands/app.py": [],  # it looks for the option that it names
     "commands/console.py": ["optimize", "profile", "report"],  # for those with --out
-    "commands/export.py": ["export"],
     "commands/dry_run.py": ["optimize"],
+    "commands/examples.py": [],  # command lines, which test_help.py parses
+    "commands/export.py": ["export"],
     "commands/generate.py": ["generate"],
     "commands/hardware.py": ["optimize"],
     "commands/workers.py": ["optimize"],

@@ -317,7 +317,7 @@ def _save_plan_of_three(directory: Path, num_layers: int = 6) -> Path:
     ("num_layers", "options", "message"),
     [
         (6, [], "groups have at most 2 layers"),
-        (6, ["--max-group", 3, "--freeze", 1], "leave layers [1] alone"),
+        (6, ["--max-group", 3, "--freeze", 1], "groups have at most 3 layers, and --freeze keeps 1 out of them"),
         (7, ["--max-group", 3], "has 7 layers, the model 6"),
         (6, ["--max-group", 3], "fingerprint"),
     ],

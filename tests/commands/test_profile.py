@@ -109,7 +109,7 @@ def test_the_engine_is_named(run_lpsearch: Run, arguments: list, tmp_path: Path)
         outcome = run_lpsearch(*arguments, "--context", 8, "--engine", "transformers")
     assert outcome.exit_code == 0, outcome.stderr
     assert outcome.document["engine"] == "transformers"
-    assert "engine transformers: generate, static cache, compiled step" in outcome.stderr
+    assert "transformers: generate, static cache, compiled step" in outcome.stderr
     assert load_profile(tmp_path / "profile.json").engine == "transformers"
 
 
@@ -122,6 +122,21 @@ def test_an_engine_that_is_not_installed_is_refused_before_it_measures(
     expected = "--engine llama.cpp: xllamacpp is not installed here; run pip install 'lpsearch[llamacpp]'"
     assert outcome.document["error"]["message"] == expected
     assert "measuring" not in outcome.stderr
+
+
+def test_a_file_is_replaced_only_if_that_is_asked_for(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text("precious", encoding="utf-8")
+    refused = run_lpsearch(*arguments, "--context", 8)
+    assert refused.exit_code == 2
+    assert "add --overwrite to replace it" in refused.document["error"]["message"]
+    assert "measuring" not in refused.stderr
+    assert path.read_text(encoding="utf-8") == "precious"
+    outcome = run_lpsearch(*arguments, "--context", 8, "--overwrite")
+    assert outcome.exit_code == 0, outcome.stderr
+    assert load_profile(path).geometry.num_layers == 6
+    for echoed in ("6 layers", "wide layers", "each timed", f"--latency {path}"):
+        assert echoed in outcome.stderr
 
 
 @pytest.mark.slow

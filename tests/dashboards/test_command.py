@@ -20,11 +20,13 @@ import pytest
 from lpsearch.commands.studies import open_existing_study
 from lpsearch.errors import UsageError
 from lpsearch.report import StudyReport
+from lpsearch.report.annotations import is_annotated
 from lpsearch.search import StudyStore
 from lpsearch_dashboard import build_server
 from tests.commands.conftest import Run
 from tests.dashboards.conftest import NUM_TRIALS
 from tests.dashboards.serving import fetch, serve, wait_for_address
+from tests.report.conftest import MakeStudy
 
 
 def test_it_serves_until_ctrl_c(
@@ -61,6 +63,20 @@ def test_its_address_is_told_in_every_manner_of_speaking(
     stdout, stderr = process.communicate(timeout=30)
     assert (process.returncode, stderr) == (0, "")
     assert json.loads(stdout)["url"] == url
+
+
+def test_it_writes_what_a_search_without_optuna_dashboard_left_out(
+    start_lpsearch: Callable[..., subprocess.Popen], make_study: MakeStudy, tmp_path: Path
+) -> None:
+    report = make_study(budget=12)
+    process = start_lpsearch("dashboard", tmp_path, "--port", 0)
+    shown = fetch(wait_for_address(process) + "api/studies/1")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 0
+    assert "| joins |" in shown["note"]["body"]
+    assert len(shown["artifacts"]) == len(report.front)
+    with StudyStore(f"sqlite:///{tmp_path / 'study.db'}", study_name="demo") as store:
+        assert is_annotated(store, report)
 
 
 def test_it_follows_a_search_of_another_process(

@@ -50,7 +50,7 @@ class _Steps:
 
     Args:
         kill_at: number of the step before which the process kills itself; None lets it end.
-        function: ``module:name`` of the function at whose first call the counting begins; None counts from the start.
+        function: ``module:name`` or ``module:class.name`` of the function at whose first call the counting begins; None counts from the start.
     """
 
     _FILE_EVENTS = frozenset(
@@ -63,8 +63,10 @@ class _Steps:
         self._is_counting = function is None
         if function is not None:
             module_name, _, name = function.partition(":")
-            module = importlib.import_module(module_name)
-            setattr(module, name, self._wrap(getattr(module, name)))
+            owner_name, _, name = name.rpartition(".")
+            owner: Any = importlib.import_module(module_name)
+            owner = getattr(owner, owner_name) if owner_name else owner
+            setattr(owner, name, self._wrap(getattr(owner, name)))
         for name in ("before_cursor_execute", "after_cursor_execute", "commit"):
             event.listen(Engine, name, lambda *args: self._step())
         sys.addaudithook(lambda name, args: self._step() if name in self._FILE_EVENTS else None)

@@ -123,7 +123,7 @@ def test_the_front_that_a_killed_search_leaves_is_whole_or_absent(
         return points
 
     unbroken = tmp_path / "unbroken"
-    function = "lpsearch.commands.search:_write_front"
+    function = "lpsearch.commands.fronts:FrontWriter.write"
     num_steps = nursery.run("command", arguments=build_arguments(unbroken), function=function)
     expected = read_front(unbroken)
     num_absent = 0

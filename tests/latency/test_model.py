@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from lpsearch.errors import ConfigError
@@ -24,6 +25,7 @@ from lpsearch.latency.profile import (
 )
 from lpsearch.plan import Group, Plan
 from tests.tiny_models import SLIDING_WINDOW, build_tiny_model
+from tests.tolerances import DRAWN_MARGIN
 
 OVERHEAD_MS, COST_MS = 0.7, {"1 full": 0.5, "2 full": 0.8, "3 full": 1.1}
 DEPTHS = [
@@ -371,3 +373,18 @@ def test_workloads_are_written_in_one_way():
 def test_a_wider_group_costs_no_less_than_what_it_holds():
     costs = fit_group_costs([{"1 full": 4}, {"1 sliding": 4}, {"1 full + 1 sliding": 4}], [4.0, 1.0, 2.0])
     assert costs.cost_ms["1 full + 1 sliding"] >= costs.cost_ms["1 full"] >= costs.cost_ms["1 sliding"]
+
+
+def test_the_margin_is_what_timing_blurs_or_what_estimates_were_off() -> None:
+    """Two standard errors of the ratio of two medians of so many blocks, against ratios that are drawn."""
+    drawn = np.random.default_rng(0).normal(10, 0.3, size=(2, 4000, 30))
+    medians = np.median(drawn, axis=2)
+    expected = 2 * np.std(medians[0] / medians[1])
+    blocks = drawn.ravel()
+    point = {"median_ms": 10.0, "p10_ms": np.quantile(blocks, 0.1), "p90_ms": np.quantile(blocks, 0.9)}
+    points = [MeasuredPoint(num_groups={"1 full": 2}, use="fit", num_samples=30, **point)]
+    fields = {"batch_size": 1, "context_len": 8, "num_layers_measured": 2, "points": points, "overhead_ms": 1.0}
+    workload = WorkloadProfile(**fields, cost_ms={"1 full": 4.5})
+    assert workload.speedup_margin == pytest.approx(expected, rel=DRAWN_MARGIN)
+    assert workload.model_copy(update={"check_error": 0.001}).speedup_margin == workload.speedup_margin
+    assert workload.model_copy(update={"check_error": 0.2, "check_mean_error": 0.15}).speedup_margin == 0.15

@@ -113,7 +113,15 @@ def write_front_files(directory: Path, front: list[TrialResult], result: StudyRe
     named = name_plan_files(front)
     for found in named:
         save_plan(Plan(found.plan.groups, PlanMetadata(model=identity)), directory / found.plan_file)
-    file = build_front_file(named, study="demo", model=identity, result=result, **fields)
+    file = build_front_file(
+        named,
+        study="demo",
+        model=identity,
+        num_trials=len(result.results),
+        proxy_tokens=result.proxy_tokens,
+        exact=result.exact,
+        **fields,
+    )
     write_json(file.model_dump(mode="json"), directory / "front.json")
 
 
@@ -166,7 +174,8 @@ def search_formula(
             for record in front:
                 evaluate_stored_plan(store, unseen, record.plan, split="heldout")
         if files:
-            write_front_files(directory, front, result, metric=metric, objective=objective)
+            model = None if profile is None else LatencyModel(profile)
+            write_front_files(directory, front, result, metric=metric, objective=objective, latency_model=model)
         return load_report(store, directory)
 
 
