@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lpsearch.commands.checks import read_config
 from lpsearch.commands.steps import show_steps
 from lpsearch.errors import ConfigError, describe_error
+from lpsearch.models.aliases import name_model
 from lpsearch.plan import Plan
 
 if TYPE_CHECKING:
@@ -140,13 +141,14 @@ def load_model_of_plan(
     config = read_config(source, trust_remote_code=trust_remote_code)
     if config is not None:  # before anything is fetched
         check_config(config)
-    with show_steps(f"loading {source.id} on {describe_device(device)}"):
+    with show_steps(f"loading {name_model(source.id)} on {describe_device(device)}", unit="bytes") as on_download:
         loaded = load_model(
             source,
             device=device,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             before_weights=check_before_weights,
+            on_download=on_download,
         )
     check_plan_model(plan.without_recovery(), loaded.model)
     return loaded
@@ -181,13 +183,14 @@ def load_for_search(
     # The geometry of a repository with its own code is not known before it is loaded.
     if dtype == "auto" and loaded_dtype != torch.float32 and not trust_remote_code and fits_in_float32(source, device):
         loaded_dtype = torch.float32
-    with show_steps(f"loading {source.id} on {describe_device(device)}"):
+    with show_steps(f"loading {name_model(source.id)} on {describe_device(device)}", unit="bytes") as on_download:
         return load_model(
             source,
             device=device,
             dtype=loaded_dtype,
             trust_remote_code=trust_remote_code,
             before_weights=lambda config, tokenizer: check(config),
+            on_download=on_download,
         )
 
 
