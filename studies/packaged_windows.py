@@ -3,14 +3,13 @@
 It writes ``lpsearch/data/sampled_windows/``. Run it again where a preset, a packaged model or the sampling has changed,
 or where the pinned transformers reads the tokenizer of a packaged model in another way; a test says so.
 
-    python studies/packaged_windows.py
+    python studies/packaged_windows.py [--model smollm2-135m]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ import lpsearch.data
 from lpsearch.config import Split, load_preset
 from lpsearch.data import Windows
 from lpsearch.data.sampling import sample_windows
-from lpsearch.data.shipped import ShippedWindows, name_sampled
+from lpsearch.data.shipped import ShippedWindows, list_shipped, name_sampled
 from lpsearch.models import fingerprint_parts, list_aliases, load_model, resolve_source
 from lpsearch.versions import read_versions
 
@@ -72,16 +71,20 @@ def write_windows(alias: str, directory: Path) -> list[ShippedWindows]:
 def main() -> None:
     """Sample the windows of every packaged model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=DIRECTORY, help="directory to write (default: %(default)s)")
-    out: Path = parser.parse_args().out
+    packaged = [alias.name for alias in list_aliases() if alias.kind == "package"]
+    parser.add_argument("--model", choices=packaged, help="sample those of this model alone, and keep the others")
+    parser.add_argument("--out", type=Path, default=DIRECTORY, help="directory to write")
+    arguments = parser.parse_args()
+    out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    for stale in out.glob("self-*.npy"):
-        stale.unlink()
-    aliases = [alias.name for alias in list_aliases() if alias.kind == "package"]
-    entries = [entry.model_dump() for alias in aliases for entry in write_windows(alias, out)]
-    (out / "index.json").write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
-    for entry in entries:
-        print(f"{entry['file']}  {entry['model']}, {entry['split']}", file=sys.stderr)
+    wanted = [arguments.model] if arguments.model else packaged
+    kept = [entry for entry in list_shipped() if entry.model not in wanted] if arguments.model else []
+    entries = [*kept, *(entry for alias in wanted for entry in write_windows(alias, out))]
+    entries.sort(key=lambda entry: packaged.index(entry.model))
+    index = json.dumps([entry.model_dump() for entry in entries], indent=2)
+    (out / "index.json").write_text(index + "\n", encoding="utf-8")
+    for stale in {file.name for file in out.glob("self-*.npy")} - {entry.file for entry in entries}:
+        (out / stale).unlink()
     print(json.dumps({"out": str(out), "files": len(entries)}))
 
 
