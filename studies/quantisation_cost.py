@@ -7,7 +7,7 @@ was within half a step of its level. For small errors the loss rises by a quadra
 same size, drawn uniformly within half a step and added to the quantised weights, therefore raise the loss in the mean
 by as much again as the quantisation did; see Widrow and Kollar, "Quantization Noise" (2008), for that model. It
 is an estimate: the true errors are not independent of the weights, and the loss is not quite quadratic. What is stored
-in 8 bits is left as it is.
+in 8 bits is left as it is. Errors half as large say how far the loss is from quadratic.
 
 The last line is JSON.
 """
@@ -15,6 +15,7 @@ The last line is JSON.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -33,6 +34,8 @@ from lpsearch.versions import read_versions
 
 _BLOCK = 32
 _LEVELS = 16
+_SCALES = (1.0, 0.5)
+"""Of the errors. Where the loss is quadratic in them, a rise divided by the square of its scale is one number."""
 
 
 def find_steps(weight: Tensor) -> Tensor:
@@ -58,11 +61,11 @@ def check_levels(weight: Tensor) -> None:
         raise ModelError(f"{share_off:.1%} of the weights are on no level of Q4_1; give a model of that type")
 
 
-def add_rounding_errors(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a matrix with errors added as those of its quantisation: uniform within half a step."""
+def add_rounding_errors(weight: Tensor, generator: torch.Generator, *, scale: float = 1.0) -> Tensor:
+    """Return a matrix with errors added: uniform within half a step, as those of its quantisation, times ``scale``."""
     blocks = weight.unflatten(-1, (-1, _BLOCK))
     uniform = torch.rand(blocks.shape, generator=generator, dtype=weight.dtype) - 0.5
-    return (blocks + uniform * find_steps(weight)).flatten(-2)
+    return (blocks + scale * uniform * find_steps(weight)).flatten(-2)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, object]:
@@ -92,13 +95,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         return statistics.fmean(losses.nll_nats_per_token)
 
     nll = evaluate()
-    rises = []
-    for seed in range(arguments.seeds):
+    rises: dict[float, list[float]] = {scale: [] for scale in _SCALES}
+    for seed, scale in itertools.product(range(arguments.seeds), _SCALES):
         generator = torch.Generator().manual_seed(seed)
         for weight, original in zip(matrices, originals, strict=True):
-            weight.data.copy_(add_rounding_errors(original, generator))
-        rises.append(evaluate() - nll)
-        print(f"seed {seed}: {rises[-1]:+.4f} nats per token", file=sys.stderr)
+            weight.data.copy_(add_rounding_errors(original, generator, scale=scale))
+        rises[scale].append(evaluate() - nll)
+        print(f"seed {seed}, errors times {scale:g}: {rises[scale][-1]:+.4f} nats per token", file=sys.stderr)
     return {
         "model": name_model(loaded.identity.id),
         "data": windows.spec,
@@ -106,8 +109,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         "seq_len": windows.seq_len,
         "nll": nll,
         "perplexity": math.exp(nll),
-        "cost_nats_per_token": statistics.fmean(rises),
-        "cost_by_seed": rises,
+        "cost_nats_per_token": {scale: statistics.fmean(found) / scale**2 for scale, found in rises.items()},
+        "rises": rises,
         "versions": read_versions(),
     }
 
