@@ -19,10 +19,13 @@ MAX_BYTES = 600_000
 
 
 def test_a_page_is_the_report_without_the_library(tmp_path: Path) -> None:
-    report = search_formula(tmp_path, latency=False)
+    study = search_formula(tmp_path, latency=False, data=str(tmp_path / "a text.txt"))
     page = tmp_path / "page.html"
-    assert write_page(tmp_path, page).name == report.name
+    report = write_page(tmp_path, page)
+    assert report.results == study.results
     written, whole = page.read_text(encoding="utf-8"), build_html(report)
+    assert "a text.txt" in written
+    assert str(tmp_path) not in written
     assert f'<script src="{PLOTLY_NAME}"></script>' in written
     assert len(written.encode()) < MAX_BYTES < len(whole.encode())
     assert parse(written).data == parse(whole).data
