@@ -80,7 +80,10 @@ def fetch_snapshot(
         num_bytes = sum(sizes[name] for name in chosen)
         logger.info("fetching %s at %s: %.2f GB, as far as it is not here", repo_id, commit, num_bytes / 1e9)
         bars = None if on_bytes is None else _count_bytes(on_bytes, num_bytes)
-        return Path(snapshot_download(repo_id, revision=commit, allow_patterns=chosen, tqdm_class=bars))
+        snapshot = Path(snapshot_download(repo_id, revision=commit, allow_patterns=chosen, tqdm_class=bars))
+        if on_bytes is not None:
+            on_bytes(num_bytes, num_bytes)  # files that were here before are not counted by the client
+        return snapshot
     except Exception as error:
         failure = _describe_failure(repo_id, revision, error)
     if isinstance(failure, SourceError) and cached is not None and usable:
@@ -158,7 +161,7 @@ def _list_files(repo_id: str, revision: str) -> tuple[str, dict[str, int]]:
 def _count_bytes(on_bytes: Callable[[int, int], None], total: int) -> type[tqdm]:
     """Make what the hub client takes for its bars: it draws nothing, and tells of the bytes that are there."""
 
-    class Counter(tqdm):  # type: ignore[type-arg]
+    class Counter(tqdm):  # type: ignore[misc]
         """Counts; the client makes one that counts bytes, one that counts those on the wire, and one of files."""
 
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -166,7 +169,7 @@ def _count_bytes(on_bytes: Callable[[int, int], None], total: int) -> type[tqdm]
             super().__init__(*args, **{**options, "file": io.StringIO(), "disable": False})
 
         def update(self, n: float | None = 1) -> bool | None:
-            updated = super().update(n)
+            updated: bool | None = super().update(n)
             if self.unit == "B" and self.n:
                 on_bytes(min(int(self.n), total), total)
             return updated
