@@ -120,7 +120,8 @@ def _parse_once() -> Iterator[None]:
     """
     import gguf  # which imports much, and most models are no GGUF file
 
-    parse, parsed = gguf.GGUFReader, dict[str, Any]()
+    library: Any = gguf
+    parse, parsed = library.GGUFReader, dict[str, Any]()
 
     def find_parsed(path: str | os.PathLike[str], *options: Any) -> Any:
         key = repr((os.fspath(path), options))
@@ -128,11 +129,11 @@ def _parse_once() -> Iterator[None]:
             parsed[key] = parse(path, *options)
         return parsed[key]
 
-    gguf.GGUFReader = find_parsed
+    library.GGUFReader = find_parsed
     try:
         yield
     finally:
-        gguf.GGUFReader = parse
+        library.GGUFReader = parse
 
 
 def _list_unread(header: GgufHeader, model: PreTrainedModel, info: Mapping[str, Any]) -> list[str]:
