@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Compiling all of torch and transformers takes a minute; Python compiles what is used when it is first imported. Before tests,
+# for which a warning of a compiler is an error, everything is compiled, by all cores; what no Python 3 compiles is left.
+INSTALL := $(PIP) install --no-compile --constraint constraints.txt --editable
 
 # vLLM pins torch and an older transformers, so it is installed in a separate environment. Exported directories go there too.
 VLLM_VENV ?= .venv-vllm
@@ -25,18 +28,19 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install --constraint constraints.txt --editable .
+	$(INSTALL) .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install --constraint constraints.txt --editable '.[test,lint]'
+	$(INSTALL) '.[test,lint]'
+	-@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib
 	@touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed
-	$(PIP) install --constraint constraints.txt --editable '.[docs]'
+	$(INSTALL) '.[docs]'
 	@touch $@
 
-demo: $(VENV)/.installed ## search SmolLM2-135M on this machine
+demo: $(VENV)/.installed ## search SmolLM2-135M-Instruct (4-bit) on this machine
 	$(BIN)/python -m lpsearch.optimize --model smollm2-135m --budget 40
 
 test: $(VENV)/.installed-dev ## run the tests

@@ -23,6 +23,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from plotly.offline import get_plotlyjs
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,6 +55,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     }
     for path in sorted(linked - {*INCLUDED}):
         files.append(File.generated(config, _source_uri(path), content=_build_source_page(path)))
+    files.append(File.generated(config, "fronts/plotly.min.js", content=get_plotlyjs()))  # the pages there share it
     return files
 
 
@@ -287,11 +289,12 @@ def build_aliases() -> str:
     """List the aliases that ``--model`` takes."""
     from lpsearch.models import list_aliases
 
-    rows = ["| alias | layers | parameters | from |\n|---|---|---|---|"]
+    rows = ["| alias | layers | parameters | from | revision |\n|---|---|---|---|---|"]
     for alias in list_aliases():
-        origin = "hub" if alias.kind == "hub" else "package index"
+        origin = f"hub: `{alias.id}`" if alias.kind == "hub" else f"package index: `{alias.id}`, {alias.title}"
         size = f"{alias.num_parameters / 1e9:.2f} B"
-        rows.append(f"| `{alias.name}` | {alias.num_layers} | {size} | {origin}: `{alias.id}` |")
+        revision = "that of the first use" if alias.revision is None else f"`{alias.revision[:10]}`"
+        rows.append(f"| `{alias.name}` | {alias.num_layers} | {size} | {origin} | {revision} |")
     return "\n".join(rows)
 
 

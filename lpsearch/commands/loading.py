@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lpsearch.commands.checks import read_config
 from lpsearch.commands.steps import show_steps
 from lpsearch.errors import ConfigError, PlanError, describe_error
+from lpsearch.models.aliases import name_model
 from lpsearch.plan import Plan
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def load_model_of_plan(
     config = read_config(source, trust_remote_code=trust_remote_code)
     if config is not None:  # before anything is fetched
         check_config(config)
-    with show_steps(f"loading {source.id} on {describe_device(device)}"):
+    with show_steps(f"loading {name_model(source.id)} on {describe_device(device)}", unit="bytes") as on_download:
         loaded = load_model(
             source,
             device=device,
@@ -160,6 +161,7 @@ def load_model_of_plan(
             trust_remote_code=trust_remote_code,
             before_weights=check_before_weights,
             spread=spread,
+            on_download=on_download,
         )
     check_plan_model(plan.without_recovery(), loaded.model)
     return loaded
@@ -198,7 +200,7 @@ def load_for_search(
     if may_check and fits_in_float32(source, device):
         loaded_dtype = torch.float32
     where = "all devices" if spread else describe_device(device)
-    with show_steps(f"loading {source.id} on {where}"):
+    with show_steps(f"loading {name_model(source.id)} on {where}", unit="bytes") as on_download:
         return load_model(
             source,
             device=device,
@@ -206,6 +208,7 @@ def load_for_search(
             trust_remote_code=trust_remote_code,
             before_weights=lambda config, tokenizer: check(config),
             spread=spread,
+            on_download=on_download,
         )
 
 

@@ -3,23 +3,54 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 
 from lpsearch.commands.console import Answer
-from lpsearch.models import list_aliases
+from lpsearch.models import Alias, list_aliases
+from lpsearch.models.commits import find_commit
 
 __all__ = ["models"]
 
+_SHOWN_DIGITS = 10
+"""Of a commit, in the table; the JSON line has all."""
+
 
 def models() -> Answer:
-    """List the aliases that --model takes."""
+    """List the aliases that --model takes, and the artefact that each names."""
     table = Table()
-    table.add_column("alias")
+    table.add_column("alias", no_wrap=True)
     table.add_column("layers", justify="right")
     table.add_column("parameters", justify="right")
-    table.add_column("from")
+    table.add_column("is", overflow="fold")
+    table.add_column("revision")
     for alias in list_aliases():
-        origin = alias.id if alias.kind == "hub" else f"package {alias.id} {alias.revision}, no hub needed"
-        table.add_row(alias.name, str(alias.num_layers), f"{alias.num_parameters / 1e9:.2f} B", origin)
-    return Answer({"models": [asdict(alias) for alias in list_aliases()]}, table)
+        what = f"{alias.title}, package {alias.id}" if alias.title else alias.id
+        table.add_row(
+            alias.name, str(alias.num_layers), f"{alias.num_parameters / 1e9:.2f} B", what, _describe_revision(alias)
+        )
+    note = (
+        "A packaged model needs no hub. (first use): the commit was main when the alias was first used here, and is "
+        "taken from then on. Where no commit is known, the first use records it."
+    )
+    return Answer({"models": [_describe(alias) for alias in list_aliases()]}, Group(table, note))
+
+
+def _describe(alias: Alias) -> dict[str, Any]:
+    """Build the entry of an alias in the JSON line; ``revision_from`` says how the revision is known."""
+    recorded = find_commit(alias.id) if alias.revision is None else None
+    known = "lpsearch" if alias.revision is not None else None
+    return {
+        **asdict(alias),
+        "revision": alias.revision or recorded,
+        "revision_from": known if recorded is None else "first use",
+    }
+
+
+def _describe_revision(alias: Alias) -> str:
+    if alias.revision is not None:
+        return alias.revision[:_SHOWN_DIGITS]
+    recorded = find_commit(alias.id)
+    return "not known" if recorded is None else f"{recorded[:_SHOWN_DIGITS]} (first use)"

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
@@ -20,6 +21,8 @@ from lpsearch.wording import escape_controls
 __all__ = ["LINE_INTERVAL_S", "NARROW", "build_bar", "choose_width", "clip", "draw", "format_seconds", "show_steps"]
 
 logger = logging.getLogger(__name__)
+
+_UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
 
 LINE_INTERVAL_S = 10.0
 """Seconds between two lines of one piece of work, where there is no live display."""
@@ -35,17 +38,18 @@ _MARGIN = 3
 
 
 @contextmanager
-def show_steps(description: str) -> Iterator[Callable[[int, int], None]]:
+def show_steps(description: str, *, unit: Literal["steps", "bytes"] = "steps") -> Iterator[Callable[[int, int], None]]:
     """Show one piece of work, such as sampling, while the block runs.
 
     Args:
         description: what is being done.
+        unit: what is counted. Bytes are those of a download, and more work follows when all are there.
 
     Yields:
         A function to call with the steps done and the steps in all; work that never calls it is shown without a share.
     """
     output = get_output()
-    steps = _Steps(description)
+    steps = _Steps(description, in_bytes=unit == "bytes")
     if output.is_live:
         with draw(steps, output.console):
             yield steps.update
@@ -57,9 +61,9 @@ def show_steps(description: str) -> Iterator[Callable[[int, int], None]]:
         def update(done: int, total: int) -> None:
             nonlocal logged_at
             steps.update(done, total)
-            if time.monotonic() - logged_at >= interval_s:
+            if steps.share is not None and time.monotonic() - logged_at >= interval_s:
                 logged_at = time.monotonic()
-                steps.log(f"{description}: {done / total:.0%}, {format_seconds(steps.estimate_seconds_left())} left")
+                steps.log(f"{description}: {steps.count}, {format_seconds(steps.estimate_seconds_left())} left")
 
         yield update
     if output.is_json or steps.elapsed_s >= 1:
@@ -69,8 +73,9 @@ def show_steps(description: str) -> Iterator[Callable[[int, int], None]]:
 class _Steps:
     """One piece of work, drawn as a bar."""
 
-    def __init__(self, description: str) -> None:
+    def __init__(self, description: str, *, in_bytes: bool) -> None:
         self._description = description
+        self._in_bytes = in_bytes
         self._began_at = time.monotonic()
         self._done = 0
         self._total: int | None = None
@@ -82,8 +87,25 @@ class _Steps:
     def elapsed_s(self) -> float:
         return time.monotonic() - self._began_at
 
+    @property
+    def share(self) -> float | None:
+        """Share that is done; None where it is not known, as after a download."""
+        if not self._total or (self._in_bytes and self._done >= self._total):
+            return None
+        return self._done / self._total
+
+    @property
+    def count(self) -> str:
+        """What is done, in words."""
+        if self.share is None or not self._total:
+            return ""
+        if not self._in_bytes:
+            return f"{self.share:.0%}"
+        name, size = next((name, size) for name, size in _UNITS if self._total >= size or name == "kB")
+        return f"{self._done / size:.1f} of {self._total / size:.1f} {name}"
+
     def estimate_seconds_left(self) -> float | None:
-        if not self._total or not self._done:
+        if self.share is None or not self._total or not self._done:
             return None
         return self.elapsed_s / self._done * (self._total - self._done)
 
@@ -97,11 +119,10 @@ class _Steps:
         logger.info("%s", line, extra={"progress": progress})
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        share = self._done / self._total if self._total else None
         yield build_bar(
             self._description,
-            count="" if share is None else f"{share:.0%}",
-            share=share,
+            count=self.count,
+            share=self.share,
             elapsed_s=self.elapsed_s,
             left_s=self.estimate_seconds_left(),
             width=choose_width(options),

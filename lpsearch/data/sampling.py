@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import logging
 import os
 from collections.abc import Callable
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ import numpy.typing as npt
 import torch
 
 from lpsearch.config import Split
+from lpsearch.data.shipped import find_shipped, name_sampled
 from lpsearch.data.windows import Windows
 from lpsearch.errors import ModelError
 from lpsearch.models import fingerprint_model, fingerprint_parts
@@ -31,7 +34,7 @@ from lpsearch.models.placement import find_input_device
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["estimate_sampling_bytes", "load_or_sample_windows", "sample_tokens"]
+__all__ = ["estimate_sampling_bytes", "load_or_sample_windows", "sample_tokens", "sample_windows"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +54,7 @@ def load_or_sample_windows(
     seed: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Windows:
-    """Return the sampled windows of this model, seed and split, from the user's cache if they are there.
+    """Return the sampled windows of this model, seed and split, from this package or the user's cache where possible.
 
     Args:
         model: the unmodified model.
@@ -67,23 +70,51 @@ def load_or_sample_windows(
     """
     dtype = str(model.dtype).removeprefix("torch.")
     provenance = {"split": split, "seed": seed, "dtype": dtype, "fingerprint": fingerprint_model(model)}
-    # Not by dtype: a search samples before it settles one, and its plans are evaluated on the same windows later.
     parts = fingerprint_parts(model, tokenizer)
-    key = "-".join(map(str, (split, seed, *parts.values(), num_windows, seq_len)))
-    path = cache_directory() / "windows" / f"self-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
-    input_ids = _load_cached(path, (num_windows, seq_len))
+    name = name_sampled(split=split, seed=seed, parts=parts, num_windows=num_windows, seq_len=seq_len)
+    shipped, path = find_shipped(name), cache_directory() / "windows" / name
+    input_ids = _load_cached(path if shipped is None else shipped, (num_windows, seq_len))
     if input_ids is None:
         logger.info("sampling %d %s windows of %d tokens from the model", num_windows, split, seq_len)
-        input_ids = sample_tokens(
+        input_ids = sample_windows(
             model=model,
-            first_token=_find_first_token(model, tokenizer),
+            tokenizer=tokenizer,
             num_windows=num_windows,
             seq_len=seq_len,
-            generator=_make_generator(seed, split),
+            split=split,
+            seed=seed,
             on_progress=on_progress,
         )
         _store(path, input_ids)
     return Windows(input_ids, "self", provenance)
+
+
+def sample_windows(
+    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    num_windows: int,
+    seq_len: int,
+    split: Split,
+    seed: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> npt.NDArray[np.int32]:
+    """Sample the windows of a seed and split, whatever is kept; see :func:`load_or_sample_windows`.
+
+    Returns:
+        Tokens, int32, ``(num_windows, seq_len)``.
+
+    Raises:
+        ModelError: if neither tokenizer nor model names a token to begin with.
+    """
+    return sample_tokens(
+        model=model,
+        first_token=_find_first_token(model, tokenizer),
+        num_windows=num_windows,
+        seq_len=seq_len,
+        generator=_make_generator(seed, split),
+        on_progress=on_progress,
+    )
 
 
 @torch.inference_mode()
@@ -180,9 +211,9 @@ def _make_generator(seed: int, split: Split) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def _load_cached(path: Path, shape: tuple[int, int]) -> npt.NDArray[np.int32] | None:
+def _load_cached(path: Traversable, shape: tuple[int, int]) -> npt.NDArray[np.int32] | None:
     try:
-        input_ids: npt.NDArray[np.int32] = np.load(path, allow_pickle=False)
+        input_ids: npt.NDArray[np.int32] = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, EOFError) as error:

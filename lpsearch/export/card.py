@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lpsearch.plan import KindMetrics, Plan, ProxyMetrics
+from lpsearch.models.aliases import describe_weights, find_base, find_title, name_model
+from lpsearch.plan import KindMetrics, ModelIdentity, Plan, ProxyMetrics
 from lpsearch.versions import __version__
 
 __all__ = ["write_card"]
@@ -48,10 +49,11 @@ def write_card(path: Path, *, plan: Plan, config: Any, licence: str | None, noti
     assert plan.metadata is not None  # only such a plan can be written beside it
     identity = plan.metadata.model
     is_local = Path(identity.id).is_absolute()
-    base = Path(identity.id).name if is_local else identity.id
+    base = Path(identity.id).name if is_local else name_model(identity.id)
     header = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [lpsearch]"]
-    if not is_local and "/" in identity.id:
-        header.append(f"base_model: {base}")
+    base_id = find_base(identity.id)
+    if not is_local and "/" in (base_id or identity.id):
+        header.append(f"base_model: {base_id or identity.id}")
     if licence is not None:
         header.append(f"license: {licence}")
     elif notices:
@@ -61,7 +63,7 @@ def write_card(path: Path, *, plan: Plan, config: Any, licence: str | None, noti
     parts = [
         "\n".join(["---", *header, "---"]),
         f"# {base}, {plan.num_layers} layers as {plan.depth:g}",
-        f"The decoder layers of {base}{f' ({identity.revision})' if identity.revision else ''} were grouped by "
+        f"The decoder layers of {base}{_describe_artefact(identity)} were grouped by "
         f"lpsearch {__version__}: its {plan.num_layers} layers run as {len(plan.groups)} groups, one after another "
         f"({plan.depth_reduction:.1%} less depth). The layers of a group read the same hidden states and their outputs "
         f"are summed, so that a group is one wide layer. {_describe_recovery(plan)} Weights were joined, and what "
@@ -70,11 +72,19 @@ def write_card(path: Path, *, plan: Plan, config: Any, licence: str | None, noti
         f"Layers together: {', '.join(f'{group[0]} to {group[-1]}' for group in joined) or 'none'}.",
         *_describe_dropped(plan),
         *_describe_metrics(plan),
+        *filter(None, [describe_weights(identity.id)]),
         _LOAD.rstrip(),
         "## Licence\n\n" + _describe_licence(licence, notices),
         f"The plan is `plan.json` in this directory:\n\n```json\n{content}\n```",
     ]
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _describe_artefact(identity: ModelIdentity) -> str:
+    """Say which artefact the base model is, as far as its name does not."""
+    package = f"package {identity.id}" if find_title(identity.id) else None
+    words = " ".join(filter(None, [package, identity.revision]))
+    return f" ({words})" if words else ""
 
 
 def _describe_dropped(plan: Plan) -> list[str]:

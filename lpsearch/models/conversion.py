@@ -9,8 +9,10 @@ have more digits than bfloat16 or float16 hold, and a later cast must give what 
 from __future__ import annotations
 
 import logging
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,19 +90,22 @@ def read_gguf(
             f"{path}: lpsearch wrote it (`lpsearch export`), so its layers are of unlike size; llama.cpp runs it, and "
             f"lpsearch takes the model that it was made from, {header.metadata.get('lpsearch.base_model')}"
         )
-    config = load_config(path.parent, gguf_file=path.name)
-    options: dict[str, Any] = {"gguf_file": path.name, "config": config, "dtype": dtype, "output_loading_info": True}
-    # Versions that can keep weights quantised do so by default, and saving such a model fails; older versions, which
-    # always dequantise, have no such class.
-    config_class = getattr(transformers, "GgufConfig", None)
-    if config_class is not None:
-        options["quantization_config"] = config_class(dequantize=True)
-    with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    if before_weights is not None:
-        before_weights(config, tokenizer)
-    with quiet_transformers():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path.parent, **options, ignore_mismatched_sizes=True)
+    with _parse_once():
+        config = load_config(path.parent, gguf_file=path.name)
+        options: dict[str, Any] = {"gguf_file": path.name, "config": config, "dtype": dtype}
+        # Versions that can keep weights quantised do so by default, and saving such a model fails; older versions,
+        # which always dequantise, have no such class.
+        config_class = getattr(transformers, "GgufConfig", None)
+        if config_class is not None:
+            options["quantization_config"] = config_class(dequantize=True)
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        if before_weights is not None:
+            before_weights(config, tokenizer)
+        with quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path.parent, **options, output_loading_info=True, ignore_mismatched_sizes=True
+            )
     model, info = loaded
     check_loading(path, {**info, "unexpected_keys": ()})
     unread = [name for name in _list_unread(header, model, info) if not _UNUSED_BY_DESIGN.search(name)]
@@ -110,6 +115,31 @@ def read_gguf(
             "would be another model; give the model's own directory instead of the GGUF file"
         )
     return model, tokenizer
+
+
+@contextmanager
+def _parse_once() -> Iterator[None]:
+    """Let transformers parse a file once while the block runs.
+
+    It parses all of it for the configuration, for the tokenizer and for the weights, and the reader of the ``gguf``
+    package takes 3 seconds for a vocabulary of 49,152 and 20 for one of 262,144.
+    """
+    import gguf  # which imports much, and most models are no GGUF file
+
+    library: Any = gguf
+    parse, parsed = library.GGUFReader, dict[str, Any]()
+
+    def find_parsed(path: str | os.PathLike[str], *options: Any) -> Any:
+        key = repr((os.fspath(path), options))
+        if key not in parsed:
+            parsed[key] = parse(path, *options)
+        return parsed[key]
+
+    library.GGUFReader = find_parsed
+    try:
+        yield
+    finally:
+        library.GGUFReader = parse
 
 
 def _list_unread(header: GgufHeader, model: PreTrainedModel, info: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
@@ -9,9 +10,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, RepoFile, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -23,6 +24,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import logging as hub_logging
+from tqdm.auto import tqdm
 
 from lpsearch.errors import LpsearchError, ModelError, SourceError, describe_error
 from lpsearch.models.packaged import LICENCE_NAMES
@@ -48,7 +50,9 @@ _CARD_NAME = "README.md"
 _Result = TypeVar("_Result")
 
 
-def fetch_snapshot(repo_id: str, *, revision: str, with_code: bool = False) -> Path:
+def fetch_snapshot(
+    repo_id: str, *, revision: str, with_code: bool = False, on_bytes: Callable[[int, int], None] | None = None
+) -> Path:
     """Return a local directory with the configuration, tokenizer and safetensors weights of a hub model.
 
     A complete snapshot in the local cache is used without any network if ``revision`` is a commit, and with a warning
@@ -58,6 +62,8 @@ def fetch_snapshot(repo_id: str, *, revision: str, with_code: bool = False) -> P
         repo_id: ``owner/name``.
         revision: commit, branch or tag.
         with_code: download the repository's own Python files too.
+        on_bytes: called with the bytes that are there and the bytes in all while files are downloaded, by several
+            threads; the hub client then draws no bars of its own.
 
     Raises:
         ModelError: if there is no such model or revision, or it has no safetensors weights.
@@ -69,10 +75,15 @@ def fetch_snapshot(repo_id: str, *, revision: str, with_code: bool = False) -> P
         return cached
     limit_s = _CACHED_ANSWER_LIMIT_S if usable else ANSWER_LIMIT_S
     try:
-        commit, names = call_within(limit_s, lambda: _list_files(repo_id, revision))
-        chosen = _select_files(repo_id, names, with_code=with_code)
-        logger.info("fetching %s at %s", repo_id, commit)
-        return Path(snapshot_download(repo_id, revision=commit, allow_patterns=chosen))
+        commit, sizes = call_within(limit_s, lambda: _list_files(repo_id, revision))
+        chosen = _select_files(repo_id, [*sizes], with_code=with_code)
+        num_bytes = sum(sizes[name] for name in chosen)
+        logger.info("fetching %s at %s: %.2f GB, as far as it is not here", repo_id, commit, num_bytes / 1e9)
+        bars = None if on_bytes is None else _count_bytes(on_bytes, num_bytes)
+        snapshot = Path(snapshot_download(repo_id, revision=commit, allow_patterns=chosen, tqdm_class=bars))
+        if on_bytes is not None:
+            on_bytes(num_bytes, num_bytes)  # files that were here before are not counted by the client
+        return snapshot
     except Exception as error:
         failure = _describe_failure(repo_id, revision, error)
     if isinstance(failure, SourceError) and cached is not None and usable:
@@ -139,11 +150,31 @@ def _download_config(repo_id: str, revision: str) -> Path:
         return Path(hf_hub_download(repo_id, "config.json", revision=revision))
 
 
-def _list_files(repo_id: str, revision: str) -> tuple[str, list[str]]:
-    """Return the commit that a revision is now, and the names of its files."""
+def _list_files(repo_id: str, revision: str) -> tuple[str, dict[str, int]]:
+    """Return the commit that a revision is now, and the size in bytes of each of its files."""
     commit = _download_config(repo_id, revision).parent.name
     with _quiet_client():
-        return commit, list(HfApi().list_repo_files(repo_id, revision=commit))
+        tree = HfApi().list_repo_tree(repo_id, recursive=True, revision=commit)
+        return commit, {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
+
+
+def _count_bytes(on_bytes: Callable[[int, int], None], total: int) -> type[tqdm]:
+    """Make what the hub client takes for its bars: it draws nothing, and tells of the bytes that are there."""
+
+    class Counter(tqdm):  # type: ignore[misc]
+        """Counts; the client makes one that counts bytes, one that counts those on the wire, and one of files."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            options.pop("name", None)
+            super().__init__(*args, **{**options, "file": io.StringIO(), "disable": False})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            updated: bool | None = super().update(n)
+            if self.unit == "B" and self.n:
+                on_bytes(min(int(self.n), total), total)
+            return updated
+
+    return Counter
 
 
 @contextmanager

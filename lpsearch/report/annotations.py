@@ -21,6 +21,7 @@ from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.storages import BaseStorage
 
 from lpsearch.latency.profile import describe_estimate
+from lpsearch.models.aliases import name_model
 from lpsearch.report.advice import list_commands
 from lpsearch.report.figures import build_front_figure, describe_groups
 from lpsearch.report.front_columns import format_loss
@@ -160,7 +161,7 @@ def _save_note(dashboard: Dashboard, subject: optuna.Study | _FinishedTrial, tex
 
 
 def _describe_study(store: StudyStore, report: StudyReport) -> str:
-    settings = report.settings
+    model = name_model(str(report.settings.get("model", "the model")))
     options = list_study_options(store, Path(report.directory))
     command = shlex.join(["lpsearch", "dashboard", report.directory, *options])
     state = "" if report.is_current else " The search is under way or was interrupted."
@@ -168,7 +169,7 @@ def _describe_study(store: StudyStore, report: StudyReport) -> str:
         [
             f"## {_escape(report.name)}: layer parallelism",
             "",
-            f"{_escape(str(settings.get('model', 'the model')))} has {report.num_layers} layers. Evaluated: "
+            f"{_escape(model)} has {report.num_layers} layers. Evaluated: "
             f"{len(report.results)} plans, {report.proxy_tokens:,} tokens. "
             f"Unmodified: {report.baseline.loss.nll:.4f} nats per token, "
             f"perplexity {report.baseline.perplexity:.2f}.{state}",

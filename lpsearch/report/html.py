@@ -13,6 +13,7 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from lpsearch.latency.profile import describe_estimate, describe_profile_error
+from lpsearch.models.aliases import describe_weights, name_model
 from lpsearch.report.advice import Pick, describe_no_gain, list_commands, pick_plans
 from lpsearch.report.charts import Chart, build_charts
 from lpsearch.report.figures import describe_groups
@@ -96,20 +97,28 @@ def build_parts(report: StudyReport) -> PageParts:
     )
 
 
-def build_html(report: StudyReport) -> str:
+def build_html(report: StudyReport, *, plotly_url: str | None = None) -> str:
     """Build the whole page as one file.
 
     Args:
         report: the study.
+        plotly_url: where the page finds the library that draws its figures, for a site of several pages that share it;
+            None puts it into the page, which then loads nothing and may load nothing.
     """
     parts = build_parts(report)
+    if plotly_url is None:
+        meta = f'\n<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        library = get_plotlyjs().replace("</script", "<\\/script")
+        plotly = f"<script>{library}</script>"
+    else:
+        meta, plotly = "", f'<script src="{escape(plotly_url)}"></script>'
     return _PAGE.format(
         title=parts.title,
-        meta=f'\n<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+        meta=meta,
         style=read_asset("page.css"),
         body=parts.body,
         data=parts.data,
-        plotly=get_plotlyjs().replace("</script", "<\\/script"),
+        plotly=plotly,
         script=read_asset("page.js"),
     )
 
@@ -156,7 +165,7 @@ _PAGE = (
     PAGE_TOP
     + """{body}
 <script type="application/json" id="data">{data}</script>
-<script>{plotly}</script>
+{plotly}
 <script>{script}</script>
 </body>
 </html>
@@ -204,6 +213,7 @@ def _share_lists(value: Any, shared: dict[str, int]) -> Any:
 
 def _render_head(report: StudyReport) -> str:
     settings = report.settings
+    model = str(settings.get("model", "the model"))
     facts = {
         "plans": f"{len(report.results)}" + (", all there are" if report.is_exact else ""),
         "layers": str(report.num_layers),
@@ -231,6 +241,8 @@ def _render_head(report: StudyReport) -> str:
     )
     warning = describe_profile_error(report.latency_error, name="Latency profile")
     notes += "" if warning is None else f"<p class='note'>{escape(warning)}.</p>"
+    weights = describe_weights(model)
+    notes += "" if weights is None else f"<p class='note'>{escape(weights)}</p>"
     choices = "Choices" if report.has_drops else "Joins"
     links = [("front", "Front"), ("next", "What next"), ("layers", "Layers"), ("joins", choices), ("search", "Search")]
     links[1:1] = [("kinds", "Kinds")] if report.has_kinds else []
@@ -239,8 +251,8 @@ def _render_head(report: StudyReport) -> str:
     return (
         f"<header><div class='bar'><h1>{escape(report.name)}</h1>"
         '<button type="button" id="theme" hidden>Dark</button></div>'
-        f"<p class='sub'>Which layers of {escape(str(settings.get('model', 'the model')))} can run in parallel, and "
-        f"what that costs</p><dl class='facts'>{items}</dl>{notes}<nav aria-label='Sections'>{nav}</nav></header>"
+        f"<p class='sub'>Which layers of {escape(name_model(model))} can run in parallel, and what that costs</p>"
+        f"<dl class='facts'>{items}</dl>{notes}<nav aria-label='Sections'>{nav}</nav></header>"
     )
 
 
@@ -248,9 +260,14 @@ def _describe_data(settings: Mapping[str, Any]) -> str:
     data = settings.get("data", "not recorded")
     size = f"{settings.get('windows', '?')} windows of {settings.get('seq_len', '?')} tokens"
     if isinstance(data, str):
-        return f"{data}, {size}"
+        return f"{_name_text(data)}, {size}"
     judged = "the worst kind" if settings.get("worst_case") else "the mean"
-    return f"{' + '.join(data)}, {size} of each kind; plans are compared by {judged}"
+    return f"{' + '.join(map(_name_text, data))}, {size} of each kind; plans are compared by {judged}"
+
+
+def _name_text(data: str) -> str:
+    """Name a text as people know it: a file by its name alone."""
+    return Path(data).name if Path(data).is_absolute() else data
 
 
 def _render_front(report: StudyReport, charts: dict[str, Chart]) -> str:

