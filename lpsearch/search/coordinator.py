@@ -11,7 +11,7 @@ need whole gets its other windows at the end, in the store's own tables.
 
 Losses go into these tables before the next evaluation begins, and a plan is never evaluated on a window twice. A
 process that dies at any moment therefore loses at most the rung it was in. Only the coordinator's thread touches the
-database.
+database, and Ctrl-C ends it only while it waits for an evaluation.
 
 On a database server several coordinators may search a study at once. Each claims a plan before it evaluates it
 (:mod:`lpsearch.search.claims`), learns what the others finished whenever it asks, and takes over the plans of those
@@ -32,6 +32,7 @@ from lpsearch.errors import ConfigError, StudyError
 from lpsearch.evaluation.losses import WindowLosses
 from lpsearch.plan import Plan
 from lpsearch.search.claims import POLL_S, ClaimLostError
+from lpsearch.search.interrupts import let_interrupts_through
 from lpsearch.search.pool import Pool
 from lpsearch.search.racing import Racing
 from lpsearch.search.results import EvaluationUpdate, StudyResult, TrialUpdate
@@ -144,7 +145,8 @@ class Coordinator:
             # Where none of them was at work at the last ask, it saw everything.
             if self._is_late() or not self._trials.are_others_at_work:
                 return
-            time.sleep(POLL_S)
+            with let_interrupts_through():
+                time.sleep(POLL_S)
 
     def _evaluate(
         self, find_job: Callable[[], Job | None], finish: Callable[[Job], None], leave: Callable[[Job], None]
@@ -327,7 +329,8 @@ class Coordinator:
             self._evaluate(find_job, refresh, waiting.append)
             if not waiting:
                 return
-            time.sleep(POLL_S)  # another coordinator has claimed what is left
+            with let_interrupts_through():  # another coordinator has claimed what is left
+                time.sleep(POLL_S)
 
 
 def _wait_for_any(slots: Sequence[_Evaluation]) -> _Evaluation | None:
@@ -336,5 +339,6 @@ def _wait_for_any(slots: Sequence[_Evaluation]) -> _Evaluation | None:
         if evaluation.future is None:
             return evaluation
     futures = [evaluation.future for evaluation in slots if evaluation.future is not None]
-    wait(futures, timeout=NEW_SLOTS_AFTER_S, return_when=FIRST_COMPLETED)
+    with let_interrupts_through():
+        wait(futures, timeout=NEW_SLOTS_AFTER_S, return_when=FIRST_COMPLETED)
     return next((evaluation for evaluation, future in zip(slots, futures, strict=True) if future.done()), None)

@@ -16,6 +16,7 @@ from sqlalchemy.engine import URL
 from lpsearch.errors import StudyError
 from lpsearch.search.claims import POLL_S, Claims
 from lpsearch.search.coordinators import Coordinators, Member
+from lpsearch.search.interrupts import let_interrupts_through
 from lpsearch.search.storage_url import describe_url, find_sqlite_path, translate_storage_errors
 
 __all__ = ["HeldElsewhereError", "StudyLock", "get_lock_path", "hold_file_lock"]
@@ -98,7 +99,8 @@ class StudyLock:
                 others = ", ".join(map(str, self._coordinators.list_others()))
                 logger.info("waiting for another process, which begins the study (%s)", others)
                 is_told = True
-            time.sleep(POLL_S)
+            with let_interrupts_through():
+                time.sleep(POLL_S)
 
     def end_turn(self) -> None:
         """Let the others go on that wait for their turn."""

@@ -30,6 +30,7 @@ from lpsearch.kinds import TextKind, normalise_weights
 from lpsearch.plan import Plan
 from lpsearch.search.claims import POLL_S, ClaimLostError
 from lpsearch.search.cost import Loss, compute_loss, split_by_kind
+from lpsearch.search.interrupts import hold_back_interrupts, let_interrupts_through
 from lpsearch.search.losses import State, choose_variant
 from lpsearch.search.pool import Pool
 from lpsearch.search.store import StudyStore
@@ -239,6 +240,7 @@ class StoredEvaluation:
     num_new_tokens: int
 
 
+@hold_back_interrupts()
 def evaluate_stored_plan(
     store: StudyStore, evaluator: PlanEvaluator, plan: Plan, *, split: Split = "proxy", variant: Variant = RAW
 ) -> StoredEvaluation:
@@ -256,18 +258,22 @@ def evaluate_stored_plan(
     keeper = _Keeper(store, num_windows=evaluator.num_windows, split=split, variant=variant)
     while not keeper.is_known(plan):
         if not keeper.claim(plan):
-            time.sleep(POLL_S)  # another coordinator evaluates the plan
+            with let_interrupts_through():  # another coordinator evaluates the plan
+                time.sleep(POLL_S)
             continue
         with suppress(ClaimLostError):
             try:
                 missing = keeper.find_missing(plan)
                 if missing:
-                    keeper.keep(plan, missing, evaluator.evaluate_windows(plan, missing))
+                    with let_interrupts_through():
+                        losses = evaluator.evaluate_windows(plan, missing)
+                    keeper.keep(plan, missing, losses)
             finally:
                 keeper.give_back(plan)
     return keeper.load(plan)
 
 
+@hold_back_interrupts()
 def evaluate_stored_plans(
     store: StudyStore,
     pool: Pool,
@@ -310,9 +316,12 @@ def evaluate_stored_plans(
                 running[pool.submit(plan, missing)] = plan, missing
             # While another coordinator has plans that are waited for, it is looked at again and again.
             if not running:
-                time.sleep(POLL_S if waiting else 0)
+                with let_interrupts_through():
+                    time.sleep(POLL_S if waiting else 0)
                 continue
-            for future in wait(running, timeout=POLL_S if waiting else None, return_when=FIRST_COMPLETED).done:
+            with let_interrupts_through():
+                ended = wait(running, timeout=POLL_S if waiting else None, return_when=FIRST_COMPLETED).done
+            for future in ended:
                 plan, missing = running.pop(future)
                 try:
                     with suppress(ClaimLostError):

@@ -16,6 +16,7 @@ from lpsearch.kinds import TextKind
 from lpsearch.plan import Plan
 from lpsearch.search.coordinator import Coordinator, InFlight
 from lpsearch.search.front import Objective
+from lpsearch.search.interrupts import hold_back_interrupts, let_interrupts_through
 from lpsearch.search.pool import Pool, ThreadPool
 from lpsearch.search.racing import Racing
 from lpsearch.search.results import EvaluationUpdate, StudyResult, TrialUpdate
@@ -141,7 +142,8 @@ def run_study(
             on_trial=on_trial,
             on_evaluation=on_evaluation,
         )
-        return search.run(enqueue)
+        with hold_back_interrupts():
+            return search.run(enqueue)
 
 
 class _Search:
@@ -224,7 +226,8 @@ class _Search:
         if self._away_since is None:
             self._away_since = time.monotonic()
         while time.monotonic() < self._away_since + OUTAGE_S:
-            time.sleep(RETRY_S)
+            with let_interrupts_through():
+                time.sleep(RETRY_S)
             try:
                 self._store.list_studies()
             except StudyError:

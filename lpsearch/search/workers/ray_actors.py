@@ -48,7 +48,8 @@ class RayLauncher:
         gpus_per_worker: GPUs of each; 0 for workers on CPUs.
 
     Raises:
-        ConfigError: if Ray is not installed, or the cluster cannot be reached or has no such GPUs.
+        ConfigError: if Ray is not installed, the cluster cannot be reached or has no such GPUs, or the process is in
+            another cluster.
     """
 
     def __init__(
@@ -66,6 +67,8 @@ class RayLauncher:
         self._has_joined = not self._ray.is_initialized()
         if self._has_joined:
             self._join(address)
+        else:
+            self._check_joined(address)
         try:
             self._check_gpus()
             num_cpus = int(self._ray.cluster_resources().get("CPU", 1))
@@ -111,10 +114,22 @@ class RayLauncher:
                 **own_only,
             )
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+            raise _build_refusal(address, error) from None
+
+    def _check_joined(self, address: str | None) -> None:
+        """Refuse another cluster than the one that this process has joined, since it can be in one at a time."""
+        if address is None or address in ("auto", "local"):
+            return
+        joined: str = self._ray.get_runtime_context().gcs_address
+        try:
+            _check_answers(address)
+            is_joined = _resolve(address) == _resolve(joined)
+        except (OSError, ValueError) as error:
+            raise _build_refusal(address, error) from None
+        if not is_joined:
             raise ConfigError(
-                f"--ray-address {address}: no Ray cluster answers there ({describe_error(error)}); start one with "
-                "`ray start --head`, or leave the address out to use this machine alone"
-            ) from None
+                f"--ray-address {address}: this process is in another Ray cluster, {joined}; call ray.shutdown() first"
+            )
 
     def _check_gpus(self) -> None:
         most = max((int(node["Resources"].get("GPU", 0)) for node in self._ray.nodes() if node["Alive"]), default=0)
@@ -152,6 +167,23 @@ class _RayWorker:
         if isinstance(error, self._ray.exceptions.RayError):
             raise WorkerFailedError(f"its actor ended: {describe_error(error)}")
         return read(done.result())
+
+
+def _build_refusal(address: str | None, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"--ray-address {address}: no Ray cluster answers there ({describe_error(error)}); start one with "
+        "`ray start --head`, or leave the address out to use this machine alone"
+    )
+
+
+def _resolve(address: str) -> tuple[str, int]:
+    """Return the IP address, as other machines see it, and the port of ``HOST:PORT``."""
+    from ray import util
+
+    own_ip: str = util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    host, _, port = address.rpartition(":")
+    ip = socket.gethostbyname(host.strip("[]"))
+    return own_ip if ip.startswith("127.") else ip, int(port)
 
 
 def _check_answers(address: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -74,6 +75,26 @@ def test_a_cluster_that_does_not_answer_is_named(address):
         ray.shutdown()
     with pytest.raises(ConfigError, match=f"--ray-address {address}: no Ray cluster answers there"):
         RayLauncher(dict, address=address)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "nowhere"])
+def test_a_cluster_that_does_not_answer_is_named_within_another_one(cluster, address):
+    ray.init(address=cluster.address)
+    with pytest.raises(ConfigError, match=f"--ray-address {address}: no Ray cluster answers there"):
+        RayLauncher(dict, address=address)
+    assert ray.is_initialized(), "this process stays where it was"
+
+
+def test_another_cluster_than_that_of_this_process_is_refused(cluster, tmp_path):
+    ray.init(address=cluster.address)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"--ray-address {address}: this process is in another Ray cluster, "):
+            RayLauncher(dict, address=address)
+    own = "127.0.0.1:" + cluster.address.rpartition(":")[2]
+    for same in (cluster.address, own, "auto"):
+        with WorkerPool(RayLauncher(make_builder(tmp_path), address=same)) as pool:
+            assert pool.num_slots == 1
 
 
 def slow_plan():
