@@ -74,8 +74,8 @@ def split_cache_bytes(device: torch.device) -> tuple[int, int]:
 def build_search_refitter(model: PreTrainedModel, windows: Windows, *, cache_bytes: int) -> Refitter:
     """Build what fits every plan of a search: the groups that it changes alone, in one walk.
 
-    The plans of the front are worth more: ``lpsearch recover`` also fits the single layers behind a group, and chooses
-    the ridge of each product.
+    The plans of the front are worth more: ``lpsearch recover`` also fits what branches read and the single layers
+    behind a group, and chooses the ridge of each product. Here that would cost more than a trial does (studies/LOG.md).
 
     Args:
         model: the unmodified model.
@@ -88,6 +88,7 @@ def build_search_refitter(model: PreTrainedModel, windows: Windows, *, cache_byt
         extent="grouped",
         num_passes=1,
         ridges=SEARCH_RIDGES,
+        fits_inputs=False,
         cache_bytes=cache_bytes,
     )
 
