@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -346,6 +347,17 @@ def test_a_disk_without_room_is_refused_first(model_dir: Path, tmp_path: Path, m
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
     with pytest.raises(LpsearchError, match=r"needs 0\.07 GB and 0\.00 GB are free.*--quant q8_0"):
         export_gguf_source(resolve_source(str(model_dir)), MIXED, tmp_path / "plan.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_disk_that_is_full_before_the_end_is_named(model_dir: Path, tmp_path: Path) -> None:
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, former[1]))  # of every file; this one has more bytes
+    try:
+        with pytest.raises(LpsearchError, match=r"plan\.gguf: the file could not be written to its end .*; free some"):
+            export_gguf_source(resolve_source(str(model_dir)), MIXED, tmp_path / "plan.gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 

@@ -14,6 +14,7 @@ from gguf import GGUFEndian, GGUFWriter, LlamaFileType
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lpsearch.errors import LpsearchError
 from lpsearch.export.base import BaseModel, open_model, open_source, replace_weights
 from lpsearch.export.gguf.checks import check_gguf, check_gguf_target, check_quantisation
 from lpsearch.export.gguf.formats import Quantisation, is_quantised
@@ -75,7 +76,7 @@ def export_gguf(
         ModelError: if the model is quantised, fused already or has a plan applied, or llama.cpp has no tokenizer like
             the one given.
         UsageError: if the file exists, or the quantisation is none that is written.
-        LpsearchError: if the disk has too little room.
+        LpsearchError: if the disk has too little room, or is full before the end.
 
     Example:
         >>> import tempfile
@@ -128,7 +129,7 @@ def export_gguf_source(
             has no tokenizer like its own.
         SourceError: if the model exists but cannot be fetched now.
         UsageError: if the file exists, or the quantisation is none that is written.
-        LpsearchError: if the disk has too little room.
+        LpsearchError: if the disk has too little room, or is full before the end.
     """
     target = Path(target)
     check_gguf_target(target)
@@ -182,8 +183,17 @@ def _write(
     needed_bytes = sum(tensor.num_bytes for tensor in tensors) + _METADATA_BYTES
     advice = "name a file on another disk, or write it in 8 bits (--quant q8_0)"
     check_disk(target, needed_bytes, what="file", advice=advice)
-    with staged_file(target) as staging:
-        _write_tensors(writer, tensors, staging, on_progress)
+    try:
+        with staged_file(target) as staging:
+            _write_tensors(writer, tensors, staging, on_progress)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # numpy says how much it wrote, and not why that was all.
+        raise LpsearchError(
+            f"{target}: the file could not be written to its end ({error}), as where a disk is full; free some space, "
+            f"{advice}"
+        ) from error
     logger.info("wrote %s: %d layers as %g", target, plan.num_layers, plan.depth)
     return target
 
