@@ -1,9 +1,8 @@
 """Timing several steps fairly: interleaved in one process, in blocks, on the slowest rank.
 
 Steps run in the order ABBA, so that a drift of the machine's speed meets all of them alike, and ratios come from the
-same rounds. Before each block its step runs once untimed. Otherwise the first and the last step alone would follow
-themselves every second round, with warm caches: small models in llama.cpp were 20 % faster there. A model that is served
-follows itself too.
+same rounds. Before each block its step runs once untimed, since a model that is served follows itself too. Otherwise
+the first and the last step alone would do so, every second round: small models in llama.cpp were 20 % faster there.
 """
 
 from __future__ import annotations
