@@ -17,7 +17,6 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, text
 
 START_S = 120
 
@@ -62,6 +61,9 @@ class Server(ABC):
 
     def create_database(self) -> str:
         """Create an empty database; return its URL."""
+        # The environment of `make test-vllm`, whose tests load this module too, has none.
+        from sqlalchemy import create_engine, text
+
         name = f"study_{next(self._numbers)}"
         engine = create_engine(self.url, isolation_level="AUTOCOMMIT")
         with engine.connect() as connection:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from gguf import GGUFReader
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -113,6 +118,28 @@ def test_export_of_a_gguf_file(run_lpsearch: Run, tmp_path: Path) -> None:
     as_model = run_lpsearch("evaluate", plan, "--model", tmp_path / "smaller.gguf", "--data", "self")
     assert as_model.exit_code == 2
     assert "lpsearch wrote it" in as_model.document["error"]["message"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_gguf_export_that_is_interrupted_leaves_nothing(
+    start_lpsearch: Callable[..., subprocess.Popen[str]], tmp_path: Path, number: signal.Signals
+) -> None:
+    large = build_gguf_model("llama", hidden_size=512, intermediate_size=2048)  # seconds to write in 8 bits
+    large.save_pretrained(tmp_path / "base")
+    build_tokenizer("smollm").save_pretrained(tmp_path / "base")
+    plan = write_plan(tmp_path / "base", tmp_path / "plan.json")
+    (tmp_path / "out").mkdir()
+    process = start_lpsearch("export", plan, tmp_path / "out" / "plan.gguf", "--quant", "q8_0")
+    while not (seen := [path.name for path in (tmp_path / "out").iterdir()]):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(number)
+    stdout, stderr = process.communicate()
+    assert seen[0].endswith(".tmp")
+    assert process.returncode == 130, stderr
+    assert json.loads(stdout.splitlines()[-1])["error"]["type"] == "Interrupted"
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_options_of_another_format_are_refused(run_lpsearch: Run, tiny_model_dir: Path, tmp_path: Path) -> None:

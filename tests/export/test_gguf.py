@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -20,10 +21,14 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 import lpsearch.commands.export
 from lpsearch.errors import FamilyError, LpsearchError, ModelError, PlanError, UsageError
 from lpsearch.export.gguf import QUANTISATIONS, check_gguf, export_gguf, export_gguf_source
-from lpsearch.export.gguf.blocks import Block, arrange_blocks
 from lpsearch.export.gguf.rotary import order_rows
+from lpsearch.latency.engines.llama_cpp import check_llama_cpp_family
+from lpsearch.latency.engines.timing_file import write_timing_file
 from lpsearch.models import fingerprint_model, resolve_source
+from lpsearch.models.traits import read_traits
 from lpsearch.plan import ModelIdentity, Plan, PlanMetadata
+from lpsearch.plan.stage_blocks import Block, arrange_blocks
+from lpsearch.transform.deci import find_deci_obstacle
 from tests.export.gguf_models import VOCAB_SIZE, build_gguf_model, build_tokenizer, write_base_gguf
 from tests.fusing import DROPPING, MIXED
 from tests.tiny_models import build_tiny_config
@@ -107,6 +112,23 @@ def test_the_arrays_say_the_shapes_of_the_tensors(plan: Plan, tmp_path: Path) ->
         }
         assert found == shapes
     assert not any(name.startswith(f"blk.{num_blocks}.") for name in tensors)
+
+
+@pytest.mark.parametrize("plan", [MIXED, *DROPPING.values(), UNCHANGED.drop({"attention": range(6), "mlp": range(6)})])
+@pytest.mark.parametrize("model", ["llama", "llama with biases", "granite", "qwen2"])
+def test_what_is_timed_has_the_shapes_of_what_is_written(model: str, plan: Plan, tmp_path: Path) -> None:
+    base = build_gguf_model(model)
+    export_gguf(base, plan, tmp_path / "plan.gguf")
+    write_timing_file(read_traits(base.config), plan, tmp_path / "timed.gguf", dtype=torch.float32)
+    written, timed = (
+        {name: (tensor.shape.tolist(), tensor.tensor_type) for name, tensor in read_tensors(tmp_path / file).items()}
+        for file in ("plan.gguf", "timed.gguf")
+    )
+    assert timed == written
+    written, timed = (read_fields(tmp_path / file) for file in ("plan.gguf", "timed.gguf"))
+    keys = {key for key in written if key.startswith("deci.")}
+    assert keys == {key for key in timed if key.startswith("deci.")}
+    assert all(timed[key] == written[key] for key in keys - {"deci.context_length"})
 
 
 def test_the_file_says_what_it_is(model_dir: Path, tmp_path: Path) -> None:
@@ -245,41 +267,20 @@ def test_repaired_weights_are_written_in_place_of_the_files(tmp_path: Path) -> N
 
 # ---- What is refused -------------------------------------------------------------------------------------------------
 
-REFUSED = {
-    "qwen3": ("qwen3", {"use_sliding_window": False}, "queries and keys are normed by head"),
-    "gemma2": ("gemma2", {}, "norms what its attention and MLP put out"),
-    "gemma3": ("gemma3_text", {}, "norms what its attention and MLP put out"),
-    "olmo2": ("olmo2", {}, "norms what its attention and MLP put out"),
-    "olmo3": ("olmo3", {}, "norms what its attention and MLP put out"),
-    "glm4": ("glm4", {}, "norms what its attention and MLP put out"),
-    "mistral with a window": ("mistral", {}, "slides over a window of 5 tokens"),
-    "qwen2 with a window": ("qwen2", {}, "slides over a window of 5 tokens"),
-    "smollm3": ("smollm3", {"use_sliding_window": False, "layer_types": None, "sliding_window": None}, "NoPE"),
-    "mixtral": ("mixtral", {}, "mixture of experts"),
-    "qwen3_moe": ("qwen3_moe", {}, "mixture of experts"),
-    "gemma": ("gemma", {}, "activation 'gelu_pytorch_tanh', not SiLU"),
-    "llama with GELU": ("llama", {"hidden_act": "gelu"}, "activation 'gelu', not SiLU"),
-    "starcoder2": ("starcoder2", {}, "LayerNorms"),
-    "phi": ("phi", {}, "read the same input"),
-    "gpt_neox": ("gpt_neox", {}, "read the same input"),
-    "cohere": ("cohere", {}, "read the same input"),
-    "gpt_neox without parallel residual": ("gpt_neox_sequential", {}, "LayerNorms"),
-    "dynamic scaling": (
-        "llama",
-        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-        r"rotary embedding \(dynamic\) depend on the length",
-    ),
-}  # fmt: skip
 
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_deci_computes_otherwise_is_refused_by_name(name: str) -> None:
-    family, options, reason = REFUSED[name]
-    config = build_tiny_config(family, **options)
-    with pytest.raises(
-        FamilyError, match=f"model type {config.model_type} cannot be written as a GGUF file: .*{reason}"
-    ):
+@pytest.mark.parametrize("family", ["qwen3", "mixtral", "gpt_neox"])
+def test_what_llamacpp_computes_otherwise_is_refused_with_the_same_reason_everywhere(family: str) -> None:
+    config = build_tiny_config(family)
+    reason = find_deci_obstacle(read_traits(config))
+    assert reason is not None
+    with pytest.raises(FamilyError) as caught:
         check_gguf(config)
+    assert str(caught.value).startswith(f"model type {config.model_type} cannot be written as a GGUF file: {reason}. ")
+    with pytest.raises(FamilyError) as caught:
+        check_llama_cpp_family(read_traits(config))
+    assert str(caught.value).startswith(
+        f"--engine llama.cpp: model type {config.model_type} is not timed there: {reason}."
+    )
 
 
 def test_a_tokenizer_that_llamacpp_has_not_is_refused(tmp_path: Path) -> None:
@@ -346,6 +347,17 @@ def test_a_disk_without_room_is_refused_first(model_dir: Path, tmp_path: Path, m
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
     with pytest.raises(LpsearchError, match=r"needs 0\.07 GB and 0\.00 GB are free.*--quant q8_0"):
         export_gguf_source(resolve_source(str(model_dir)), MIXED, tmp_path / "plan.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_disk_that_is_full_before_the_end_is_named(model_dir: Path, tmp_path: Path) -> None:
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, former[1]))  # of every file; this one has more bytes
+    try:
+        with pytest.raises(LpsearchError, match=r"plan\.gguf: the file could not be written to its end .*; free some"):
+            export_gguf_source(resolve_source(str(model_dir)), MIXED, tmp_path / "plan.gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 

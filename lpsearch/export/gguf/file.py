@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -15,13 +14,13 @@ from gguf import GGUFEndian, GGUFWriter, LlamaFileType
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lpsearch.errors import UsageError
+from lpsearch.errors import LpsearchError
 from lpsearch.export.base import BaseModel, open_model, open_source, replace_weights
-from lpsearch.export.gguf.blocks import arrange_blocks, check_gguf
-from lpsearch.export.gguf.formats import QUANTISATIONS, Quantisation, is_quantised
+from lpsearch.export.gguf.checks import check_gguf, check_gguf_target, check_quantisation
+from lpsearch.export.gguf.formats import Quantisation, is_quantised
 from lpsearch.export.gguf.stored import StoredModel
 from lpsearch.export.gguf.tensors import DeciTensors, GgufTensor
-from lpsearch.export.gguf.tokenizer import TokenizerKeys, read_tokenizer
+from lpsearch.export.gguf.tokenizer import add_tokenizer_keys, read_tokenizer
 from lpsearch.models import ModelSource
 from lpsearch.models.gguf_header import read_gguf_header
 from lpsearch.models.packaged import fetch_package
@@ -29,13 +28,13 @@ from lpsearch.models.traits import read_traits
 from lpsearch.plan import ModelIdentity, Plan
 from lpsearch.staging import check_disk, staged_file
 from lpsearch.transform import check_plan_layers, check_plan_numbers
+from lpsearch.transform.deci import ARCHITECTURE, DeciBlock, add_model_keys, lay_out_blocks
 from lpsearch.versions import __version__
 
-__all__ = ["check_gguf_target", "export_gguf", "export_gguf_source", "read_file_type"]
+__all__ = ["export_gguf", "export_gguf_source", "read_file_type"]
 
 logger = logging.getLogger(__name__)
 
-_ARCHITECTURE = "deci"
 _METADATA_BYTES = 64 << 20
 """Room left for the vocabulary and the header."""
 
@@ -45,18 +44,6 @@ _FILE_TYPES = {
     "bf16": LlamaFileType.MOSTLY_BF16,
     "q8_0": LlamaFileType.MOSTLY_Q8_0,
 }
-
-
-def check_gguf_target(target: Path) -> None:
-    """Refuse a file that exists, or whose name does not say what it is.
-
-    Raises:
-        UsageError: if it is such a one.
-    """
-    if target.suffix != ".gguf":
-        raise UsageError(f"{target}: the name of a GGUF file ends in .gguf; name such a file")
-    if target.exists() or target.is_symlink():
-        raise UsageError(f"{target} exists; name a new file, or remove this one")
 
 
 def export_gguf(
@@ -89,7 +76,7 @@ def export_gguf(
         ModelError: if the model is quantised, fused already or has a plan applied, or llama.cpp has no tokenizer like
             the one given.
         UsageError: if the file exists, or the quantisation is none that is written.
-        LpsearchError: if the disk has too little room.
+        LpsearchError: if the disk has too little room, or is full before the end.
 
     Example:
         >>> import tempfile
@@ -142,11 +129,11 @@ def export_gguf_source(
             has no tokenizer like its own.
         SourceError: if the model exists but cannot be fetched now.
         UsageError: if the file exists, or the quantisation is none that is written.
-        LpsearchError: if the disk has too little room.
+        LpsearchError: if the disk has too little room, or is full before the end.
     """
     target = Path(target)
     check_gguf_target(target)
-    _check_quantisation(quantisation)
+    check_quantisation(quantisation)
 
     def check(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         check_plan_layers(plan, config)
@@ -178,16 +165,17 @@ def _write(
     on_progress: Callable[[int, int], None],
 ) -> Path:
     """Check everything, then write a temporary file beside the target and rename it."""
-    _check_quantisation(quantisation)
+    check_quantisation(quantisation)
     check_gguf(base.config)
     check_plan_numbers(
         plan, num_layers=base.identity.num_layers, fingerprint=base.identity.fingerprint, name=base.identity.id
     )
-    deci = DeciTensors(base, stored, arrange_blocks(plan), quantisation)
+    blocks = lay_out_blocks(read_traits(base.config), plan)
+    deci = DeciTensors(base, stored, blocks, quantisation)
     tensors = deci.list_tensors()
-    writer = GGUFWriter(None, _ARCHITECTURE, endianess=GGUFEndian.LITTLE)
+    writer = GGUFWriter(None, ARCHITECTURE, endianess=GGUFEndian.LITTLE)
     _add_tokenizer(writer, base, stored)
-    _add_model(writer, base, deci, plan)
+    _add_model(writer, base, blocks, plan)
     is_copied = stored is not None and any(is_quantised(tensor.format) for tensor in tensors)
     file_type = stored.file_type if is_copied and stored is not None else None
     writer.add_file_type(_FILE_TYPES[deci.quantisation] if file_type is None else file_type)
@@ -195,8 +183,17 @@ def _write(
     needed_bytes = sum(tensor.num_bytes for tensor in tensors) + _METADATA_BYTES
     advice = "name a file on another disk, or write it in 8 bits (--quant q8_0)"
     check_disk(target, needed_bytes, what="file", advice=advice)
-    with staged_file(target) as staging:
-        _write_tensors(writer, tensors, staging, on_progress)
+    try:
+        with staged_file(target) as staging:
+            _write_tensors(writer, tensors, staging, on_progress)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # numpy says how much it wrote, and not why that was all.
+        raise LpsearchError(
+            f"{target}: the file could not be written to its end ({error}), as where a disk is full; free some space, "
+            f"{advice}"
+        ) from error
     logger.info("wrote %s: %d layers as %g", target, plan.num_layers, plan.depth)
     return target
 
@@ -220,22 +217,10 @@ def _write_tensors(
         writer.close()
 
 
-def _add_model(writer: GGUFWriter, base: BaseModel, deci: DeciTensors, plan: Plan) -> None:
+def _add_model(writer: GGUFWriter, base: BaseModel, blocks: Sequence[DeciBlock], plan: Plan) -> None:
     """Add the keys of the architecture, and what the file was made of."""
-    traits = read_traits(base.config)
-    parameters: dict[str, Any] = base.config.rope_parameters
-    writer.add_block_count(len(deci.head_counts))
-    writer.add_context_length(base.config.max_position_embeddings)
-    writer.add_embedding_length(traits.hidden_size)
-    writer.add_feed_forward_length(deci.feed_forward_lengths)
-    writer.add_head_count(deci.head_counts)
-    writer.add_head_count_kv(deci.kv_head_counts)
-    writer.add_key_length(traits.head_dim)
-    writer.add_value_length(traits.head_dim)
-    writer.add_rope_dimension_count(traits.head_dim)
-    writer.add_rope_freq_base(float(parameters["rope_theta"]))
-    writer.add_layer_norm_rms_eps(traits.norm_eps)
-    writer.add_vocab_size(traits.vocab_size)
+    context_len = base.config.max_position_embeddings
+    add_model_keys(writer, read_traits(base.config), blocks, context_len=context_len)
     identity = plan.metadata.model if plan.metadata is not None else base.identity
     writer.add_string("lpsearch.version", __version__)
     writer.add_string("lpsearch.plan", json.dumps(json.loads(plan.key)))
@@ -258,48 +243,9 @@ def _add_tokenizer(writer: GGUFWriter, base: BaseModel, stored: StoredModel | No
         return
     keys = read_tokenizer(base.tokenizer, vocab_size=base.config.vocab_size)
     writer.add_name(keys.fit_name(name))
-    _add_keys(writer, keys)
-
-
-def _add_keys(writer: GGUFWriter, keys: TokenizerKeys) -> None:
-    """Add the keys of a tokenizer that was read from a Hugging Face one."""
-    writer.add_tokenizer_model(keys.model)
-    writer.add_tokenizer_pre(keys.pre)
-    writer.add_token_list(keys.tokens)
-    writer.add_token_types(keys.types)
-    if keys.merges:
-        writer.add_token_merges(keys.merges)
-    if keys.scores:
-        writer.add_token_scores(keys.scores)
-    add_id = {
-        "bos": writer.add_bos_token_id,
-        "eos": writer.add_eos_token_id,
-        "unk": writer.add_unk_token_id,
-        "pad": writer.add_pad_token_id,
-    }
-    for name, token_id in keys.special_ids.items():
-        add_id[name](token_id)
-    writer.add_add_bos_token(keys.adds_bos)
-    writer.add_add_eos_token(keys.adds_eos)
-    if keys.adds_space is not None:
-        writer.add_add_space_prefix(keys.adds_space)
-    if keys.chat_template is not None:
-        writer.add_chat_template(keys.chat_template)
+    add_tokenizer_keys(writer, keys)
 
 
 def _name_base(identity: ModelIdentity) -> str:
     """Return the name of the base model, without the directories of a local one."""
     return Path(identity.id).name if Path(identity.id).is_absolute() else identity.id
-
-
-def _check_quantisation(quantisation: str | None) -> None:
-    """Refuse a quantisation that is not written.
-
-    Raises:
-        UsageError: naming those that are.
-    """
-    if quantisation is not None and quantisation not in QUANTISATIONS:
-        raise UsageError(
-            f"quantisation {quantisation!r} is none that is written; choose one of {', '.join(QUANTISATIONS)}, and "
-            "llama.cpp's `llama-quantize` makes others of a file in f16 or f32"
-        )

@@ -17,10 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lpsearch.models.traits import FamilyTraits
 
-__all__ = ["Rotary", "find_rotary_obstacle", "order_rows", "read_rotary"]
-
-_FIXED = ("default", "linear", "llama3", "yarn")
-"""Kinds of scaling, by transformers' names, whose frequencies do not depend on the length of the text."""
+__all__ = ["Rotary", "order_rows", "read_rotary"]
 
 _STILL = 1e30
 """Divisor of a frequency that is to be nothing: a turn by less than 1e-23 at any position changes no float32."""
@@ -43,22 +40,9 @@ class Rotary:
     scale: float
 
 
-def find_rotary_obstacle(traits: FamilyTraits) -> str | None:
-    """Say why a rotary embedding has no fixed frequencies; None if it has."""
-    parameters = _read_parameters(traits)
-    kind = parameters.get("rope_type", "default")
-    if "rope_theta" not in parameters:
-        return "its layers have rotary embeddings of several kinds"
-    if kind not in _FIXED:
-        return f"the frequencies of its rotary embedding ({kind}) depend on the length of the text"
-    if traits.head_dim % 2:
-        return f"its heads have an odd size, {traits.head_dim}"
-    return None
-
-
 def read_rotary(traits: FamilyTraits) -> Rotary:
-    """Read the rotary embedding of a model that has no obstacle."""
-    parameters = _read_parameters(traits)
+    """Read the rotary embedding of a model in which :func:`~lpsearch.transform.deci.find_deci_obstacle` found none."""
+    parameters: dict[str, Any] = traits.config.rope_parameters
     base, head_dim = float(parameters["rope_theta"]), traits.head_dim
     num_rotated = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
     kind = parameters.get("rope_type", "default")
@@ -81,10 +65,6 @@ def order_rows(num_heads: int, head_dim: int, num_rotated: int) -> Tensor:
     halves = torch.arange(num_rotated).view(2, -1).T.flatten()  # 0, d/2, 1, d/2 + 1, ...
     head = torch.cat([halves, torch.arange(num_rotated, head_dim)])
     return (torch.arange(num_heads)[:, None] * head_dim + head).flatten()
-
-
-def _read_parameters(traits: FamilyTraits) -> dict[str, Any]:
-    return getattr(traits.config, "rope_parameters", None) or {}
 
 
 def _compute_default(base: float, num_rotated: int) -> Tensor:

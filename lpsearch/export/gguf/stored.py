@@ -12,22 +12,12 @@ from gguf import GGUFReader, GGUFValueType
 from torch import Tensor
 
 from lpsearch.errors import FamilyError
-from lpsearch.export.gguf.formats import Bytes, Format, is_quantised
+from lpsearch.export.gguf.formats import Bytes, Format
 from lpsearch.models.gguf_header import GgufHeader, read_gguf_header
 from lpsearch.models.traits import Projection
+from lpsearch.transform.deci import TENSOR_NAMES
 
-__all__ = ["TENSOR_NAMES", "MetadataEntry", "StoredModel"]
-
-TENSOR_NAMES: dict[Projection, str] = {
-    "q": "attn_q",
-    "k": "attn_k",
-    "v": "attn_v",
-    "o": "attn_output",
-    "gate": "ffn_gate",
-    "up": "ffn_up",
-    "down": "ffn_down",
-}
-"""What llama.cpp calls the projections of a block."""
+__all__ = ["MetadataEntry", "StoredModel"]
 
 _PACKED: dict[str, tuple[Projection, ...]] = {"attn_qkv": ("q", "k", "v"), "ffn_up": ("gate", "up")}
 """Tensors of Phi-3 in which projections are stacked."""
@@ -59,11 +49,6 @@ class StoredModel:
         self.path = path
         self._header: GgufHeader = read_gguf_header(path)
         self._data = np.memmap(path, mode="r", dtype=np.uint8)
-
-    @property
-    def is_quantised(self) -> bool:
-        """Whether any of its tensors is quantised."""
-        return any(is_quantised(Format(tensor.type)) for tensor in self._header.tensors.values())
 
     @property
     def file_type(self) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,23 +12,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lpsearch.export.base import BaseModel
-from lpsearch.export.gguf.blocks import Block
 from lpsearch.export.gguf.formats import Bytes, Format, Quantisation, choose_format, count_bytes, encode, is_quantised
 from lpsearch.export.gguf.rotary import order_rows, read_rotary
-from lpsearch.export.gguf.stored import TENSOR_NAMES, StoredModel
+from lpsearch.export.gguf.stored import StoredModel
 from lpsearch.models.gguf_rope import ROPE_FREQS
 from lpsearch.models.traits import OUTPUTS, Projection, read_traits
+from lpsearch.transform.deci import ATTENTION, MLP, TENSOR_NAMES, DeciBlock, list_block_shapes
 from lpsearch.transform.fused_weights import MemberWeights, share_norm
 
 __all__ = ["DeciTensors", "GgufTensor"]
 
 _Kind = Literal["weight", "bias"]
-
-_ATTENTION: tuple[Projection, ...] = ("q", "k", "v", "o")
-_MLP: tuple[Projection, ...] = ("gate", "up", "down")
-
-_EMPTY_MLP_SIZE = 32
-"""Width of the zero MLP of a block without one: a block of llama.cpp's quantisations."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +58,7 @@ class DeciTensors:
     Args:
         base: the unmodified model.
         stored: the GGUF file that it comes from; None for another source.
-        blocks: of the plan.
+        blocks: of the plan, from :func:`~lpsearch.transform.deci.lay_out_blocks`.
         quantisation: of what is not copied from that file; None takes the model's own: what most of it is stored as,
             and q8_0 where that is quantised. What the file holds quantised is copied whatever this says.
     """
@@ -73,7 +67,7 @@ class DeciTensors:
         self,
         base: BaseModel,
         stored: StoredModel | None,
-        blocks: Sequence[Block],
+        blocks: Sequence[DeciBlock],
         quantisation: Quantisation | None,
     ) -> None:
         self._base, self._stored, self._blocks = base, stored, blocks
@@ -85,33 +79,14 @@ class DeciTensors:
         projections = self._traits.family.projections
         self._modules = {part: (module, parts.index(part)) for module, parts in projections.items() for part in parts}
 
-    @property
-    def head_counts(self) -> list[int]:
-        """Heads of each block. The first has one where it has no attention: llama.cpp reads the head size off it."""
-        return [len(block.attention) * self._traits.num_heads or int(i == 0) for i, block in enumerate(self._blocks)]
-
-    @property
-    def kv_head_counts(self) -> list[int]:
-        """Key-value heads of each block."""
-        return [len(block.attention) * self._traits.num_kv_heads or int(i == 0) for i, block in enumerate(self._blocks)]
-
-    @property
-    def feed_forward_lengths(self) -> list[int]:
-        """Width of each block's MLP, never 0."""
-        return [len(block.mlp) * self._traits.intermediate_size or _EMPTY_MLP_SIZE for block in self._blocks]
-
     def list_tensors(self) -> list[GgufTensor]:
         """List every tensor of the file, in its order."""
         tensors = self._list_outer()
         for index, block in enumerate(self._blocks):
-            if block.attention:
-                tensors += self._list_branch(index, block.attention, _ATTENTION)
-            elif index == 0:
-                tensors += self._list_zeros(index, _ATTENTION, self._traits.head_dim)
-            if block.mlp:
-                tensors += self._list_branch(index, block.mlp, _MLP)
-            else:
-                tensors += self._list_zeros(index, _MLP, _EMPTY_MLP_SIZE)
+            shapes = list_block_shapes(self._traits, block)
+            if block.num_heads:
+                tensors += self._list_branch(index, block.attention, ATTENTION, shapes)
+            tensors += self._list_branch(index, block.mlp, MLP, shapes)
         return tensors
 
     def _list_outer(self) -> list[GgufTensor]:
@@ -136,34 +111,44 @@ class DeciTensors:
             tensors.append(self._plan(ROPE_FREQS, tuple(divisors.shape), lambda: divisors, self._find(ROPE_FREQS)))
         return tensors
 
-    def _list_branch(self, index: int, layers: tuple[int, ...], projections: Sequence[Projection]) -> list[GgufTensor]:
-        """List the tensors of an attention or an MLP, of one layer or of several side by side."""
+    def _list_branch(
+        self,
+        index: int,
+        layers: tuple[int, ...],
+        projections: Sequence[Projection],
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> list[GgufTensor]:
+        """List the tensors of an attention or an MLP: of one layer, of several side by side, or zeros of none."""
+        names = {part: f"{TENSOR_NAMES[part]}.weight" for part in projections}
+        norm_name = "attn_norm.weight" if projections is ATTENTION else "ffn_norm.weight"
+        if not layers:
+            ones = self._plan_filled(index, norm_name, shapes[norm_name], 1.0)
+            return [ones, *(self._plan_filled(index, name, shapes[name], 0.0) for name in names.values())]
         block = self._traits.family.block
-        is_attention = projections is _ATTENTION
-        norm = block.attention_norm if is_attention else block.mlp_norm
-        norm_name = "attn_norm" if is_attention else "ffn_norm"
+        norm = block.attention_norm if projections is ATTENTION else block.mlp_norm
         assert norm is not None  # `check_gguf` refuses such a model
-        hidden = self._traits.hidden_size
+        stored = None
         if len(layers) == 1:
-            stored = self._find(f"blk.{layers[0]}.{norm_name}.weight", self._name(layers[0], f"{norm}.weight"))
-        else:
-            stored = None
+            stored = self._find(f"blk.{layers[0]}.{norm_name}", self._name(layers[0], f"{norm}.weight"))
         share = self._share_norm(layers, norm)
-        tensors = [self._plan(f"blk.{index}.{norm_name}.weight", (hidden,), share, stored)]
-        for projection in projections:
-            tensors.append(self._plan_projection(index, layers, projection, "weight", share))
+        tensors = [self._plan(f"blk.{index}.{norm_name}", shapes[norm_name], share, stored)]
+        for projection, name in names.items():
+            tensors.append(self._plan_projection(index, layers, projection, "weight", shapes[name], share))
             if self._has_bias(layers[0], projection):
-                tensors.append(self._plan_projection(index, layers, projection, "bias", share))
+                tensors.append(self._plan_projection(index, layers, projection, "bias", shapes[name][:1], share))
         return tensors
 
     def _plan_projection(
-        self, index: int, layers: tuple[int, ...], projection: Projection, kind: _Kind, share: Callable[[], Tensor]
+        self,
+        index: int,
+        layers: tuple[int, ...],
+        projection: Projection,
+        kind: _Kind,
+        shape: tuple[int, ...],
+        share: Callable[[], Tensor],
     ) -> GgufTensor:
         """Plan the weight or the bias of a projection of a block."""
-        traits = self._traits
-        hidden, size = traits.hidden_size, len(layers) * traits.projection_sizes[projection]
         is_output = projection in OUTPUTS
-        shape: tuple[int, ...] = (hidden, size) if is_output else (size, hidden)
         order = self._order(projection)
         scale = self._scale(projection)
 
@@ -187,21 +172,13 @@ class DeciTensors:
             module = self._modules[projection][0]
             if self._name(layers[0], f"{module}.{kind}") not in self._base.replaced:
                 stored = self._stored.find_projection(
-                    layers[0], projection, kind, sizes=traits.projection_sizes, order=order
+                    layers[0], projection, kind, sizes=self._traits.projection_sizes, order=order
                 )
-        name = f"blk.{index}.{TENSOR_NAMES[projection]}.{kind}"
-        return self._plan(name, shape if kind == "weight" else shape[:1], compute, stored)
+        return self._plan(f"blk.{index}.{TENSOR_NAMES[projection]}.{kind}", shape, compute, stored)
 
-    def _list_zeros(self, index: int, projections: Sequence[Projection], size: int) -> list[GgufTensor]:
-        """List the tensors of an attention of one head, or of an MLP, that adds nothing."""
-        hidden = self._traits.hidden_size
-        name = "attn_norm" if projections is _ATTENTION else "ffn_norm"
-        tensors = [self._plan(f"blk.{index}.{name}.weight", (hidden,), lambda: torch.ones(hidden), None)]
-        for projection in projections:
-            shape = (hidden, size) if projection in OUTPUTS else (size, hidden)
-            zeros = _bind_zeros(shape)
-            tensors.append(self._plan(f"blk.{index}.{TENSOR_NAMES[projection]}.weight", shape, zeros, None))
-        return tensors
+    def _plan_filled(self, index: int, name: str, shape: tuple[int, ...], value: float) -> GgufTensor:
+        """Plan a tensor of a branch that adds nothing."""
+        return self._plan(f"blk.{index}.{name}", shape, lambda: torch.full(shape, value), None)
 
     def _share_norm(self, layers: tuple[int, ...], norm: str) -> Callable[[], Tensor]:
         """Return what computes the norm of a branch: a layer's own, or that which several share."""
@@ -287,10 +264,6 @@ class DeciTensors:
 
     def _name(self, layer: int, name: str) -> str:
         return f"{self._traits.family.decoder}.layers.{layer}.{name}"
-
-
-def _bind_zeros(shape: tuple[int, ...]) -> Callable[[], Tensor]:
-    return lambda: torch.zeros(shape)
 
 
 def _find_quantisation(base: BaseModel, stored: StoredModel | None) -> Quantisation:

@@ -15,12 +15,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gguf import TokenType
+from gguf import GGUFWriter, TokenType
 from transformers import PreTrainedTokenizerBase
 
 from lpsearch.errors import ModelError
 
-__all__ = ["TokenizerKeys", "read_tokenizer"]
+__all__ = ["TokenizerKeys", "add_tokenizer_keys", "read_tokenizer"]
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +166,32 @@ def read_tokenizer(tokenizer: PreTrainedTokenizerBase, *, vocab_size: int) -> To
         chat_template=template,
         strips_spaces=any(added["special"] and added["rstrip"] for added in document["added_tokens"]),
     )
+
+
+def add_tokenizer_keys(writer: GGUFWriter, keys: TokenizerKeys) -> None:
+    """Add the keys of a tokenizer to a file."""
+    writer.add_tokenizer_model(keys.model)
+    writer.add_tokenizer_pre(keys.pre)
+    writer.add_token_list(keys.tokens)
+    writer.add_token_types(keys.types)
+    if keys.merges:
+        writer.add_token_merges(keys.merges)
+    if keys.scores:
+        writer.add_token_scores(keys.scores)
+    add_id = {
+        "bos": writer.add_bos_token_id,
+        "eos": writer.add_eos_token_id,
+        "unk": writer.add_unk_token_id,
+        "pad": writer.add_pad_token_id,
+    }
+    for name, token_id in keys.special_ids.items():
+        add_id[name](token_id)
+    writer.add_add_bos_token(keys.adds_bos)
+    writer.add_add_eos_token(keys.adds_eos)
+    if keys.adds_space is not None:
+        writer.add_add_space_prefix(keys.adds_space)
+    if keys.chat_template is not None:
+        writer.add_chat_template(keys.chat_template)
 
 
 def _score_tokens(tokens: list[str], pairs: list[tuple[str, ...]]) -> list[float]:

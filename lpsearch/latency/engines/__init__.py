@@ -89,8 +89,7 @@ def check_engine(
                 "give a batch of 1, or another engine"
             )
     if engine == "llama.cpp":
-        from lpsearch.latency.engines.llama_cpp import check_llama_cpp_device
-        from lpsearch.latency.engines.timing_file import check_llama_cpp_family
+        from lpsearch.latency.engines.llama_cpp import check_llama_cpp_device, check_llama_cpp_family
 
         check_llama_cpp_family(traits)
         check_llama_cpp_device(device)

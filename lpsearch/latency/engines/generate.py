@@ -14,7 +14,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, CompileConfig, LogitsProcessor, LogitsProcessorList, StaticCache
 
-from lpsearch.latency.engines.shapes import Generation, build_plan_config, changes_nothing, choose_generation
+from lpsearch.latency.engines.shapes import (
+    Generation,
+    build_plan_config,
+    changes_nothing,
+    choose_generation,
+    count_layer_elements,
+)
 from lpsearch.latency.runtime.memory import Workspace, align_elements
 from lpsearch.latency.sums import OneRank
 from lpsearch.latency.workload import Step, Workload
@@ -52,8 +58,7 @@ class GenerateSteps:
         self._config: Any = traits.config
         self._batch_size, self._generation = workload.batch_size, choose_generation(workload)
         self._device, self._dtype = device, dtype
-        shapes = traits.list_tensor_shapes().values()
-        self.layer_elements = sum(align_elements(torch.Size(shape).numel()) for shape in shapes)
+        self.layer_elements = count_layer_elements(traits)
         # A cache is filled before its memory becomes that of all: two of them are there for a moment.
         self.token_elements = 2 * 2 * traits.num_kv_heads * traits.head_dim
         self._cache_elements = self._batch_size * self._generation.num_tokens * traits.num_kv_heads * traits.head_dim

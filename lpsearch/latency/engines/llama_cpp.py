@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from lpsearch.errors import ConfigError
-from lpsearch.latency.engines.shapes import choose_generation, select_config
-from lpsearch.latency.engines.timing_file import check_llama_cpp_family, write_timing_file
-from lpsearch.latency.runtime.memory import align_elements
+from lpsearch.errors import ConfigError, FamilyError
+from lpsearch.latency.engines.shapes import choose_generation, count_layer_elements, select_config
+from lpsearch.latency.engines.timing_file import write_timing_file
 from lpsearch.latency.sums import OneRank
 from lpsearch.latency.workload import Step, Workload
 from lpsearch.models.traits import FamilyTraits, read_traits
 from lpsearch.plan import Plan
+from lpsearch.transform.deci import find_deci_obstacle
 
-__all__ = ["LlamaCppSteps", "check_llama_cpp_device"]
+__all__ = ["LlamaCppSteps", "check_llama_cpp_device", "check_llama_cpp_family"]
 
 _MODE = "llama.cpp"
 _SPARE_TOKENS = 64  # of the context, beyond what a call takes
@@ -43,17 +43,28 @@ def check_llama_cpp_device(device: torch.device) -> None:
         )
 
 
+def check_llama_cpp_family(traits: FamilyTraits) -> None:
+    """Refuse a model that llama.cpp would compute otherwise, as ``lpsearch export`` does.
+
+    Raises:
+        FamilyError: with the reason.
+    """
+    obstacle = find_deci_obstacle(traits)
+    if obstacle is not None:
+        raise FamilyError(
+            f"--engine llama.cpp: model type {traits.config.model_type} is not timed there: {obstacle}. Give --engine "
+            "runtime, transformers or vllm"
+        )
+
+
 class LlamaCppSteps:
     """A :class:`lpsearch.latency.workload.StepBuilder`: completions of llama.cpp's server.
 
     Args:
-        traits: of the model.
+        traits: of a model that :func:`check_llama_cpp_family` lets pass.
         workload: what is timed: one sequence.
         device: where to run; all layers go there.
         dtype: of the weights.
-
-    Raises:
-        FamilyError: for a model that llama.cpp's ``deci`` blocks do not compute.
     """
 
     modes = (_MODE,)
@@ -63,12 +74,10 @@ class LlamaCppSteps:
     runtime = "server, float16 cache"
 
     def __init__(self, traits: FamilyTraits, workload: Workload, *, device: torch.device, dtype: torch.dtype) -> None:
-        check_llama_cpp_family(traits)
         self._config = traits.config
         self._generation = choose_generation(workload)
         self._device, self._dtype = device, dtype
-        shapes = traits.list_tensor_shapes().values()
-        self.layer_elements = sum(align_elements(torch.Size(shape).numel()) for shape in shapes)
+        self.layer_elements = count_layer_elements(traits)
         self.token_elements = 2 * traits.num_kv_heads * traits.head_dim
         self._directory: TemporaryDirectory[str] | None = None
         self._servers: list[Any] = []

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lpsearch.latency.fallback import select_layers
 from lpsearch.latency.mix import Workload
+from lpsearch.latency.runtime.memory import align_elements
 from lpsearch.plan import Plan
 from lpsearch.transform.fused_config import build_fused_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["Generation", "build_plan_config", "changes_nothing", "choose_generation", "select_config"]
+    from lpsearch.models.traits import FamilyTraits
+
+__all__ = [
+    "Generation",
+    "build_plan_config",
+    "changes_nothing",
+    "choose_generation",
+    "count_layer_elements",
+    "select_config",
+]
 
 _MAX_STEPS = 16
 """Decode steps of one timed call: enough that what a call does besides them is a small part of its time."""
@@ -61,6 +72,11 @@ def choose_generation(workload: Workload) -> Generation:
         return Generation(workload.context_len, 0)
     num_steps = min(_MAX_STEPS, workload.context_len)
     return Generation(workload.context_len - num_steps + 1, num_steps)
+
+
+def count_layer_elements(traits: FamilyTraits) -> int:
+    """Return the elements of one layer's weights, each tensor with the room that its alignment takes."""
+    return sum(align_elements(math.prod(shape)) for shape in traits.list_tensor_shapes().values())
 
 
 def changes_nothing(plan: Plan) -> bool:

@@ -17,8 +17,12 @@ from typing import Any
 import torch
 
 from lpsearch.errors import ConfigError
-from lpsearch.latency.engines.shapes import build_plan_config, changes_nothing, choose_generation
-from lpsearch.latency.runtime.memory import align_elements
+from lpsearch.latency.engines.shapes import (
+    build_plan_config,
+    changes_nothing,
+    choose_generation,
+    count_layer_elements,
+)
 from lpsearch.latency.sums import OneRank
 from lpsearch.latency.workload import Step, Workload
 from lpsearch.models.traits import FamilyTraits
@@ -80,8 +84,7 @@ class VllmSteps:
         self._traits, self._config = traits, traits.config
         self._batch_size, self._generation = workload.batch_size, choose_generation(workload)
         self._dtype = dtype
-        shapes = traits.list_tensor_shapes().values()
-        self.layer_elements = sum(align_elements(torch.Size(shape).numel()) for shape in shapes)
+        self.layer_elements = count_layer_elements(traits)
         self.token_elements = 2 * 2 * traits.num_kv_heads * traits.head_dim  # twice: pages are not filled
         self._directory: TemporaryDirectory[str] | None = None
         self._engines: list[Any] = []
