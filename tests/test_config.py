@@ -44,6 +44,10 @@ def test_a_model_without_a_preset_takes_the_defaults() -> None:
             {"model": "m", "fresh": True},
             "fresh cannot be set in a configuration file; give --fresh on the command line",
         ),
+        (
+            {"model": "m", "dry_run": True},
+            "dry-run cannot be set in a configuration file; give --dry-run on the command",
+        ),
         ({"model": "m", "objective": "latency", "latency": "off"}, "--objective latency needs a latency"),
     ],
 )

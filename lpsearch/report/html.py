@@ -24,7 +24,7 @@ from lpsearch.report.study import StudyReport, describe_cache
 from lpsearch.report.tables import Table, build_ways_table
 from lpsearch.report.theme import map_colours
 from lpsearch.search import TrialResult, build_front
-from lpsearch.wording import describe_changes, describe_speedup
+from lpsearch.wording import describe_changes, describe_origin, describe_speedup
 from lpsearch.wording import escape_html as escape
 
 __all__ = ["PAGE_TOP", "PageParts", "build_html", "build_parts", "read_asset", "write_html"]
@@ -312,7 +312,7 @@ def _render_plan(report: StudyReport, index: int, result: TrialResult) -> str:
         "time of a step": "" if result.latency_ms is None else f"{result.latency_ms:.3f} ms ({estimated})",
         "speed-up": "" if result.speedup is None else f"{result.speedup:.3f}x ({estimated})",
         "KV cache": describe_cache(report, result),
-        "found by": f"{result.origin}, trial {result.trial}",
+        "found by": f"{describe_origin(result.origin)}, trial {result.trial}",
         ("layers" if result.num_dropped else "layers together"): describe_groups(result.plan),
     }
     items = "".join(
@@ -346,7 +346,9 @@ def _render_commands(report: StudyReport, result: TrialResult) -> str:
 
 def _render_words(line: str) -> str:
     """Keep a line from being broken inside its words, such as after the first hyphen of an option."""
-    return " ".join(f"<span>{escape(word)}</span>" for word in line.split(" "))
+    return " ".join(
+        escape(word) if word.isascii() and word.isalnum() else f"<span>{escape(word)}</span>" for word in line.split(" ")
+    )
 
 
 def _render_advice(report: StudyReport) -> str:
