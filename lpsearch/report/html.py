@@ -347,7 +347,8 @@ def _render_commands(report: StudyReport, result: TrialResult) -> str:
 def _render_words(line: str) -> str:
     """Keep a line from being broken inside its words, such as after the first hyphen of an option."""
     return " ".join(
-        escape(word) if word.isascii() and word.isalnum() else f"<span>{escape(word)}</span>" for word in line.split(" ")
+        escape(word) if word.isascii() and word.isalnum() else f"<span>{escape(word)}</span>"
+        for word in line.split(" ")
     )
 
 
