@@ -86,7 +86,9 @@ def describe_pick(point: FrontPoint, path: Path, file: FrontFile, *, ways: Mappi
     rows.append(("found by", f"{describe_origin(point.origin)}, trial {point.trial} of the study {file.study}"))
     if not ways:
         return Group(Facts(rows))
-    return Group(Facts(rows), "", Facts([(f"by {name}", words) for name, words in ways.items()]))
+    names = {"joins": "joins alone", "drops": "drops alone", "both": "both"}
+    compared = Facts([(f"  {names[name]}", words) for name, words in ways.items()])
+    return Group(Facts(rows), "", wrap_line("Within the loss, of all plans of the study:", "bold"), compared)
 
 
 def describe_difference(difference: Mapping[str, Any], first: Path, second: Path) -> Group:

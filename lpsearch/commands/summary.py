@@ -152,6 +152,7 @@ class SearchSummary:
         """Name three plans to start from, and the commands for one of them."""
         from lpsearch.report.advice import REPAIR, describe_no_gain, list_commands, pick_plans
 
+        yield ""
         picks = {pick.name: pick for pick in pick_plans(report)}
         loss = "loss" if report.metric == "nll" else "kl"
         yield wrap_line(f"Plans to start from, by the {loss} that you accept:", "bold")

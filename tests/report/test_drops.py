@@ -220,7 +220,7 @@ def test_plan_show_says_what_is_left_out(report: StudyReport, tmp_path: Path) ->
     console.print(answer.summary)
     shown = console.file.getvalue()
     assert "1 join, 2 attentions and 1 MLP dropped: 3-4; without attention 5, 7; without MLP 8" in shown
-    assert "KV cache     512 bytes a token, of the unmodified model 640" in shown
+    assert "KV cache     512 bytes a token, for 640 of the unmodified model" in shown
 
 
 def test_the_table_of_a_terminal_counts_drops(report: StudyReport) -> None:
