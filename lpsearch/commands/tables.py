@@ -45,6 +45,9 @@ _RANKS = {
 _RANKS_WITH_DROPS = {"less depth": 2, "speed-up": 1}
 """Where branches are dropped, time is what is saved, and depth says little of it."""
 
+_MOST_FIXED = 4
+"""Joins, drops, the loss and the held-out loss: all the columns of rank 0 that there can be."""
+
 _LEAST_LAYERS = 14
 """Room below which the layers are left out, where they would be cut to nothing that could be read."""
 
@@ -92,6 +95,8 @@ def build_front_table(
     for column in sorted(columns, key=lambda column: -column.rank):
         if column.rank and _measure(columns) + _GAP + _LAYERS_WIDTH[column.rank] > width:
             columns.remove(column)
+    if _measure(columns) > width and len(columns) == _MOST_FIXED:  # the held-out loss is the one to trust
+        del columns[_MOST_FIXED - 2]
     layers = [describe_layers(record.plan) for record in front]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in columns:

@@ -110,10 +110,12 @@ def test_the_speed_up_stays_where_time_is_what_is_saved(width: int) -> None:
     front[3] = dataclasses.replace(front[3], plan=dropped)
     lines = render(check(front, delta_nll_se=0.02), width)
     header = lines[0]
-    assert "drops" in header
+    assert all(name in header for name in ("joins", "drops", "held out"))
+    assert "…" not in header
+    assert ("delta nll" in header) == (width > 40)
     assert ("speed-up" in header) == (width >= 60)
-    assert ("less depth" in header) == (width >= 80)
+    assert ("less depth" in header) == (width >= 100)
     assert "layers together" not in header, "some are dropped"
-    assert ("layers" in header) == (width >= 100)
+    assert ("layers" in header) == (width >= 72)
     if width == 200:
         assert describe_layers(dropped) in " ".join(" ".join(lines).split())
