@@ -381,7 +381,7 @@ def _describe(error: ValidationError) -> str:
         if item["type"] == "extra_forbidden":
             findings.append(_describe_unknown(option))
         else:
-            findings.append(f"{option}: {item['msg']}, got {mask_urls(repr(item['input']))}")
+            findings.append(f"{option}: {item['msg'].removeprefix('Value error, ')}, got {mask_urls(repr(item['input']))}")
     return "; ".join(findings)
 
 
