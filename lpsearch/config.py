@@ -381,7 +381,8 @@ def _describe(error: ValidationError) -> str:
         if item["type"] == "extra_forbidden":
             findings.append(_describe_unknown(option))
         else:
-            findings.append(f"{option}: {item['msg'].removeprefix('Value error, ')}, got {mask_urls(repr(item['input']))}")
+            said = item["msg"].removeprefix("Value error, ")  # of pydantic, before what this module says
+            findings.append(f"{option}: {said}, got {mask_urls(repr(item['input']))}")
     return "; ".join(findings)
 
 
