@@ -57,7 +57,7 @@ class Entry:
 ENTRIES = (
     Entry("smollm2-135m-joins", "smollm2-135m", 100, DEPTH),
     Entry("smollm2-135m-drops", "smollm2-135m", 140, DROPS),
-    Entry("smollm2-135m-refit", "smollm2-135m", 120, (*DROPS, "--recover", "refit")),
+    Entry("smollm2-135m-refit", "smollm2-135m", 107, (*DROPS, "--recover", "refit")),
     Entry("gemma3-270m-joins", "gemma3-270m", 50, DEPTH),
 )
 
