@@ -87,16 +87,17 @@ def export(
 
 def _describe(document: Mapping[str, Any], plan: Plan, target: Path, *, is_gguf: bool) -> Facts:
     """Lay out what was written, and what to do with it."""
-    name = shlex.quote(str(target))
-    prompt = "--prompt 'The capital of France is'"
-    try_it = f"llama-server -m {name} --port 8080" if is_gguf else f"lpsearch generate {name} {prompt}"
+    try_it = ["lpsearch", "generate", str(target), "--prompt", "The capital of France is"]
+    if is_gguf:
+        try_it = ["llama-server", "-m", str(target), "--port", "8080"]
+    serve_it = ["vllm", "serve", str(target), "--trust-remote-code"]
     rows: list[Row] = [
         ("file" if is_gguf else "directory", target),
         ("model", name_model(document["model"])),
         ("depth", f"{plan.depth:g} of {plan.num_layers} layers, {plan.depth_reduction:.1%} less"),
         ("stored as", f"{document['file_type' if is_gguf else 'dtype']}, {document['num_bytes'] / 1e6:,.0f} MB"),
-        ("try it", Kept(try_it)),
-        ("serve it", None if is_gguf else Kept(f"vllm serve {name} --trust-remote-code")),
+        ("try it", Kept(shlex.join(try_it))),
+        ("serve it", None if is_gguf else Kept(shlex.join(serve_it))),
     ]
     return Facts(rows)
 

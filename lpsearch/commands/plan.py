@@ -90,10 +90,11 @@ def validate(
         "depth": plan.depth,
         "model": model,
     }
+    compare = "`lpsearch plan validate PLAN --model MODEL`"
     rows: list[Row] = [
         ("plan", plan_path),
         ("valid", "yes" if model is None else f"yes, for {model}"),
-        ("note", "the file alone was checked; --model MODEL compares it with a model too" if model is None else None),
+        ("note", f"the file alone was checked; {compare} compares it with a model too" if model is None else None),
         ("depth", f"{plan.depth:g} of {name_count(plan.num_layers, 'layer')}"),
     ]
     return Answer(document, Facts(rows))
