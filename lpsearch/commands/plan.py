@@ -94,7 +94,7 @@ def validate(
     rows: list[Row] = [
         ("plan", plan_path),
         ("valid", "yes" if model is None else f"yes, for {model}"),
-        ("note", f"the file alone was checked; {compare} compares it with a model too" if model is None else None),
+        ("note", f"the file alone was checked; {compare} compares a model with it too" if model is None else None),
         ("depth", f"{plan.depth:g} of {name_count(plan.num_layers, 'layer')}"),
     ]
     return Answer(document, Facts(rows))

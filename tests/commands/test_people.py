@@ -99,7 +99,7 @@ def test_a_terminal_gets_tables(show: Show, directory: Path, tiny_model_dir: Pat
     expected = {
         ("plan", "show", first): ["1 join", f"5 of 6 layers, {one['depth_reduction']:.1%} less", held, "held out"],
         ("plan", "pick", directory, "--max-delta", one["heldout_delta_nll"], "--quiet"): ["held out", "found by"],
-        ("plan", "validate", first): ["valid yes", "--model MODEL` compares it"],
+        ("plan", "validate", first): ["valid yes", "--model MODEL` compares a"],
         ("plan", "diff", first, second): ["only in first", ", ".join(map(str, both)) or "none"],
         ("evaluate", first, "--device", "cpu"): [held, f"perplexity {perplexity:.2f}"],
         ("cache", "show"): ["directory"],
