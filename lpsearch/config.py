@@ -381,14 +381,15 @@ def _describe(error: ValidationError) -> str:
         if item["type"] == "extra_forbidden":
             findings.append(_describe_unknown(option))
         else:
-            findings.append(f"{option}: {item['msg']}, got {mask_urls(repr(item['input']))}")
+            said = item["msg"].removeprefix("Value error, ")  # of pydantic, before what this module says
+            findings.append(f"{option}: {said}, got {mask_urls(repr(item['input']))}")
     return "; ".join(findings)
 
 
 def _describe_unknown(option: str) -> str:
     """Say that a configuration file cannot set something."""
     name = option.removeprefix("--")
-    if name in ("fresh", "config", "quiet", "json"):
+    if name in ("fresh", "config", "dry-run", "hardware", "quiet", "json"):
         return f"{name} cannot be set in a configuration file; give {option} on the command line"
     known = ", ".join(name.replace("_", "-") for name in OptimizeConfig.model_fields)
     return f"{name} is no setting of a configuration file; known: {known}"

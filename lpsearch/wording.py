@@ -13,6 +13,7 @@ __all__ = [
     "describe_changes",
     "describe_delta",
     "describe_layers",
+    "describe_origin",
     "describe_repair",
     "describe_speedup",
     "describe_unfinished",
@@ -24,6 +25,12 @@ __all__ = [
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _BRANCH_NAMES = {"attention": "attention", "mlp": "MLP"}
+_ORIGIN_NAMES = {
+    "programme": "dynamic program",
+    "surrogate": "expected improvement",
+}
+"""What people call what proposed a plan, where the search notes another word."""
+
 _LINE_END = re.compile("[\n\u2028\u2029]")
 
 
@@ -94,6 +101,11 @@ def describe_repair(plan: Plan, path: Path) -> str | None:
 def describe_delta(delta_nll: float, *, digits: int = 3) -> str:
     """Say what a plan loses, in nats per token, e.g. ``loses 0.225``, or ``loses nothing (-0.038)``."""
     return f"loses {delta_nll:.{digits}f}" if delta_nll >= 0 else f"loses nothing ({delta_nll:.{digits}f})"
+
+
+def describe_origin(origin: str) -> str:
+    """Name what proposed a plan, e.g. ``dynamic program`` for what the search notes as ``programme``."""
+    return _ORIGIN_NAMES.get(origin, origin)
 
 
 def describe_speedup(speedup: float, margin: float | None) -> str:

@@ -38,11 +38,16 @@ def test_a_model_without_a_preset_takes_the_defaults() -> None:
         ({"model": "m", "budget": 0}, "--budget: Input should be greater than or equal to 1, got 0"),
         ({"model": "m", "max_group": 1}, "--max-group"),
         ({"model": "m", "sampler": "magic"}, "--sampler"),
+        ({"model": "m", "allow": "joins,dops"}, "--allow: 'dops' is none of joins, drops"),
         ({"model": "m", "freeze": "1-"}, "'1-' is no layer"),
         ({"model": "m", "colour": 1}, "colour is no setting of a configuration file; known: model, budget"),
         (
             {"model": "m", "fresh": True},
             "fresh cannot be set in a configuration file; give --fresh on the command line",
+        ),
+        (
+            {"model": "m", "dry_run": True},
+            "dry-run cannot be set in a configuration file; give --dry-run on the command",
         ),
         ({"model": "m", "objective": "latency", "latency": "off"}, "--objective latency needs a latency"),
     ],

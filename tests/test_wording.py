@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lpsearch.plan import Plan
-from lpsearch.wording import describe_changes, describe_layers
+from lpsearch.wording import describe_changes, describe_layers, describe_origin
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,11 @@ def test_plans_in_words(joins: list[int], dropped: dict[str, list[int]], layers:
     plan = Plan.from_joins(16, joins).drop(dropped)
     assert describe_layers(plan) == layers
     assert describe_changes(plan) == changes
+
+
+def test_what_proposed_a_plan_is_named_by_its_method() -> None:
+    assert [describe_origin(origin) for origin in ("programme", "surrogate", "scan")] == [
+        "dynamic program",
+        "expected improvement",
+        "scan",
+    ]

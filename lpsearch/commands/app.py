@@ -104,8 +104,17 @@ def _build_app(commands: Sequence[Callable[..., Any]], *, prefix: str = "", **op
         lines = EXAMPLES.get(f"{prefix} {command.__name__}".strip(), ())
         title = "Example:" if len(lines) == 1 else "Examples:"
         # typer joins the lines of a paragraph, so each line is one.
-        group.command(command.__name__, epilog="\n\n".join([title, *lines]) if lines else None)(_defer(command))
+        group.command(
+            command.__name__,
+            help=_join_lines(inspect.getdoc(command) or ""),
+            epilog="\n\n".join([title, *lines]) if lines else None,
+        )(_defer(command))
     return group
+
+
+def _join_lines(text: str) -> str:
+    """Make each paragraph one line, which the help breaks to the width of the terminal."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
 def _defer(command: Callable[..., Any]) -> Callable[..., _Call]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from rich.console import Group
 
 from lpsearch.commands.console import Answer, adopt_optuna_log
+from lpsearch.commands.facts import Grid, wrap_line
 from lpsearch.commands.hardware import Hardware, parse_hardware
 from lpsearch.commands.loading import describe_device, resolve_device, resolve_dtype
 from lpsearch.commands.rehearsal import RehearsedStudy, rehearse_study
@@ -17,6 +18,7 @@ from lpsearch.commands.steps import format_seconds, show_steps
 from lpsearch.config import OptimizeConfig, ResolvedConfig
 from lpsearch.kinds import parse_kinds
 from lpsearch.models import load_geometry, resolve_source
+from lpsearch.models.aliases import name_model
 from lpsearch.plan import load_plan
 from lpsearch.search import PlanSpace
 
@@ -329,23 +331,18 @@ def _warn(values: OptimizeConfig, memory: _Memory) -> None:
         logger.info("measuring latency, about a minute on a GPU and some on a CPU, is not counted; nor is a download")
 
 
-def _build_table(document: dict[str, Any]) -> Table:
+def _build_table(document: dict[str, Any]) -> Group:
     """Lay the forecast out for a person."""
-    table = Table(title=f"{document['model']} on {document['hardware']}, {document['dtype']}", title_justify="left")
-    table.add_column("")
-    table.add_column("expected", justify="right")
-    table.add_column("least", justify="right")
-    table.add_column("most", justify="right")
+    rows: list[Sequence[str]] = [("plans", f"{document['plans']:,}", "", "")]
     tokens, seconds, memory = document["tokens"], document["seconds"], document["memory_bytes"]
 
     def add(name: str, values: dict[str, Any], key: str, write: Callable[[Any], str]) -> None:
         others = [write(values[f"{key}_{end}"]) if f"{key}_{end}" in values else "" for end in ("least", "most")]
-        table.add_row(name, write(values[key]), *others)
+        rows.append((name, write(values[key]), *others))
 
     def write_bytes(count: int) -> str:
         return f"{count / 2**30:.2f} GiB"
 
-    table.add_row("plans", f"{document['plans']:,}", "", "")
     add("tokens of the search", tokens, "proxy", "{:,}".format)
     add("tokens of the held-out check", tokens, "heldout", "{:,}".format)
     add("loading", seconds, "loading", format_seconds)
@@ -359,5 +356,6 @@ def _build_table(document: dict[str, Any]) -> Table:
     add("activations", memory, "activations", write_bytes)
     add("hidden states that are kept", memory, "hidden_states", write_bytes)
     add("memory in all", memory, "total", write_bytes)
-    add("of", memory, "available", write_bytes)
-    return table
+    add("memory that is there", memory, "available", write_bytes)
+    title = f"{name_model(document['model'])} on {document['hardware']}, {document['dtype']}"
+    return Group(wrap_line(title, "bold"), "", Grid(("", "expected", "least", "most"), rows, left=("",)))

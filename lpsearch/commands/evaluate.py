@@ -15,7 +15,14 @@ from rich.console import Group
 from lpsearch.commands.console import Answer
 from lpsearch.commands.facts import Facts, Row
 from lpsearch.commands.loading import describe_device, load_model_of_plan, resolve_device, resolve_dtype
-from lpsearch.commands.options import DeviceMapOption, DeviceOption, DtypeOption, ModelOption, PlanArgument, TrustOption
+from lpsearch.commands.options import (
+    DeviceMapOption,
+    DeviceOption,
+    DtypeOption,
+    PlanArgument,
+    PlanModelOption,
+    TrustOption,
+)
 from lpsearch.commands.plan_facts import list_loss_rows
 from lpsearch.commands.steps import show_steps
 from lpsearch.commands.tasks import (
@@ -31,6 +38,7 @@ from lpsearch.commands.tasks import (
 from lpsearch.config import Metric, Split
 from lpsearch.evaluation.losses import RAW
 from lpsearch.kinds import TextKind, list_measured_kinds, parse_kinds, write_kind
+from lpsearch.models.aliases import name_model
 from lpsearch.plan import Plan, ProxyMetrics, find_recovered_weights, load_plan
 from lpsearch.wording import describe_repair
 
@@ -54,7 +62,7 @@ _DEFAULT_SEQ_LEN = 2048
 
 def evaluate(
     plan_path: PlanArgument,
-    model: ModelOption = None,
+    model: PlanModelOption = None,
     data: Annotated[
         list[str] | None,
         typer.Option(help="as for optimize; may be repeated; default: as in the plan file", metavar="SPEC[@WEIGHT]"),
@@ -284,6 +292,7 @@ def _describe(plan_path: Path, metrics: ProxyMetrics, document: Mapping[str, Any
     baseline_nll = document["baseline_nll"]
     rows: list[Row] = [
         ("plan", plan_path),
+        ("model", name_model(document["model"])),
         ("depth", f"{document['depth_reduction']:.1%} less"),
         ("unmodified", f"nll {baseline_nll:.4f}, perplexity {math.exp(baseline_nll):.2f}"),
         ("the plan", f"nll {metrics.nll:.4f}, perplexity {metrics.perplexity:.2f}"),

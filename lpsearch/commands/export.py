@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,11 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lpsearch.commands.checks import read_config
+from lpsearch.commands.console import Answer
+from lpsearch.commands.facts import Facts, Kept, Row
 from lpsearch.commands.loading import resolve_source_of_plan
-from lpsearch.commands.options import ModelOption, PlanArgument
+from lpsearch.commands.options import PlanArgument, PlanModelOption
 from lpsearch.commands.steps import show_steps
 from lpsearch.config import Dtype
 from lpsearch.errors import UsageError
+from lpsearch.models.aliases import name_model
 from lpsearch.plan import Plan, find_recovered_weights, load_plan
 from lpsearch.staging import check_target
 
@@ -34,7 +38,7 @@ def export(
     target: Annotated[
         Path, typer.Argument(help="new or empty directory to write, or new .gguf file", metavar="DIR|FILE.gguf")
     ],
-    model: ModelOption = None,
+    model: PlanModelOption = None,
     format: Annotated[
         Literal["hf", "gguf"] | None,
         typer.Option(help="hf: directory for transformers and vLLM; gguf: file for llama.cpp; default: by the name"),
@@ -49,7 +53,7 @@ def export(
             "default: what the model has, q8_0 for groups of a quantised one"
         ),
     ] = None,
-) -> dict[str, Any]:
+) -> Answer:
     """Write a plan's fused layers as a checkpoint for transformers and vLLM, or as a GGUF file for llama.cpp."""
     plan = load_plan(plan_path)
     assert plan.metadata is not None  # a plan file has it
@@ -71,13 +75,31 @@ def export(
             written = _write_gguf(source, plan, target, quant, weights, on_progress)
         else:
             written = _write_directory(source, plan, target, dtype, weights, on_progress)
-    return {
+    document = {
         **written,
         "model": plan.metadata.model.id,
         "depth": plan.depth,
         "depth_reduction": plan.depth_reduction,
         "seconds": round(time.perf_counter() - started, 2),
     }
+    return Answer(document, _describe(document, plan, target, is_gguf=is_gguf))
+
+
+def _describe(document: Mapping[str, Any], plan: Plan, target: Path, *, is_gguf: bool) -> Facts:
+    """Lay out what was written, and what to do with it."""
+    try_it = ["lpsearch", "generate", str(target), "--prompt", "The capital of France is"]
+    if is_gguf:
+        try_it = ["llama-server", "-m", str(target), "--port", "8080"]
+    serve_it = ["vllm", "serve", str(target), "--trust-remote-code"]
+    rows: list[Row] = [
+        ("file" if is_gguf else "directory", target),
+        ("model", name_model(document["model"])),
+        ("depth", f"{plan.depth:g} of {plan.num_layers} layers, {plan.depth_reduction:.1%} less"),
+        ("stored as", f"{document['file_type' if is_gguf else 'dtype']}, {document['num_bytes'] / 1e6:,.0f} MB"),
+        ("try it", Kept(shlex.join(try_it))),
+        ("serve it", None if is_gguf else Kept(shlex.join(serve_it))),
+    ]
+    return Facts(rows)
 
 
 def _check_before_fetching(plan: Plan, source: ModelSource, target: Path, *, is_gguf: bool) -> None:

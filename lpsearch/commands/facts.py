@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,19 +77,20 @@ class Grid:
         columns: their headers.
         rows: a cell for each column; a cell may have several lines.
         left: the columns of words; the others hold numbers and stand at the right.
+        optional: the columns that are left out, one after the other, where there is too little room for all.
     """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     left: Sequence[str] = ()
+    optional: Sequence[str] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Lay the rows out to the width of the console."""
-        width = sum(
-            max(len(line) for cell in (name, *cells) for line in cell.split("\n"))
-            for name, *cells in zip(self.columns, *self.rows, strict=True)
-        )
-        if width + _COLUMN_GAP * (len(self.columns) - 1) > options.max_width:
+        if self._measure() > options.max_width and self.optional:
+            yield self._leave_out(self.optional[0])
+            return
+        if self._measure() > options.max_width:
             for index, row in enumerate(self.rows):
                 cells = [cell.replace("\n", ", ") for cell in row]
                 yield Facts(list(zip(self.columns, cells, strict=True)))
@@ -100,6 +102,24 @@ class Grid:
         for row in self.rows:
             table.add_row(*(escape_controls(cell) for cell in row))
         yield table
+
+    def _measure(self) -> int:
+        """Return the columns of the terminal that the table takes."""
+        widths = [
+            max(len(line) for cell in (name, *cells) for line in cell.split("\n"))
+            for name, *cells in zip(self.columns, *self.rows, strict=True)
+        ]
+        return sum(widths) + _COLUMN_GAP * (len(widths) - 1)
+
+    def _leave_out(self, name: str) -> Grid:
+        """Return the table without a column."""
+        place = self.columns.index(name)
+        return dataclasses.replace(
+            self,
+            columns=[*self.columns[:place], *self.columns[place + 1 :]],
+            rows=[[*row[:place], *row[place + 1 :]] for row in self.rows],
+            optional=[other for other in self.optional if other != name],
+        )
 
 
 def describe_document(document: Mapping[str, Any]) -> Facts:

@@ -20,6 +20,7 @@ from lpsearch.search import (
     read_results,
 )
 from lpsearch.search.results import set_latency
+from lpsearch.wording import name_count
 
 if TYPE_CHECKING:
     from lpsearch.data import Windows
@@ -96,7 +97,7 @@ class FrontWriter:
         except OSError as error:
             logger.warning("the unfinished front could not be written: %s", error)
             return
-        logger.info("the front by now, %d plans, is in %s, marked unfinished", len(front), self._out)
+        logger.info("the front by now, %s, is in %s, marked unfinished", name_count(len(front), "plan"), self._out)
 
     def write(self, result: StudyResult) -> tuple[list[TrialResult], FrontFile]:
         """Write the front of a search that has ended, with the held-out losses.

@@ -13,7 +13,7 @@ import typer
 from lpsearch.commands.console import Answer, get_output
 from lpsearch.commands.facts import Facts, Row
 from lpsearch.commands.loading import describe_device, load_model_of_plan, resolve_device, resolve_dtype
-from lpsearch.commands.options import DeviceOption, DtypeOption, ModelOption, TrustOption
+from lpsearch.commands.options import DeviceOption, DtypeOption, PlanModelOption, TrustOption
 from lpsearch.commands.steps import show_steps
 from lpsearch.errors import UsageError
 from lpsearch.plan import find_recovered_weights, load_plan
@@ -43,7 +43,7 @@ def generate(
         Path, typer.Argument(help="plan file, or a directory that export or recover wrote", metavar="DIR|PLAN")
     ],
     prompt: Annotated[str, typer.Option(help="text to continue; it is put in no chat template")],
-    model: ModelOption = None,
+    model: PlanModelOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="tokens to generate", min=1)] = 64,
     compare: Annotated[bool, typer.Option("--compare", help="also generate with the unmodified model")] = False,
     device: DeviceOption = "auto",

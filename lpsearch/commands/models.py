@@ -6,9 +6,9 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Group
-from rich.table import Table
 
 from lpsearch.commands.console import Answer
+from lpsearch.commands.facts import Grid, wrap_line
 from lpsearch.models import Alias, list_aliases
 from lpsearch.models.commits import find_commit
 
@@ -20,22 +20,27 @@ _SHOWN_DIGITS = 10
 
 def models() -> Answer:
     """List the aliases that --model takes, and the artefact that each names."""
-    table = Table()
-    table.add_column("alias", no_wrap=True)
-    table.add_column("layers", justify="right")
-    table.add_column("parameters", justify="right")
-    table.add_column("is", overflow="fold")
-    table.add_column("revision")
-    for alias in list_aliases():
-        what = f"{alias.title}, package {alias.id}" if alias.title else alias.id
-        table.add_row(
-            alias.name, str(alias.num_layers), f"{alias.num_parameters / 1e9:.2f} B", what, _describe_revision(alias)
+    rows = [
+        (
+            alias.name,
+            str(alias.num_layers),
+            f"{alias.num_parameters / 1e9:.2f} B",
+            f"{alias.title}\npackage {alias.id}" if alias.title else alias.id,
+            _describe_revision(alias),
         )
-    note = (
-        "A packaged model needs no hub. (first use): the commit was main when the alias was first used here, and is "
-        "taken from then on. Where no commit is known, the first use records it."
+        for alias in list_aliases()
+    ]
+    table = Grid(
+        ("alias", "layers", "size", "is", "commit"),
+        rows,
+        left=("alias", "is", "commit"),
+        optional=("size", "layers"),
     )
-    return Answer({"models": [_describe(alias) for alias in list_aliases()]}, Group(table, note))
+    note = (
+        "A packaged model needs no hub; it has a version instead of a commit. A commit with * was main when the alias "
+        "was first used here, and is taken from then on. Where no commit is known, the first use records it."
+    )
+    return Answer({"models": [_describe(alias) for alias in list_aliases()]}, Group(table, "", wrap_line(note, "dim")))
 
 
 def _describe(alias: Alias) -> dict[str, Any]:
@@ -53,4 +58,4 @@ def _describe_revision(alias: Alias) -> str:
     if alias.revision is not None:
         return alias.revision[:_SHOWN_DIGITS]
     recorded = find_commit(alias.id)
-    return "not known" if recorded is None else f"{recorded[:_SHOWN_DIGITS]} (first use)"
+    return "not known" if recorded is None else f"{recorded[:_SHOWN_DIGITS]}*"

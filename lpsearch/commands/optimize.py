@@ -31,7 +31,11 @@ def optimize(
         typer.Option(help="GPUs that a dry run is for, by name, e.g. h100; default: this machine", metavar="[N]x[GPU]"),
     ] = None,
 ) -> Answer:
-    """Search a model's plans and write the front of depth reduction against accuracy."""
+    """Search a model's plans and write the front of depth reduction against accuracy.
+
+    What is not typed comes from the file of --config, then from the preset of the model, then from the default in
+    parentheses. The study is resumed where it was begun before.
+    """
     resolved = resolve_config(command_line=given, config_file=config)
     if hardware is not None and not dry_run:
         raise ConfigError("--hardware says what a dry run is for; add --dry-run, or leave it out")

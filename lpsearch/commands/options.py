@@ -23,6 +23,7 @@ __all__ = [
     "JsonOption",
     "ModelOption",
     "PlanArgument",
+    "PlanModelOption",
     "QuietOption",
     "StorageOption",
     "StudyOption",
@@ -68,6 +69,13 @@ def _describe(name: str, **details: Any) -> Any:
 PlanArgument = Annotated[Path, typer.Argument(help="plan file, or a directory that holds plan.json", metavar="PLAN")]
 DirectoryArgument = Annotated[Path, typer.Argument(help="directory that optimize wrote", metavar="DIR")]
 ModelOption = Annotated[str | None, _describe("model")]
+PlanModelOption = Annotated[
+    str | None,
+    typer.Option(
+        help="where the model is: alias, hub id, directory or .gguf file; default: the one that the plan names",
+        metavar="MODEL",
+    ),
+]
 DeviceOption = Annotated[str, _describe("device")]
 DeviceMapOption = Annotated[DeviceMap, _describe("device_map")]
 DtypeOption = Annotated[Dtype, _describe("dtype")]

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from lpsearch.commands.console import Answer, get_output
 from lpsearch.commands.facts import Facts, Row
-from lpsearch.commands.options import ModelOption, PlanArgument
+from lpsearch.commands.options import PlanArgument
 from lpsearch.commands.plan_facts import describe_difference, describe_pick, describe_plan
 from lpsearch.errors import LpsearchError, StudyError, UsageError
 from lpsearch.front_file import FRONT_NAME, FrontFile, FrontPoint, load_front_file
@@ -52,7 +52,15 @@ def show(plan_path: PlanArgument) -> Answer:
     return Answer(build_plan_document(plan), describe_plan(plan, plan_path))
 
 
-def validate(plan_path: PlanArgument, model: ModelOption = None) -> Answer:
+def validate(
+    plan_path: PlanArgument,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="model to compare with: alias, hub id, directory or .gguf file; default: none", metavar="MODEL"
+        ),
+    ] = None,
+) -> Answer:
     """Check a plan file, and with --model that it is for that model."""
     plan = load_plan(plan_path)
     if model is not None:
@@ -82,10 +90,11 @@ def validate(plan_path: PlanArgument, model: ModelOption = None) -> Answer:
         "depth": plan.depth,
         "model": model,
     }
-    checked = "its model was not looked at, which `lpsearch plan validate PLAN --model MODEL` does too"
+    compare = "`lpsearch plan validate PLAN --model MODEL`"
     rows: list[Row] = [
         ("plan", plan_path),
-        ("valid", "yes; " + (checked if model is None else f"and it is for {model}")),
+        ("valid", "yes" if model is None else f"yes, for {model}"),
+        ("note", f"the file alone was checked; {compare} compares a model with it too" if model is None else None),
         ("depth", f"{plan.depth:g} of {name_count(plan.num_layers, 'layer')}"),
     ]
     return Answer(document, Facts(rows))

@@ -13,8 +13,16 @@ from lpsearch.config import Metric
 from lpsearch.front_file import FrontFile, FrontPoint
 from lpsearch.kinds import name_kinds
 from lpsearch.latency.profile import describe_estimate
+from lpsearch.models.aliases import describe_artefact, name_model
 from lpsearch.plan import KindMetrics, LatencyMetrics, Plan, ProxyMetrics, RecoveredLoss
-from lpsearch.wording import describe_changes, describe_layers, describe_speedup, format_value, name_count
+from lpsearch.wording import (
+    describe_changes,
+    describe_layers,
+    describe_origin,
+    describe_speedup,
+    format_value,
+    name_count,
+)
 
 __all__ = ["describe_difference", "describe_pick", "describe_plan", "list_loss_rows"]
 
@@ -32,7 +40,7 @@ def describe_plan(plan: Plan, path: Path) -> Facts:
     metadata = plan.metadata
     provenance = metadata.provenance
     rows: list[Row] = [("plan", path), *_list_choice_rows(plan)]
-    rows.append(("model", " at ".join(filter(None, (metadata.model.id, metadata.model.revision)))))
+    rows.append(("model", describe_artefact(metadata.model.id, metadata.model.revision)))
     for split in ("proxy", "heldout"):
         measured = getattr(metadata.metrics, split)
         rows += [(_SPLITS[split], "not measured")] if measured is None else list_loss_rows(measured, _SPLITS[split])
@@ -66,18 +74,21 @@ def describe_pick(point: FrontPoint, path: Path, file: FrontFile, *, ways: Mappi
             ),
         ),
     )
-    rows: list[Row] = [("plan", path)]
+    rows: list[Row] = [("plan", path), ("model", name_model(file.model.id))]
     rows += _list_choice_rows(Plan.from_groups(point.groups, dropped=point.dropped))
-    rows += [(_SPLITS[split], _write_losses(*found, metric=metric) or "not measured") for split, found in losses]
-    rows.append(("perplexity", f"{point.perplexity:.2f}"))
+    for split, found in losses:
+        words = _write_losses(*found, metric=metric) or "not measured"
+        rows.append((_SPLITS[split], words + f", perplexity {point.perplexity:.2f}" * (split == "proxy")))
     if point.speedup is not None and point.latency_ms is not None:
         speedup = describe_speedup(point.speedup, file.speedup_margin)
         rows.append(("speed-up", f"{speedup}, {point.latency_ms:.3f} ms"))
     rows.append(("state", None if file.finished else "unfinished: the search is under way or was interrupted"))
-    rows.append(("found by", f"{point.origin}, trial {point.trial} of the study {file.study}"))
+    rows.append(("found by", f"{describe_origin(point.origin)}, trial {point.trial} of the study {file.study}"))
     if not ways:
         return Group(Facts(rows))
-    return Group(Facts(rows), "", Facts([(f"by {name}", words) for name, words in ways.items()]))
+    names = {"joins": "joins alone", "drops": "drops alone", "both": "both"}
+    compared = Facts([(f"  {names[name]}", words) for name, words in ways.items()])
+    return Group(Facts(rows), "", wrap_line("Within the loss, of all plans of the study:", "bold"), compared)
 
 
 def describe_difference(difference: Mapping[str, Any], first: Path, second: Path) -> Group:
@@ -157,7 +168,7 @@ def _list_latency_rows(latency: LatencyMetrics | None) -> list[Row]:
     ]
     cached, whole = latency.kv_bytes_per_token, latency.baseline_kv_bytes_per_token
     if cached is not None:
-        other = "" if whole is None else f", of the unmodified model {whole:,}"
+        other = "" if whole is None else f", for {whole:,} of the unmodified model"
         rows.append(("KV cache", f"{cached:,} bytes a token{other}"))
     return rows
 

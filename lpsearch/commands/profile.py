@@ -65,8 +65,7 @@ def profile(
     workload: Annotated[
         list[str] | None,
         typer.Option(
-            help="workloads instead of --batch, --context and --prefill, e.g. decode:64x4096,prefill:2048; may be "
-            "repeated"
+            help="workloads instead of --batch, --context and --prefill, e.g. decode:64x4096; may be repeated"
         ),
     ] = None,
     max_group: Annotated[int, typer.Option(help="most layers in a group", min=2)] = 2,

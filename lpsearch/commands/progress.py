@@ -17,7 +17,7 @@ from lpsearch.commands.tables import build_front_table, get_metric, spread_rows
 from lpsearch.plan import Plan
 from lpsearch.search import EvaluationUpdate, TrialResult, TrialUpdate
 from lpsearch.search.results import finite_or_none
-from lpsearch.wording import describe_changes, describe_layers, name_count
+from lpsearch.wording import describe_changes, describe_layers, describe_origin, name_count
 
 __all__ = ["SearchProgress", "show_search"]
 
@@ -86,7 +86,7 @@ class _SearchLines:
             "trial %d/%d  %s: %s, %s %.4f  front of %d%s  %s left",
             update.num_finished,
             update.budget,
-            record.origin,
+            describe_origin(record.origin),
             describe_changes(record.plan),
             "delta nll" if metric == "nll" else "kl",
             record.get_cost(metric),
@@ -122,7 +122,7 @@ class _SearchDisplay:
         self._num_finished, self._budget, self._front = update.num_finished, update.budget, update.front
         layers = describe_layers(update.plan)
         what = f"{describe_changes(update.plan)}: layers {layers}" if layers else "the unmodified model"
-        self._note = f"{update.origin}, {name_count(update.num_windows, 'window')}, {what}"
+        self._note = f"{describe_origin(update.origin)}, {name_count(update.num_windows, 'window')}, {what}"
 
     def on_trial(self, update: TrialUpdate) -> None:
         self._clock.mark()

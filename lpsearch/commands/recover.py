@@ -24,7 +24,7 @@ from lpsearch.commands.loading import (
     resolve_dtype,
     resolve_source_of_plan,
 )
-from lpsearch.commands.options import DeviceOption, DtypeOption, ModelOption, PlanArgument, TrustOption
+from lpsearch.commands.options import DeviceOption, DtypeOption, PlanArgument, PlanModelOption, TrustOption
 from lpsearch.commands.recover_methods import Repair, distill_plan, refit_plan
 from lpsearch.commands.recover_texts import RecoveryTexts, choose_kinds, find_seq_len
 from lpsearch.commands.steps import show_steps
@@ -62,11 +62,15 @@ class _Untouched:
     untouched: tuple[float, ...]
 
 
+_PANEL = "With --method distill"
+"""The group of options, in the help, that a refit does not read."""
+
+
 def recover(
     plan_path: PlanArgument,
     out: Annotated[Path, typer.Option(help="new or empty directory to write", metavar="DIR")],
     method: Annotated[Method, typer.Option(help="refit in closed form, or distill after a refit")] = "refit",
-    model: ModelOption = None,
+    model: PlanModelOption = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -84,18 +88,29 @@ def recover(
     seq_len: Annotated[int | None, typer.Option(help="tokens in a window; default: as in the plan file", min=2)] = None,
     seed: Annotated[int, typer.Option(help="seed of sampled data and of training", min=0)] = 0,
     passes: Annotated[int, typer.Option(help="walks of a refit through the model", min=1)] = 2,
-    tokens: Annotated[int, typer.Option(help="tokens to distill on, some of them several times", min=1)] = 10_000_000,
-    learning_rate: Annotated[float, typer.Option(help="of distilling, its largest value", min=0)] = 3e-4,
-    train: Annotated[Literal["all", "grouped"], typer.Option(help="layers that distilling trains")] = "all",
+    tokens: Annotated[
+        int, typer.Option(help="tokens, some of them several times", min=1, rich_help_panel=_PANEL)
+    ] = 10_000_000,
+    learning_rate: Annotated[float, typer.Option(help="its largest value", min=0, rich_help_panel=_PANEL)] = 3e-4,
+    train: Annotated[
+        Literal["all", "grouped"], typer.Option(help="layers that are trained", rich_help_panel=_PANEL)
+    ] = "all",
     lora: Annotated[
-        int | None, typer.Option(help="distill adapters of this rank instead of whole weights", min=1)
+        int | None,
+        typer.Option(help="train adapters of this rank instead of whole weights", min=1, rich_help_panel=_PANEL),
     ] = None,
     micro_batch: Annotated[
-        int | None, typer.Option(help="windows that are trained on at once; default: what the memory allows", min=1)
+        int | None,
+        typer.Option(help="windows at once; default: what the memory allows", min=1, rich_help_panel=_PANEL),
     ] = None,
-    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="train with less memory, more slowly")] = False,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="train with less memory, more slowly", rich_help_panel=_PANEL)
+    ] = False,
     compile_layers: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="compile the layers; by default in long GPU runs")
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile", help="compile the layers; by default in long GPU runs", rich_help_panel=_PANEL
+        ),
     ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",

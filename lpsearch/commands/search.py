@@ -143,6 +143,7 @@ def search(config: ResolvedConfig, *, fresh: bool) -> Answer:
         latency_model = run.latency_model
         summary = SearchSummary(
             study_name=file.study,
+            model_id=file.model.id,
             metric=run.values.metric,
             objective=run.values.objective,
             front=front,

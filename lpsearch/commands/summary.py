@@ -16,6 +16,7 @@ from lpsearch.commands.tables import build_front_table
 from lpsearch.config import Metric, Objective
 from lpsearch.kinds import normalise_weights
 from lpsearch.latency.profile import describe_estimate
+from lpsearch.models.aliases import describe_weights, name_model
 from lpsearch.plan import LatencyMetrics
 from lpsearch.report.front_columns import choose_kind_losses
 from lpsearch.search import StudyResult, TrialResult, build_front
@@ -35,6 +36,7 @@ class SearchSummary:
 
     Attributes:
         study_name: name of the study.
+        model_id: what its model is, as plan files name it.
         metric: the loss that was searched.
         objective: what was traded against it.
         front: the unmodified model, then the plans that no other beats.
@@ -47,6 +49,7 @@ class SearchSummary:
     """
 
     study_name: str
+    model_id: str
     metric: Metric
     objective: Objective
     front: Sequence[TrialResult]
@@ -73,11 +76,13 @@ class SearchSummary:
     def _describe_search(self) -> str:
         result = self.result
         num_plans = len(result.results)
-        line = f"{self.study_name}: {name_count(num_plans, 'plan')} evaluated, {len(self.front):,} of them on the front"
+        line = f"{name_count(num_plans, 'plan')} evaluated, {len(self.front):,} of them on the front"
         if result.exact:
-            line = f"{self.study_name}: all {num_plans:,} plans evaluated, {len(self.front):,} of them on the front"
+            line = f"all {num_plans:,} plans evaluated, {len(self.front):,} of them on the front"
         if num_plans == 1:
-            line = f"{self.study_name}: the unmodified model evaluated" + ", the only plan there is" * result.exact
+            line = "the unmodified model evaluated" + ", the only plan there is" * result.exact
+        is_local = Path(self.model_id).is_absolute()  # after which the study is named, by default
+        line = f"{self.study_name}{'' if is_local else f', {name_model(self.model_id)}'}: {line}"
         line += f" ({result.proxy_tokens:,} tokens, {result.share_evaluated:.0%} of all windows)"
         if result.num_resumed:
             line += f"; this run added {name_count(result.num_new, 'plan')} and {result.num_new_tokens:,} tokens"
@@ -85,7 +90,7 @@ class SearchSummary:
         return line + ("; --timeout ended it" if result.timed_out else "")
 
     def _explain_columns(self) -> str:
-        """Explain the columns whose names do not."""
+        """Explain the columns whose names do not, and what losses are measured against."""
         delta = "delta nll: nats per token lost against the unmodified model on the search's windows, ± standard error."
         unseen = "the same on windows that the search never saw. Trust this one: the best of many is optimistic."
         if self.metric == "kl":
@@ -102,6 +107,7 @@ class SearchSummary:
                 f"{self._describe_untouched()}."
             )
         lines += self._explain_kinds()
+        lines += filter(None, [describe_weights(self.model_id)])
         if self.latency is not None:
             workload = f"decoding, batch {self.latency.batch_size}, {self.latency.context_len:,} cached tokens"
             lines.append(
@@ -146,6 +152,7 @@ class SearchSummary:
         """Name three plans to start from, and the commands for one of them."""
         from lpsearch.report.advice import REPAIR, describe_no_gain, list_commands, pick_plans
 
+        yield ""
         picks = {pick.name: pick for pick in pick_plans(report)}
         loss = "loss" if report.metric == "nll" else "kl"
         yield wrap_line(f"Plans to start from, by the {loss} that you accept:", "bold")
@@ -173,7 +180,7 @@ def _describe_pick(report: StudyReport, pick: Pick) -> str:
     if pick.index is None:
         if pick.gains is False:
             return f"{limit}: none is measurably faster than the unmodified model"
-        return f"{limit}: no plan but the unmodified model has so little"
+        return f"{limit}: only the unmodified model loses so little"
     result = report.front[pick.index]
     words = [describe_changes(result.plan), f"{result.depth_reduction:.1%} less depth"]
     words += [] if result.speedup is None else [describe_speedup(result.speedup, report.speedup_margin)]

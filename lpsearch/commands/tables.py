@@ -42,6 +42,15 @@ _RANKS = {
 }
 """Which columns give way: those of the highest rank first; those of rank 0 stay."""
 
+_RANKS_WITH_DROPS = {"less depth": 2, "speed-up": 1}
+"""Where branches are dropped, time is what is saved, and depth says little of it."""
+
+_MOST_FIXED = 4
+"""Joins, drops, the loss and the held-out loss: all the columns of rank 0 that there can be."""
+
+_LEAST_LAYERS = 14
+"""Room below which the layers are left out, where they would be cut to nothing that could be read."""
+
 _KIND_RANK = 2
 """Of the losses by kind of text."""
 
@@ -86,15 +95,19 @@ def build_front_table(
     for column in sorted(columns, key=lambda column: -column.rank):
         if column.rank and _measure(columns) + _GAP + _LAYERS_WIDTH[column.rank] > width:
             columns.remove(column)
+    if _measure(columns) > width and len(columns) == _MOST_FIXED:  # the held-out loss is the one to trust
+        del columns[_MOST_FIXED - 2]
     layers = [describe_layers(record.plan) for record in front]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in columns:
         table.add_column(column.name, justify="right", no_wrap=True)
     layers_width = width - _measure(columns) - _GAP
-    has_layers = layers_width >= len("layers")
+    widest = max(map(len, layers))
+    has_layers = layers_width >= max(len("layers"), min(_LEAST_LAYERS, widest))
     if has_layers:
-        name = "layers together" if layers_width >= len("layers together") else "layers"
-        shown_width = min(layers_width, max(map(len, (name, *layers))))
+        has_drops = any(record.num_dropped for record in front)
+        name = "layers together" if layers_width >= len("layers together") and not has_drops else "layers"
+        shown_width = min(layers_width, max(len(name), widest))
         is_cut = is_brief or layers_width < _FOLD_WIDTH
         table.add_column(name, no_wrap=is_cut, overflow="ellipsis" if is_cut else "fold", width=shown_width)
     for index, record in enumerate(front):
@@ -124,7 +137,8 @@ def _build_columns(front: Sequence[TrialResult], *, is_brief: bool) -> list[_Col
     cells = list_front_columns(front, metric=metric, digits=3, sign=" ±", by_kind=not is_brief)
     if is_brief or not any(cells["held out"]):
         del cells["held out"]
-    columns = [_Column(names.get(name, name), column, _RANKS.get(name, _KIND_RANK)) for name, column in cells.items()]
+    ranks = _RANKS | (_RANKS_WITH_DROPS if "drops" in cells and "speed-up" in cells else {})
+    columns = [_Column(names.get(name, name), column, ranks.get(name, _KIND_RANK)) for name, column in cells.items()]
     return [column for column in columns if not is_brief or column.rank < 3]
 
 

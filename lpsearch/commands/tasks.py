@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 TasksOption = Annotated[
     str | None,
     typer.Option(
-        help="also score these tasks of lm-evaluation-harness, with commas between; e.g. arc_easy,hellaswag,gsm8k",
+        help="also score these tasks of lm-evaluation-harness, with commas between; e.g. arc_easy,gsm8k",
         metavar="TASK,...",
     ),
 ]

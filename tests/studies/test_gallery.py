@@ -14,8 +14,8 @@ from studies.gallery import ENTRIES, PAGES, PLOTLY_NAME, SETTINGS, Entry, write_
 from tests.report.conftest import search_formula
 from tests.report.pages import parse
 
-MAX_BYTES = 600_000
-"""Of a page; the library alone has eight times as many."""
+MAX_BYTES = 400_000
+"""Of a page; the library alone has twelve times as many."""
 
 
 def test_a_page_is_the_report_without_the_library(tmp_path: Path) -> None:
