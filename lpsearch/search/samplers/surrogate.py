@@ -220,7 +220,8 @@ class Surrogate:
         if new:
             cross = self._compute_covariances(flags[new], self._joined).combine(self.strengths)
             solved = solve_triangular(self._factor, cross.T, lower=True, check_finite=False)
-            self._explained.update((keys[place], column) for place, column in zip(new, solved.T, strict=True))
+            for column, place in enumerate(new):
+                self._explained[keys[place]] = solved[:, column]
         return np.array([self._explained[key] for key in keys]).reshape(len(keys), len(self._joined)).T
 
     @cached_property
