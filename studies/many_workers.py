@@ -2,10 +2,12 @@
 
 The coordinator is the real one, with its sampler and a database. Evaluations take simulated time: the clock moves by
 what the coordinator needs, and, when it waits, to the end of the next evaluation. Efficiency is the time that workers
-evaluate over the time that they are there, from the first ask to the end of the last evaluation. The losses come from
-an exhaustive table, or from a cost of 32 layers whose cheapest plans are known: additive, with interactions of joins at
-most four apart, under a curve that bends upwards. Regret is the mean over the numbers of joins, up to a third of the
-layers, of the best loss found minus the least.
+evaluate over the time that they are there, from the first ask to the end of the last evaluation. What is lacking is
+lost until every worker has begun, between two of its evaluations, and after its last one: at the end workers idle even
+if the coordinator takes no time, since an evaluation is not divided. The losses come from an exhaustive table, or from
+a cost of 32 layers whose cheapest plans are known: additive, with interactions of joins at most four apart, under a
+curve that bends upwards. Regret is the mean over the numbers of joins, up to a third of the layers, of the best loss
+found minus the least.
 
     python studies/many_workers.py --workers 1,64 --evaluations 1000 --seeds 3
     python studies/many_workers.py --workers 1,64 --evaluations 200 --seeds 5 --table TABLE.npz
@@ -14,6 +16,7 @@ layers, of the best loss found minus the least.
 from __future__ import annotations
 
 import argparse
+import heapq
 import json
 import statistics
 import sys
@@ -23,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +120,7 @@ def read_table(path: Path) -> Problem:
 
 @dataclass
 class SimulatedPool(AbstractContextManager["SimulatedPool"]):
-    """Workers whose evaluations take simulated time.
+    """Workers whose evaluations take simulated time; they begin in the order in which they were submitted.
 
     Attributes:
         problem: gives the losses.
@@ -126,6 +130,7 @@ class SimulatedPool(AbstractContextManager["SimulatedPool"]):
         now_s: simulated time.
         coordinator_s: how much of it the coordinator took while it did not wait.
         plans: evaluated, in the order in which they ended.
+        worker_begins_s: for each worker, when its evaluations began.
     """
 
     problem: Problem
@@ -136,18 +141,24 @@ class SimulatedPool(AbstractContextManager["SimulatedPool"]):
     now_s: float = 0.0
     coordinator_s: float = 0.0
     plans: list[Plan] = field(default_factory=list)
+    worker_begins_s: list[list[float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Begin at zero."""
         self._ends_at: dict[Future[WindowLosses], tuple[float, Plan]] = {}
+        self.worker_begins_s = [[] for _ in range(self.num_slots)]
+        self._free = [(0.0, worker) for worker in range(self.num_slots)]
         self._read_at = self.read_clock()
 
     def submit(self, plan: Plan, window_indices: Sequence[int]) -> Future[WindowLosses]:
-        """Begin an evaluation."""
+        """Begin an evaluation as soon as a worker is free."""
         self.charge()
         future: Future[WindowLosses] = Future()
-        self._ends_at[future] = (self.now_s + self.seconds, plan)
-        assert len(self._ends_at) <= self.num_slots
+        free_at, worker = heapq.heappop(self._free)
+        begins_at = max(free_at, self.now_s)
+        self.worker_begins_s[worker].append(begins_at)
+        self._ends_at[future] = (begins_at + self.seconds, plan)
+        heapq.heappush(self._free, (begins_at + self.seconds, worker))
         return future
 
     def charge(self) -> None:
@@ -157,18 +168,36 @@ class SimulatedPool(AbstractContextManager["SimulatedPool"]):
         self.coordinator_s += read_at - self._read_at
         self._read_at = read_at
 
-    def wait(self, evaluations: Sequence[Any]) -> Any:
-        """Move the clock to the end of an evaluation, and return it."""
+    def find_ended(self, evaluations: Sequence[Any]) -> Any:
+        """Return the evaluation that ended first, if one has."""
         for evaluation in evaluations:
-            if evaluation.future is None:
+            if evaluation.future is None or evaluation.future.done():
                 return evaluation
         self.charge()
-        ended = min(evaluations, key=lambda evaluation: self._ends_at[evaluation.future][0])
-        ends_at, plan = self._ends_at.pop(ended.future)
-        self.now_s = max(self.now_s, ends_at)
+        if not evaluations:
+            return None
+        first = min(evaluations, key=lambda evaluation: self._ends_at[evaluation.future][0])
+        ends_at, plan = self._ends_at[first.future]
+        if ends_at > self.now_s:
+            return None
+        del self._ends_at[first.future]
         self.plans.append(plan)
-        ended.future.set_result(WindowLosses((self.problem.get_nll(plan),), None, 1))
-        return ended
+        first.future.set_result(WindowLosses((self.problem.get_nll(plan),), None, 1))
+        return first
+
+    def wait(self, evaluations: Sequence[Any]) -> None:
+        """Move the clock to the end of an evaluation."""
+        self.charge()
+        self.now_s = max(self.now_s, min(self._ends_at[evaluation.future][0] for evaluation in evaluations))
+
+    def split_idle_s(self) -> dict[str, float]:
+        """Return the seconds that workers idled before their first evaluation, between two, and after the last."""
+        idle = {"before": 0.0, "between": 0.0, "after": 0.0}
+        for begins in self.worker_begins_s:
+            idle["before"] += begins[0] if begins else 0.0
+            idle["between"] += sum(after - before - self.seconds for before, after in pairwise(begins))
+            idle["after"] += self.now_s - (begins[-1] + self.seconds if begins else 0.0)
+        return idle
 
     def close(self) -> None:
         """Hold nothing."""
@@ -179,12 +208,12 @@ class SimulatedPool(AbstractContextManager["SimulatedPool"]):
 
 @contextmanager
 def _simulated_waits(pool: SimulatedPool) -> Iterator[None]:
-    real = coordinator._wait_for_any
-    coordinator._wait_for_any = pool.wait
+    real = coordinator._find_ended, coordinator._wait_for_any
+    coordinator._find_ended, coordinator._wait_for_any = pool.find_ended, pool.wait
     try:
         yield
     finally:
-        coordinator._wait_for_any = real
+        coordinator._find_ended, coordinator._wait_for_any = real
 
 
 def simulate(
@@ -236,7 +265,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     problem = build_synthetic(options.layers) if options.table is None else read_table(options.table)
     checkpoints = [int(part) for part in options.checkpoints.split(",") if part] + [options.evaluations]
-    print(f"{'workers':>7} {'efficiency':>10} {'asks/s':>7} {'ms/trial':>8}  mean regret after {checkpoints}")
+    heads = f"{'workers':>7} {'efficiency':>10} {'before':>7} {'between':>7} {'after':>7} {'ms/trial':>8}"
+    print(f"{heads}  mean regret after {checkpoints}")
     lines = []
     for num_workers in map(int, options.workers.split(",")):
         pools = [
@@ -256,10 +286,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for checkpoint in checkpoints
         ]
         efficiency = statistics.fmean(len(pool.plans) * options.seconds / (num_workers * pool.now_s) for pool in pools)
+        idle = {
+            name: statistics.fmean(pool.split_idle_s()[name] / (num_workers * pool.now_s) for pool in pools)
+            for name in ("before", "between", "after")
+        }
         trial_ms = statistics.fmean(1e3 * pool.coordinator_s / len(pool.plans) for pool in pools)
         shown = " ".join(f"{regret:.5f}" for regret in regrets)
-        rate = statistics.fmean(len(pool.plans) / pool.now_s for pool in pools)
-        print(f"{num_workers:7d} {efficiency:10.3f} {rate:7.2f} {trial_ms:8.1f}  {shown}", flush=True)
+        lost = " ".join(f"{share:7.3f}" for share in idle.values())
+        print(f"{num_workers:7d} {efficiency:10.3f} {lost} {trial_ms:8.1f}  {shown}", flush=True)
         lines.append(
             {
                 "workers": num_workers,
@@ -270,6 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "problem": "synthetic" if options.table is None else options.table.name,
                 "clock": options.clock,
                 "efficiency": efficiency,
+                "idle_shares": idle,
                 "coordinator_ms_per_trial": trial_ms,
                 "mean_regret_nats": dict(zip(map(str, checkpoints), regrets, strict=True)),
             }

@@ -23,10 +23,14 @@ import optuna
 if not __package__:  # run as a file: the package of the scripts is found from the directory above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lpsearch.errors import LpsearchError
 from lpsearch.evaluation.losses import PlanEvaluator
 from lpsearch.models import load_geometry
 from lpsearch.search import EvaluationUpdate, PlanSpace, StudyStore, TrialUpdate, run_study
 from lpsearch.search.workers import LocalLauncher, WorkerPool
+
+LOAD_S = 300.0
+"""Seconds that workers may take to load; one that fails is left out, and would else be waited for."""
 
 
 def build_evaluators(
@@ -62,7 +66,10 @@ def measure_study(launcher: LocalLauncher, options: argparse.Namespace) -> dict[
 
     num_layers = load_geometry(options.model).get_text_config().num_hidden_layers
     with tempfile.TemporaryDirectory(prefix="lpsearch-workers-") as directory, WorkerPool(launcher) as pool:
+        deadline = time.monotonic() + LOAD_S
         while pool.num_slots < launcher.count_places():
+            if time.monotonic() > deadline:
+                raise LpsearchError(f"{pool.num_slots} of {launcher.count_places()} workers loaded in {LOAD_S:.0f} s")
             time.sleep(0.1)
         with StudyStore(f"sqlite:///{Path(directory) / 'study.db'}", study_name="large") as store:
             result = run_study(

@@ -118,6 +118,7 @@ def forecast_study(config: ResolvedConfig, *, hardware: str | None) -> Answer:
             metric=values.metric,
             objective=values.objective,
             staged=values.staged,
+            seq_len=values.seq_len,
             batch_size=_choose_batch_size(device, named, values.seq_len),
             state_bytes=state_bytes,
             cache_bytes=cache_bytes,

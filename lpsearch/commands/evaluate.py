@@ -14,7 +14,13 @@ from rich.console import Group
 
 from lpsearch.commands.console import Answer
 from lpsearch.commands.facts import Facts, Row
-from lpsearch.commands.loading import describe_device, load_model_of_plan, resolve_device, resolve_dtype
+from lpsearch.commands.loading import (
+    check_texts_of_plan,
+    describe_device,
+    load_model_of_plan,
+    resolve_device,
+    resolve_dtype,
+)
 from lpsearch.commands.options import (
     DeviceMapOption,
     DeviceOption,
@@ -151,6 +157,8 @@ def _choose_texts(
     """Take what the command line leaves out from what the plan file measured, or else the defaults."""
     assert plan.metadata is not None  # a plan file has it
     recorded = [TextKind(_DEFAULT_DATA)] if measured is None else list_measured_kinds(measured)
+    if not data:
+        check_texts_of_plan(recorded)
     return _Texts(
         kinds=parse_kinds(data) if data else tuple(recorded),
         num_windows=windows or (_DEFAULT_WINDOWS if measured is None else measured.windows // len(recorded)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lpsearch.commands.loading import check_texts_of_plan
 from lpsearch.commands.steps import show_steps
 from lpsearch.kinds import TextKind, list_measured_kinds, write_kind
 from lpsearch.plan import Plan
@@ -115,6 +116,7 @@ def choose_kinds(plan: Plan) -> tuple[TextKind, ...]:
     if measured is None:
         return (TextKind("wikitext2"), TextKind("self"))
     kinds = list_measured_kinds(measured)
+    check_texts_of_plan(kinds)
     return tuple(kinds if any(kind.spec == "self" for kind in kinds) else [*kinds, TextKind("self")])
 
 

@@ -2,8 +2,9 @@
 
 Every slot of the pool has a plan to evaluate, and the next plan is asked for ahead, so that a device hardly waits. A
 slot that is free gets that plan at once; only then is the finished trial told and another one asked for. No slot
-waits for another. With one slot a sampler sees one trial pending whenever it is asked, which never depends on how long
-an evaluation takes, so a search is repeatable.
+waits for another. Where there are many, several plans wait in the pool, since more slots become free while one plan is
+chosen. With one slot a sampler sees one trial pending whenever it is asked, which never depends on how long an
+evaluation takes, so a search is repeatable.
 
 A plan is evaluated rung by rung: on few windows first, on more only while it may still be on the front
 (:mod:`lpsearch.search.racing`). Its trial is told once, after its own rungs; a plan that the final front turns out to
@@ -45,6 +46,9 @@ logger = logging.getLogger(__name__)
 
 InFlight = dict[tuple[Plan, tuple[int, ...]], "Future[WindowLosses]"]
 """Evaluations that are under way, by plan and windows."""
+
+SLOTS_PER_PLAN_AHEAD = 8
+"""Slots for each plan that waits in the pool, so that none of them idles while the coordinator fits its model."""
 
 NEW_SLOTS_AFTER_S = 0.5
 """Seconds between two looks at how many slots the pool has, while none of its evaluations ends."""
@@ -161,12 +165,15 @@ class Coordinator:
         slots: list[_Evaluation] = []
         following = find_job()
         while following is not None or slots:
-            if following is not None and len(slots) < self._pool.num_slots:
+            num_ahead = self._pool.num_slots // SLOTS_PER_PLAN_AHEAD
+            limit = self._pool.num_slots + num_ahead
+            ended = _find_ended(slots)
+            if ended is None and following is not None and len(slots) < limit:
                 slots += self._begin(following)
                 following = find_job()
                 continue
-            ended = _wait_for_any(slots)
             if ended is None:
+                _wait_for_any(slots)
                 continue  # there may be more slots by now
             slots.remove(ended)
             try:
@@ -174,14 +181,16 @@ class Coordinator:
                 if next_rung is not None:
                     slots.append(next_rung)
                     continue
-                if following is not None:
+                if following is not None and len(slots) < limit:
                     slots += self._begin(following)
                     following = None
                 finish(ended.job)
             except ClaimLostError as error:
                 logger.warning("%s", error)
                 leave(ended.job)
-            following = following or find_job()
+            # Where plans wait in the pool, all that has ended is told first, and the next one is chosen by it.
+            if following is None and (not num_ahead or _find_ended(slots) is None):
+                following = find_job()
 
     # ---- Trials ------------------------------------------------------------------------------------------------------
 
@@ -333,12 +342,13 @@ class Coordinator:
                 time.sleep(POLL_S)
 
 
-def _wait_for_any(slots: Sequence[_Evaluation]) -> _Evaluation | None:
-    """Wait until one of the evaluations has ended, and return it, the oldest of several; None if that takes long."""
-    for evaluation in slots:
-        if evaluation.future is None:
-            return evaluation
+def _find_ended(slots: Sequence[_Evaluation]) -> _Evaluation | None:
+    """Return an evaluation that has ended, the oldest of several; None if there is none."""
+    return next((evaluation for evaluation in slots if evaluation.future is None or evaluation.future.done()), None)
+
+
+def _wait_for_any(slots: Sequence[_Evaluation]) -> None:
+    """Wait until one of the evaluations has ended, but not for long."""
     futures = [evaluation.future for evaluation in slots if evaluation.future is not None]
     with let_interrupts_through():
         wait(futures, timeout=NEW_SLOTS_AFTER_S, return_when=FIRST_COMPLETED)
-    return next((evaluation for evaluation, future in zip(slots, futures, strict=True) if future.done()), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import random
 import time
 from collections import deque
@@ -25,6 +26,7 @@ from lpsearch.search.front import Objective, build_front, find_rival
 from lpsearch.search.losses import choose_variant
 from lpsearch.search.results import Loss, State, TrialResult, Variant, build_attributes, read_results, set_latency
 from lpsearch.search.samplers import build_sampler
+from lpsearch.search.samplers.sampler import PlanSampler
 from lpsearch.search.settings import open_study, record_settings
 from lpsearch.search.space import PlanSpace
 from lpsearch.search.storage_url import find_sqlite_path
@@ -121,6 +123,19 @@ def _create_trial(
     )
     study._thread_local.cached_all_trials = None  # as Study.ask does
     return optuna.Trial(study, study._storage.create_new_trial(study._study_id, template_trial=template))
+
+
+def _tell_values(study: optuna.Study, trial: optuna.Trial, values: Sequence[float]) -> None:
+    """Finish a trial as ``study.tell`` does, which reads all of its parameters twice, for the sampler and its caller.
+
+    Raises:
+        UpdateFinishedTrialError: if the trial is finished.
+    """
+    if type(study.sampler).after_trial is not PlanSampler.after_trial or not all(map(math.isfinite, values)):
+        study.tell(trial, list(values))
+        return
+    study._thread_local.cached_all_trials = None
+    study._storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, list(values))
 
 
 class Trials:
@@ -417,7 +432,7 @@ class Trials:
             del attributes["groups"]  # noted when it was asked for
             self.store.record_trial(job.trial.number, attributes=attributes)
             try:
-                self._study.tell(job.trial, [saving, cost])
+                _tell_values(self._study, job.trial, [saving, cost])
             except UpdateFinishedTrialError:
                 raise ClaimLostError(f"{self.store.where}: another process failed trial {result.trial}") from None
         self.running.remove(job)

@@ -81,6 +81,7 @@ def test_the_layers_that_run_are_those_of_the_evaluator(tmp_path: Path, cache_st
         metric="nll",
         objective="depth",
         staged=True,
+        seq_len=16,
         batch_size=3,
         state_bytes=state_bytes,
         cache_bytes=cache_states * 3 * state_bytes,

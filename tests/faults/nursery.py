@@ -4,6 +4,9 @@ A moment is a step: before or after an SQL statement, before a commit, or before
 renaming ...), all in the child's main thread. Which moment that is depends on no clock. The signal is SIGKILL:
 the child does nothing more, and nothing is cleaned up.
 
+Most of a child's time would be imports. So what a child that ends well has imported, the process imports too, for the
+children to come; what happens during an import is no step.
+
 Run as ``python -m tests.faults.nursery``; it reads requests, one JSON object a line, and answers each in one line.
 """
 
@@ -18,8 +21,9 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from sqlalchemy import Engine, event
@@ -83,11 +87,21 @@ class _Steps:
         return call
 
     def _step(self) -> None:
-        if not self._is_counting or threading.current_thread() is not threading.main_thread():
+        if not self._is_counting or threading.current_thread() is not threading.main_thread() or _is_importing():
             return
         self.count += 1
         if self.count == self._kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_importing() -> bool:
+    """Say whether the caller runs within an import."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _run_child(request: dict[str, Any], results: int) -> int:
@@ -103,10 +117,19 @@ def _run_child(request: dict[str, Any], results: int) -> int:
     except BaseException:
         traceback.print_exc()
         code = 70
-    os.write(results, str(steps.count).encode())
+    with os.fdopen(results, "w") as answers:
+        json.dump({"num_steps": steps.count, "modules": list(sys.modules)}, answers)
     sys.stdout.flush()
     sys.stderr.flush()
     return code
+
+
+def _import_too(names: Iterable[str]) -> None:
+    """Import what a child has imported."""
+    for name in names:
+        if name not in sys.modules:
+            with contextlib.suppress(Exception):  # some names are no modules of their own
+                importlib.import_module(name)
 
 
 def main() -> None:
@@ -119,12 +142,14 @@ def main() -> None:
         if child == 0:
             os._exit(_run_child(json.loads(line), writing))
         os.close(writing)
-        _, status = os.waitpid(child, 0)
         with os.fdopen(reading) as results:
-            num_steps = int(results.read() or 0)
-        answer = {"code": os.waitstatus_to_exitcode(status), "num_steps": num_steps}
-        sys.stdout.write(json.dumps(answer) + "\n")
+            answer = json.loads(results.read() or '{"num_steps": 0, "modules": []}')
+        _, status = os.waitpid(child, 0)
+        _import_too(answer["modules"])
+        code = os.waitstatus_to_exitcode(status)
+        sys.stdout.write(json.dumps({"code": code, "num_steps": answer["num_steps"]}) + "\n")
         sys.stdout.flush()
+    os._exit(0)  # tidying up so many modules takes seconds
 
 
 class Nursery:

@@ -6,6 +6,7 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from itertools import count
 
 import optuna
 import pytest
@@ -160,6 +161,48 @@ def test_no_slot_waits_for_another(tmp_path, slow_one):
     assert max(pool.num_submitted) <= 3
     assert states == [TrialState.COMPLETE] * 16
     assert result.num_new == 16
+
+
+@pytest.mark.parametrize(("num_slots", "num_ahead"), [(7, 0), (16, 2)])
+def test_plans_wait_in_a_pool_of_many_slots(tmp_path, num_slots, num_ahead):
+    """No evaluation ends before as many are submitted as may be."""
+    can_end, began = threading.Semaphore(0), []
+
+    class Evaluator(SyntheticEvaluator):
+        def evaluate_windows(self, plan, window_indices):
+            assert can_end.acquire(timeout=PATIENCE_S), "too few were submitted"
+            return super().evaluate_windows(plan, window_indices)
+
+    def note(update):
+        began.append(update.plan)
+        if len(began) == num_slots + num_ahead:
+            can_end.release(1000)
+
+    options = {"num_slots": num_slots, "budget": 40, "staged": False, "on_evaluation": note}
+    pool, result, states = search(tmp_path, Evaluator(10), **options)
+    assert max(pool.num_submitted) == num_slots + num_ahead
+    assert states == [TrialState.COMPLETE] * 40
+    assert len({found.plan for found in result.results}) == 40
+
+
+def test_what_has_ended_is_told_before_the_next_plan_is_chosen(tmp_path):
+    """Sixteen evaluations end while the seventeenth plan is asked for; the eighteenth is chosen by all of them."""
+    together, order, known = threading.Barrier(16, timeout=PATIENCE_S), count(), []
+
+    class Evaluator(SyntheticEvaluator):
+        def evaluate_windows(self, plan, window_indices):
+            if next(order) < 16:
+                together.wait()
+            return super().evaluate_windows(plan, window_indices)
+
+    def note(update):
+        known.append(update.num_finished)
+        if len(known) == 16:
+            time.sleep(1.0)
+
+    search(tmp_path, Evaluator(10), num_slots=16, budget=30, staged=False, on_evaluation=note)
+    assert known[:17] == [0] * 17
+    assert known[17] >= 16
 
 
 def test_an_error_in_one_slot_ends_the_search_and_loses_only_what_ran(tmp_path):

@@ -21,6 +21,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from operator import attrgetter
 
 import numpy as np
@@ -134,6 +135,7 @@ class PairsetProposer:
             scan = scan[: max(1, budget // 2)]
         self._scan = scan
         self._fit: _Fit | None = None
+        self._is_inside: dict[Plan, bool] = {}
         self._num_scanned_groups = max(0, int(GROUP_SCAN_SHARE * (budget - len(scan) - 1)))
 
     def propose(self, results: Sequence[TrialResult], pending: Collection[Plan]) -> Proposal | None:
@@ -147,8 +149,8 @@ class PairsetProposer:
             A plan that is neither evaluated nor pending; None when the space has no other.
         """
         # a study may hold plans of another space, enqueued by the user
-        results = [result for result in results if result.plan in self._space]
-        pending = [plan for plan in pending if plan in self._space]
+        results = [result for result in results if self._is_in_space(result.plan)]
+        pending = [plan for plan in pending if self._is_in_space(plan)]
         taken = {result.plan.joins for result in results}.union(plan.joins for plan in pending)
         if () not in taken:
             return self._build_proposal((), "baseline")
@@ -173,6 +175,11 @@ class PairsetProposer:
         fit = _Fit(len(results), surrogate, self._list_candidates(surrogate, evaluated, taken))
         self._fit = fit if len(pending) >= MANY_PENDING else None
         return self._propose_candidate(fit, evaluated, taken, pending) or self._propose_any(taken)
+
+    def _is_in_space(self, plan: Plan) -> bool:
+        if plan not in self._is_inside:
+            self._is_inside[plan] = plan in self._space
+        return self._is_inside[plan]
 
     def _choose_group(self, join_means: FloatArray, taken: Collection[tuple[int, ...]]) -> tuple[int, ...] | None:
         """Return the joins of the next single group of more than two layers to scan, the cheapest a join first."""
@@ -442,8 +449,8 @@ def list_joins(joined: BoolArray) -> tuple[int, ...]:
 
 def stack_joins(plans: Iterable[Collection[int]], num_joins: int) -> BoolArray:
     """Return (plans, num_joins) flags."""
-    listed = [list(joins) for joins in plans]
+    listed = [tuple(joins) for joins in plans]
     joined = np.zeros((len(listed), num_joins), dtype=bool)
-    for row, joins in enumerate(listed):
-        joined[row, joins] = True
+    rows = np.repeat(np.arange(len(listed)), list(map(len, listed)))
+    joined[rows, np.fromiter(chain.from_iterable(listed), np.int64, len(rows))] = True
     return joined

@@ -157,6 +157,7 @@ class Surrogate:
         single = np.flatnonzero(joined.sum(axis=1) == 1)
         np.add.at(self._join_variance, joined[single].argmax(axis=1), sampling_error[single] ** 2)
         self._layout = layout
+        self._explained: dict[bytes, FloatArray] = {}  # by a plan's joins
         positions = np.arange(num_joins) if layout is None else layout.positions
         distance = np.abs(np.subtract.outer(positions, positions))
         self._smoothing = np.exp(-distance / LENGTH_LAYERS)
@@ -210,9 +211,18 @@ class Surrogate:
         return np.asarray(np.sqrt(np.maximum(variance, 0.0) + misfit**2))
 
     def _explain(self, flags: FloatArray) -> FloatArray:
-        """Return (observations, plans) whitened covariances of plans with what was observed."""
-        cross = self._compute_covariances(flags, self._joined).combine(self.strengths)
-        return np.asarray(solve_triangular(self._factor, cross.T, lower=True, check_finite=False))
+        """Return (observations, plans) whitened covariances of plans with what was observed.
+
+        They are kept, since while many plans are pending a fit is asked again and again for much the same ones.
+        """
+        keys = [row.tobytes() for row in flags]
+        new = [place for place, key in enumerate(keys) if key not in self._explained]
+        if new:
+            cross = self._compute_covariances(flags[new], self._joined).combine(self.strengths)
+            solved = solve_triangular(self._factor, cross.T, lower=True, check_finite=False)
+            for column, place in enumerate(new):
+                self._explained[keys[place]] = solved[:, column]
+        return np.array([self._explained[key] for key in keys]).reshape(len(keys), len(self._joined)).T
 
     @cached_property
     def mean_costs(self) -> PlanCosts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from tests.search.workers.scripted import (
     refuse_to_build,
     release,
 )
+from tests.tolerances import FLOAT64_MEAN
 
 both_kinds = pytest.mark.parametrize("pool_kind", ["local", "ray"], indirect=True)
 BASE = Plan.baseline(NUM_LAYERS)
@@ -127,6 +129,42 @@ def test_a_study_survives_the_death_of_a_worker_with_nothing_evaluated_twice(poo
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 20
     ended = [plan for _, plan, what in read_log(tmp_path) if what == "ended"]
     assert sorted(plan.key for plan in ended) == sorted(found.plan.key for found in result.results)
+
+
+@pytest.mark.parametrize("pool_kind", ["ray"], indirect=True)
+def test_a_study_survives_ten_kills_of_its_workers_at_random_moments(pool_kind, tmp_path):
+    """Each hits a worker that has evaluated something, so that none is left out for failing three times in a row."""
+    rng, delay_s, num_kills, budget = random.Random(16), 0.03, 10, 60
+    moments = sorted(rng.sample(range(2, budget - 15), num_kills))
+    killed = []
+
+    def kill_when_due(update):
+        if len(killed) == num_kills or update.num_finished < moments[len(killed)]:
+            return
+        time.sleep(rng.uniform(0, 2 * delay_s))
+        able = {pid for pid, _, what in read_log(tmp_path) if what == "ended"} - set(killed)
+        able &= {report.pid for report in pool.reports}
+        if able:  # else at a later trial
+            killed.append(rng.choice(sorted(able)))
+            os.kill(killed[-1], signal.SIGKILL)
+
+    with (
+        StudyStore(f"sqlite:///{tmp_path / 'study.db'}", study_name="demo") as store,
+        make_worker_pool(pool_kind, make_builder(tmp_path, delay_s=delay_s), num_workers=2) as pool,
+    ):
+        await_workers(pool, 2)
+        result = run_study(
+            pool=pool, space=PlanSpace(NUM_LAYERS), store=store, budget=budget, staged=False, on_trial=kill_when_due
+        )
+        trials = optuna.load_study(study_name="demo", storage=store.optuna_storage).get_trials()
+        await_workers(pool, 2)
+    assert len(set(killed)) == num_kills
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * budget
+    assert len({found.plan for found in result.results}) == budget
+    reference = SyntheticEvaluator(NUM_LAYERS, num_windows=4)
+    for found in result.results:
+        nll = reference.evaluate_windows(found.plan, range(4)).nll_nats_per_token
+        assert found.loss.nll == pytest.approx(sum(nll) / 4, abs=FLOAT64_MEAN)
 
 
 @both_kinds
