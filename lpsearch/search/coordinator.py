@@ -167,7 +167,8 @@ class Coordinator:
         while following is not None or slots:
             num_ahead = self._pool.num_slots // SLOTS_PER_PLAN_AHEAD
             limit = self._pool.num_slots + num_ahead
-            ended = _find_ended(slots)
+            with let_interrupts_through():  # nothing need wait: a search may find one ended at every turn
+                ended = _find_ended(slots)
             if ended is None and following is not None and len(slots) < limit:
                 slots += self._begin(following)
                 following = find_job()
