@@ -15,7 +15,6 @@ from rich.console import Group
 from lpsearch.commands.console import Answer
 from lpsearch.commands.facts import Facts, Row
 from lpsearch.commands.loading import (
-    check_texts_of_plan,
     describe_device,
     load_model_of_plan,
     resolve_device,
@@ -30,6 +29,7 @@ from lpsearch.commands.options import (
     TrustOption,
 )
 from lpsearch.commands.plan_facts import list_loss_rows
+from lpsearch.commands.plan_texts import check_texts_of_plan
 from lpsearch.commands.steps import show_steps
 from lpsearch.commands.tasks import (
     BatchSizeOption,

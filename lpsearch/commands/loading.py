@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lpsearch.commands.checks import read_config
 from lpsearch.commands.steps import show_steps
-from lpsearch.errors import ConfigError, DataError, PlanError, describe_error, shorten
-from lpsearch.kinds import TextKind
+from lpsearch.errors import ConfigError, PlanError, describe_error
 from lpsearch.models.aliases import name_model
 from lpsearch.plan import Plan
 
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
     from lpsearch.models.conversion import WeightlessCheck
 
 __all__ = [
-    "check_texts_of_plan",
     "describe_device",
     "fits_in_float32",
     "load_for_search",
@@ -110,28 +107,6 @@ def resolve_source_of_plan(plan: Plan, model: str | None) -> ModelSource:
             "by its whole path: name the model with --model"
         )
     return source
-
-
-def check_texts_of_plan(kinds: Iterable[TextKind]) -> None:
-    """Refuse a text that a plan names by a path relative to wherever the command runs.
-
-    Args:
-        kinds: texts as a plan file names them; one that is not there is refused when it is read.
-
-    Raises:
-        PlanError: naming the first such path.
-    """
-    from lpsearch.data.texts import resolve_text
-
-    for kind in kinds:
-        with suppress(DataError):
-            if kind.spec == "self" or resolve_text(kind.spec, split="proxy").kind == "hub":
-                continue
-            if not Path(kind.spec).is_absolute():  # a file that happens to be here
-                raise PlanError(
-                    f"the plan names a text {shorten(kind.spec, longest=200)!r}, which would be a file here; a plan "
-                    "names a file by its whole path: name the text with --data"
-                )
 
 
 def load_model_of_plan(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lpsearch.commands.loading import check_texts_of_plan
+from lpsearch.commands.plan_texts import check_texts_of_plan
 from lpsearch.commands.steps import show_steps
 from lpsearch.kinds import TextKind, list_measured_kinds, write_kind
 from lpsearch.plan import Plan

@@ -329,6 +329,7 @@ _SAID_BY = {
     "commands/loading.py": ["optimize", "evaluate", "generate", "recover"],
     "commands/optimize.py": ["optimize"],
     "commands/plan.py": ["plan pick"],
+    "commands/plan_texts.py": ["evaluate", "recover"],
     "commands/profile.py": ["profile"],
     "commands/recover.py": ["recover"],
     "commands/report.py": ["report"],

@@ -78,8 +78,8 @@ def test_every_loss_is_that_of_a_fit_by_hand(searched: tuple[Path, Outcome], tin
             plan = Plan.from_key(key)
             weights = {}
             if variant == "refit":
-                refitter = Refitter(model, windows["calibration"], extent="grouped", num_passes=1, ridges=(1.0,))
-                weights = refitter.fit(plan).weights
+                options = {"extent": "grouped", "num_passes": 1, "ridges": (1.0,), "fits_inputs": False}
+                weights = Refitter(model, windows["calibration"], **options).fit(plan).weights
             for split, (indices, losses) in stored.windows.items():
                 evaluator = ModelEvaluator(model=model, windows=windows[split], cache_bytes=0)
                 with swapped_weights(model, weights):

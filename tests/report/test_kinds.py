@@ -48,7 +48,7 @@ def test_the_page_names_the_kinds_and_how_plans_are_judged(make_study: MakeStudy
     report = make_study(kinds=KINDS, worst_case=True, data=["wikitext2@3", "/texts/<code>.py"])
     body = build_parts(report).body
     assert "<code>.py" not in body, "names are escaped"
-    for words in ("Loss by kind of text", "wikitext2@3 + /texts/&lt;code&gt;.py", "compared by the worst kind"):
+    for words in ("Loss by kind of text", "wikitext2@3 + &lt;code&gt;.py", "compared by the worst kind"):
         assert words in body
     result = report.front[-1]
     value = format_loss(result.heldout.by_kind[1].loss, "nll")
