@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from lpsearch.evaluation.losses import RAW
 from lpsearch.plan import Plan
 from lpsearch.search import Loss, PlanSpace, TrialResult
+from lpsearch.search.samplers.evaluated import Evaluated, list_joins
 from lpsearch.search.samplers.mixed import Levels, MixedProposer, build_layout, fit_choices
-from lpsearch.search.samplers.pairset import Evaluated, list_joins
 from lpsearch.search.samplers.surrogate import Surrogate
 from studies.plan_batches import PlanBatchEvaluator
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from lpsearch.config import Metric
 from lpsearch.search import PlanSpace, TrialResult
+from lpsearch.search.samplers.evaluated import Evaluated, fit_surrogate
 from lpsearch.search.samplers.mixed import build_layout, fit_choices
-from lpsearch.search.samplers.pairset import Evaluated, fit_surrogate
 from lpsearch.search.samplers.surrogate import Surrogate
 from lpsearch.search.space import Choice
 

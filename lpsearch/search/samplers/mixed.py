@@ -8,8 +8,6 @@ neighbours (of a layer's attention and MLP, of a join and the drops within it).
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property, lru_cache
 from typing import Protocol
@@ -20,19 +18,15 @@ from numpy.typing import NDArray
 from lpsearch.plan import Plan
 from lpsearch.search.results import Metric, TrialResult
 from lpsearch.search.samplers.dynamic_program import PlanCosts, find_valid
-from lpsearch.search.samplers.pairset import (
-    CANDIDATES_PER_LEVEL,
-    FULL_SCAN_SHARE,
-    INCUMBENTS_PER_LEVEL,
-    NUM_DRAWS,
-    WORST_DELTA_NATS,
-    Evaluated,
+from lpsearch.search.samplers.evaluated import Evaluated, leave_taken, list_joins, stack_joins
+from lpsearch.search.samplers.pairset import CANDIDATES_PER_LEVEL, INCUMBENTS_PER_LEVEL, NUM_DRAWS
+from lpsearch.search.samplers.proposing import (
+    build_rng,
     compute_expected_improvement,
+    estimate_front,
     find_least_by_level,
-    leave_taken,
-    list_joins,
     order_coarse_to_fine,
-    stack_joins,
+    shorten_scan,
 )
 from lpsearch.search.samplers.sampler import Proposal
 from lpsearch.search.samplers.surrogate import ChoiceLayout, Surrogate
@@ -106,11 +100,7 @@ class MixedProposer:
             levels = TimeLevels(space, estimate_latency_ms, levels_per_layer=LEVELS_PER_LAYER)
         self._levels = levels
         self._list_made = lru_cache(maxsize=None)(lambda plan: list_joins(np.array(space.encode(plan), dtype=bool)))
-        scan = self._order_scan()
-        budget = 4 * (len(scan) + 1) if budget is None else budget
-        if len(scan) + 1 > FULL_SCAN_SHARE * budget:
-            scan = scan[: max(1, budget // 2)]
-        self._scan = scan
+        self._scan, _ = shorten_scan(self._order_scan(), budget)
 
     def propose(self, results: Sequence[TrialResult], pending: Collection[Plan]) -> Proposal | None:
         """Choose a plan that is neither finished nor pending; None when the space has no other."""
@@ -182,7 +172,7 @@ class MixedProposer:
         if self._space.count_plans() <= ENUMERABLE_PLANS:
             return leave_taken(self._everything, taken)
         mean_costs = surrogate.mean_costs
-        costs = mean_costs.concatenate(surrogate.draw_costs(NUM_DRAWS, self._build_rng(taken)))
+        costs = mean_costs.concatenate(surrogate.draw_costs(NUM_DRAWS, build_rng(self._seed, taken)))
         cheapest = self._levels.solve(costs)
         descended = self._descend(costs, cheapest[:, : self._levels.useful_level])
         levels = self._levels.classify(evaluated.joined)
@@ -236,12 +226,12 @@ class MixedProposer:
 
     def _estimate_front(self, surrogate: Surrogate, evaluated: Evaluated, pending: Collection[Plan]) -> FloatArray:
         """Return (num_levels + 1,): the least loss of plans that save so much, pending ones at what is expected."""
-        front = np.full(self._levels.num_levels + 1, WORST_DELTA_NATS)
-        front[0] = 0.0
-        np.minimum.at(front, self._levels.classify(evaluated.joined), evaluated.delta_nll)
         made = stack_joins(map(self._list_made, pending), self._num_choices)
-        np.minimum.at(front, self._levels.classify(made), surrogate.estimate_mean(made))
-        return np.minimum.accumulate(front[::-1])[::-1]
+        return estimate_front(
+            self._levels.num_levels,
+            (self._levels.classify(evaluated.joined), evaluated.delta_nll),
+            (self._levels.classify(made), surrogate.estimate_mean(made)),
+        )
 
     def _propose_any(self, taken: Collection[tuple[int, ...]]) -> Proposal | None:
         """Return the first plan that is not taken, for when nothing is known or the candidates are used up."""
@@ -253,11 +243,6 @@ class MixedProposer:
     def _build_proposal(self, places: tuple[int, ...], origin: str) -> Proposal:
         made = set(places)
         return Proposal(self._space.decode(place in made for place in range(self._num_choices)), origin)
-
-    def _build_rng(self, taken: Collection[tuple[int, ...]]) -> np.random.Generator:
-        """Return a generator that depends on the seed and on which plans are taken, in no order."""
-        digest = hashlib.sha256(json.dumps([self._seed, sorted(taken)]).encode()).digest()
-        return np.random.default_rng(int.from_bytes(digest[:16], "big"))
 
 
 def build_layout(space: PlanSpace) -> ChoiceLayout:

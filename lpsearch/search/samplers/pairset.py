@@ -16,17 +16,11 @@ Ginsbourger, Le Riche and Carraro, Kriging is well-suited to parallelize optimiz
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr
 
 from lpsearch.plan import Plan
 from lpsearch.search.results import Metric, TrialResult
@@ -38,32 +32,24 @@ from lpsearch.search.samplers.dynamic_program import (
     list_exchanges,
     solve_dynamic_program,
 )
+from lpsearch.search.samplers.evaluated import Evaluated, leave_taken, list_joins, stack_joins
+from lpsearch.search.samplers.proposing import (
+    build_rng,
+    compute_expected_improvement,
+    estimate_front,
+    find_least_by_level,
+    order_coarse_to_fine,
+    shorten_scan,
+)
 from lpsearch.search.samplers.sampler import Proposal
 from lpsearch.search.samplers.savings import build_levels
 from lpsearch.search.samplers.surrogate import Surrogate
 from lpsearch.search.space import PlanSpace
 
-__all__ = [
-    "Evaluated",
-    "PairsetProposer",
-    "compute_expected_improvement",
-    "find_least_by_level",
-    "fit_surrogate",
-    "leave_taken",
-    "list_joins",
-    "order_coarse_to_fine",
-    "stack_joins",
-]
+__all__ = ["PairsetProposer"]
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
-IntArray = NDArray[np.int64]
-
-WORST_DELTA_NATS = 12.0
-"""What a broken plan counts as: about the loss of guessing among a large vocabulary."""
-
-FULL_SCAN_SHARE = 0.75
-"""Largest share of the budget that a scan of every join may take; a longer one is thinned to half of the budget."""
 
 GROUP_SCAN_SHARE = 0.25
 """Share of the budget beyond the joins that single groups of more than two layers may take."""
@@ -73,9 +59,6 @@ DEEP_AFTER = 4
 
 DEEP_WEIGHT = 0.01
 """Weight of these in the front, whose losses are many times larger."""
-
-MAX_OBSERVATIONS = 640
-"""Most plans to fit; the time of a fit grows with their cube. Beyond it the worst of every number of joins go."""
 
 MANY_PENDING = 8
 """Pending plans from which a fit serves for several proposals, and one more result for each so many of them."""
@@ -88,18 +71,6 @@ MAX_RANDOM_DRAWS = 16
 INCUMBENTS_PER_LEVEL = 2
 CANDIDATES_PER_LEVEL = 16
 ENUMERABLE_PLANS = 256
-
-
-def fit_surrogate(results: Iterable[TrialResult], *, num_joins: int, metric: Metric = "nll") -> Surrogate | None:
-    """Return what the search has learned from plans; None where none of them has a join.
-
-    Args:
-        results: finished plans, in any order.
-        num_joins: joins of the model, one less than its layers.
-        metric: which loss.
-    """
-    evaluated = Evaluated.from_results(results, num_joins, metric)
-    return evaluated.fit_surrogate() if len(evaluated.delta_nll) else None
 
 
 class PairsetProposer:
@@ -129,14 +100,10 @@ class PairsetProposer:
         self._levels = build_levels(space, estimate_latency_ms)
         self._max_level = self._levels.num_levels
         self._useful_level = min(self._max_level, max(1, space.num_layers // 3))
-        scan = order_coarse_to_fine(space.free_joins)
-        budget = 4 * (len(scan) + 1) if budget is None else budget
-        if len(scan) + 1 > FULL_SCAN_SHARE * budget:
-            scan = scan[: max(1, budget // 2)]
-        self._scan = scan
+        self._scan, budget = shorten_scan(order_coarse_to_fine(space.free_joins), budget)
         self._fit: _Fit | None = None
         self._is_inside: dict[Plan, bool] = {}
-        self._num_scanned_groups = max(0, int(GROUP_SCAN_SHARE * (budget - len(scan) - 1)))
+        self._num_scanned_groups = max(0, int(GROUP_SCAN_SHARE * (budget - len(self._scan) - 1)))
 
     def propose(self, results: Sequence[TrialResult], pending: Collection[Plan]) -> Proposal | None:
         """Choose the next plan.
@@ -231,7 +198,7 @@ class PairsetProposer:
             everything = stack_joins((plan.joins for plan in self._space.enumerate_plans()), self._num_joins)
             return leave_taken(everything, taken)
         mean_costs = surrogate.mean_costs
-        costs = mean_costs.concatenate(surrogate.draw_costs(NUM_DRAWS, self._build_rng(taken)))
+        costs = mean_costs.concatenate(surrogate.draw_costs(NUM_DRAWS, build_rng(self._seed, taken)))
         cheapest = self._solve(costs)
         useful = cheapest[:, : self._useful_level]
         descended = exchange_joins(costs, useful, space=self._space, width=NUM_EXCHANGES, max_steps=MAX_EXCHANGE_STEPS)
@@ -270,16 +237,16 @@ class PairsetProposer:
 
     def _estimate_front(self, surrogate: Surrogate, evaluated: Evaluated, pending: Collection[Plan]) -> FloatArray:
         """Return (num_levels + 1,): the least loss of plans that save so much, pending ones at what is expected."""
-        front = np.full(self._max_level + 1, WORST_DELTA_NATS)
-        front[0] = 0.0
-        np.minimum.at(front, self._levels.classify(evaluated.joined), evaluated.delta_nll)
         joined = stack_joins((plan.joins for plan in pending), self._num_joins)
-        np.minimum.at(front, self._levels.classify(joined), surrogate.estimate_mean(joined))
-        return np.minimum.accumulate(front[::-1])[::-1]
+        return estimate_front(
+            self._max_level,
+            (self._levels.classify(evaluated.joined), evaluated.delta_nll),
+            (self._levels.classify(joined), surrogate.estimate_mean(joined)),
+        )
 
     def _propose_random(self, taken: Collection[tuple[int, ...]]) -> Proposal | None:
         """Return a random plan of few joins, for when many workers wait before anything is known."""
-        rng = self._build_rng(taken)
+        rng = build_rng(self._seed, taken)
         for _ in range(MAX_RANDOM_DRAWS):
             joins: set[int] = set()
             num_joins = int(rng.integers(2, max(3, self._useful_level + 1)))
@@ -300,11 +267,6 @@ class PairsetProposer:
     def _build_proposal(self, joins: tuple[int, ...], origin: str) -> Proposal:
         return Proposal(Plan.from_joins(self._space.num_layers, joins), origin)
 
-    def _build_rng(self, taken: Collection[tuple[int, ...]]) -> np.random.Generator:
-        """Return a generator that depends on the seed and on which plans are taken, in no order."""
-        digest = hashlib.sha256(json.dumps([self._seed, sorted(taken)]).encode()).digest()
-        return np.random.default_rng(int.from_bytes(digest[:16], "big"))
-
 
 @dataclass(frozen=True)
 class _Fit:
@@ -319,138 +281,3 @@ class _Fit:
     num_results: int
     surrogate: Surrogate
     candidates: BoolArray
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """The finished plans as arrays, in an order of their own, without the baseline.
-
-    Attributes:
-        joined: (plans, num_joins) which joins each sets.
-        delta_nll: (plans,) finite, at most ``WORST_DELTA_NATS``.
-        sampling_error: (plans,) standard errors of ``delta_nll``; 0 where it is exact.
-    """
-
-    joined: BoolArray
-    delta_nll: FloatArray
-    sampling_error: FloatArray
-
-    @classmethod
-    def from_results(
-        cls,
-        results: Iterable[TrialResult],
-        num_joins: int,
-        metric: Metric,
-        list_made: Callable[[Plan], tuple[int, ...]] = attrgetter("joins"),
-    ) -> Evaluated:
-        """Read what finished plans say about their losses on all windows.
-
-        Args:
-            results: finished plans.
-            num_joins: number of joins, or of choices.
-            metric: which loss.
-            list_made: returns the joins of a plan, or the places of its choices.
-        """
-        results = list(results)
-        num_tokens = max((result.proxy_tokens for result in results), default=0)  # the baseline's: all there are
-        losses: dict[tuple[int, ...], tuple[float, float]] = {}
-        for result in results:
-            joins, loss = list_made(result.plan), result.get_cost(metric)
-            if joins:
-                # Windows are drawn without replacement: the error that is left falls to zero where all are there.
-                share_missing = 1 - result.proxy_tokens / num_tokens
-                sampling_error = (result.get_cost_se(metric) or 0.0) * math.sqrt(share_missing)
-                measured = (min(loss, WORST_DELTA_NATS), sampling_error)
-                losses[joins] = min(measured, losses.get(joins, measured))
-        ordered = sorted(losses)
-        values = np.array([losses[joins] for joins in ordered], dtype=np.float64).reshape(-1, 2)
-        return cls(stack_joins(ordered, num_joins), values[:, 0], values[:, 1])
-
-    def estimate_join_costs(self) -> tuple[FloatArray, BoolArray]:
-        """Return (num_joins,) costs of the joins alone, interpolated where not measured, and which were measured."""
-        num_joins = self.joined.shape[1]
-        counts = self.joined.sum(axis=1)
-        single = np.flatnonzero(counts == 1)
-        joins = self.joined[single].argmax(axis=1)
-        measured = np.zeros(num_joins, dtype=bool)
-        measured[joins] = True
-        if not len(single):
-            return np.full(num_joins, float(np.median(self.delta_nll / counts))), measured
-        order = joins.argsort()
-        return np.interp(np.arange(num_joins), joins[order], self.delta_nll[single[order]]), measured
-
-    def fit_surrogate(self) -> Surrogate:
-        """Fit the model of the losses."""
-        join_means, measured = self.estimate_join_costs()
-        fitted = self._choose_fitted()
-        return Surrogate(
-            joined=self.joined[fitted],
-            delta_nll=self.delta_nll[fitted],
-            sampling_error=self.sampling_error[fitted],
-            join_means=join_means,
-            measured=measured,
-        )
-
-    def _choose_fitted(self) -> IntArray:
-        """Return the places of the plans to fit, ascending: all, or of every number of joins as many of the best."""
-        counts = self.joined.sum(axis=1)
-        if len(counts) <= MAX_OBSERVATIONS:
-            return np.arange(len(counts))
-        order = np.lexsort((self.delta_nll, counts))
-        rank = np.empty(len(order), dtype=np.int64)
-        rank[order] = np.arange(len(order)) - np.searchsorted(counts[order], counts[order])
-        rank[counts == 1] = 0  # what a join costs alone is told by nothing else
-        return np.sort(np.lexsort((counts, rank))[:MAX_OBSERVATIONS])
-
-
-def compute_expected_improvement(
-    mean: FloatArray, deviation: FloatArray, levels: IntArray, *, front: FloatArray, weights: FloatArray
-) -> FloatArray:
-    """Return (plans,): the expected fall of the weighted front; a plan bears on its level and those below.
-
-    This is the expected improvement of Jones, Schonlau and Welch (Efficient Global Optimization, 1998, equation 15),
-    summed over the levels that a plan reaches.
-    """
-    fall = front[None, :] - mean[:, None]
-    standard = fall / deviation[:, None]
-    gain = fall * ndtr(standard) + deviation[:, None] * np.exp(-0.5 * standard**2) / np.sqrt(2 * np.pi)
-    bears = (np.arange(len(front)) > 0) & (np.arange(len(front)) <= levels[:, None])
-    return np.asarray((gain * bears) @ weights)
-
-
-def find_least_by_level(values: FloatArray, levels: IntArray, per_level: int) -> IntArray:
-    """Return the indices of the least few values of every level."""
-    order = np.lexsort((values, levels))
-    rank = np.arange(len(order)) - np.searchsorted(levels[order], levels[order])
-    return order[rank < per_level]
-
-
-def leave_taken(joined: BoolArray, taken: Iterable[tuple[int, ...]]) -> BoolArray:
-    """Return the plans that are not taken, each once, in a fixed order."""
-    known = {row.tobytes() for row in np.packbits(stack_joins(taken, joined.shape[1]), axis=1)}
-    first = {row.tobytes(): index for index, row in enumerate(np.packbits(joined, axis=1))}
-    return joined[sorted(index for key, index in first.items() if key not in known)]
-
-
-def order_coarse_to_fine(joins: Sequence[int]) -> tuple[int, ...]:
-    """Return the joins so that every beginning is spread evenly: by halving strides."""
-    order: dict[int, None] = {}
-    stride = 1 << max(len(joins) - 1, 0).bit_length()
-    while stride:
-        order.update(dict.fromkeys(joins[::stride]))
-        stride //= 2
-    return tuple(order)
-
-
-def list_joins(joined: BoolArray) -> tuple[int, ...]:
-    """Return the places that are set."""
-    return tuple(np.flatnonzero(joined).tolist())
-
-
-def stack_joins(plans: Iterable[Collection[int]], num_joins: int) -> BoolArray:
-    """Return (plans, num_joins) flags."""
-    listed = [tuple(joins) for joins in plans]
-    joined = np.zeros((len(listed), num_joins), dtype=bool)
-    rows = np.repeat(np.arange(len(listed)), list(map(len, listed)))
-    joined[rows, np.fromiter(chain.from_iterable(listed), np.int64, len(rows))] = True
-    return joined
