@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from lpsearch.commands.loading import check_texts_of_plan, load_model_of_plan, resolve_source_of_plan
+from lpsearch.commands.loading import load_model_of_plan, resolve_source_of_plan
+from lpsearch.commands.plan_texts import check_texts_of_plan
 from lpsearch.errors import ModelError, PlanError
 from lpsearch.kinds import TextKind
 from lpsearch.plan import find_recovered_weights, load_plan, parse_plan, save_plan

@@ -8,7 +8,7 @@ import pytest
 from lpsearch.plan import Plan
 from lpsearch.search import PlanSpace
 from lpsearch.search.results import RAW, Loss, TrialResult
-from lpsearch.search.samplers import pairset
+from lpsearch.search.samplers import evaluated as arrays
 from lpsearch.search.samplers.pairset import PairsetProposer
 from lpsearch.search.samplers.surrogate import Surrogate
 
@@ -57,7 +57,7 @@ def test_one_fit_serves_many_proposals_and_is_renewed_after_some_results(monkeyp
             fits.append(len(arguments["delta_nll"]))
             super().__init__(**arguments)
 
-    monkeypatch.setattr(pairset, "Surrogate", Counting)
+    monkeypatch.setattr(arrays, "Surrogate", Counting)
     proposer = PairsetProposer(space=SPACE, budget=400, seed=0)
     results, pending = list_scanned(), []
     while len(pending) < 24:
@@ -88,7 +88,7 @@ def test_what_is_believed_lowers_the_deviation_as_a_measurement_at_the_mean_woul
     rng = np.random.default_rng(1)
     plans = [plan for plan in SPACE.enumerate_plans() if 2 <= plan.num_joins <= 4]
     chosen = [plans[place] for place in rng.choice(len(plans), 30, replace=False)]
-    joined = pairset.stack_joins((plan.joins for plan in chosen), NUM_LAYERS - 1)
+    joined = arrays.stack_joins((plan.joins for plan in chosen), NUM_LAYERS - 1)
     singles = np.eye(NUM_LAYERS - 1, dtype=bool)
 
     def fit(observed, losses):
@@ -120,9 +120,9 @@ def test_what_is_believed_lowers_the_deviation_as_a_measurement_at_the_mean_woul
 
 
 def test_what_is_left_out_of_a_fit_is_the_worst_of_every_number_of_joins(monkeypatch):
-    monkeypatch.setattr(pairset, "MAX_OBSERVATIONS", 40)
+    monkeypatch.setattr(arrays, "MAX_OBSERVATIONS", 40)
     results = [build_result(plan, trial) for trial, plan in enumerate(SPACE.enumerate_plans())]
-    evaluated = pairset.Evaluated.from_results(results, NUM_LAYERS - 1, "nll")
+    evaluated = arrays.Evaluated.from_results(results, NUM_LAYERS - 1, "nll")
     fitted = evaluated._choose_fitted()
     assert len(fitted) == len(set(fitted.tolist())) == 40
     counts = evaluated.joined.sum(axis=1)
