@@ -18,6 +18,7 @@ from sqlalchemy.exc import (
     InterfaceError,
     NoSuchModuleError,
     OperationalError,
+    PendingRollbackError,
     SQLAlchemyError,
 )
 
@@ -36,6 +37,9 @@ _EXAMPLES = "write e.g. sqlite:///path/study.db, postgresql://user:password@host
 
 _LOST_CONNECTIONS = {"57P01", "57P02", "57P03", 1053, 1927, 2002, 2003, 2006, 2013}
 """Codes of PostgreSQL and of MySQL and its client for a server that ends, begins, or cannot be reached."""
+
+_INVALIDATED = "8s2b"
+"""SQLAlchemy's code for a transaction that goes on after its connection was lost in the middle of it."""
 
 
 def parse_storage_url(url: str | URL) -> URL:
@@ -146,6 +150,8 @@ def is_connection_lost(error: StudyError) -> bool:
             has_no_code = isinstance(cause, OperationalError | InterfaceError) and not isinstance(code, int)
             has_no_code = has_no_code and getattr(original, "sqlstate", None) is None
             return cause.connection_invalidated or code in _LOST_CONNECTIONS or has_no_code
+        if isinstance(cause, PendingRollbackError) and cause.code == _INVALIDATED:
+            return True
         cause = cause.__cause__
     return False
 

@@ -10,13 +10,17 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import OperationalError, PendingRollbackError
 
 from lpsearch.errors import StudyError
 from lpsearch.search import PlanSpace, StudyStore, run_study
 from lpsearch.search import study as searching
+from lpsearch.search.storage_url import is_connection_lost, translate_storage_errors
 from tests.search.evaluators import SyntheticEvaluator
 from tests.servers import Server
 
@@ -84,6 +88,32 @@ def test_a_search_outlives_a_restart_of_its_server(
     assert (found, evaluator.calls) == unbroken
 
 
+@pytest.mark.parametrize("kind", ["postgres", "mariadb"])
+def test_a_transaction_that_goes_on_after_its_connection_was_lost_says_so(
+    request: pytest.FixtureRequest, kind: str
+) -> None:
+    """What asks again in such a transaction gets another error than the first one; Optuna reports only the last."""
+    server: Server = request.getfixturevalue(kind)
+    engine = create_engine(server.create_database())
+
+    def ask_again() -> None:
+        with translate_storage_errors("it"), engine.connect() as connection:
+            connection.execute(text("SELECT 1"))
+            server.stop()
+            with suppress(OperationalError):
+                connection.execute(text("SELECT 1"))
+            connection.execute(text("SELECT 1"))
+
+    try:
+        with pytest.raises(StudyError) as caught:
+            ask_again()
+    finally:
+        server.start()
+        engine.dispose()
+    assert isinstance(caught.value.__cause__, PendingRollbackError)
+    assert is_connection_lost(caught.value)
+
+
 def test_a_server_that_stays_away_ends_the_search_which_can_be_resumed(
     postgres: Server, unbroken: tuple[list[tuple], list], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,6 +140,7 @@ from pathlib import Path
 from lpsearch.errors import StudyError
 from lpsearch.search import PlanSpace, StudyStore
 from tests.faults.test_outages import search
+from lpsearch.search.storage_url import is_connection_lost, translate_storage_errors
 from tests.search.evaluators import SyntheticEvaluator
 
 directory = Path(sys.argv[1])
@@ -170,6 +201,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from lpsearch.search import PlanSpace, StudyStore, run_study
 from tests.search import evaluators
+from lpsearch.search.storage_url import is_connection_lost, translate_storage_errors
 from tests.search.evaluators import SyntheticEvaluator
 
 evaluators.time = SimpleNamespace(sleep=lambda seconds: None)  # libfaketime refuses to sleep when the clock has jumped
