@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lpsearch.commands.results import build_front_file, name_plan_files, write_front
 from lpsearch.config import OptimizeConfig, Split
+from lpsearch.errors import StudyError
 from lpsearch.front_file import FrontFile
 from lpsearch.search import (
     PlanSpace,
@@ -84,17 +85,20 @@ class FrontWriter:
             logger.warning("the unfinished front could not be written: %s; the search goes on", error)
 
     def write_interrupted(self) -> None:
-        """Write the front of a search that was interrupted, with the held-out losses that are known by then."""
-        results = read_results(self._store)
-        valid = [result for result in results if result.plan in self._space]
-        front = build_front(valid, metric=self._values.metric, objective=self._values.objective)
-        if not front:
-            return
+        """Write the front of a search that was interrupted, with the held-out losses that are known by then.
+
+        What fails here is a warning, since the search is interrupted in any case.
+        """
         try:
+            results = read_results(self._store) if self._store.has_trials() else []
+            valid = [result for result in results if result.plan in self._space]
+            front = build_front(valid, metric=self._values.metric, objective=self._values.objective)
+            if not front:
+                return
             self._write_unfinished(
                 front, num_trials=len(results), proxy_tokens=sum(result.proxy_tokens for result in results)
             )
-        except OSError as error:
+        except (OSError, StudyError) as error:
             logger.warning("the unfinished front could not be written: %s", error)
             return
         logger.info("the front by now, %s, is in %s, marked unfinished", name_count(len(front), "plan"), self._out)

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import optuna
-
 from lpsearch.commands.checks import read_config, read_num_layers
 from lpsearch.commands.console import Answer, adopt_optuna_log
 from lpsearch.commands.evaluators import EvaluatorName, choose_search_variant
@@ -288,9 +286,7 @@ def _build_space(
 
 def _warn_of_hidden_plans(store: StudyStore, space: PlanSpace) -> None:
     """Say how many plans of a resumed study change layers that are frozen now, so that its front leaves them out."""
-    with store.translate_errors():
-        has_trials = store.study_name in optuna.get_all_study_names(store.optuna_storage)
-    results = read_results(store) if has_trials else []
+    results = read_results(store) if store.has_trials() else []
     num_hidden = sum(result.plan not in space for result in results)
     if num_hidden:
         logger.warning(

@@ -10,8 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import optuna
-
 from lpsearch.config import Metric, Objective
 from lpsearch.errors import ConfigError, StudyError, StudyVersionError, UsageError
 from lpsearch.front_file import FRONT_NAME, FrontFile, FrontPoint, load_front_file
@@ -243,9 +241,8 @@ def _read_finished(store: StudyStore, latency_model: LatencyModel | None) -> lis
         except ConfigError:  # a larger group than those measured, of an enqueued plan
             return None
 
-    with store.translate_errors():
-        has_trials = store.study_name in optuna.get_all_study_names(store.optuna_storage)
-    results = read_results(store, estimate_latency_ms=None if latency_model is None else estimate) if has_trials else []
+    known = None if latency_model is None else estimate
+    results = read_results(store, estimate_latency_ms=known) if store.has_trials() else []
     if not any(result.is_baseline for result in results):
         raise UsageError(
             f"{store.where}: no plan of the study {store.study_name!r} is finished yet; "

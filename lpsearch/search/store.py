@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import optuna
 from optuna.storages import RDBStorage
 from sqlalchemy import Connection, delete, func, insert, select, update
 from sqlalchemy.engine import URL
@@ -129,6 +130,11 @@ class StudyStore:
                 select(schema.studies_table.c.settings).where(schema.studies_table.c.name == self.study_name)
             ).one_or_none()
         return None if row is None else self._parse(row.settings, "settings")
+
+    def has_trials(self) -> bool:
+        """Say whether a search of the study has begun, so that its trials can be read; there may be none yet."""
+        with self.translate_errors():
+            return self.study_name in optuna.get_all_study_names(self.optuna_storage)
 
     def list_studies(self) -> list[str]:
         """Return the names of the studies in the database, the oldest first."""

@@ -103,6 +103,24 @@ def test_a_search_that_goes_on_keeps_the_held_out_losses(
         assert point["heldout_delta_nll"] == former["heldout_delta_nll"] is not None
 
 
+def test_a_search_that_is_interrupted_before_its_first_trial_is_interrupted_all_the_same(
+    run_lpsearch: Run, arguments: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is nothing to write yet, which is no error of the study."""
+
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lpsearch.evaluation.ModelEvaluator.evaluate_windows", interrupt)
+        outcome = run_lpsearch(*arguments, "--budget", 4)
+    assert outcome.exit_code == 130
+    assert outcome.document["error"]["type"] == "Interrupted"
+    assert "holds no study" not in outcome.stderr
+    assert not (tmp_path / "study" / "front.json").exists()
+    assert run_lpsearch(*arguments, "--budget", 4).document["trials"] == 4
+
+
 def test_a_front_of_an_older_version_counts_as_finished(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
     out = tmp_path / "study"
     run_lpsearch(*arguments, "--budget", 3)
