@@ -18,6 +18,7 @@ from lpsearch.plan import Plan, load_plan
 from lpsearch.recovery import Refitter, swapped_weights
 from lpsearch.search import StudyStore
 from tests.commands.conftest import Outcome, Run
+from tests.recovery.refitting import SEARCH_FIT
 from tests.tolerances import FLOAT64_MEAN
 
 NUM_WINDOWS = 8
@@ -78,8 +79,7 @@ def test_every_loss_is_that_of_a_fit_by_hand(searched: tuple[Path, Outcome], tin
             plan = Plan.from_key(key)
             weights = {}
             if variant == "refit":
-                options = {"extent": "grouped", "num_passes": 1, "ridges": (1.0,), "fits_inputs": False}
-                weights = Refitter(model, windows["calibration"], **options).fit(plan).weights
+                weights = Refitter(model, windows["calibration"], **SEARCH_FIT).fit(plan).weights
             for split, (indices, losses) in stored.windows.items():
                 evaluator = ModelEvaluator(model=model, windows=windows[split], cache_bytes=0)
                 with swapped_weights(model, weights):

@@ -17,9 +17,12 @@ from lpsearch.recovery import swapped_weights
 from lpsearch.transform import applied_plan
 from tests.tiny_models import VOCAB_SIZE
 
-__all__ = ["SEQ_LEN", "build_windows", "measure_errors", "refit_slowly"]
+__all__ = ["SEARCH_FIT", "SEQ_LEN", "build_windows", "measure_errors", "refit_slowly"]
 
 SEQ_LEN = 32
+
+SEARCH_FIT: dict[str, Any] = {"extent": "grouped", "num_passes": 1, "ridges": (1.0,), "fits_inputs": False}
+"""How a search fits: one ridge, in one walk, output projections alone."""
 
 
 def build_windows(num_windows: int = 40, seed: int = 0, *, num_kinds: int = 1) -> Windows:

@@ -16,6 +16,7 @@ from lpsearch.recovery import RefitEvaluator, Refitter, swapped_weights
 from lpsearch.recovery.evaluator import build_search_refitter, choose_num_calibration_windows
 from lpsearch.search import PlanSpace
 from tests.recovery.distilling import SEQ_LEN, build_windows
+from tests.recovery.refitting import SEARCH_FIT
 from tests.tiny_models import build_tiny_model
 
 CALIBRATION = build_windows(15, 3)
@@ -42,10 +43,6 @@ def draw_dropping_plans(count: int) -> list[Plan]:
     ]
 
 
-SEARCH = {"extent": "grouped", "num_passes": 1, "ridges": (1.0,), "fits_inputs": False}
-"""How a search fits: one ridge, in one walk, output projections alone."""
-
-
 def fit_from_scratch(model, plan: Plan, **options) -> dict[str, torch.Tensor]:
     return dict(Refitter(model, CALIBRATION, **options).fit(plan).weights)
 
@@ -54,7 +51,7 @@ def evaluate_from_scratch(model, plan: Plan, *, metric: str = "nll") -> WindowLo
     """Fit and evaluate a plan with nothing kept of any other."""
     evaluator = ModelEvaluator(model=model, windows=PROXY, metric=metric, cache_bytes=0)
     evaluator.evaluate_windows(Plan.baseline(6), range(8))
-    weights = fit_from_scratch(model, plan, **SEARCH) if plan != Plan.baseline(6) else {}
+    weights = fit_from_scratch(model, plan, **SEARCH_FIT) if plan != Plan.baseline(6) else {}
     with swapped_weights(model, weights):
         return evaluator.evaluate_windows(plan, range(8), variant="by hand" if weights else "raw")
 
@@ -176,7 +173,7 @@ def test_a_device_that_runs_out_of_memory_gives_up_what_is_kept() -> None:
                 raise torch.OutOfMemoryError("out of memory")
             return super().fit(plan, **options)
 
-    refitter = SmallDevice(model, CALIBRATION, cache_bytes=1 << 26, **SEARCH)
+    refitter = SmallDevice(model, CALIBRATION, cache_bytes=1 << 26, **SEARCH_FIT)
     evaluator = RefitEvaluator(model=model, evaluator=ModelEvaluator(model=model, windows=PROXY), refitter=refitter)
     for joins in ([0, 2], [0, 4], [1, 3]):
         plan = Plan.from_joins(6, joins)

@@ -19,8 +19,10 @@ from lpsearch.plan import Plan
 from lpsearch.search.results import Metric, TrialResult
 from lpsearch.search.samplers.dynamic_program import PlanCosts, find_valid
 from lpsearch.search.samplers.evaluated import Evaluated, leave_taken, list_joins, stack_joins
-from lpsearch.search.samplers.pairset import CANDIDATES_PER_LEVEL, INCUMBENTS_PER_LEVEL, NUM_DRAWS
 from lpsearch.search.samplers.proposing import (
+    CANDIDATES_PER_LEVEL,
+    INCUMBENTS_PER_LEVEL,
+    NUM_DRAWS,
     build_rng,
     compute_expected_improvement,
     estimate_front,

@@ -34,6 +34,9 @@ from lpsearch.search.samplers.dynamic_program import (
 )
 from lpsearch.search.samplers.evaluated import Evaluated, leave_taken, list_joins, stack_joins
 from lpsearch.search.samplers.proposing import (
+    CANDIDATES_PER_LEVEL,
+    INCUMBENTS_PER_LEVEL,
+    NUM_DRAWS,
     build_rng,
     compute_expected_improvement,
     estimate_front,
@@ -64,12 +67,9 @@ MANY_PENDING = 8
 """Pending plans from which a fit serves for several proposals, and one more result for each so many of them."""
 
 REACH_JOINS = 4
-NUM_DRAWS = 4
 NUM_EXCHANGES = 24
 MAX_EXCHANGE_STEPS = 6
 MAX_RANDOM_DRAWS = 16
-INCUMBENTS_PER_LEVEL = 2
-CANDIDATES_PER_LEVEL = 16
 ENUMERABLE_PLANS = 256
 
 

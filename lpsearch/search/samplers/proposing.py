@@ -13,6 +13,9 @@ from scipy.special import ndtr
 from lpsearch.search.samplers.evaluated import WORST_DELTA_NATS
 
 __all__ = [
+    "CANDIDATES_PER_LEVEL",
+    "INCUMBENTS_PER_LEVEL",
+    "NUM_DRAWS",
     "build_rng",
     "compute_expected_improvement",
     "estimate_front",
@@ -29,6 +32,15 @@ FULL_SCAN_SHARE = 0.75
 
 EVALUATIONS_PER_CHOICE = 4
 """The budget that is assumed where none is known."""
+
+NUM_DRAWS = 4
+"""Draws from the surrogate whose minimisers are candidates."""
+
+INCUMBENTS_PER_LEVEL = 2
+"""Best plans of a level whose neighbours are candidates."""
+
+CANDIDATES_PER_LEVEL = 16
+"""Candidates of least mean of a level whose expected improvement is computed."""
 
 
 def order_coarse_to_fine(joins: Sequence[int]) -> tuple[int, ...]:
