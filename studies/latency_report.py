@@ -4,12 +4,14 @@
     python studies/latency_report.py --part table --model llama3.1-8b --tp 1
     python studies/latency_report.py --part additive,additive-drops --tp 2
     python studies/latency_report.py --part drops --tp 2
+    python studies/latency_report.py --part plan --joins 6,14,26 --drop-attention 7,15 --drop-mlp 13
     python studies/latency_report.py --part emulate --tp 2
     python studies/latency_report.py --part auto
 
-``bars`` measures 7 and 13 pairs, ``drops`` dropped attentions and MLPs beside them, ``table`` several workloads and
-depths, ``additive`` the error of the latency model on random plans, ``additive-drops`` the same where these also drop
-branches, ``emulate`` the error of ``--emulate-tp``, and ``auto`` the time that ``optimize --latency auto`` takes.
+``bars`` measures 7 and 13 pairs, ``drops`` dropped attentions and MLPs beside them, ``plan`` the plan of the options,
+``table`` several workloads and depths, ``additive`` the error of the latency model on random plans, ``additive-drops``
+the same where these also drop branches, ``emulate`` the error of ``--emulate-tp``, and ``auto`` the time that
+``optimize --latency auto`` takes.
 
 Weights are random, by shape. Each part prints a table; the last line is one JSON object. ``--model`` may be a directory
 with the config.json of a tiny model, which runs on a CPU.
@@ -104,8 +106,8 @@ def time_plans(shaped: Any, plans: Any, kind: str, tokens: int, modes: Any, budg
 
 
 @torch.inference_mode()
-def run_part(group: Any, part: str, model: str, seconds: float) -> dict[str, Any]:
-    """Run one part of the report on this rank."""
+def run_part(group: Any, part: str, model: str, seconds: float, given: Plan | None = None) -> dict[str, Any]:
+    """Run one part of the report on this rank; ``given`` is the plan of the part ``plan``."""
     device = get_device()
     config = load_geometry(model)
     traits = read_traits(config)
@@ -120,7 +122,10 @@ def run_part(group: Any, part: str, model: str, seconds: float) -> dict[str, Any
 
     modes = ("compiled", "graph", "eager") if mode == "compiled" else ("eager",)
     context = min(1024, config.max_position_embeddings - 2)
-    if part in ("bars", "drops"):
+    if part == "plan":
+        plans = {"0 %": Plan.baseline(num_layers), "plan": given or Plan.baseline(num_layers)}
+        result["rows"] = time_plans(shape(1, context + 1, ranks), plans, "decode", context, modes, seconds)
+    elif part in ("bars", "drops"):
         plans = {"0 %": Plan.baseline(num_layers)} | {f"{n} pairs": grouped(num_layers, n) for n in (7, 13)}
         if part == "drops":
             chosen = range(1, num_layers, 4)
@@ -211,15 +216,25 @@ def main() -> None:
     """Run the parts on one or several ranks; print them, and the same as JSON on the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--part", required=True, help="comma-separated: bars, drops, table, additive, additive-drops, emulate, auto"
+        "--part",
+        required=True,
+        help="comma-separated: bars, drops, plan, table, additive, additive-drops, emulate, auto",
     )
+    for name in ("joins", "drop-attention", "drop-mlp"):
+        parser.add_argument(f"--{name}", default="", help="layers of the part plan, e.g. 4,7,17")
     parser.add_argument("--model", default="llama2-7b")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=3.0, help="about how long each set of plans is timed")
     arguments = parser.parse_args()
+    joins, attention, mlp = (
+        tuple(int(i) for i in text.split(",") if i)
+        for text in (arguments.joins, arguments.drop_attention, arguments.drop_mlp)
+    )
+    num_layers = read_traits(load_geometry(arguments.model)).num_layers
+    plan = Plan.from_joins(num_layers, joins).drop({"attention": attention, "mlp": mlp})
     results = []
     for part in arguments.part.split(","):
-        options = (part, arguments.model, arguments.seconds)
+        options = (part, arguments.model, arguments.seconds, plan)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if arguments.tp == 1:
             found = run_part(None, *options)

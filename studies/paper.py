@@ -16,6 +16,7 @@ interruption. The tables are printed as Markdown and written to ``paper.md`` and
     python studies/paper.py --out paper --tasks arc_easy,hellaswag,gsm8k
     python studies/paper.py --out paper --model smollm2-135m --data wikitext2 --distill-tokens 10000000
     python studies/paper.py --out paper --dry-run
+    python studies/paper.py --out times --times-only
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ def prepare(options: argparse.Namespace) -> tuple[list[Experiment], torch.device
         SourceError: if a text or a task's data is out of reach.
     """
     device = resolve_device(options.device)
+    if options.times_only and options.no_times:
+        raise ConfigError("--times-only, --no-times: nothing is left to run; give one of them")
     models = tuple(dict.fromkeys(options.model or MODELS))
     slugs = [slug_of_model(model) for model in models]
     if len(set(slugs)) < len(slugs):
@@ -82,7 +85,8 @@ def prepare(options: argparse.Namespace) -> tuple[list[Experiment], torch.device
     planned = []
     for model, slug in zip(models, slugs, strict=True):
         config = load_geometry(model)
-        check_seq_len(options.seq_len, config)
+        if not options.times_only:
+            check_seq_len(options.seq_len, config)
         if device.type == "cuda":
             check_workloads(config, [get_workload(options, config)])
         profile = next((profile for profile in profiles if _fits(profile, config)), None)
@@ -91,12 +95,16 @@ def prepare(options: argparse.Namespace) -> tuple[list[Experiment], torch.device
     for path, profile in zip(options.latency, profiles, strict=True):
         if profile not in used:
             raise ConfigError(f"--latency {path}: is of the shape of none of {', '.join(models)}; measure one of them")
-    _check_texts(options)
     tasks = None
+    if options.times_only:
+        _check_times([Experiment(options, item, device, None) for item in planned])
+    else:
+        _check_texts(options)
     if not options.dry_run:
         prepare_directory(options.out)
         for item in planned:
             prepare_directory(item.directory)
+    if not (options.dry_run or options.times_only):
         tasks = prepare_tasks(
             options.tasks,
             task_path=options.task_path,
@@ -127,6 +135,13 @@ def _find_num_joins(options: argparse.Namespace, model: str, config: PretrainedC
     if not all(1 <= k <= num_layers // 2 for k in num_joins):
         raise ConfigError(f"--joins {options.joins}: {model} has {num_layers} layers, so 1 to {num_layers // 2} pairs")
     return num_joins
+
+
+def _check_times(experiments: Sequence[Experiment]) -> None:
+    """Refuse --times-only where there would be no times."""
+    for experiment in experiments:
+        if (reason := experiment.explain_missing_times()) is not None:
+            raise ConfigError(f"--times-only: {reason}")
 
 
 def _check_texts(options: argparse.Namespace) -> None:
@@ -172,6 +187,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=_count, default=8, help="sequences of a task that are run together")
     add("--latency", type=Path, action="append", default=[], help="file of lpsearch profile to read times from")
     add("--no-times", action="store_true", help="leave the step times out")
+    add("--times-only", action="store_true", help="only time blocks of --joins pairs; needs no weights and no text")
     add("--batch", type=_count, default=1, help="sequences of the decode step that is timed")
     add("--context", type=_count, default=1024, help="their cached tokens")
     add("--seconds", type=float, default=10.0, help="about how long each mode is timed")

@@ -122,6 +122,8 @@ class Experiment:
 
     def run(self) -> dict[str, Any]:
         """Run what was not run yet, and return everything that was found."""
+        if self._options.times_only:
+            return self._run_times_alone()
         steps = {name: self._run_command(name, line) for name, line in self.list_search_commands().items()}
         chosen = [
             self._choose(name, steps[step]["result"], step, num_joins)
@@ -158,9 +160,30 @@ class Experiment:
             "steps": steps,
         }
 
+    def _run_times_alone(self) -> dict[str, Any]:
+        """Time blocks of pairs at the end of the model; which pairs they are does not change a step's time."""
+        num_layers = self._model_plan.num_layers
+        plans = {
+            f"{k} pair{'s' * (k > 1)}": Plan.from_joins(num_layers, range(num_layers - 2 * k, num_layers, 2))
+            for k in self._model_plan.num_joins
+        }
+        settings = {**(self._describe_times() or {}), "joins": {name: list(plan.joins) for name, plan in plans.items()}}
+        return {
+            "model": self._model_plan.model,
+            "num_layers": num_layers,
+            "plans": {
+                name: {"joins": list(plan.joins), "depth_reduction": plan.depth_reduction}
+                for name, plan in plans.items()
+            },
+            "steps": {"times": self._run("times", settings, partial(self._time, plans))},
+        }
+
     def describe_steps(self) -> list[str]:
         """Say what would be run, and what is there already; nothing is run."""
         directory = self._model_plan.directory
+        if self._options.times_only:
+            done = (directory / "times.json").exists()
+            return [f"times: {'done' if done else json.dumps(self._describe_times())}"]
         lines = []
         for name, line in self.list_search_commands().items():
             state = "done" if is_done(directory / f"{name}.json", {"command": line}) else "lpsearch " + shlex.join(line)

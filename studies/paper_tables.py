@@ -16,7 +16,10 @@ _WEIGHTS = {"refit": "refit", "distill": "refit and distilled"}
 def build_tables(document: Mapping[str, Any]) -> str:
     """Lay out everything that was found; below the tables stand the hardware, the versions and the command."""
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
-    parts = [table for found in document["models"] for table in (_build_accuracy(found), _build_times(found))]
+    parts = []
+    for found in document["models"]:
+        parts += [_build_accuracy(found)] if "scores" in found["steps"] else []
+        parts.append(_build_times(found))
     parts.append(f"{document['device']}; {versions}.")
     parts.append(f"`{document['command']}`")
     return "\n\n".join(parts) + "\n"

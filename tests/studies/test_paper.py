@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from lpsearch.data import build_windows
-from lpsearch.latency import measure_profile, save_profile
+from lpsearch.latency import LatencyModel, load_profile, measure_profile, save_profile
 from lpsearch.latency.workload import Workload
 from lpsearch.models import load_geometry, load_model, resolve_source
 from lpsearch.plan import Plan
@@ -206,6 +206,30 @@ def test_without_a_gpu_or_a_profile_there_are_no_times(
     without = arguments[:position] + arguments[position + 2 :]
     assert paper.main([*without, "--dry-run"]) == 0
     assert "times: left out: cpu is no GPU" in capsys.readouterr().out
+
+
+def test_times_alone_need_no_text(
+    tiny_model_dir: Path, arguments: list[str], directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ["--model", str(tiny_model_dir), "--joins", "1,2", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    timed = ["--latency", str(directory / "profile.json"), "--data", "nowhere.txt", "--times-only"]
+    assert paper.main([*own, *timed, "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith("times: {")
+    assert not (tmp_path / "out").exists()
+    assert paper.main([*own, *timed]) == 0
+    table, document = capsys.readouterr().out.rstrip().rsplit("\n", 1)
+    assert "| 2 pairs |" in table
+    assert "perplexity" not in table
+    (found,) = json.loads(document)["models"]
+    modes = found["steps"]["times"]["result"]["modes"]
+    latency = LatencyModel(load_profile(directory / "profile.json"))
+    expected = {"unmodified": [], "1 pair": [4], "2 pairs": [2, 4]}
+    assert {name: time["latency_ms"] for name, time in modes["eager"].items()} == {
+        name: latency.estimate_latency_ms(Plan.from_joins(6, joins)) for name, joins in expected.items()
+    }
+    assert paper.main([*own, "--times-only"]) == 2
+    assert "--times-only: cpu is no GPU" in capsys.readouterr().err
+    assert paper.main([*own, *timed, "--no-times"]) == 2
 
 
 @pytest.mark.parametrize(
