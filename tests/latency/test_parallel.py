@@ -78,6 +78,23 @@ def test_ranks_together_are_one_rank(num_ranks, families):
         torch.testing.assert_close(logits, expected, rtol=0, atol=FLOAT32_LOGITS)
 
 
+def sum_transposed(group, kind):
+    ranks = ProcessGroupRanks(group) if kind in ("gloo", "nccl") else SymmetricRanks(group, kind)
+    partial = torch.arange(128.0).view(8, 16).T + 128 * ranks.rank
+    ranks.begin_step()
+    return ranks.all_reduce(partial if kind == "gloo" else partial.to("cuda", torch.bfloat16)).float().cpu().numpy()
+
+
+@pytest.mark.parametrize(
+    "kind", ["gloo", *(pytest.param(kind, marks=pytest.mark.multi_gpu) for kind in ("nccl", "one_shot", "push"))]
+)
+def test_ranks_add_up_what_is_not_contiguous(kind):
+    backend = "gloo" if kind == "gloo" else "nccl"
+    summed = torch.from_numpy(run_ranks(sum_transposed, num_ranks=2, backend=backend, arguments=[kind]))
+    # Sums of up to 382 are exact in bfloat16 where they are even.
+    assert torch.equal(summed, 2 * torch.arange(128.0).view(8, 16).T + 128)
+
+
 def test_heads_that_cannot_be_divided_are_refused_by_name():
     traits = read_traits(build_tiny_model("llama").config)
     traits.check_ranks(2)

@@ -40,7 +40,8 @@ class ProcessGroupRanks:
         """Do nothing."""
 
     def all_reduce(self, partial: Tensor) -> Tensor:
-        """Sum over ranks, in place."""
+        """Sum over ranks, in place if the tensor is contiguous; a process group takes no other."""
+        partial = partial.contiguous()
         dist.all_reduce(partial, group=self._group)
         return partial
 

@@ -76,6 +76,7 @@ class SymmetricRanks(ProcessGroupRanks):
         """Sum over ranks."""
         if partial.dtype != torch.bfloat16 or partial.numel() > _MAX_ELEMENTS or partial.numel() % 8:
             return super().all_reduce(partial)
+        partial = partial.contiguous()  # both kinds below read memory in order
         if self.kind == "one_shot":
             buffer = self._buffer[: partial.numel()].view(partial.shape)
             summed: Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(buffer, partial, "sum", self._name)
