@@ -62,6 +62,9 @@ CacheLocation = Literal["device", "host"]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
+LEARNING_RATE = 2e-3
+"""Largest learning rate of distilling, relative to the size of each weight; see :mod:`lpsearch.recovery.optimizer`."""
+
 _MAX_LAYER_DIGITS = 5
 """Digits of a layer's number at most: a range is written out in memory."""
 

@@ -40,7 +40,7 @@ from lpsearch.commands.checks import read_num_layers
 from lpsearch.commands.loading import describe_device, resolve_device
 from lpsearch.commands.outputs import prepare_directory
 from lpsearch.commands.tasks import prepare_tasks
-from lpsearch.config import slug_of_model
+from lpsearch.config import LEARNING_RATE, slug_of_model
 from lpsearch.data import check_seq_len, check_text_kinds, is_same_text
 from lpsearch.errors import ConfigError, LpsearchError, describe_error
 from lpsearch.kinds import parse_kinds
@@ -175,7 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--fit-windows", type=_count, default=64, help="windows of each text to refit to")
     add("--distill-windows", type=_count, default=512, help="windows of each text to distill on")
     add("--distill-tokens", type=_count_or_none, default=10_000_000, help="tokens to distill on; 0 for the refit alone")
-    add("--learning-rate", type=float, default=3e-4, help="of distilling")
+    add("--learning-rate", type=float, default=LEARNING_RATE, help="of distilling")
     add("--train", choices=["all", "grouped"], default="all", help="layers that distilling trains")
     add("--lora", type=_count, help="distill adapters of this rank instead of whole weights")
     add("--checkpointing", action="store_true", help="distill with less memory, more slowly")

@@ -31,7 +31,7 @@ if not __package__:  # run as a file: the package of the scripts is found from t
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lpsearch.commands.loading import describe_device, resolve_device
-from lpsearch.config import Split
+from lpsearch.config import LEARNING_RATE, Split
 from lpsearch.data import Windows, build_windows
 from lpsearch.errors import ConfigError, LpsearchError
 from lpsearch.evaluation import ModelEvaluator
@@ -234,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--passes", type=int, default=1, help="walks of the refit")
     parser.add_argument("--tokens", type=int, default=0, help="tokens to distil on; 0 for the refit alone")
     parser.add_argument("--tokens-per-step", type=int, default=16384)
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
     parser.add_argument("--train", choices=["all", "grouped"], default="all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")

@@ -28,7 +28,7 @@ from lpsearch.commands.options import DeviceOption, DtypeOption, PlanArgument, P
 from lpsearch.commands.recover_methods import Repair, distill_plan, refit_plan
 from lpsearch.commands.recover_texts import RecoveryTexts, choose_kinds, find_seq_len
 from lpsearch.commands.steps import show_steps
-from lpsearch.config import Dtype
+from lpsearch.config import LEARNING_RATE, Dtype
 from lpsearch.errors import LpsearchError, PlanError, UsageError
 from lpsearch.kinds import parse_kinds, write_kind
 from lpsearch.plan import Plan, RecoveredLoss, Recovery, load_plan
@@ -91,7 +91,10 @@ def recover(
     tokens: Annotated[
         int, typer.Option(help="tokens, some of them several times", min=1, rich_help_panel=_PANEL)
     ] = 10_000_000,
-    learning_rate: Annotated[float, typer.Option(help="its largest value", min=0, rich_help_panel=_PANEL)] = 3e-4,
+    learning_rate: Annotated[
+        float,
+        typer.Option(help="its largest value, relative to the size of each weight", min=0, rich_help_panel=_PANEL),
+    ] = LEARNING_RATE,
     train: Annotated[
         Literal["all", "grouped"], typer.Option(help="layers that are trained", rich_help_panel=_PANEL)
     ] = "all",

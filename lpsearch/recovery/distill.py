@@ -17,7 +17,7 @@ Example::
 
     training = Mixture({"wikitext2": wiki_windows, "code": code_windows, "self": sampled_windows})
     validation = {"wikitext2": other_wiki_windows, "code": other_code_windows}
-    settings = DistillSettings(num_tokens=20_000_000, learning_rate=1e-4)
+    settings = DistillSettings(num_tokens=20_000_000)
     distilled = distill(model, plan, training=training, validation=validation, settings=settings, weights=refit.weights)
     with swapped_weights(model, {name: weight.to(model.device) for name, weight in distilled.weights.items()}):
         ...  # evaluate the model under the plan, or save it

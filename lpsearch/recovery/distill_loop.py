@@ -36,6 +36,7 @@ from lpsearch.recovery.distilled import (
 )
 from lpsearch.recovery.memory import check_memory, choose_micro_batch, describe_exhaustion
 from lpsearch.recovery.mixture import Mixture
+from lpsearch.recovery.optimizer import build_optimizer, set_learning_rate
 from lpsearch.recovery.student import Student, build_student, name_trained
 
 __all__ = ["DistillLoop"]
@@ -49,7 +50,6 @@ _MIN_COMPILED_TOKENS = 4_000_000
 """Training on fewer tokens ends before compiling has paid for itself."""
 
 _CLIPPED_NORM = 1.0
-_BETAS = (0.9, 0.95)
 
 
 @dataclass
@@ -132,7 +132,12 @@ class DistillLoop:
             is_compiled=self._is_compiled,
         )
         self._objective: Any = self._comparison.objective
-        self._optimizer = self._build_optimizer()
+        self._optimizer = build_optimizer(
+            self._student.trained,
+            weight_decay=self._settings.weight_decay,
+            uses_adapters=self._settings.lora_rank is not None,
+            fused=self._device.type == "cuda",
+        )
         identity = self._identify() if self._checkpoint_dir is not None else {}
         is_resumed = self._checkpoint_dir is not None and self._resume(self._checkpoint_dir, identity)
         if not is_resumed:
@@ -195,20 +200,6 @@ class DistillLoop:
             check_memory(self._device, num_trained=student.num_trained, num_grouped=0, uses_lora=True)
         return student
 
-    def _build_optimizer(self) -> torch.optim.AdamW:
-        """Build AdamW (Loshchilov and Hutter, arXiv 1711.05101), which decays matrices alone."""
-        parameters = list(self._student.trained.values())
-        groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self._settings.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=self._settings.learning_rate,
-            betas=_BETAS,
-            fused=self._device.type == "cuda",
-        )
-
     def _begin(self) -> None:
         """Evaluate the plan with the model's weights and with those to begin with."""
         state = self._state
@@ -255,8 +246,7 @@ class DistillLoop:
             self._loss_sum += loss.detach()
         self._loss_count += 1
         self._accelerator.clip_grad_norm_(self._student.trained.values(), _CLIPPED_NORM)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._find_learning_rate(self._state.step)
+        set_learning_rate(self._optimizer, self._find_learning_rate(self._state.step))
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._state.step += 1
@@ -358,6 +348,7 @@ class DistillLoop:
             begun.update(f"{name}:{weight.dtype}:".encode())
             begun.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return {
+            "rates": "relative",  # in checkpoints without it the learning rate was absolute
             **{f"settings.{name}": value for name, value in dataclasses.asdict(self._settings).items()},
             "plan": self._plan.key,
             "model": fingerprint_model(self._base),

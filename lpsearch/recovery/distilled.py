@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from lpsearch.config import LEARNING_RATE
 from lpsearch.errors import UsageError
 
 __all__ = ["DistillSettings", "Distilled", "Evaluation", "OnProgress", "Stopped", "ValidationLoss", "compute_mean_kl"]
@@ -27,7 +28,8 @@ class DistillSettings:
         tokens_per_step: tokens of one update, over all processes; rounded to whole windows.
         micro_batch: windows that go through the model at once in a process; None to choose by the device's memory.
             Results depend on it through rounding only.
-        learning_rate: its largest value; it rises linearly and then falls as a cosine to 0.
+        learning_rate: its largest value, relative to the size of the weights
+            (:mod:`~lpsearch.recovery.optimizer`); it rises linearly and then falls as a cosine to 0.
         warmup_share: share of the steps that it rises for.
         weight_decay: of AdamW, on matrices.
         train: ``all`` layers, or the ``grouped`` ones, which the plan changes.
@@ -44,7 +46,7 @@ class DistillSettings:
     num_tokens: int
     tokens_per_step: int = 32768
     micro_batch: int | None = None
-    learning_rate: float = 1e-4
+    learning_rate: float = LEARNING_RATE
     warmup_share: float = 0.05
     weight_decay: float = 0.0
     train: Literal["all", "grouped"] = "all"

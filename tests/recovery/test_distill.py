@@ -56,7 +56,9 @@ def train_plainly(model: PreTrainedModel, settings: DistillSettings) -> dict[str
     """Train as :func:`distill` does, written out: whole logits, one batch a step, a schedule in a few lines."""
     base, student = copy.deepcopy(model), apply_plan(copy.deepcopy(model), PLAN)
     trained = {name: p.requires_grad_(True) for name, p in student.named_parameters() if ".layers." in name}
-    optimizer = torch.optim.AdamW(trained.values(), betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW([{"params": [p]} for p in trained.values()], betas=(0.9, 0.95), weight_decay=0.0)
+    # The root mean square of every weight, to a power of the square root of two.
+    sizes = [2 ** (round(2 * math.log2(float(p.detach().square().mean() ** 0.5))) / 2) for p in trained.values()]
     training = build_training()
     schedule = training.schedule(12, 8, seed=settings.seed)
     for step in range(12):
@@ -67,7 +69,8 @@ def train_plainly(model: PreTrainedModel, settings: DistillSettings) -> dict[str
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         # One step of warm-up (5 % of 12), then a cosine.
         factor = 1.0 if step == 0 else 0.5 * (1 + math.cos(math.pi * (step - 1) / 11))
-        optimizer.param_groups[0]["lr"] = settings.learning_rate * factor
+        for group, size in zip(optimizer.param_groups, sizes, strict=True):
+            group["lr"] = settings.learning_rate * size * factor
         optimizer.step()
         optimizer.zero_grad()
     return {name: p.detach() for name, p in trained.items()}
