@@ -18,7 +18,6 @@ import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,23 +85,29 @@ def read_kinds(options: argparse.Namespace, loaded: LoadedModel) -> dict[str, Ki
 
 
 def sample(options: argparse.Namespace, loaded: LoadedModel) -> tuple[Windows, Windows]:
-    """Sample windows to train on, on a GPU in bfloat16, and windows to measure on, in the model's own dtype."""
+    """Sample windows to train on, on a GPU from the model in bfloat16, and windows to measure on, in its own dtype."""
+    low = loaded
+    if loaded.model.device.type == "cuda":
+        low = load_model(resolve_source(options.model), device=loaded.model.device, dtype=torch.bfloat16)
     kinds: list[Windows] = []
-    splits: tuple[tuple[Split, int], ...] = (("proxy", options.sampled), ("heldout", options.test_windows))
-    for split, count in splits:
-        is_low = split == "proxy" and loaded.model.device.type == "cuda"
-        with torch.autocast("cuda", torch.bfloat16) if is_low else nullcontext():
-            kinds.append(
-                build_windows(
-                    "self",
-                    tokenizer=loaded.tokenizer,
-                    num_windows=count,
-                    seq_len=options.seq_len,
-                    split=split,
-                    seed=options.seed,
-                    model=loaded.model,
-                )
+    splits: tuple[tuple[Split, int, LoadedModel], ...] = (
+        ("proxy", options.sampled, low),
+        ("heldout", options.test_windows, loaded),
+    )
+    for split, count, source in splits:
+        began = time.perf_counter()
+        kinds.append(
+            build_windows(
+                "self",
+                tokenizer=source.tokenizer,
+                num_windows=count,
+                seq_len=options.seq_len,
+                split=split,
+                seed=options.seed,
+                model=source.model,
             )
+        )
+        print(f"{count} {split} windows: {time.perf_counter() - began:.1f} s", flush=True)
     return kinds[0], kinds[1]
 
 

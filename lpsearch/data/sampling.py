@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 
 from lpsearch.config import Split
+from lpsearch.data.roomy_cache import build_roomy_cache
 from lpsearch.data.shipped import find_shipped, name_sampled
 from lpsearch.data.windows import Windows
 from lpsearch.errors import ModelError
@@ -39,9 +40,9 @@ __all__ = ["estimate_sampling_bytes", "load_or_sample_windows", "sample_tokens",
 logger = logging.getLogger(__name__)
 
 _CPU_BATCH_SIZE = 32
-_MAX_BATCH_SIZE = 4096
+_MAX_BATCH_SIZE = 8192
 _SHARE_OF_FREE = 0.8
-"""Of a GPU's free memory, for a batch: when a cache grows by a token, it is there twice."""
+"""Of a GPU's free memory, for a batch."""
 
 
 def load_or_sample_windows(
@@ -144,26 +145,29 @@ def sample_tokens(
         Tokens, int32, ``(num_windows, seq_len)``.
     """
     uniforms = torch.rand((num_windows, seq_len - 1), generator=generator, dtype=torch.float64)
-    tokens = torch.full((num_windows, seq_len), first_token, dtype=torch.long)
-    batches = torch.split(torch.arange(num_windows), _choose_batch_size(model, seq_len))
+    batches = torch.split(uniforms, _choose_batch_size(model, seq_len))
     num_steps = len(batches) * (seq_len - 1)
-    for batch_index, rows in enumerate(batches):
-        past_key_values = None
+    sampled = []
+    for batch_index, numbers in enumerate(batches):
+        # Tokens and numbers stay on the device, which is never waited for between two steps.
+        tokens = torch.full((len(numbers), seq_len), first_token, dtype=torch.long, device=find_input_device(model))
+        past_key_values: Any = build_roomy_cache(model.config, seq_len)
         for position in range(1, seq_len):
             outputs = model(
-                input_ids=tokens[rows, position - 1 : position].to(find_input_device(model)),
-                past_key_values=past_key_values,
-                use_cache=True,
+                input_ids=tokens[:, position - 1 : position], past_key_values=past_key_values, use_cache=True
             )
             past_key_values = outputs.past_key_values
             cumulative = outputs.logits[:, -1].double().softmax(dim=-1).cumsum(dim=-1)  # (batch, vocab)
+            if position == 1:
+                numbers = numbers.to(cumulative.device)
             # Scaled by the last value, which rounding leaves near 1; `right` skips tokens of probability zero.
-            thresholds = uniforms[rows, position - 1 : position].to(cumulative.device) * cumulative[:, -1:]
+            thresholds = numbers[:, position - 1 : position] * cumulative[:, -1:]
             drawn = torch.searchsorted(cumulative, thresholds, right=True)
-            tokens[rows, position] = drawn.squeeze(1).clamp(max=cumulative.shape[1] - 1).cpu()
+            tokens[:, position] = drawn.squeeze(1).clamp(max=cumulative.shape[1] - 1)
             if on_progress is not None:
                 on_progress(batch_index * (seq_len - 1) + position, num_steps)
-    return tokens.numpy().astype(np.int32)
+        sampled.append(tokens.cpu())
+    return torch.cat(sampled).numpy().astype(np.int32)
 
 
 def _choose_batch_size(model: PreTrainedModel, seq_len: int) -> int:
@@ -176,7 +180,9 @@ def _choose_batch_size(model: PreTrainedModel, seq_len: int) -> int:
 
 
 def estimate_sampling_bytes(model: PreTrainedModel, seq_len: int) -> int:
-    """Estimate the memory that one sequence takes while it is sampled: its KV cache twice, and its logits.
+    """Estimate the memory that one sequence takes while it is sampled.
+
+    That is its KV cache, a quarter of it again for what the attention of a layer copies, and its logits.
 
     Args:
         model: a causal language model.
@@ -187,7 +193,7 @@ def estimate_sampling_bytes(model: PreTrainedModel, seq_len: int) -> int:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache_bytes = 2 * config.num_hidden_layers * num_kv_heads * head_dim * seq_len * model.dtype.itemsize
     logits_bytes = config.vocab_size * (2 * model.dtype.itemsize + 3 * torch.float64.itemsize)
-    return 2 * int(cache_bytes) + int(logits_bytes)
+    return int(cache_bytes) * 5 // 4 + int(logits_bytes)
 
 
 def _find_first_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

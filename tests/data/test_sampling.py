@@ -139,7 +139,7 @@ def test_a_sequence_takes_the_memory_that_is_estimated(family, dtype):
     cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     logits_bytes = estimate_sampling_bytes(model, 0)
     assert logits_bytes >= 3 * 8 * model.config.vocab_size  # a distribution, its sum and one more in float64
-    estimated = (estimate_sampling_bytes(model, seq_len) - logits_bytes) // 2
+    estimated = (estimate_sampling_bytes(model, seq_len) - logits_bytes) * 4 // 5
     if family == "qwen3":  # whose last layers keep a window alone
         assert estimated / 2 < cache_bytes < estimated
     else:
