@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 __all__ = ["RoomyLayer", "build_roomy_cache"]
 
 
-class RoomyLayer(DynamicLayer):
+class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call,unused-ignore]
     """The cache of one layer, with room for a whole window.
 
     transformers' own joins what it has and the new token into a new tensor, so that every step copies the whole cache.
@@ -22,8 +22,8 @@ class RoomyLayer(DynamicLayer):
     """
 
     def __init__(self, capacity: int) -> None:
-        super().__init__()
-        self._capacity = capacity
+        super().__init__()  # type: ignore[no-untyped-call,unused-ignore]
+        self._capacity, self._length = capacity, 0
         self._room: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -33,13 +33,10 @@ class RoomyLayer(DynamicLayer):
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
             first, second = (states.new_empty((*states.shape[:2], self._capacity, states.shape[3])) for states in new)
             self._room = first, second
-            length = 0
-        else:
-            length = self.keys.shape[-2]
-        stop = length + key_states.shape[-2]
+        start, self._length = self._length, self._length + key_states.shape[-2]
         for room, states in zip(self._room, new, strict=True):
-            room[:, :, length:stop] = states
-        self.keys, self.values = (room[:, :, :stop] for room in self._room)
+            room[:, :, start : self._length] = states
+        self.keys, self.values = (room[:, :, : self._length] for room in self._room)
         return self.keys, self.values
 
 

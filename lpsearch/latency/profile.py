@@ -301,6 +301,11 @@ class LatencyProfile(_FileModel):
     workloads: tuple[WorkloadProfile, ...] = Field(min_length=1)
     created_at: str
 
+    @property
+    def largest_error(self) -> float:
+        """Of the workloads' mean relative errors the largest; 0 where none is known."""
+        return max(workload.mean_error or 0.0 for workload in self.workloads)
+
     @model_validator(mode="after")
     def _check_unmodified(self) -> Self:
         """Refuse costs by which the unmodified model takes no time, since every speed-up is relative to it."""

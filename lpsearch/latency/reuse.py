@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,14 @@ from lpsearch.latency.allow import JOINS
 from lpsearch.latency.engines import read_engine_versions
 from lpsearch.latency.measure import measure_profile, name_device
 from lpsearch.latency.mix import Workload
-from lpsearch.latency.profile import PROFILE_SCHEMA_VERSION, Engine, LatencyProfile, load_profile, save_profile
+from lpsearch.latency.profile import (
+    LARGEST_QUIET_ERROR,
+    PROFILE_SCHEMA_VERSION,
+    Engine,
+    LatencyProfile,
+    load_profile,
+    save_profile,
+)
 from lpsearch.models.cache import cache_directory
 from lpsearch.versions import read_versions
 
@@ -43,8 +51,9 @@ def measure_or_reuse_profile(
 ) -> LatencyProfile:
     """Return the profile of some workloads from the cache, or measure it and keep it.
 
-    The key is engine, device, threads, versions, configuration, dtype and workload, but not how long it was timed. The
-    arguments are those of :func:`lpsearch.latency.measure_profile`.
+    The key is engine, device, threads, versions, configuration, dtype and workload, but not how long it was timed. A
+    profile whose estimates were far off is measured again, and the better of the two is kept. The arguments are those
+    of :func:`lpsearch.latency.measure_profile`.
     """
     device = torch.device(device)
     key = {
@@ -64,14 +73,10 @@ def measure_or_reuse_profile(
         key["engine"] = [engine, read_engine_versions(engine)]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:24]
     path = cache_directory() / "latency" / f"{digest}.json"
-    if path.is_file():
-        try:
-            profile = load_profile(path)
-        except ConfigError as error:
-            logger.warning("a profile in the cache is unusable and is measured again: %s", error)
-        else:
-            logger.info("latency was measured before, on %s", profile.created_at)
-            return profile
+    kept = _load_kept(path)
+    if kept is not None and kept.largest_error <= LARGEST_QUIET_ERROR:
+        logger.info("latency was measured before, on %s", kept.created_at)
+        return kept
     profile = measure_profile(
         config,
         device=device,
@@ -85,9 +90,28 @@ def measure_or_reuse_profile(
         budget_s=budget_s,
         on_progress=on_progress,
     )
+    if kept is not None and kept.largest_error <= profile.largest_error:
+        return kept
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_profile(profile, path)
     except OSError as error:
         logger.warning("the latency profile cannot be kept for next time: %s", error)
+    return profile
+
+
+def _load_kept(path: Path) -> LatencyProfile | None:
+    if not path.is_file():
+        return None
+    try:
+        profile = load_profile(path)
+    except ConfigError as error:
+        logger.warning("a profile in the cache is unusable and is measured again: %s", error)
+        return None
+    if profile.largest_error > LARGEST_QUIET_ERROR:
+        logger.info(
+            "latency was measured before, on %s, but was %.0f%% off where it was checked: measuring again",
+            profile.created_at,
+            100 * profile.largest_error,
+        )
     return profile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -14,7 +15,7 @@ from lpsearch.errors import ConfigError, FamilyError, LpsearchError
 from lpsearch.latency import LatencyModel, Workload, measure_or_reuse_profile, measure_profile
 from lpsearch.latency.depths import check_profile_kinds, choose_depths, find_group_kinds
 from lpsearch.latency.fallback import FixedCacheLayer, TransformersSteps, widen_config
-from lpsearch.latency.profile import ProfileGeometry
+from lpsearch.latency.profile import ProfileGeometry, load_profile
 from lpsearch.latency.ranks.measuring import emulate_profile_on_ranks, measure_profile_on_ranks
 from lpsearch.latency.runtime.memory import Workspace
 from lpsearch.latency.timing import StepTiming, bootstrap_ratio, measure_interleaved
@@ -265,18 +266,50 @@ def test_what_yarn_adds_counts_as_in_generate_and_evaluate():
             check_workloads(config, [workload])
 
 
+def set_error(file, error):
+    """Write into a profile file how far off its estimates were."""
+    document = json.loads(file.read_text(encoding="utf-8"))
+    for workload in document["workloads"]:
+        workload["check_error"] = workload["check_mean_error"] = error
+    file.write_text(json.dumps(document), encoding="utf-8")
+
+
 def test_a_profile_is_measured_once(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("LPSEARCH_CACHE", str(tmp_path))
     options = {"device": torch.device("cpu"), "dtype": torch.float32, "context_len": 4, "budget_s": 0.05}
-    first = measure_or_reuse_profile(build_tiny_model("llama").config, **options)
+    measure_or_reuse_profile(build_tiny_model("llama").config, **options)
+    (file,) = (tmp_path / "latency").iterdir()
+    set_error(file, 0.05)
+    first = load_profile(file)
     assert measure_or_reuse_profile(build_tiny_model("llama", seed=1).config, **options) == first
     wider = build_tiny_model("llama", intermediate_size=64).config
     assert measure_or_reuse_profile(wider, **options).geometry != first.geometry
-    (file, _) = sorted((tmp_path / "latency").iterdir(), key=lambda path: path.stat().st_mtime)
     file.write_text("{", encoding="utf-8")
     again = measure_or_reuse_profile(build_tiny_model("llama").config, **options)
     assert "unusable" in caplog.text
     assert again.geometry == first.geometry
+
+
+def test_a_profile_that_was_far_off_is_measured_again_and_the_better_kept(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setenv("LPSEARCH_CACHE", str(tmp_path))
+    config = build_tiny_model("llama").config
+    options = {"device": torch.device("cpu"), "dtype": torch.float32, "context_len": 4, "budget_s": 0.05}
+    measure_or_reuse_profile(config, **options)
+    (file,) = (tmp_path / "latency").iterdir()
+    set_error(file, 1e6)
+    first = load_profile(file)
+    second = measure_or_reuse_profile(config, **options)
+    assert "was 100000000% off where it was checked: measuring again" in caplog.text
+    assert second.created_at > first.created_at
+    assert load_profile(file) == second
+
+    # The next one may be better or worse; a worse one is not kept.
+    set_error(file, 0.0501)
+    kept = load_profile(file)
+    found = measure_or_reuse_profile(config, **options)
+    assert found == load_profile(file)
+    assert found.largest_error <= kept.largest_error
 
 
 def test_ranks_that_are_not_there_are_an_estimate():
