@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,14 @@ import pytest
 
 from tests.browsing import CHROMIUM
 from tests.servers import MariaDB, Postgres, Server, run_server
+from tests.warm import run_warm
 
 # One thread a process, here and in the ranks that tests start: on busy cores more threads starve one another, and ranks
 # that talk over gloo then wait too long for each other. Read when torch is first imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# As the commands do: the libraries' objects are many and stay, and looking through them again and again takes long.
+gc.set_threshold(20_000)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -67,11 +70,10 @@ def searched_study(
         options = ["--model", tiny_model_dir, "--budget", 13]
     else:
         options = ["--model", request.param, "--budget", 14, "--freeze", "0-20"]
-    command = [
-        *(sys.executable, "-m", "lpsearch", "optimize", *options, "--data", text_file, "--out", out),
+    done = run_warm(
+        *("optimize", *options, "--data", text_file, "--out", out),
         *("--windows", 3, "--seq-len", 24, "--dtype", "float32", "--device", "cpu", "--quiet"),
-    ]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    )
     assert done.returncode == 0, done.stderr
     return out, json.loads(done.stdout.splitlines()[-1])["front"]
 

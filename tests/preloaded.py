@@ -1,0 +1,28 @@
+"""Importing what commands import, for the server whose forks begin with it (:mod:`tests.warm`)."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import pkgutil
+
+import lpsearch
+
+_BY_THE_WAY = (
+    "alembic.context",
+    "lpsearch_dashboard.app",
+    "optuna_dashboard",
+    "sklearn.ensemble",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.tokenization_utils_tokenizers",
+)
+"""What libraries import when they are first used, and parts of this project that nobody imports."""
+
+_names = [found.name for found in pkgutil.walk_packages(lpsearch.__path__, "lpsearch.")]
+for _name in (*(name for name in _names if not name.endswith(("__main__", "lpsearch.optimize"))), *_BY_THE_WAY):
+    try:
+        importlib.import_module(_name)
+    except ImportError:  # an optional part whose library is not installed
+        continue
+gc.freeze()  # forks leave these objects where they are
