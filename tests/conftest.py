@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.browsing import CHROMIUM
+from tests.browsing import CHROMIUM, STUDIED_MODELS
 from tests.servers import MariaDB, Postgres, Server, run_server
 from tests.warm import run_warm
 
@@ -57,10 +57,16 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(
-    scope="session",
-    params=["tiny", pytest.param("smollm2-135m", marks=[pytest.mark.packaged, pytest.mark.slow])],
-)
+_SEARCH_WITH_BRIEF_TIMING = """
+import sys
+from lpsearch.commands.app import main
+from lpsearch.latency import measure_or_reuse_profile
+measure_or_reuse_profile.__kwdefaults__["budget_s"] = 1.0  # as `lpsearch profile --seconds 1`
+main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="session", params=STUDIED_MODELS)
 def searched_study(
     request: pytest.FixtureRequest, tiny_model_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[dict[str, Any]]]:
@@ -73,6 +79,7 @@ def searched_study(
     done = run_warm(
         *("optimize", *options, "--data", text_file, "--out", out),
         *("--windows", 3, "--seq-len", 24, "--dtype", "float32", "--device", "cpu", "--quiet"),
+        code=_SEARCH_WITH_BRIEF_TIMING,
     )
     assert done.returncode == 0, done.stderr
     return out, json.loads(done.stdout.splitlines()[-1])["front"]

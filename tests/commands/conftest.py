@@ -39,6 +39,14 @@ def code_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def brief_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a search time a workload for about a second, as ``lpsearch profile --seconds 1`` does, instead of 15."""
+    from lpsearch.latency import measure_or_reuse_profile
+
+    monkeypatch.setitem(measure_or_reuse_profile.__kwdefaults__, "budget_s", 1.0)
+
+
+@pytest.fixture
 def run_lpsearch(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """Return a function that runs ``lpsearch ARGUMENTS`` in this process, with a cache of its own.
 

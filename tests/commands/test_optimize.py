@@ -266,7 +266,9 @@ def test_files_of_the_user_among_the_plans_stay(run_lpsearch: Run, arguments: li
 
 def test_latencies_of_another_profile_are_not_mixed(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
     model = arguments[2]
-    made = run_lpsearch(*("profile", "--model", model, "--out", tmp_path / "a.json", "--context", 8, "--device", "cpu"))
+    made = run_lpsearch(
+        *("profile", "--model", model, "--out", tmp_path / "a.json", "--context", 8, "--seconds", 1, "--device", "cpu")
+    )
     assert made.exit_code == 0, made.stderr
     other = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
     for workload in other["workloads"]:
@@ -397,6 +399,7 @@ def test_of_two_searches_that_begin_at_once_one_is_told_of_the_other(
     assert (out / "study.db").is_file()
 
 
+@pytest.mark.usefixtures("brief_timing")
 def test_self_sampled_data_kl_and_measured_latency(run_lpsearch: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
     outcome = run_lpsearch(
         *("optimize", "--model", tiny_model_dir, "--data", "self", "--windows", 3, "--seq-len", 16, "--metric", "kl"),

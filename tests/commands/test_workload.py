@@ -85,6 +85,7 @@ def test_what_cannot_be_searched_by_is_refused(
     assert run_lpsearch(*arguments, "--workload", "decode:2x8").exit_code == 0  # nothing was recorded
 
 
+@pytest.mark.usefixtures("brief_timing")
 @pytest.mark.slow
 def test_workloads_are_measured_where_there_is_no_profile(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
     auto = ["--latency", "auto", "--workload", "decode:2x4,prefill:8"]
