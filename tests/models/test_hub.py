@@ -22,6 +22,7 @@ import pytest
 
 from lpsearch.models.hub import call_within
 from tests.models.fake_hub import COMMIT, serve
+from tests.warm import run_warm
 
 LIMIT_S = 15.0
 
@@ -122,7 +123,9 @@ def test_a_model_is_loaded_and_then_used_from_the_cache(
     assert offline["revision"] == COMMIT
 
 
-def test_an_alias_without_a_known_commit_keeps_the_one_of_its_first_use(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_an_alias_without_a_known_commit_keeps_the_one_of_its_first_use(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The repository of such an alias is served from a hub of its own, under its own name."""
     root = tmp_path / "served"
     shutil.copytree(tiny_model_dir, root / "Qwen2.5-1.5B")
@@ -134,13 +137,9 @@ def test_an_alias_without_a_known_commit_keeps_the_one_of_its_first_use(tiny_mod
     with serving(tmp_path / "served") as url:
         again = load("qwen2.5-1.5b", url=url, home=tmp_path / "another", LPSEARCH_CACHE=str(cache))
     assert again["source"] == first["source"]
-    table = subprocess.run(
-        [sys.executable, "-m", "lpsearch", "models"],
-        env={**os.environ, "LPSEARCH_CACHE": str(cache)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    monkeypatch.setenv("LPSEARCH_CACHE", str(cache))
+    table = run_warm("models")
+    assert table.returncode == 0, table.stderr
     entry = next(e for e in json.loads(table.stdout)["models"] if e["name"] == "qwen2.5-1.5b")
     assert (entry["revision"], entry["revision_from"]) == (COMMIT, "first use")
     assert f"{COMMIT[:10]}*" in table.stderr
