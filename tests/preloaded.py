@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import pkgutil
@@ -21,8 +22,6 @@ _BY_THE_WAY = (
 
 _names = [found.name for found in pkgutil.walk_packages(lpsearch.__path__, "lpsearch.")]
 for _name in (*(name for name in _names if not name.endswith(("__main__", "lpsearch.optimize"))), *_BY_THE_WAY):
-    try:
+    with contextlib.suppress(Exception):  # of optional parts, some are not installed
         importlib.import_module(_name)
-    except ImportError:  # an optional part whose library is not installed
-        continue
 gc.freeze()  # forks leave these objects where they are
