@@ -8,9 +8,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
+REAL_MODEL = pytest.param("smollm2-135m", marks=[pytest.mark.packaged, pytest.mark.slow])
+STUDIED_MODELS = ("tiny", REAL_MODEL)
+"""Models of ``searched_study``. What its size changes is tried on both: figures, and what must fit on a page."""
+
 CHARTS = ("front", "layers", "effects", "interactions", "progress", "fit", "breakdown")
+
+
+# The page of a dashboard asks for news every two seconds; here, five times a second. (Routing the script would switch
+# off the cache of the browser.)
+_POLL_OFTEN = """{
+    const wait = window.setTimeout;
+    window.setTimeout = (call, ms, ...rest) => wait(call, ms === 2000 ? 200 : ms, ...rest);
+}"""
+
+on_the_tiny_model = pytest.mark.parametrize("searched_study", ["tiny"], indirect=True, scope="session")
 
 
 @dataclass
@@ -37,6 +53,7 @@ def open_in_browser(
 ) -> Opened:
     """Open a page of a study, wait for an element, and note from the start what goes wrong and what is asked for."""
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, **options)
+    context.add_init_script(_POLL_OFTEN)
     opened = Opened(context.new_page(), front, out)
     opened.page.on("console", lambda message: opened.complaints.append(message.text))
     opened.page.on("pageerror", lambda error: opened.complaints.append(str(error)))

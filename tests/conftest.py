@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.browsing import CHROMIUM
+from tests.browsing import CHROMIUM, STUDIED_MODELS
 from tests.servers import MariaDB, Postgres, Server, run_server
+from tests.warm import run_warm
 
 # One thread a process, here and in the ranks that tests start: on busy cores more threads starve one another, and ranks
 # that talk over gloo then wait too long for each other. Read when torch is first imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# As the commands do: the libraries' objects are many and stay, and looking through them again and again takes long.
+gc.set_threshold(20_000)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,10 +57,16 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(
-    scope="session",
-    params=["tiny", pytest.param("smollm2-135m", marks=[pytest.mark.packaged, pytest.mark.slow])],
-)
+_SEARCH_WITH_BRIEF_TIMING = """
+import sys
+from lpsearch.commands.app import main
+from lpsearch.latency import measure_or_reuse_profile
+measure_or_reuse_profile.__kwdefaults__["budget_s"] = 1.0  # as `lpsearch profile --seconds 1`
+main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="session", params=STUDIED_MODELS)
 def searched_study(
     request: pytest.FixtureRequest, tiny_model_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[dict[str, Any]]]:
@@ -67,11 +76,11 @@ def searched_study(
         options = ["--model", tiny_model_dir, "--budget", 13]
     else:
         options = ["--model", request.param, "--budget", 14, "--freeze", "0-20"]
-    command = [
-        *(sys.executable, "-m", "lpsearch", "optimize", *options, "--data", text_file, "--out", out),
+    done = run_warm(
+        *("optimize", *options, "--data", text_file, "--out", out),
         *("--windows", 3, "--seq-len", 24, "--dtype", "float32", "--device", "cpu", "--quiet"),
-    ]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+        code=_SEARCH_WITH_BRIEF_TIMING,
+    )
     assert done.returncode == 0, done.stderr
     return out, json.loads(done.stdout.splitlines()[-1])["front"]
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.special import stdtrit
 
 from lpsearch.config import Split
 from lpsearch.evaluation.losses import RAW, Metric, PlanEvaluator, PlanLosses, Variant, WindowLosses
@@ -196,7 +196,7 @@ def is_mean_beaten(differences: Sequence[FloatArray], *, weights: Sequence[float
     if len(differences) > 1 and standard_error > 0:
         shares = [(error / standard_error) ** 4 for error in errors]
         degrees = 1 / math.fsum(share / (len(seen) - 1) for share, seen in zip(shares, differences, strict=True))
-    return math.fsum(means) > float(stats.t.ppf(0.5 + CONFIDENCE / 2, degrees)) * standard_error
+    return math.fsum(means) > float(stdtrit(degrees, 0.5 + CONFIDENCE / 2)) * standard_error
 
 
 def is_worst_kind_beaten(differences: Sequence[FloatArray], *, offsets: Sequence[float], num_windows: int) -> bool:
@@ -216,7 +216,7 @@ def is_worst_kind_beaten(differences: Sequence[FloatArray], *, offsets: Sequence
     level = (1 - CONFIDENCE) / 2 / len(differences)
     return any(
         float(difference.mean()) + offset
-        > float(stats.t.ppf(1 - level, len(difference) - 1)) * _estimate_error(difference, num_windows)
+        > float(stdtrit(len(difference) - 1, 1 - level)) * _estimate_error(difference, num_windows)
         for difference, offset in zip(differences, offsets, strict=True)
         if len(difference) >= 2
     )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 
 from lpsearch.commands.app import main
 from tests.commands.advice import find_foreign_options
+from tests.warm import WarmProcess
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,7 @@ class Outcome:
 
 
 Run = Callable[..., Outcome]
+Start = Callable[..., WarmProcess]
 
 
 @pytest.fixture
@@ -36,6 +36,14 @@ def code_file(tmp_path: Path) -> Path:
     path = tmp_path / "code.txt"
     path.write_text("".join(f"def f{i}(x): return {i} * x\n" for i in range(800)), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def brief_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a search time a workload for about a second, as ``lpsearch profile --seconds 1`` does, instead of 15."""
+    from lpsearch.latency import measure_or_reuse_profile
+
+    monkeypatch.setitem(measure_or_reuse_profile.__kwdefaults__, "budget_s", 1.0)
 
 
 @pytest.fixture
@@ -73,17 +81,14 @@ def run_lpsearch(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch:
 
 
 @pytest.fixture
-def start_lpsearch() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def start_lpsearch() -> Iterator[Start]:
     """Return a function that starts ``lpsearch ARGUMENTS`` as a process; what still runs at the end is killed."""
-    started: list[subprocess.Popen[str]] = []
+    started: list[WarmProcess] = []
 
-    def start(*arguments: object) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "lpsearch", *map(str, arguments)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        started.append(process)
-        return process
+    def start(*arguments: object) -> WarmProcess:
+        started.append(WarmProcess(*arguments))
+        return started[-1]
 
     yield start
     for process in started:
-        process.kill()
-        process.communicate()
+        process.close()

@@ -8,17 +8,13 @@ import pty
 import re
 import struct
 import subprocess
-import sys
 import termios
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# The terminal becomes the process's own, so that a typed ^C interrupts it.
-_START = (
-    "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-    "from lpsearch.commands.app import main; main(sys.argv[1:])"
-)
+from tests.warm import WarmProcess
+
 _TOKEN = re.compile(r"\x1b\[([0-9;?]*)([A-Za-z])|([\r\n])|([^\x1b\r\n]+)")
 
 
@@ -27,7 +23,7 @@ class Terminal:
 
     def __init__(self, *, width: int, height: int) -> None:
         self.width = width
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | WarmProcess | None = None
         self._controller, self.process_end = pty.openpty()
         fcntl.ioctl(self.process_end, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
         self._output = b""
@@ -116,12 +112,6 @@ def start_on_terminal(*arguments: object, width: int = 100, height: int = 30) ->
     """Start ``lpsearch ARGUMENTS`` with a terminal of a size as its three streams."""
     with open_terminal(width=width, height=height) as terminal:
         base = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
-        terminal.process = subprocess.Popen(
-            [sys.executable, "-c", _START, *map(str, arguments)],
-            stdin=terminal.process_end,
-            stdout=terminal.process_end,
-            stderr=terminal.process_end,
-            start_new_session=True,
-            env={**base, "TERM": "xterm-256color"},
-        )
+        environment = {**base, "TERM": "xterm-256color"}
+        terminal.process = WarmProcess(*arguments, terminal=terminal.process_end, env=environment)
         yield terminal

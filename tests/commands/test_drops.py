@@ -144,6 +144,7 @@ def test_drops_alone_are_searched_by_depth_after_a_refit(
     assert num_windows == numbers[0] < numbers[1], "enough for single layers, since nothing is joined"
 
 
+@pytest.mark.usefixtures("brief_timing")
 @pytest.mark.slow
 def test_drops_are_measured_where_there_is_no_profile(run_lpsearch: Run, arguments: list) -> None:
     outcome = run_lpsearch(*arguments, "--allow", "drops", "--budget", 8)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from lpsearch.models import fingerprint_model
 from lpsearch.plan import ModelIdentity, Plan, PlanMetadata, load_plan, save_plan
 from lpsearch.transform import applied_plan
-from tests.commands.conftest import Run
+from tests.commands.conftest import Run, Start
 from tests.export.gguf_models import VOCAB_SIZE, build_gguf_model, build_tokenizer
 from tests.fusing import silence_dropped
 from tests.tiny_models import build_tiny_config
@@ -123,7 +121,7 @@ def test_export_of_a_gguf_file(run_lpsearch: Run, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_gguf_export_that_is_interrupted_leaves_nothing(
-    start_lpsearch: Callable[..., subprocess.Popen[str]], tmp_path: Path, number: signal.Signals
+    start_lpsearch: Start, tmp_path: Path, number: signal.Signals
 ) -> None:
     large = build_gguf_model("llama", hidden_size=512, intermediate_size=2048)  # seconds to write in 8 bits
     large.save_pretrained(tmp_path / "base")

@@ -11,7 +11,6 @@ import signal
 import sqlite3
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import optuna
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from lpsearch.plan import ModelIdentity, Plan, PlanMetadata, load_plan, save_plan
 from lpsearch.search import StudyStore
-from tests.commands.conftest import Run
+from tests.commands.conftest import Run, Start
 from tests.tolerances import FLOAT32_LOSS, LOSS_AGAIN
 
 SUMMARY_FIELDS = [
@@ -267,7 +266,9 @@ def test_files_of_the_user_among_the_plans_stay(run_lpsearch: Run, arguments: li
 
 def test_latencies_of_another_profile_are_not_mixed(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
     model = arguments[2]
-    made = run_lpsearch(*("profile", "--model", model, "--out", tmp_path / "a.json", "--context", 8, "--device", "cpu"))
+    made = run_lpsearch(
+        *("profile", "--model", model, "--out", tmp_path / "a.json", "--context", 8, "--seconds", 1, "--device", "cpu")
+    )
     assert made.exit_code == 0, made.stderr
     other = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
     for workload in other["workloads"]:
@@ -381,7 +382,7 @@ def test_the_last_line_of_a_search_by_divergence_tells_it(run_lpsearch: Run, arg
 
 
 def test_of_two_searches_that_begin_at_once_one_is_told_of_the_other(
-    start_lpsearch: Callable[..., subprocess.Popen], arguments: list, tmp_path: Path
+    start_lpsearch: Start, arguments: list, tmp_path: Path
 ) -> None:
     """As torchrun starts them, in a directory that is new, whose name means something in a URL."""
     out = tmp_path / "50% of {model}?lr=1#2"
@@ -398,6 +399,7 @@ def test_of_two_searches_that_begin_at_once_one_is_told_of_the_other(
     assert (out / "study.db").is_file()
 
 
+@pytest.mark.usefixtures("brief_timing")
 def test_self_sampled_data_kl_and_measured_latency(run_lpsearch: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
     outcome = run_lpsearch(
         *("optimize", "--model", tiny_model_dir, "--data", "self", "--windows", 3, "--seq-len", 16, "--metric", "kl"),
@@ -418,7 +420,7 @@ def test_self_sampled_data_kl_and_measured_latency(run_lpsearch: Run, tiny_model
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_search_goes_on_where_it_stopped(
     run_lpsearch: Run,
-    start_lpsearch: Callable[..., subprocess.Popen],
+    start_lpsearch: Start,
     arguments: list,
     tmp_path: Path,
     how: signal.Signals,
@@ -445,7 +447,7 @@ def test_a_killed_search_goes_on_where_it_stopped(
 
 
 def test_a_second_search_of_the_same_study_is_refused(
-    run_lpsearch: Run, start_lpsearch: Callable[..., subprocess.Popen], arguments: list
+    run_lpsearch: Run, start_lpsearch: Start, arguments: list
 ) -> None:
     process = start_lpsearch(*arguments, "--budget", 13)
     for line in process.stderr:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from lpsearch.models import list_aliases
 from lpsearch.plan import load_plan
 from tests.commands.conftest import Run
 from tests.commands.terminal import Terminal, open_terminal, start_on_terminal
+from tests.warm import run_warm
 
 Show = Callable[..., tuple[int, list[str]]]
 
@@ -61,8 +61,7 @@ def directory(tiny_model_dir: Path, text_file: Path, tmp_path_factory: pytest.Te
     out = tmp_path_factory.mktemp("people") / "s"
     words = ["optimize", "--model", tiny_model_dir, "--data", text_file, "--windows", 3, "--seq-len", 24, "--quiet"]
     words += ["--budget", 13, "--latency", "off", "--dtype", "float32", "--device", "cpu", "--out", out]
-    command = [sys.executable, "-m", "lpsearch", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_warm(*words)
     assert done.returncode == 0, done.stderr
     return out
 

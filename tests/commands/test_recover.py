@@ -22,7 +22,7 @@ from lpsearch.models import fingerprint_model, load_model, resolve_source
 from lpsearch.plan import ModelIdentity, Plan, PlanMetadata, PlanMetrics, ProxyMetrics, load_plan, save_plan
 from lpsearch.recovery import apply_recovery
 from lpsearch.transform import apply_plan
-from tests.commands.conftest import Outcome, Run
+from tests.commands.conftest import Outcome, Run, Start
 from tests.task_files import CHOICES, write_choices
 from tests.tolerances import LOSS_AGAIN
 
@@ -338,7 +338,7 @@ def test_distilling_goes_on_from_the_refit(recover: Callable[..., Outcome], tmp_
 
 def test_an_interrupted_distilling_goes_on(
     recover: Callable[..., Outcome],
-    start_lpsearch: Callable[..., subprocess.Popen[str]],
+    start_lpsearch: Start,
     plan_file: Path,
     text_file: Path,
     tmp_path: Path,

@@ -10,7 +10,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 
 from lpsearch.search import StudyStore
-from tests.commands.conftest import Run
+from tests.commands.conftest import Run, Start
 from tests.report.conftest import search_formula
 
 
@@ -75,9 +74,7 @@ def test_picks_agree_with_plan_pick(
         assert ("this is the unmodified model" in outcome.stderr) == (expected == 0)
 
 
-def test_an_interrupted_search_leaves_a_report(
-    start_lpsearch: Callable[..., subprocess.Popen], arguments: list, tmp_path: Path
-) -> None:
+def test_an_interrupted_search_leaves_a_report(start_lpsearch: Start, arguments: list, tmp_path: Path) -> None:
     process = start_lpsearch(*arguments, "--budget", 13)
     for line in process.stderr:
         if "trial 4/13" in line:
@@ -90,7 +87,7 @@ def test_an_interrupted_search_leaves_a_report(
 
 
 def test_a_running_study_can_be_looked_at(
-    run_lpsearch: Run, start_lpsearch: Callable[..., subprocess.Popen], arguments: list, tmp_path: Path
+    run_lpsearch: Run, start_lpsearch: Start, arguments: list, tmp_path: Path
 ) -> None:
     process = start_lpsearch(*arguments, "--budget", 13)
     for line in process.stderr:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,7 @@ import pytest
 
 from lpsearch.front_file import load_front_file
 from lpsearch.plan import Plan, load_plan
-from tests.commands.conftest import Run
-
-Start = Callable[..., subprocess.Popen]
+from tests.commands.conftest import Run, Start
 
 
 @pytest.fixture

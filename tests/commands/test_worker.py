@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, text
 
 from lpsearch.search import StudyStore, read_results
-from tests.commands.conftest import Run
+from tests.commands.conftest import Run, Start
 
 
 @pytest.fixture
@@ -79,7 +77,7 @@ def test_what_a_worker_cannot_join_is_refused(run_lpsearch: Run, arguments: list
 
 
 def test_two_searches_that_begin_at_once_on_a_server_share_the_study(
-    start_lpsearch: Callable[..., subprocess.Popen], optimize: list[object], postgres_url: str, tiny_model_dir: Path
+    start_lpsearch: Start, optimize: list[object], postgres_url: str, tiny_model_dir: Path
 ) -> None:
     searches = [start_lpsearch(*optimize, "--storage", postgres_url, "--budget", 13) for _ in range(2)]
     fronts = []

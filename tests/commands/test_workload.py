@@ -11,16 +11,18 @@ from lpsearch.latency import LatencyModel, load_profile
 from lpsearch.plan import Plan, load_plan
 from tests.commands.conftest import Run
 from tests.tolerances import FLOAT64_COSTS
+from tests.warm import run_warm
 
 MIX = "decode:1x8,prefill:16@3"
 
 
-@pytest.fixture
-def profile_path(run_lpsearch: Run, tiny_model_dir: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "profile.json"
+@pytest.fixture(scope="module")
+def profile_path(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a profile of three workloads; tests read it."""
+    path = tmp_path_factory.mktemp("profile") / "profile.json"
     options = ("--workload", "decode:1x8,decode:2x8,prefill:16", "--device", "cpu", "--seconds", 0.1, "--out", path)
-    made = run_lpsearch("profile", "--model", tiny_model_dir, *options)
-    assert made.exit_code == 0, made.stderr
+    made = run_warm("profile", "--model", tiny_model_dir, *options)
+    assert made.returncode == 0, made.stderr
     return path
 
 
@@ -85,6 +87,7 @@ def test_what_cannot_be_searched_by_is_refused(
     assert run_lpsearch(*arguments, "--workload", "decode:2x8").exit_code == 0  # nothing was recorded
 
 
+@pytest.mark.usefixtures("brief_timing")
 @pytest.mark.slow
 def test_workloads_are_measured_where_there_is_no_profile(run_lpsearch: Run, arguments: list, tmp_path: Path) -> None:
     auto = ["--latency", "auto", "--workload", "decode:2x4,prefill:8"]

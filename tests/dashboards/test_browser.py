@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 
 from lpsearch.search import StudyStore
-from tests.browsing import CHARTS, Opened, count_drawn, get_shown_plans, join_groups, open_in_browser, point_at
+from tests.browsing import (
+    CHARTS,
+    REAL_MODEL,
+    Opened,
+    count_drawn,
+    get_shown_plans,
+    join_groups,
+    on_the_tiny_model,
+    open_in_browser,
+    point_at,
+)
 from tests.dashboards.serving import hold_study, serve
 from tests.report.conftest import MakeStudy
 
@@ -51,6 +61,7 @@ def test_every_figure_of_the_live_page_is_drawn(
     assert page.get_attribute("#live", "data-state") == "done"
 
 
+@on_the_tiny_model
 def test_hover_names_groups_and_a_click_shows_plan_and_commands(open_page: Any, served: dict[str, Any]) -> None:
     opened = open_page(**served)
     opened.page.check("#all-losses")
@@ -67,7 +78,12 @@ def test_hover_names_groups_and_a_click_shows_plan_and_commands(open_page: Any, 
         assert str(opened.out / opened.front[index]["plan"]) in lines[0]
 
 
-@pytest.mark.parametrize("width", [400, 900, 1400])
+@pytest.mark.parametrize(
+    ("searched_study", "width"),
+    [("tiny", 400), pytest.param("smollm2-135m", 1400, marks=REAL_MODEL.marks)],
+    indirect=["searched_study"],
+    scope="session",
+)
 def test_optuna_dashboard_shows_the_front(open_page: Any, served: dict[str, Any], width: int) -> None:
     opened = open_page(**served, width=width)
     opened.page.click("#live a")
@@ -87,6 +103,7 @@ def test_optuna_dashboard_shows_the_front(open_page: Any, served: dict[str, Any]
     opened.page.wait_for_selector("#chart-front .main-svg")
 
 
+@on_the_tiny_model
 def test_optuna_dashboard_shows_a_front_trial(open_page: Any, served: dict[str, Any]) -> None:
     from lpsearch.plan import load_plan
 
@@ -169,6 +186,7 @@ def test_the_chosen_plan_stays_as_the_front_grows_below_it(
         assert page.inner_text(f"#plan-{place} code >> nth=0") == before
 
 
+@on_the_tiny_model
 def test_a_page_that_is_loaded_again_takes_plotly_from_the_browser(open_page: Any, served: dict[str, Any]) -> None:
     page = open_page(**served).page
     with page.expect_response("**/plotly.js") as asked:

@@ -7,10 +7,8 @@ import re
 import signal
 import socket
 import sqlite3
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import closing
 from http.server import HTTPServer
 from pathlib import Path
@@ -23,15 +21,13 @@ from lpsearch.report import StudyReport
 from lpsearch.report.annotations import is_annotated
 from lpsearch.search import StudyStore
 from lpsearch_dashboard import build_server
-from tests.commands.conftest import Run
+from tests.commands.conftest import Run, Start
 from tests.dashboards.conftest import NUM_TRIALS
 from tests.dashboards.serving import fetch, serve, wait_for_address
 from tests.report.conftest import MakeStudy
 
 
-def test_it_serves_until_ctrl_c(
-    start_lpsearch: Callable[..., subprocess.Popen], finished_study: StudyReport, tmp_path: Path
-) -> None:
+def test_it_serves_until_ctrl_c(start_lpsearch: Start, finished_study: StudyReport, tmp_path: Path) -> None:
     process = start_lpsearch("dashboard", tmp_path, "--port", 0)
     url = wait_for_address(process)
     assert fetch(url + "lpsearch/study.json")["state"] == "done"
@@ -47,7 +43,7 @@ def test_it_serves_until_ctrl_c(
 
 @pytest.mark.parametrize("option", ["--quiet", "--json"])
 def test_its_address_is_told_in_every_manner_of_speaking(
-    start_lpsearch: Callable[..., subprocess.Popen], finished_study: StudyReport, tmp_path: Path, option: str
+    start_lpsearch: Start, finished_study: StudyReport, tmp_path: Path, option: str
 ) -> None:
     process = start_lpsearch("dashboard", tmp_path, "--port", 0, option)
     line = process.stderr.readline()
@@ -66,7 +62,7 @@ def test_its_address_is_told_in_every_manner_of_speaking(
 
 
 def test_it_writes_what_a_search_without_optuna_dashboard_left_out(
-    start_lpsearch: Callable[..., subprocess.Popen], make_study: MakeStudy, tmp_path: Path
+    start_lpsearch: Start, make_study: MakeStudy, tmp_path: Path
 ) -> None:
     report = make_study(budget=12)
     process = start_lpsearch("dashboard", tmp_path, "--port", 0)
@@ -81,7 +77,7 @@ def test_it_writes_what_a_search_without_optuna_dashboard_left_out(
 
 def test_it_follows_a_search_of_another_process(
     run_lpsearch: Run,
-    start_lpsearch: Callable[..., subprocess.Popen],
+    start_lpsearch: Start,
     tiny_model_dir: Path,
     text_file: Path,
     tmp_path: Path,

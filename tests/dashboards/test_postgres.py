@@ -6,10 +6,7 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -18,14 +15,15 @@ from sqlalchemy import create_engine, inspect, text
 
 from lpsearch.errors import ConfigError, StudyError
 from lpsearch.search import PlanSpace, StudyStore, read_results, run_study
-from tests.commands.conftest import Run
+from tests.commands.conftest import Run, Start
 from tests.dashboards.serving import fetch, wait_for_address
 from tests.search.evaluators import SyntheticEvaluator
+from tests.warm import WarmProcess
 
 
 def test_a_study_on_postgresql_is_served(
     run_lpsearch: Run,
-    start_lpsearch: Callable[..., subprocess.Popen],
+    start_lpsearch: Start,
     postgres_url: str,
     tiny_model_dir: Path,
     text_file: Path,
@@ -91,7 +89,7 @@ def read_everything(url: str) -> str:
 )
 def test_the_password_of_a_study_is_shown_and_kept_nowhere(
     run_lpsearch: Run,
-    start_lpsearch: Callable[..., subprocess.Popen],
+    start_lpsearch: Start,
     postgres_url: str,
     tiny_model_dir: Path,
     text_file: Path,
@@ -150,9 +148,13 @@ with StudyStore(sys.argv[1], study_name=sys.argv[3]) as store:
 
 def test_first_starts_at_once_share_the_making_of_the_tables(postgres_url: str) -> None:
     names = ["a", "b", "c", "d"]
-    command = [sys.executable, "-c", OPEN_AT_ONCE, postgres_url, str(time.time() + 8)]
-    processes = [subprocess.Popen([*command, name], stderr=subprocess.PIPE, text=True) for name in names]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    begin_at = time.time() + 1
+    processes = [WarmProcess(postgres_url, begin_at, name, code=OPEN_AT_ONCE) for name in names]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.close()
     assert [process.returncode for process in processes] == [0] * len(names), errors
     with StudyStore(postgres_url, study_name="a") as store:
         assert sorted(store.list_studies()) == names

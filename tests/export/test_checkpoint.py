@@ -33,6 +33,7 @@ from tests.fusing import (
 )
 from tests.tiny_models import FUSED_FAMILIES, build_tiny_model
 from tests.tolerances import FLOAT32_FUSED
+from tests.warm import run_warm
 
 ROOT = Path(__file__).parents[2]
 
@@ -448,10 +449,8 @@ def test_an_interrupted_export_leaves_nothing(
 
     save_plan(tiny_plan, tmp_path / "plan.json")
     (tmp_path / "exports").mkdir()
-    arguments = [str(tiny_model_dir), str(tmp_path / "plan.json"), str(tmp_path / "exports" / "out"), str(int(number))]
-    done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    out = tmp_path / "exports" / "out"
+    done = run_warm(tiny_model_dir, tmp_path / "plan.json", out, int(number), code=INTERRUPTED)
     assert done.returncode == 130, done.stderr
     assert done.stdout.splitlines()[0] == "1"  # the directory under its temporary name
     assert not list((tmp_path / "exports").iterdir())

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from lpsearch.plan import Plan
 from tests.fusing import DROPPING, MIXED, compute_planned_logits, relative_difference
 from tests.tiny_models import FUSED_FAMILIES, build_tiny_model
 from tests.tolerances import FLOAT32_FUSED
+from tests.warm import WarmProcess
 
 RANK = """
 import json, sys
@@ -51,20 +50,14 @@ def run_two_ranks(arguments: list[str]) -> list[str]:
         port = free.getsockname()[1]
     common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, *arguments],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        WarmProcess(*arguments, code=RANK, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(2)
     ]
     try:
         answers = [process.communicate(timeout=240) for process in processes]
     finally:
         for process in processes:
-            process.kill()
+            process.close()
     assert [process.returncode for process in processes] == [0, 0], answers[0][1] + answers[1][1]
     return answers[0][0].splitlines()
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
-
 import pytest
 import torch
 
@@ -15,6 +12,7 @@ from lpsearch.latency.ranks.symmetric import SymmetricRanks
 from lpsearch.latency.runtime.decoder import build_decoder
 from lpsearch.models.traits import read_traits
 from lpsearch.plan import Plan
+from tests.latency.failing_ranks import die_on_second_rank, fail_on_second_rank
 from tests.tiny_models import RUNTIME_FAMILIES, build_tiny_model
 from tests.tolerances import BFLOAT16_LOGITS, FLOAT32_LOGITS
 
@@ -52,18 +50,6 @@ def decode_families(group, families):
     ranks = ProcessGroupRanks(group)
     cases = [(family, plan) for family in families for plan in PLANS]
     return [to_arrays(decode(build_model(family), plan, ranks)) for family, plan in cases]
-
-
-def fail_on_second_rank(group, error):
-    if ProcessGroupRanks(group).rank == 1:
-        raise error
-    time.sleep(600)
-
-
-def die_on_second_rank(group):
-    if ProcessGroupRanks(group).rank == 1:
-        os._exit(7)
-    time.sleep(600)
 
 
 @pytest.mark.slow
@@ -105,7 +91,7 @@ def test_heads_that_cannot_be_divided_are_refused_by_name():
 
 
 def test_a_failing_rank_ends_all_with_its_message():
-    with pytest.raises(LpsearchError, match=r"rank 1 of 2 failed: ValueError: out of cheese \(.*test_parallel.py"):
+    with pytest.raises(LpsearchError, match=r"rank 1 of 2 failed: ValueError: out of cheese \(.*failing_ranks.py"):
         run_ranks(fail_on_second_rank, num_ranks=2, backend="gloo", arguments=[ValueError("out of cheese")])
     with pytest.raises(ConfigError, match="no such thing"):
         run_ranks(fail_on_second_rank, num_ranks=2, backend="gloo", arguments=[ConfigError("no such thing")])

@@ -82,18 +82,33 @@ def load(spec: str, *, url: str, home: Path, revision: str = "", **environment: 
 
 def load_all(wanted: Sequence[tuple[str, str]], *, url: str, home: Path, **environment: str) -> list[dict[str, Any]]:
     """Load models, each given with its revision, one after another in a new process with the hub at ``url``."""
+    return read_answers(start_loading(wanted, url=url, home=home, **environment))
+
+
+def start_loading(
+    wanted: Sequence[tuple[str, str]], *, url: str, home: Path, **environment: str
+) -> subprocess.Popen[str]:
+    """Start the process that loads models."""
     settings = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_TOKEN": "", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    process = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-c", LOAD, json.dumps(wanted)],
         env={**os.environ, "HF_HUB_OFFLINE": "0", **settings, **environment},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
-        timeout=240,
     )
-    assert process.returncode == 0, process.stderr
-    assert "Retrying" not in process.stderr, process.stderr
-    answers: list[dict[str, Any]] = json.loads(process.stdout.splitlines()[-1])
+
+
+def read_answers(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
+    """Wait for a process that loads models, and return what it says of each."""
+    with process:
+        try:
+            stdout, stderr = process.communicate(timeout=240)
+        finally:
+            process.kill()
+    assert process.returncode == 0, stderr
+    assert "Retrying" not in stderr, stderr
+    answers: list[dict[str, Any]] = json.loads(stdout.splitlines()[-1])
     return answers
 
 
@@ -118,8 +133,12 @@ def test_a_model_is_loaded_and_then_used_from_the_cache(
         assert again["parameters"] == first["parameters"]
         assert again["revision"] == COMMIT
         assert again["told"] == []
-    offline = load("owner/tiny", url=hub_url, home=tmp_path, HF_HUB_OFFLINE="1")
+    offline, missing = load_all(
+        [("owner/tiny", ""), ("owner/empty", "")], url=hub_url, home=tmp_path, HF_HUB_OFFLINE="1"
+    )
     assert offline["revision"] == COMMIT
+    assert missing["error"] == "SourceError"
+    assert "HF_HUB_OFFLINE" in str(missing["message"])
 
 
 def test_an_alias_without_a_known_commit_keeps_the_one_of_its_first_use(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -172,24 +191,15 @@ def test_what_cannot_be_loaded_is_said(
     assert answer["seconds"] < LIMIT_S
 
 
-def test_an_unreachable_hub_ends_in_one_message(closed_url: str, tmp_path: Path) -> None:
-    answer = load("llama2-13b", url=closed_url, home=tmp_path)
-    assert answer["error"] == "SourceError"
-    assert "check the network" in str(answer["message"])
-    assert float(str(answer["seconds"])) < LIMIT_S
-
-
-def test_a_hub_that_never_answers_ends_in_one_message(hub_url: str, tmp_path: Path) -> None:
-    answer = load("owner/slow", url=hub_url, home=tmp_path)
-    assert answer["error"] == "SourceError"
-    assert "cannot be reached" in str(answer["message"])
-    assert float(str(answer["seconds"])) < LIMIT_S
-
-
-def test_offline_mode_is_named(hub_url: str, tmp_path: Path) -> None:
-    answer = load("owner/tiny", url=hub_url, home=tmp_path, HF_HUB_OFFLINE="1")
-    assert answer["error"] == "SourceError"
-    assert "HF_HUB_OFFLINE" in str(answer["message"])
+def test_a_hub_without_an_answer_ends_in_one_message(hub_url: str, closed_url: str, tmp_path: Path) -> None:
+    """One that cannot be reached, and one that never answers; both at once, since they are waited for."""
+    unreachable = start_loading([("llama2-13b", "")], url=closed_url, home=tmp_path / "unreachable")
+    silent = start_loading([("owner/slow", "")], url=hub_url, home=tmp_path / "silent")
+    for process, says in ((unreachable, "check the network"), (silent, "cannot be reached")):
+        (answer,) = read_answers(process)
+        assert answer["error"] == "SourceError"
+        assert says in str(answer["message"])
+        assert float(str(answer["seconds"])) < LIMIT_S
 
 
 def test_call_within_passes_results_and_errors_and_gives_up() -> None:

@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 
 from lpsearch.report import write_html
-from tests.browsing import CHARTS, Opened, count_drawn, get_shown_plans, join_groups, open_in_browser, point_at
+from tests.browsing import (
+    CHARTS,
+    Opened,
+    count_drawn,
+    get_shown_plans,
+    join_groups,
+    on_the_tiny_model,
+    open_in_browser,
+    point_at,
+)
 from tests.report.conftest import EVERYTHING, search_formula
 
 pytestmark = pytest.mark.browser
@@ -46,6 +55,7 @@ def test_every_figure_is_drawn_at_every_width(open_report: Any, width: int, sche
     assert paper == {"light": "#ffffff", "dark": "#14181d"}[scheme]
 
 
+@on_the_tiny_model
 def test_hover_names_the_groups(open_report: Any) -> None:
     opened = open_report()
     opened.page.check("#all-losses")
@@ -56,6 +66,7 @@ def test_hover_names_the_groups(open_report: Any) -> None:
         assert group in label
 
 
+@on_the_tiny_model
 def test_a_click_shows_the_plan_and_its_commands(open_report: Any) -> None:
     opened = open_report()
     opened.page.check("#all-losses")
@@ -81,6 +92,7 @@ def test_a_click_shows_the_plan_and_its_commands(open_report: Any) -> None:
             assert str(opened.out / opened.front[index]["plan"]) in lines[0]
 
 
+@on_the_tiny_model
 def test_the_layer_map_and_tables_choose_plans(open_report: Any) -> None:
     opened = open_report()
     rows = len(opened.front)
@@ -116,6 +128,7 @@ def test_the_halves_of_a_map_with_drops_choose_their_plan(browser: Any, tmp_path
     page.context.close()
 
 
+@on_the_tiny_model
 def test_keys_alone_are_enough(open_report: Any) -> None:
     opened = open_report()
     page = opened.page
@@ -135,6 +148,7 @@ def test_keys_alone_are_enough(open_report: Any) -> None:
     assert reached.count("SUMMARY") == len(CHARTS), "every figure has its table"
 
 
+@on_the_tiny_model
 def test_the_toggle_changes_colours_and_is_kept(open_report: Any) -> None:
     page = open_report().page
     page.click("#theme")
@@ -143,6 +157,7 @@ def test_the_toggle_changes_colours_and_is_kept(open_report: Any) -> None:
     assert page.evaluate("document.getElementById('chart-front').layout.paper_bgcolor") == "#ffffff"
 
 
+@on_the_tiny_model
 def test_copy_puts_a_command_on_the_clipboard(open_report: Any) -> None:
     page = open_report(permissions=["clipboard-read", "clipboard-write"]).page
     button = page.locator("#front .copy:visible").first

@@ -25,6 +25,7 @@ from lpsearch.search.samplers.pairset import PairsetProposer
 from tests.results import build_result
 from tests.search.evaluators import BASE_NLL, SyntheticEvaluator, TableEvaluator
 from tests.tolerances import FLOAT64_MEAN
+from tests.warm import WarmProcess, run_warm
 
 NUM_LAYERS = 10
 SPACE = PlanSpace(NUM_LAYERS)
@@ -324,13 +325,7 @@ def test_second_process_continues_the_same_search(tmp_path, sampler):
     url = f"sqlite:///{tmp_path / 'b.db'}"
     num_calls = len(evaluator.calls)
     for fail_at in (num_calls - 6, num_calls):
-        done = subprocess.run(
-            [sys.executable, "-c", PART_OF_A_RUN, url, sampler, str(fail_at)],
-            capture_output=True,
-            text=True,
-            cwd=Path(__file__).parents[2],
-            check=False,
-        )
+        done = run_warm(url, sampler, fail_at, code=PART_OF_A_RUN)
         assert ("KeyboardInterrupt" in done.stderr) == (fail_at < num_calls), done.stderr
         assert (3 < len(load_trials(url, [TrialState.COMPLETE])) < 14) == (fail_at < num_calls)
     with StudyStore(url, study_name="demo") as store:
@@ -412,17 +407,13 @@ with StudyStore(sys.argv[1], study_name="demo") as store:
 
 
 def test_ctrl_c_ends_an_evaluation_of_minutes_and_loses_only_it(url):
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_RUN, url],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    )
-    with process:
+    process = WarmProcess(url, code=SLOW_RUN)
+    try:
         assert process.stdout.readline().strip() == "slow"
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=120)
+    finally:
+        process.close()
     assert process.returncode != 0
     assert "KeyboardInterrupt" in errors
     assert load_trials(url, [TrialState.RUNNING]) == []

@@ -23,6 +23,7 @@ from lpsearch.search import PlanSpace, StudyStore, read_results, run_study
 from lpsearch.search import database as opening
 from lpsearch.search.storage_url import parse_storage_url
 from tests.search.evaluators import SyntheticEvaluator
+from tests.warm import WarmProcess
 
 NAMES = ["a?lr=1", "a?lr=2", "{model}", "{}", "50%", "%41", "#1", "a b", "ü", "a&b=c;d", "plain"]
 
@@ -74,14 +75,13 @@ def test_first_starts_at_once_share_the_making_of_the_tables(tmp_path: Path) -> 
     names = ["a", "b", "c", "d"]
     for attempt in range(2):
         url = f"sqlite:///{tmp_path / f'{attempt}.db'}"
-        begin_at = str(time.time() + 6)  # imports take long where the cores are busy
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", OPEN_AT_ONCE, url, begin_at, name], stderr=subprocess.PIPE, text=True
-            )
-            for name in names
-        ]
-        errors = [process.communicate(timeout=120)[1] for process in processes]
+        begin_at = time.time() + 1
+        processes = [WarmProcess(url, begin_at, name, code=OPEN_AT_ONCE) for name in names]
+        try:
+            errors = [process.communicate(timeout=120)[1] for process in processes]
+        finally:
+            for process in processes:
+                process.close()
         assert [process.returncode for process in processes] == [0] * len(names), errors
         with StudyStore(url, study_name="a") as store:
             assert sorted(store.list_studies()) == names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -17,9 +18,9 @@ from tests.search.workers.test_failures import await_workers
 ray = pytest.importorskip("ray", reason="Ray is not installed; `pip install 'lpsearch[ray]'`")
 
 
-@pytest.fixture
-def cluster() -> Iterator[Any]:
-    """Return a cluster of one machine with one CPU."""
+@contextmanager
+def start_cluster() -> Iterator[Any]:
+    """Start a cluster of one machine with one CPU."""
     from ray.cluster_utils import Cluster
 
     if ray.is_initialized():  # a cluster that another file of tests left running
@@ -28,6 +29,26 @@ def cluster() -> Iterator[Any]:
     yield cluster
     ray.shutdown()
     cluster.shutdown()
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """Return a cluster of one machine with one CPU, to which machines may be added."""
+    with start_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def shared_cluster() -> Iterator[Any]:
+    with start_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def still_cluster(shared_cluster: Any) -> Iterator[Any]:
+    """Return a cluster of one machine with one CPU, which stays as it is; at the end, this process leaves it."""
+    yield shared_cluster
+    ray.shutdown()
 
 
 @pytest.mark.parametrize("num_workers", [None, 2])
@@ -63,9 +84,9 @@ def test_the_plan_of_a_machine_that_leaves_is_evaluated_on_another(cluster, tmp_
     }
 
 
-def test_gpus_that_no_machine_has_are_refused(cluster, tmp_path):
+def test_gpus_that_no_machine_has_are_refused(still_cluster, tmp_path):
     with pytest.raises(ConfigError, match=r"--gpus-per-worker 2: no machine .* \(the most is 0\)"):
-        RayLauncher(make_builder(tmp_path), address=cluster.address, gpus_per_worker=2)
+        RayLauncher(make_builder(tmp_path), address=still_cluster.address, gpus_per_worker=2)
     assert not ray.is_initialized()
 
 
@@ -78,21 +99,21 @@ def test_a_cluster_that_does_not_answer_is_named(address):
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "nowhere"])
-def test_a_cluster_that_does_not_answer_is_named_within_another_one(cluster, address):
-    ray.init(address=cluster.address)
+def test_a_cluster_that_does_not_answer_is_named_within_another_one(still_cluster, address):
+    ray.init(address=still_cluster.address)
     with pytest.raises(ConfigError, match=f"--ray-address {address}: no Ray cluster answers there"):
         RayLauncher(dict, address=address)
     assert ray.is_initialized(), "this process stays where it was"
 
 
-def test_another_cluster_than_that_of_this_process_is_refused(cluster, tmp_path):
-    ray.init(address=cluster.address)
+def test_another_cluster_than_that_of_this_process_is_refused(still_cluster, tmp_path):
+    ray.init(address=still_cluster.address)
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
         with pytest.raises(ConfigError, match=f"--ray-address {address}: this process is in another Ray cluster, "):
             RayLauncher(dict, address=address)
-    own = "127.0.0.1:" + cluster.address.rpartition(":")[2]
-    for same in (cluster.address, own, "auto"):
+    own = "127.0.0.1:" + still_cluster.address.rpartition(":")[2]
+    for same in (still_cluster.address, own, "auto"):
         with WorkerPool(RayLauncher(make_builder(tmp_path), address=same)) as pool:
             assert pool.num_slots == 1
 
