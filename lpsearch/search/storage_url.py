@@ -173,8 +173,10 @@ def _explain(error: BaseException, where: str) -> str:
     while (inner := getattr(cause, "orig", None) or cause.__cause__) is not None:
         cause = inner
     text = " ".join(str(cause).split()) or type(cause).__name__
+    if isinstance(cause, PendingRollbackError):  # its own text speaks to who writes the program
+        text = "the server ended the connection in the middle of a transaction"
     lowered = text.lower()
-    if "full" in lowered or "no space left" in lowered or "quota" in lowered:
+    if re.search(r"\bfull\b", lowered) or "no space left" in lowered or "quota" in lowered:
         mend = "free some space and run the same command again; every finished trial is kept"
     elif "locked" in lowered:
         shown = "" if "://" in where else f", and `lsof {shlex.quote(where)}` shows which"

@@ -105,7 +105,7 @@ def test_a_transaction_that_goes_on_after_its_connection_was_lost_says_so(
             connection.execute(text("SELECT 1"))
 
     try:
-        with pytest.raises(StudyError) as caught:
+        with pytest.raises(StudyError, match="in the middle of a transaction; check that the database is") as caught:
             ask_again()
     finally:
         server.start()
