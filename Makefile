@@ -13,7 +13,7 @@ VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_PIP := $(VLLM_BIN)/python -m pip --disable-pip-version-check --quiet
 
 # Number of processes that run tests; each needs about 3 GB.
-TEST_PROCESSES ?= 3
+TEST_PROCESSES ?= 2
 
 .PHONY: demo docs test test-engines test-llamacpp test-vllm lint audit format clean help
 .DEFAULT_GOAL := help
