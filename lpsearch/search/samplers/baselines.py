@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from dataclasses import dataclass
+from functools import lru_cache
 
 from lpsearch.plan import Plan
 from lpsearch.search.results import Metric, TrialResult
@@ -28,6 +29,9 @@ MAX_EXCHANGES = 64
 
 MAX_REDRAWS = 16
 """Mutations that may repeat a known plan before a random unknown one takes their place."""
+
+_KEPT_ANSWERS = 1 << 16
+"""Plans of which it is kept where they belong."""
 
 
 class RandomProposer:
@@ -191,16 +195,17 @@ class _Counts:
 
 
 def _build_counts(space: PlanSpace, levels: TimeLevels | None) -> _Counts:
+    # Every proposal asks of every plan so far.
     if levels is None:
         return _Counts(
             sizes=space.plan_counts,
-            find=lambda plan: plan.num_joins if plan in space else None,
+            find=lru_cache(_KEPT_ANSWERS)(lambda plan: plan.num_joins if plan in space else None),
             draw=space.draw_plan,
             iterate=space.enumerate_plans_with,
         )
     return _Counts(
         sizes=levels.count_plans(),
-        find=lambda plan: levels.find_drawn_level(plan) if plan in space else None,
+        find=lru_cache(_KEPT_ANSWERS)(lambda plan: levels.find_drawn_level(plan) if plan in space else None),
         draw=levels.draw_plan,
         iterate=levels.iterate_level,
     )

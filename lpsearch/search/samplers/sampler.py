@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lpsearch.plan import Plan
 from lpsearch.search.results import RAW, Loss, Metric, State, TrialResult
+from lpsearch.search.samplers.one_thread import one_blas_thread
 from lpsearch.search.space import PlanSpace
 
 __all__ = [
@@ -129,7 +130,9 @@ class ProposerSampler(PlanSampler):
         Raises:
             RuntimeError: if every plan of the space is finished or running.
         """
-        proposal = self._proposer.propose(self._read_results(study), self.list_pending(study, current=trial))
+        results, pending = self._read_results(study), self.list_pending(study, current=trial)
+        with one_blas_thread():
+            proposal = self._proposer.propose(results, pending)
         if proposal is None:
             raise RuntimeError("every plan of the space is finished or running; nothing is left to propose")
         self.origins[trial.number] = proposal.origin
