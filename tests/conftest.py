@@ -37,7 +37,7 @@ LONG_FILES = (
     "recovery/test_distill.py",
     "commands/test_workers.py",
     "search/workers/test_ray_cluster.py",
-    "search/workers/test_contract.py",
+    "test_contract.py",
     "export/test_checkpoint.py",
     "recovery/test_evaluator.py",
 )
