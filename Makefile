@@ -12,7 +12,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_PIP := $(VLLM_BIN)/python -m pip --disable-pip-version-check --quiet
 
-# Number of processes that run tests; each needs about 3 GB. They take files in the order of tests/conftest.py, long ones first.
+# Number of processes that run tests; each needs about 3 GB.
 TEST_PROCESSES ?= 2
 
 .PHONY: demo docs test test-engines test-llamacpp test-vllm lint audit format clean help
@@ -44,7 +44,7 @@ demo: $(VENV)/.installed ## search SmolLM2-135M-Instruct (4-bit) on this machine
 	$(BIN)/python -m lpsearch.optimize --model smollm2-135m --budget 40
 
 test: $(VENV)/.installed-dev ## run the tests
-	$(BIN)/python -m pytest -m "not network" --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not network" --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 test-engines: test-llamacpp test-vllm ## run exported plans in llama.cpp and in vLLM
 

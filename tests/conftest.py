@@ -23,32 +23,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 gc.set_threshold(20_000)
 
 
-LONG_FILES = (
-    "dashboards/test_browser.py",
-    "search/workers/test_failures.py",
-    "commands/test_optimize.py",
-    "commands/test_recover.py",
-    "latency/test_measure.py",
-    "report/test_browser.py",
-    "faults/test_killed.py",
-    "models/test_hub.py",
-    "search/test_coordinator.py",
-    "latency/test_parallel.py",
-    "recovery/test_distill.py",
-    "commands/test_workers.py",
-    "search/workers/test_ray_cluster.py",
-    "test_contract.py",
-    "export/test_checkpoint.py",
-    "recovery/test_evaluator.py",
-)
-"""Files of half a minute or more, which begin first, so that no process ends with one while the others are idle."""
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests of long files first, and skip what needs more CUDA devices than there are, with the reason."""
-    directory = Path(__file__).parent
-    places = {directory / name: place for place, name in enumerate(LONG_FILES)}
-    items.sort(key=lambda item: places.get(item.path, len(places)))
+    """Skip what needs more CUDA devices than there are, with the reason."""
     needed = {"gpu": 1, "multi_gpu": 2}
     marked = [(item, count) for item in items for name, count in needed.items() if item.get_closest_marker(name)]
     if not marked:
