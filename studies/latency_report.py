@@ -106,7 +106,7 @@ def time_plans(shaped: Any, plans: Any, kind: str, tokens: int, modes: Any, budg
 
 
 @torch.inference_mode()
-def run_part(group: Any, part: str, model: str, seconds: float, given: Plan | None = None) -> dict[str, Any]:
+def run_part(group: Any, part: str, model: str, seconds: float, given: Plan) -> dict[str, Any]:
     """Run one part of the report on this rank; ``given`` is the plan of the part ``plan``."""
     device = get_device()
     config = load_geometry(model)
@@ -123,7 +123,7 @@ def run_part(group: Any, part: str, model: str, seconds: float, given: Plan | No
     modes = ("compiled", "graph", "eager") if mode == "compiled" else ("eager",)
     context = min(1024, config.max_position_embeddings - 2)
     if part == "plan":
-        plans = {"0 %": Plan.baseline(num_layers), "plan": given or Plan.baseline(num_layers)}
+        plans = {"0 %": Plan.baseline(num_layers), "plan": given}
         result["rows"] = time_plans(shape(1, context + 1, ranks), plans, "decode", context, modes, seconds)
     elif part in ("bars", "drops"):
         plans = {"0 %": Plan.baseline(num_layers)} | {f"{n} pairs": grouped(num_layers, n) for n in (7, 13)}
@@ -232,6 +232,8 @@ def main() -> None:
     )
     num_layers = read_traits(load_geometry(arguments.model)).num_layers
     plan = Plan.from_joins(num_layers, joins).drop({"attention": attention, "mlp": mlp})
+    if (plan == Plan.baseline(num_layers)) == ("plan" in arguments.part.split(",")):
+        parser.error("--part plan and its --joins, --drop-attention and --drop-mlp need each other")
     results = []
     for part in arguments.part.split(","):
         options = (part, arguments.model, arguments.seconds, plan)

@@ -14,10 +14,11 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-__all__ = ["WarmProcess", "run_warm"]
+__all__ = ["WarmProcess", "end_all", "run_warm"]
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.preloaded"])
@@ -112,6 +113,17 @@ def run_warm(*arguments: object, code: str | None = None) -> subprocess.Complete
         return subprocess.CompletedProcess(list(map(str, arguments)), process.wait(), stdout, stderr)
     finally:
         process.close()
+
+
+def end_all(processes: Sequence[WarmProcess], *, timeout: float) -> list[str]:
+    """Wait until processes have ended without an error; return what they wrote to stderr."""
+    try:
+        errors = [process.communicate(timeout=timeout)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.close()
+    assert [process.returncode for process in processes] == [0] * len(processes), errors
+    return errors
 
 
 def _run(words: list[str], code: str | None, ends: list[Connection], environment: dict[str, str], cwd: str) -> None:

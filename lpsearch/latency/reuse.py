@@ -91,6 +91,7 @@ def measure_or_reuse_profile(
         on_progress=on_progress,
     )
     if kept is not None and kept.largest_error <= profile.largest_error:
+        logger.info("the earlier measurement was no further off, and is used")
         return kept
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from lpsearch.search import PlanSpace, StudyStore, read_results, run_study
 from tests.commands.conftest import Run, Start
 from tests.dashboards.serving import fetch, wait_for_address
 from tests.search.evaluators import SyntheticEvaluator
-from tests.warm import WarmProcess
+from tests.warm import WarmProcess, end_all
 
 
 def test_a_study_on_postgresql_is_served(
@@ -149,13 +149,7 @@ with StudyStore(sys.argv[1], study_name=sys.argv[3]) as store:
 def test_first_starts_at_once_share_the_making_of_the_tables(postgres_url: str) -> None:
     names = ["a", "b", "c", "d"]
     begin_at = time.time() + 1
-    processes = [WarmProcess(postgres_url, begin_at, name, code=OPEN_AT_ONCE) for name in names]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.close()
-    assert [process.returncode for process in processes] == [0] * len(names), errors
+    end_all([WarmProcess(postgres_url, begin_at, name, code=OPEN_AT_ONCE) for name in names], timeout=120)
     with StudyStore(postgres_url, study_name="a") as store:
         assert sorted(store.list_studies()) == names
 

@@ -23,7 +23,7 @@ from lpsearch.search import PlanSpace, StudyStore, read_results, run_study
 from lpsearch.search import database as opening
 from lpsearch.search.storage_url import parse_storage_url
 from tests.search.evaluators import SyntheticEvaluator
-from tests.warm import WarmProcess
+from tests.warm import WarmProcess, end_all
 
 NAMES = ["a?lr=1", "a?lr=2", "{model}", "{}", "50%", "%41", "#1", "a b", "ü", "a&b=c;d", "plain"]
 
@@ -76,13 +76,7 @@ def test_first_starts_at_once_share_the_making_of_the_tables(tmp_path: Path) -> 
     for attempt in range(2):
         url = f"sqlite:///{tmp_path / f'{attempt}.db'}"
         begin_at = time.time() + 1
-        processes = [WarmProcess(url, begin_at, name, code=OPEN_AT_ONCE) for name in names]
-        try:
-            errors = [process.communicate(timeout=120)[1] for process in processes]
-        finally:
-            for process in processes:
-                process.close()
-        assert [process.returncode for process in processes] == [0] * len(names), errors
+        end_all([WarmProcess(url, begin_at, name, code=OPEN_AT_ONCE) for name in names], timeout=120)
         with StudyStore(url, study_name="a") as store:
             assert sorted(store.list_studies()) == names
 
