@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from optuna.distributions import BaseDistribution, distribution_to_json
+from optuna.trial import TrialState
 from sqlalchemy import Connection, ScalarSelect, column, delete, func, insert, select, table, update
 
 __all__ = [
     "TABLE_NAMES",
+    "TrialRow",
     "count_trials",
     "delete_study_attribute",
+    "list_trials",
+    "read_attributes",
     "record_attributes",
     "record_params",
     "rename_study",
@@ -28,6 +33,21 @@ _attributes = table("trial_user_attributes", column("trial_id"), column("key"), 
 
 TABLE_NAMES = frozenset({_studies.name, _trials.name})
 """Tables by which a database of Optuna's is known."""
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """A trial without its parameters, values and attributes.
+
+    Attributes:
+        trial_id: its key.
+        number: in its study.
+        state: what became of it.
+    """
+
+    trial_id: int
+    number: int
+    state: TrialState
 
 
 def rename_study(connection: Connection, name: str, new_name: str) -> None:
@@ -91,6 +111,40 @@ def count_trials(connection: Connection, study_name: str) -> dict[str, int]:
     own = _trials.c
     query = select(own.state, func.count()).where(own.study_id == _find_study(study_name)).group_by(own.state)
     return {str(state): count for state, count in connection.execute(query)}
+
+
+def list_trials(connection: Connection, study_name: str, *, first: int) -> list[TrialRow]:
+    """Return the trials of a study from a number on, by number; Optuna reads all that is known of each.
+
+    Args:
+        connection: to the database, in a transaction.
+        study_name: name of the study.
+        first: the least number.
+    """
+    own = _trials.c
+    query = select(own.trial_id, own.number, own.state).where(
+        own.study_id == _find_study(study_name), own.number >= first
+    )
+    rows = connection.execute(query.order_by(own.number))
+    return [TrialRow(row.trial_id, row.number, TrialState[row.state]) for row in rows]
+
+
+def read_attributes(
+    connection: Connection, trial_ids: Collection[int], names: Collection[str]
+) -> dict[int, dict[str, Any]]:
+    """Return some user attributes of some trials, by key of the trial and name; what a trial lacks is left out.
+
+    Args:
+        connection: to the database, in a transaction.
+        trial_ids: keys of the trials.
+        names: names of the attributes.
+    """
+    own = _attributes.c
+    query = select(own.trial_id, own.key, own.value_json).where(own.trial_id.in_(trial_ids), own.key.in_(names))
+    found: dict[int, dict[str, Any]] = {trial_id: {} for trial_id in trial_ids}
+    for row in connection.execute(query):
+        found[row.trial_id][row.key] = json.loads(row.value_json)
+    return found
 
 
 def _find_trial_id(connection: Connection, study_name: str, trial: int) -> int:

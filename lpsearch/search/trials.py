@@ -24,12 +24,12 @@ from lpsearch.plan import Plan
 from lpsearch.search.claims import POLL_S, ClaimLostError
 from lpsearch.search.front import Objective, build_front, find_rival
 from lpsearch.search.losses import choose_variant
+from lpsearch.search.others import Others
 from lpsearch.search.results import Loss, State, TrialResult, Variant, build_attributes, read_results, set_latency
 from lpsearch.search.samplers import build_sampler
 from lpsearch.search.samplers.sampler import PlanSampler
 from lpsearch.search.settings import open_study, record_settings
 from lpsearch.search.space import PlanSpace
-from lpsearch.search.storage_url import find_sqlite_path
 from lpsearch.search.store import StudyStore
 
 __all__ = ["Job", "Trials", "ask_trial"]
@@ -187,8 +187,7 @@ class Trials:
                 metric=metric,
                 estimate_latency_ms=estimate_latency_ms if objective == "latency" else None,
                 read_results=lambda study: self.list_finished(),
-                # Nobody else asks for plans of a SQLite file.
-                read_pending=None if find_sqlite_path(store.url) is None else self.list_running,
+                read_pending=self.list_pending,
             )
             self._study.sampler = self._sampler
         results = read_results(store, estimate_latency_ms=estimate_latency_ms)
@@ -200,16 +199,17 @@ class Trials:
         self.enumerates = space.count_plans() <= budget
         self._queue: deque[_Queued] = deque()
         self._num_waiting = 0
-        self._others: dict[int, Plan | None] = {}
+        self._others = Others(store, self._study)
         self._seen_trials = {result.trial for result in results}
 
     def list_finished(self) -> list[TrialResult]:
         """Return the finished plans in the order of the trials."""
         return sorted(self.finished.values(), key=lambda result: result.trial)
 
-    def list_running(self) -> list[Plan]:
-        """Return the plans that were asked for but not told, in the order of the trials."""
-        return [job.plan for job in self.running]
+    def list_pending(self) -> list[Plan]:
+        """Return the plans that were asked for but not told, in the order of the trials, and then those of others."""
+        others = self._others.running.values()
+        return [*(job.plan for job in self.running), *(plan for plan in others if plan is not None)]
 
     def list_valid(self) -> list[TrialResult]:
         """Return the finished plans of the space; a former run's may have been larger, before a layer was frozen."""
@@ -262,7 +262,7 @@ class Trials:
         orphans: dict[Plan, _Queued] = {}
         with self.store.translate_errors():
             trials = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.FAIL))
-            live = self._list_other_ids()  # after the trials, since who begins one has joined before
+            live = self._others.list_live_ids()  # after the trials, since who begins one has joined before
             for trial in trials:
                 if trial.state == TrialState.RUNNING:
                     if trial.user_attrs.get("owner") in live:
@@ -286,25 +286,15 @@ class Trials:
 
     def follow_others(self) -> None:
         """Take note of what other coordinators finished and run, and line up the plans of those that are gone."""
-        if self.store.claims.owner is None:
-            return
         own = {job.trial.number for job in self.running if job.trial is not None}
-        with self.store.translate_errors():
-            trials = self._study.get_trials(deepcopy=False)
-        live = self._list_other_ids()  # after the trials, since who begins one has joined before
-        new = [t for t in trials if t.state == TrialState.COMPLETE and t.number not in self._seen_trials]
-        for result in read_results(self.store, estimate_latency_ms=self._estimate_latency_ms, trials=new):
-            self.finished.setdefault(result.plan, result)
+        news = self._others.look(own=own, known=self._seen_trials)
+        if news.finished:
+            for result in read_results(self.store, estimate_latency_ms=self._estimate_latency_ms, trials=news.finished):
+                self.finished.setdefault(result.plan, result)
             self._front = None
-        self._seen_trials.update(trial.number for trial in new)
-        self._others = {}
-        for trial in trials:
-            if trial.state != TrialState.RUNNING or trial.number in own:
-                continue
+            self._seen_trials.update(trial.number for trial in news.finished)
+        for trial in news.orphans:
             queued = _read_queued(trial)
-            if trial.user_attrs.get("owner") in live:
-                self._others[trial.number] = self._find_plan(trial)
-                continue
             with self.store.translate_errors():
                 self._fail_orphan(trial)
             if queued is not None and queued.plan in self.space:
@@ -320,7 +310,7 @@ class Trials:
     @property
     def are_others_at_work(self) -> bool:
         """Whether another coordinator ran a trial when :meth:`follow_others` last looked."""
-        return bool(self._others)
+        return bool(self._others.running)
 
     def claim(self, plan: Plan) -> bool:
         """Claim a plan, which no other coordinator then evaluates; False if one has it."""
@@ -330,19 +320,8 @@ class Trials:
         """Give back the claim on a plan."""
         self.store.claims.give_back(self._name_subject(plan))
 
-    def _list_other_ids(self) -> set[str]:
-        """Return the other coordinators that live; none where a study has one at a time."""
-        owner = self.store.claims.owner
-        return set() if owner is None else self.store.list_live_ids() - {owner}
-
     def _name_subject(self, plan: Plan) -> str:
         return self.store.losses.name_subject(plan, split="proxy", variant=choose_variant(plan, self._variant))
-
-    def _find_plan(self, trial: FrozenTrial) -> Plan | None:
-        """Return the plan of a running trial; None before it is chosen."""
-        if trial.params.keys() != self.space.distributions.keys():
-            return None
-        return self.space.build_plan(trial.params)
 
     # ---- Asking and telling ------------------------------------------------------------------------------------------
 
@@ -350,7 +329,7 @@ class Trials:
         """Ask for a plan that is neither finished nor running; None when the study needs no more."""
         while True:
             self.follow_others()
-            taken = {*self.finished, *(job.plan for job in self.running), *filter(None, self._others.values())}
+            taken = {*self.finished, *self.list_pending()}
             if len(taken) >= self._budget:
                 return None
             while self._queue and self._queue[0].plan in taken:
@@ -408,7 +387,7 @@ class Trials:
         self.follow_others()
         assert job.trial is not None
         number = job.trial.number
-        num_earlier = len(self.finished) + len(self.running) - 1 + sum(other < number for other in self._others)
+        num_earlier = len(self.finished) + len(self.running) - 1 + sum(other < number for other in self._others.running)
         return self.store.claims.owner is None or (job.plan not in self.finished and num_earlier < self._budget)
 
     def tell(self, job: Job, *, state: State, loss: Loss) -> TrialResult:

@@ -119,8 +119,7 @@ def build_sampler(
             drops are allowed; None compares by depth.
         read_results: where the finished plans come from, with their losses as they are known by now; None takes the
             values that the trials were told.
-        read_pending: where the plans come from that are being evaluated, if no other process evaluates any; None reads
-            them from the study.
+        read_pending: where the plans come from that are being evaluated; None reads them from the study.
 
     Raises:
         ConfigError: for an unknown name.

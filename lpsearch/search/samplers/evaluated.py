@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lpsearch.plan import Plan
 from lpsearch.search.results import Metric, TrialResult
-from lpsearch.search.samplers.surrogate import Surrogate
+from lpsearch.search.samplers.surrogate import Strengths, Surrogate
 
 __all__ = ["WORST_DELTA_NATS", "Evaluated", "fit_surrogate", "leave_taken", "list_joins", "stack_joins"]
 
@@ -86,8 +86,8 @@ class Evaluated:
         order = joins.argsort()
         return np.interp(np.arange(num_joins), joins[order], self.delta_nll[single[order]]), measured
 
-    def fit_surrogate(self) -> Surrogate:
-        """Fit the model of the losses."""
+    def fit_surrogate(self, strengths: Strengths | None = None) -> Surrogate:
+        """Fit the model of the losses, with strengths of its parts that are given, or those of most evidence."""
         join_means, measured = self.estimate_join_costs()
         fitted = self._choose_fitted()
         return Surrogate(
@@ -96,6 +96,7 @@ class Evaluated:
             sampling_error=self.sampling_error[fitted],
             join_means=join_means,
             measured=measured,
+            strengths=strengths,
         )
 
     def _choose_fitted(self) -> IntArray:

@@ -10,8 +10,9 @@ Where plans are compared by time, levels of what they save take the place of the
 
 With few plans pending the proposer keeps no state: any process that sees the same results proposes the same plan. With
 many, which make a search depend on time anyhow, one fit serves for several proposals, since a fit takes longer than a
-worker may wait. Pending plans count as measured at their mean then, which keeps a batch apart (the kriging believer of
-Ginsbourger, Le Riche and Carraro, Kriging is well-suited to parallelize optimization, 2010).
+worker may wait, and the strengths of the surrogate's parts serve for several fits. Pending plans count as measured at
+their mean then, which keeps a batch apart (the kriging believer of Ginsbourger, Le Riche and Carraro, Kriging is
+well-suited to parallelize optimization, 2010).
 """
 
 from __future__ import annotations
@@ -65,6 +66,9 @@ DEEP_WEIGHT = 0.01
 
 MANY_PENDING = 8
 """Pending plans from which a fit serves for several proposals, and one more result for each so many of them."""
+
+STRENGTHS_GROWTH = 1.1
+"""Growth of the results after which the strengths of the surrogate are chosen anew, where many plans are pending."""
 
 REACH_JOINS = 4
 NUM_EXCHANGES = 24
@@ -138,10 +142,20 @@ class PairsetProposer:
             proposal = self._propose_candidate(fit, evaluated, taken, pending)
             if proposal is not None:
                 return proposal
-        surrogate = evaluated.fit_surrogate()
-        fit = _Fit(len(results), surrogate, self._list_candidates(surrogate, evaluated, taken))
+        former = fit if len(pending) >= MANY_PENDING else None
+        fit = self._fit_anew(former, len(results), evaluated, taken)
         self._fit = fit if len(pending) >= MANY_PENDING else None
         return self._propose_candidate(fit, evaluated, taken, pending) or self._propose_any(taken)
+
+    def _fit_anew(
+        self, former: _Fit | None, num_results: int, evaluated: Evaluated, taken: Collection[tuple[int, ...]]
+    ) -> _Fit:
+        """Learn from some results; of what was learned from fewer only the strengths may stay."""
+        strengths, num_weighed = None, num_results
+        if former is not None and former.num_weighed <= num_results < STRENGTHS_GROWTH * former.num_weighed:
+            strengths, num_weighed = former.surrogate.strengths, former.num_weighed
+        surrogate = evaluated.fit_surrogate(strengths)
+        return _Fit(num_results, num_weighed, surrogate, self._list_candidates(surrogate, evaluated, taken))
 
     def _is_in_space(self, plan: Plan) -> bool:
         if plan not in self._is_inside:
@@ -274,10 +288,12 @@ class _Fit:
 
     Attributes:
         num_results: how many.
+        num_weighed: how many there were when the strengths of the surrogate were chosen.
         surrogate: the model fitted to them.
         candidates: (plans, num_joins) promising plans by it, none of which was taken.
     """
 
     num_results: int
+    num_weighed: int
     surrogate: Surrogate
     candidates: BoolArray

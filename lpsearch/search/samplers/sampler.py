@@ -73,8 +73,7 @@ class PlanSampler(BaseSampler):
 
     Attributes:
         origins: by the number of the trial, what proposed its plan.
-        read_pending: returns the plans that are being evaluated, where nobody but the caller evaluates any; None reads
-            them from the study.
+        read_pending: returns the plans that are being evaluated; None reads them from the study.
     """
 
     def __init__(self, *, space: PlanSpace, read_results: ResultSource) -> None:

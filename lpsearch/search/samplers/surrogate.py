@@ -127,9 +127,11 @@ class Surrogate:
         join_means: (num_joins,) prior means of the join costs.
         measured: (num_joins,) whether that mean was measured on the join alone.
         layout: where choices of several kinds stand; None for joins, in order. Else every choice counts as a join here.
+        strengths: of the parts of the model; None chooses those of most evidence, which takes most of the time of a
+            fit to several hundred plans.
 
     Attributes:
-        strengths: of the parts of the model, those of most evidence.
+        strengths: of the parts of the model.
     """
 
     def __init__(
@@ -141,6 +143,7 @@ class Surrogate:
         join_means: FloatArray,
         measured: BoolArray,
         layout: ChoiceLayout | None = None,
+        strengths: Strengths | None = None,
     ) -> None:
         """Fit; see the class."""
         num_joins = len(join_means)
@@ -172,7 +175,12 @@ class Surrogate:
         self._near = list(self._list_near())
 
         self._residual = delta_nll - self._joined @ join_means
-        self.strengths, self._factor = self._choose_strengths()
+        covariances = self._compute_covariances(self._joined, self._joined)
+        self.strengths, self._factor = (
+            self._choose_strengths(covariances)
+            if strengths is None
+            else self._weigh_strengths(strengths, covariances)[1:]
+        )
         self._dual = cho_solve((self._factor, True), self._residual, check_finite=False)
         self._mean_costs, self._mean_count = self._project(self._dual[None])
 
@@ -263,13 +271,12 @@ class Surrogate:
         np.fill_diagonal(scale, 0.0)
         return scale
 
-    def _choose_strengths(self) -> tuple[Strengths, FloatArray]:
+    def _choose_strengths(self, covariances: _Covariances) -> tuple[Strengths, FloatArray]:
         """Return the strengths of most evidence and the Cholesky factor of the observations' covariance.
 
         Climbs over the grid of strengths from its middle, one step on one axis at a time: the evidence has one peak
         where there is much of it, and is flat where there is little.
         """
-        covariances = self._compute_covariances(self._joined, self._joined)
         axes = (SMOOTH_STRENGTHS, OWN_STRENGTHS, MISFIT_STRENGTHS)
         weighed: dict[tuple[int, ...], tuple[float, Strengths, FloatArray]] = {}
         place: tuple[int, ...] = tuple(len(axis) // 2 for axis in axes)

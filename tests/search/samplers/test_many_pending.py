@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from lpsearch.plan import Plan
 from lpsearch.search import PlanSpace
 from lpsearch.search.results import RAW, Loss, TrialResult
 from lpsearch.search.samplers import evaluated as arrays
-from lpsearch.search.samplers.pairset import PairsetProposer
+from lpsearch.search.samplers.pairset import STRENGTHS_GROWTH, PairsetProposer
 from lpsearch.search.samplers.surrogate import Surrogate
 
 NUM_LAYERS = 12
@@ -70,6 +72,41 @@ def test_one_fit_serves_many_proposals_and_is_renewed_after_some_results(monkeyp
         pending.append(proposer.propose(results, pending).plan)
     assert len(fits) - num_fits == 3, "one for every two results"
     assert len({*pending, *(result.plan for result in results)}) == len(pending) + len(results)
+
+
+def test_strengths_serve_for_several_fits_and_are_chosen_anew_as_results_grow(monkeypatch):
+    chosen_at = []
+
+    class Noting(Surrogate):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            if arguments["strengths"] is None:
+                chosen_at.append(len(results))
+            else:
+                kept.append((self, arguments))
+
+    kept: list[tuple[Surrogate, dict]] = []
+    monkeypatch.setattr(arrays, "Surrogate", Noting)
+    proposer = PairsetProposer(space=SPACE, budget=400, seed=0)
+    results, pending = list_scanned(), []
+    while len(pending) < 24:
+        pending.append(proposer.propose(results, pending).plan)
+    chosen_at.clear()
+    for _ in range(40):
+        results.append(build_result(pending.pop(0), len(results)))
+        pending.append(proposer.propose(results, pending).plan)
+    assert all(later >= STRENGTHS_GROWTH * former for former, later in pairwise(chosen_at))
+    assert len(kept) > 5
+    # With the strengths that it would choose itself, a fit is the same.
+    for surrogate, arguments in kept:
+        anew = Surrogate(**{**arguments, "strengths": None})
+        if anew.strengths == surrogate.strengths:
+            joined = arguments["joined"][-5:]
+            np.testing.assert_array_equal(surrogate.estimate_mean(joined), anew.estimate_mean(joined))
+    results, pending = results[:20], pending[:3]
+    chosen_at.clear()
+    proposer.propose(results, pending)
+    assert chosen_at == [20], "with few pending nothing is kept"
 
 
 @pytest.mark.parametrize("num_pending", [0, 1, 7])
