@@ -90,8 +90,13 @@ class VllmSteps:
         self._engines: list[Any] = []
 
     def reserve(self, num_layers: int) -> None:
-        """Make the directory of the configurations; each plan takes its own memory."""
+        """Make the directory of the configurations, and start an engine that is not timed.
+
+        The first engine of a process stays a few per cent slower than the same model in a later one. Each plan takes
+        its own memory.
+        """
         self._directory = TemporaryDirectory(prefix="lpsearch-vllm-")
+        self.build(Plan.baseline(1), range(1))
 
     def build(self, plan: Plan, layers: Sequence[int], mode: str = _MODE) -> Step:
         """Start vLLM for a plan and run one call.
