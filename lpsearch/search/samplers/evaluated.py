@@ -89,7 +89,7 @@ class Evaluated:
     def fit_surrogate(self, strengths: Strengths | None = None) -> Surrogate:
         """Fit the model of the losses, with strengths of its parts that are given, or those of most evidence."""
         join_means, measured = self.estimate_join_costs()
-        fitted = self._choose_fitted()
+        fitted = self.choose_fitted()
         return Surrogate(
             joined=self.joined[fitted],
             delta_nll=self.delta_nll[fitted],
@@ -99,7 +99,7 @@ class Evaluated:
             strengths=strengths,
         )
 
-    def _choose_fitted(self) -> IntArray:
+    def choose_fitted(self) -> IntArray:
         """Return the places of the plans to fit, ascending: all, or of every number of joins as many of the best."""
         counts = self.joined.sum(axis=1)
         if len(counts) <= MAX_OBSERVATIONS:

@@ -19,6 +19,7 @@ from lpsearch.plan import Plan
 from lpsearch.search.results import Metric, TrialResult
 from lpsearch.search.samplers.dynamic_program import PlanCosts, find_valid
 from lpsearch.search.samplers.evaluated import Evaluated, leave_taken, list_joins, stack_joins
+from lpsearch.search.samplers.fits import Fit, Fits, estimate_deviation
 from lpsearch.search.samplers.proposing import (
     CANDIDATES_PER_LEVEL,
     INCUMBENTS_PER_LEVEL,
@@ -31,7 +32,7 @@ from lpsearch.search.samplers.proposing import (
     shorten_scan,
 )
 from lpsearch.search.samplers.sampler import Proposal
-from lpsearch.search.samplers.surrogate import ChoiceLayout, Surrogate
+from lpsearch.search.samplers.surrogate import ChoiceLayout, Strengths, Surrogate
 from lpsearch.search.samplers.time_levels import TimeLevels
 from lpsearch.search.space import PlanSpace
 
@@ -101,13 +102,15 @@ class MixedProposer:
         if levels is None:
             levels = TimeLevels(space, estimate_latency_ms, levels_per_layer=LEVELS_PER_LAYER)
         self._levels = levels
+        self._fits = Fits()
+        self._is_inside = lru_cache(maxsize=None)(space.__contains__)
         self._list_made = lru_cache(maxsize=None)(lambda plan: list_joins(np.array(space.encode(plan), dtype=bool)))
         self._scan, _ = shorten_scan(self._order_scan(), budget)
 
     def propose(self, results: Sequence[TrialResult], pending: Collection[Plan]) -> Proposal | None:
         """Choose a plan that is neither finished nor pending; None when the space has no other."""
-        results = [result for result in results if result.plan in self._space]
-        pending = [plan for plan in pending if plan in self._space]
+        results = [result for result in results if self._is_inside(result.plan)]
+        pending = [plan for plan in pending if self._is_inside(plan)]
         taken = {self._list_made(result.plan) for result in results}.union(map(self._list_made, pending))
         if () not in taken:
             return self._build_proposal((), "baseline")
@@ -117,11 +120,25 @@ class MixedProposer:
         if len(taken) >= self._space.count_plans():
             return None
         evaluated = Evaluated.from_results(results, self._num_choices, self._metric, self._list_made)
-        if len(evaluated.delta_nll):
-            proposal = self._propose_candidate(evaluated, taken, pending)
+        if not len(evaluated.delta_nll):
+            return self._propose_any(taken)
+        counts = {"num_results": len(results), "num_pending": len(pending)}
+        made = self._stack(pending)
+        fit = self._fits.find(**counts)
+        if fit is not None:
+            proposal = self._propose_candidate(fit, evaluated, taken, made)
             if proposal is not None:
                 return proposal
-        return self._propose_any(taken)
+        fit = self._fits.make(
+            **counts,
+            fit_surrogate=lambda strengths: fit_choices(evaluated, self._layout, strengths),
+            list_candidates=lambda surrogate: self._list_candidates(surrogate, evaluated, taken),
+        )
+        return self._propose_candidate(fit, evaluated, taken, made) or self._propose_any(taken)
+
+    def _stack(self, plans: Collection[Plan]) -> BoolArray:
+        """Return the (plans, choices) choices of plans."""
+        return stack_joins(map(self._list_made, plans), self._num_choices)
 
     def _order_scan(self) -> tuple[int, ...]:
         """Return the places of the choices that may be made alone, of every kind in turn, each spread evenly."""
@@ -140,11 +157,10 @@ class MixedProposer:
         return build_layout(self._space)
 
     def _propose_candidate(
-        self, evaluated: Evaluated, taken: Collection[tuple[int, ...]], pending: Collection[Plan]
+        self, fit: Fit, evaluated: Evaluated, taken: Collection[tuple[int, ...]], pending: BoolArray
     ) -> Proposal | None:
         """Return the best candidate: the dynamic program's where a level is yet untried, else by improvement."""
-        surrogate = fit_choices(evaluated, self._layout)
-        candidates = self._list_candidates(surrogate, evaluated, taken)
+        surrogate, candidates = fit.surrogate, leave_taken(fit.candidates, taken)
         if not len(candidates):
             return None
         levels = self._levels.classify(candidates)
@@ -160,7 +176,7 @@ class MixedProposer:
         candidates, levels, mean = candidates[kept], levels[kept], mean[kept]
         gain = compute_expected_improvement(
             mean,
-            surrogate.estimate_standard_deviation(candidates, mean),
+            estimate_deviation(surrogate, candidates, mean, pending=pending),
             levels,
             front=front,
             weights=self._levels.weigh(front, num_evaluated=len(taken)),
@@ -226,13 +242,12 @@ class MixedProposer:
         np.put_along_axis(moved, entering[..., None], True, axis=3)
         return moved, np.where(find_valid(moved, self._space), change, np.inf)
 
-    def _estimate_front(self, surrogate: Surrogate, evaluated: Evaluated, pending: Collection[Plan]) -> FloatArray:
+    def _estimate_front(self, surrogate: Surrogate, evaluated: Evaluated, pending: BoolArray) -> FloatArray:
         """Return (num_levels + 1,): the least loss of plans that save so much, pending ones at what is expected."""
-        made = stack_joins(map(self._list_made, pending), self._num_choices)
         return estimate_front(
             self._levels.num_levels,
             (self._levels.classify(evaluated.joined), evaluated.delta_nll),
-            (self._levels.classify(made), surrogate.estimate_mean(made)),
+            (self._levels.classify(pending), surrogate.estimate_mean(pending)),
         )
 
     def _propose_any(self, taken: Collection[tuple[int, ...]]) -> Proposal | None:
@@ -257,12 +272,13 @@ def build_layout(space: PlanSpace) -> ChoiceLayout:
     return ChoiceLayout(positions, kinds, within=tuple(pairs | pairs.T for pairs in ordered))
 
 
-def fit_choices(evaluated: Evaluated, layout: ChoiceLayout) -> Surrogate:
+def fit_choices(evaluated: Evaluated, layout: ChoiceLayout, strengths: Strengths | None = None) -> Surrogate:
     """Fit the model of the losses; a choice that was not measured alone has what its kind's neighbours cost.
 
     Args:
         evaluated: finished plans by the choices that they make; at least one.
         layout: of the space.
+        strengths: of the parts of the model; None chooses those of most evidence.
     """
     num_choices = len(layout.kinds)
     counts = evaluated.joined.sum(axis=1)
@@ -278,11 +294,13 @@ def fit_choices(evaluated: Evaluated, layout: ChoiceLayout) -> Surrogate:
         known = members[measured[members]]
         if len(known):
             means[members] = np.interp(members, known, losses[known])
+    fitted = evaluated.choose_fitted()
     return Surrogate(
-        joined=evaluated.joined,
-        delta_nll=evaluated.delta_nll,
-        sampling_error=evaluated.sampling_error,
+        joined=evaluated.joined[fitted],
+        delta_nll=evaluated.delta_nll[fitted],
+        sampling_error=evaluated.sampling_error[fitted],
         join_means=means,
         measured=measured,
         layout=layout,
+        strengths=strengths,
     )

@@ -9,16 +9,13 @@
 Where plans are compared by time, levels of what they save take the place of the numbers of joins.
 
 With few plans pending the proposer keeps no state: any process that sees the same results proposes the same plan. With
-many, which make a search depend on time anyhow, one fit serves for several proposals, since a fit takes longer than a
-worker may wait, and the strengths of the surrogate's parts serve for several fits. Pending plans count as measured at
-their mean then, which keeps a batch apart (the kriging believer of Ginsbourger, Le Riche and Carraro, Kriging is
-well-suited to parallelize optimization, 2010).
+many, one fit serves for several proposals (:mod:`lpsearch.search.samplers.fits`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +31,7 @@ from lpsearch.search.samplers.dynamic_program import (
     solve_dynamic_program,
 )
 from lpsearch.search.samplers.evaluated import Evaluated, leave_taken, list_joins, stack_joins
+from lpsearch.search.samplers.fits import Fit, Fits, estimate_deviation
 from lpsearch.search.samplers.proposing import (
     CANDIDATES_PER_LEVEL,
     INCUMBENTS_PER_LEVEL,
@@ -63,12 +61,6 @@ DEEP_AFTER = 4
 
 DEEP_WEIGHT = 0.01
 """Weight of these in the front, whose losses are many times larger."""
-
-MANY_PENDING = 8
-"""Pending plans from which a fit serves for several proposals, and one more result for each so many of them."""
-
-STRENGTHS_GROWTH = 1.1
-"""Growth of the results after which the strengths of the surrogate are chosen anew, where many plans are pending."""
 
 REACH_JOINS = 4
 NUM_EXCHANGES = 24
@@ -105,8 +97,8 @@ class PairsetProposer:
         self._max_level = self._levels.num_levels
         self._useful_level = min(self._max_level, max(1, space.num_layers // 3))
         self._scan, budget = shorten_scan(order_coarse_to_fine(space.free_joins), budget)
-        self._fit: _Fit | None = None
-        self._is_inside: dict[Plan, bool] = {}
+        self._fits = Fits()
+        self._is_inside = lru_cache(maxsize=None)(space.__contains__)
         self._num_scanned_groups = max(0, int(GROUP_SCAN_SHARE * (budget - len(self._scan) - 1)))
 
     def propose(self, results: Sequence[TrialResult], pending: Collection[Plan]) -> Proposal | None:
@@ -120,8 +112,8 @@ class PairsetProposer:
             A plan that is neither evaluated nor pending; None when the space has no other.
         """
         # a study may hold plans of another space, enqueued by the user
-        results = [result for result in results if self._is_in_space(result.plan)]
-        pending = [plan for plan in pending if self._is_in_space(plan)]
+        results = [result for result in results if self._is_inside(result.plan)]
+        pending = [plan for plan in pending if self._is_inside(plan)]
         taken = {result.plan.joins for result in results}.union(plan.joins for plan in pending)
         if () not in taken:
             return self._build_proposal((), "baseline")
@@ -137,30 +129,18 @@ class PairsetProposer:
         group = self._choose_group(join_means, taken)
         if group is not None:
             return self._build_proposal(group, "scan")
-        fit = self._fit
-        if fit is not None and 0 <= len(results) - fit.num_results < len(pending) // MANY_PENDING:
+        counts = {"num_results": len(results), "num_pending": len(pending)}
+        fit = self._fits.find(**counts)
+        if fit is not None:
             proposal = self._propose_candidate(fit, evaluated, taken, pending)
             if proposal is not None:
                 return proposal
-        former = fit if len(pending) >= MANY_PENDING else None
-        fit = self._fit_anew(former, len(results), evaluated, taken)
-        self._fit = fit if len(pending) >= MANY_PENDING else None
+        fit = self._fits.make(
+            **counts,
+            fit_surrogate=evaluated.fit_surrogate,
+            list_candidates=lambda surrogate: self._list_candidates(surrogate, evaluated, taken),
+        )
         return self._propose_candidate(fit, evaluated, taken, pending) or self._propose_any(taken)
-
-    def _fit_anew(
-        self, former: _Fit | None, num_results: int, evaluated: Evaluated, taken: Collection[tuple[int, ...]]
-    ) -> _Fit:
-        """Learn from some results; of what was learned from fewer only the strengths may stay."""
-        strengths, num_weighed = None, num_results
-        if former is not None and former.num_weighed <= num_results < STRENGTHS_GROWTH * former.num_weighed:
-            strengths, num_weighed = former.surrogate.strengths, former.num_weighed
-        surrogate = evaluated.fit_surrogate(strengths)
-        return _Fit(num_results, num_weighed, surrogate, self._list_candidates(surrogate, evaluated, taken))
-
-    def _is_in_space(self, plan: Plan) -> bool:
-        if plan not in self._is_inside:
-            self._is_inside[plan] = plan in self._space
-        return self._is_inside[plan]
 
     def _choose_group(self, join_means: FloatArray, taken: Collection[tuple[int, ...]]) -> tuple[int, ...] | None:
         """Return the joins of the next single group of more than two layers to scan, the cheapest a join first."""
@@ -179,7 +159,7 @@ class PairsetProposer:
         return min(groups, key=lambda group: (float(join_means[list(group)].mean()), group), default=None)
 
     def _propose_candidate(
-        self, fit: _Fit, evaluated: Evaluated, taken: Collection[tuple[int, ...]], pending: Collection[Plan]
+        self, fit: Fit, evaluated: Evaluated, taken: Collection[tuple[int, ...]], pending: Collection[Plan]
     ) -> Proposal | None:
         """Return the best candidate: the dynamic program's where a level is yet untried, else by improvement."""
         surrogate, candidates = fit.surrogate, leave_taken(fit.candidates, taken)
@@ -197,7 +177,7 @@ class PairsetProposer:
         candidates, levels, mean = candidates[kept], levels[kept], mean[kept]
         gain = compute_expected_improvement(
             mean,
-            self._estimate_deviation(surrogate, candidates, mean, pending),
+            estimate_deviation(surrogate, candidates, mean, pending=self._stack(pending)),
             levels,
             front=self._estimate_front(surrogate, evaluated, pending),
             weights=np.where(np.arange(self._max_level + 1) <= self._useful_level, 1.0, DEEP_WEIGHT),
@@ -240,23 +220,18 @@ class PairsetProposer:
         joined = result.joined.reshape(-1, num_levels + 1, units, self._num_joins)
         return np.take_along_axis(joined, best[:, :, None, None], axis=2)[:, 1:, 0]
 
-    def _estimate_deviation(
-        self, surrogate: Surrogate, candidates: BoolArray, mean: FloatArray, pending: Collection[Plan]
-    ) -> FloatArray:
-        """Return the (plans,) standard deviations of candidates, where many are pending as if these were measured."""
-        if len(pending) < MANY_PENDING:
-            return surrogate.estimate_standard_deviation(candidates, mean)
-        believed = stack_joins((plan.joins for plan in pending if plan.joins), self._num_joins)
-        return surrogate.estimate_standard_deviation(candidates, mean, believed=believed)
-
     def _estimate_front(self, surrogate: Surrogate, evaluated: Evaluated, pending: Collection[Plan]) -> FloatArray:
         """Return (num_levels + 1,): the least loss of plans that save so much, pending ones at what is expected."""
-        joined = stack_joins((plan.joins for plan in pending), self._num_joins)
+        joined = self._stack(pending)
         return estimate_front(
             self._max_level,
             (self._levels.classify(evaluated.joined), evaluated.delta_nll),
             (self._levels.classify(joined), surrogate.estimate_mean(joined)),
         )
+
+    def _stack(self, plans: Collection[Plan]) -> BoolArray:
+        """Return the (plans, num_joins) joins of plans."""
+        return stack_joins((plan.joins for plan in plans), self._num_joins)
 
     def _propose_random(self, taken: Collection[tuple[int, ...]]) -> Proposal | None:
         """Return a random plan of few joins, for when many workers wait before anything is known."""
@@ -280,20 +255,3 @@ class PairsetProposer:
 
     def _build_proposal(self, joins: tuple[int, ...], origin: str) -> Proposal:
         return Proposal(Plan.from_joins(self._space.num_layers, joins), origin)
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """What is learned from some results.
-
-    Attributes:
-        num_results: how many.
-        num_weighed: how many there were when the strengths of the surrogate were chosen.
-        surrogate: the model fitted to them.
-        candidates: (plans, num_joins) promising plans by it, none of which was taken.
-    """
-
-    num_results: int
-    num_weighed: int
-    surrogate: Surrogate
-    candidates: BoolArray

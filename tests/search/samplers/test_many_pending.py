@@ -7,20 +7,29 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from lpsearch.plan import Plan
 from lpsearch.search import PlanSpace
 from lpsearch.search.results import RAW, Loss, TrialResult
 from lpsearch.search.samplers import evaluated as arrays
-from lpsearch.search.samplers.pairset import STRENGTHS_GROWTH, PairsetProposer
+from lpsearch.search.samplers import mixed
+from lpsearch.search.samplers.fits import STRENGTHS_GROWTH
+from lpsearch.search.samplers.mixed import MixedProposer
+from lpsearch.search.samplers.pairset import PairsetProposer
 from lpsearch.search.samplers.surrogate import Surrogate
+from tests.search.samplers.test_mixed import estimate_latency_ms
 
 NUM_LAYERS = 12
 SPACE = PlanSpace(NUM_LAYERS)
 COSTS = np.random.default_rng(5).gamma(1.0, 0.1, NUM_LAYERS - 1)
+MIXED = PlanSpace(8, allow=("joins", "drop-attention", "drop-mlp"))
+MIXED_COSTS = np.random.default_rng(6).gamma(1.0, 0.1, len(MIXED.choices))
+SPACES = pytest.mark.parametrize("space", [SPACE, MIXED], ids=["joins", "joins and drops"])
 
 
 def build_result(plan, trial=0):
-    total = float(COSTS[list(plan.joins)].sum())
+    if plan.num_layers == NUM_LAYERS:
+        total = float(COSTS[list(plan.joins)].sum())
+    else:
+        total = float(MIXED_COSTS @ np.array(MIXED.encode(plan), dtype=float))
     delta = total + 0.3 * total**2
     loss = Loss(
         nll=3 + delta,
@@ -34,9 +43,24 @@ def build_result(plan, trial=0):
     return TrialResult(plan, RAW, trial, "scan", "complete", loss)
 
 
-def list_scanned():
-    joins = [(), *((join,) for join in range(NUM_LAYERS - 1))]
-    return [build_result(Plan.from_joins(NUM_LAYERS, made), trial) for trial, made in enumerate(joins)]
+def build_proposer(space, budget=400):
+    if space is MIXED:
+        return MixedProposer(space=space, budget=budget, seed=0, estimate_latency_ms=estimate_latency_ms)
+    return PairsetProposer(space=space, budget=budget, seed=0)
+
+
+def list_scanned(space):
+    """Return the results of the baseline and of every choice alone, in the order of their proposals."""
+    proposer, results = build_proposer(space), []
+    while (proposal := proposer.propose(results, ())).origin in ("baseline", "scan"):
+        results.append(build_result(proposal.plan, len(results)))
+    assert len(results) == 1 + len(space.choices)
+    return results
+
+
+def patch_surrogate(monkeypatch, surrogate):
+    for module in (arrays, mixed):
+        monkeypatch.setattr(module, "Surrogate", surrogate)
 
 
 def test_proposals_without_any_result_are_different_valid_plans():
@@ -51,7 +75,8 @@ def test_proposals_without_any_result_are_different_valid_plans():
     assert max(plan.num_joins for plan in pending) > 2, "not only the first plans of an enumeration"
 
 
-def test_one_fit_serves_many_proposals_and_is_renewed_after_some_results(monkeypatch):
+@SPACES
+def test_one_fit_serves_many_proposals_and_is_renewed_after_some_results(space, monkeypatch):
     fits = []
 
     class Counting(Surrogate):
@@ -59,9 +84,9 @@ def test_one_fit_serves_many_proposals_and_is_renewed_after_some_results(monkeyp
             fits.append(len(arguments["delta_nll"]))
             super().__init__(**arguments)
 
-    monkeypatch.setattr(arrays, "Surrogate", Counting)
-    proposer = PairsetProposer(space=SPACE, budget=400, seed=0)
-    results, pending = list_scanned(), []
+    results, pending = list_scanned(space), []
+    patch_surrogate(monkeypatch, Counting)
+    proposer = build_proposer(space)
     while len(pending) < 24:
         pending.append(proposer.propose(results, pending).plan)
     assert len(set(pending)) == 24
@@ -74,7 +99,8 @@ def test_one_fit_serves_many_proposals_and_is_renewed_after_some_results(monkeyp
     assert len({*pending, *(result.plan for result in results)}) == len(pending) + len(results)
 
 
-def test_strengths_serve_for_several_fits_and_are_chosen_anew_as_results_grow(monkeypatch):
+@SPACES
+def test_strengths_serve_for_several_fits_and_are_chosen_anew_as_results_grow(space, monkeypatch):
     chosen_at = []
 
     class Noting(Surrogate):
@@ -86,9 +112,9 @@ def test_strengths_serve_for_several_fits_and_are_chosen_anew_as_results_grow(mo
                 kept.append((self, arguments))
 
     kept: list[tuple[Surrogate, dict]] = []
-    monkeypatch.setattr(arrays, "Surrogate", Noting)
-    proposer = PairsetProposer(space=SPACE, budget=400, seed=0)
-    results, pending = list_scanned(), []
+    results, pending = list_scanned(space), []
+    patch_surrogate(monkeypatch, Noting)
+    proposer = build_proposer(space)
     while len(pending) < 24:
         pending.append(proposer.propose(results, pending).plan)
     chosen_at.clear()
@@ -103,18 +129,19 @@ def test_strengths_serve_for_several_fits_and_are_chosen_anew_as_results_grow(mo
         if anew.strengths == surrogate.strengths:
             joined = arguments["joined"][-5:]
             np.testing.assert_array_equal(surrogate.estimate_mean(joined), anew.estimate_mean(joined))
-    results, pending = results[:20], pending[:3]
+    results, pending = results[: 2 * len(results) // 3], pending[:3]
     chosen_at.clear()
     proposer.propose(results, pending)
-    assert chosen_at == [20], "with few pending nothing is kept"
+    assert chosen_at == [len(results)], "with few pending nothing is kept"
 
 
+@SPACES
 @pytest.mark.parametrize("num_pending", [0, 1, 7])
-def test_with_few_pending_a_proposal_depends_on_nothing_before(num_pending):
-    results, pending = list_scanned(), []
-    used = PairsetProposer(space=SPACE, budget=200, seed=0)
+def test_with_few_pending_a_proposal_depends_on_nothing_before(space, num_pending):
+    results, pending = list_scanned(space), []
+    used = build_proposer(space)
     for _ in range(20):
-        fresh = PairsetProposer(space=SPACE, budget=200, seed=0).propose(results, pending)
+        fresh = build_proposer(space).propose(results, pending)
         assert used.propose(results, pending) == fresh
         pending.append(fresh.plan)
         if len(pending) > num_pending:
@@ -160,7 +187,7 @@ def test_what_is_left_out_of_a_fit_is_the_worst_of_every_number_of_joins(monkeyp
     monkeypatch.setattr(arrays, "MAX_OBSERVATIONS", 40)
     results = [build_result(plan, trial) for trial, plan in enumerate(SPACE.enumerate_plans())]
     evaluated = arrays.Evaluated.from_results(results, NUM_LAYERS - 1, "nll")
-    fitted = evaluated._choose_fitted()
+    fitted = evaluated.choose_fitted()
     assert len(fitted) == len(set(fitted.tolist())) == 40
     counts = evaluated.joined.sum(axis=1)
     assert (counts[fitted] == 1).sum() == NUM_LAYERS - 1, "every single join stays"
