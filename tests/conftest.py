@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from tests.browsing import CHROMIUM, STUDIED_MODELS
 from tests.servers import MariaDB, Postgres, Server, run_server
-from tests.warm import run_warm
+from tests.warm import WarmContext, run_warm
 
 # One thread a process, here and in the ranks that tests start: on busy cores more threads starve one another, and ranks
 # that talk over gloo then wait too long for each other. Read when torch is first imported.
@@ -35,6 +36,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item, count in marked:
         if present < count:
             item.add_marker(pytest.mark.skip(reason=f"needs {count} CUDA devices, {present} present"))
+
+
+@pytest.fixture
+def warm_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the workers and the ranks of this process begin with everything imported; elsewhere they import it."""
+    import torch
+
+    for module in (multiprocessing, torch.multiprocessing):
+        get_context = module.get_context
+        monkeypatch.setattr(
+            module,
+            "get_context",
+            lambda method=None, *, get=get_context: WarmContext() if method == "spawn" else get(method),
+        )
 
 
 @pytest.fixture(scope="session")

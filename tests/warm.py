@@ -14,14 +14,31 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
-__all__ = ["WarmProcess", "end_all", "run_warm"]
+__all__ = ["WarmContext", "WarmProcess", "end_all", "run_warm"]
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.preloaded"])
+
+
+class WarmContext:
+    """In place of the context ``spawn`` of multiprocessing: processes that begin with everything imported.
+
+    As with ``spawn``, they begin in this process's directory with its environment as it is by then, and with what is
+    passed to them pickled.
+    """
+
+    def Process(self, target: Callable[..., object], args: Sequence[object] = (), **options: Any) -> BaseProcess:
+        return _CONTEXT.Process(target=_call, args=(dict(os.environ), str(Path.cwd()), target, tuple(args)), **options)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what this context leaves as it is: pipes, queues, locks."""
+        return getattr(_CONTEXT, name)
 
 
 class WarmProcess:
@@ -115,15 +132,23 @@ def run_warm(*arguments: object, code: str | None = None) -> subprocess.Complete
         process.close()
 
 
-def end_all(processes: Sequence[WarmProcess], *, timeout: float) -> list[str]:
-    """Wait until processes have ended without an error; return what they wrote to stderr."""
+def end_all(processes: Sequence[WarmProcess], *, timeout: float) -> list[tuple[str, str]]:
+    """Wait until processes have ended without an error; return what they wrote to stdout and stderr."""
     try:
-        errors = [process.communicate(timeout=timeout)[1] for process in processes]
+        outputs = [process.communicate(timeout=timeout) for process in processes]
     finally:
         for process in processes:
             process.close()
-    assert [process.returncode for process in processes] == [0] * len(processes), errors
-    return errors
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    return outputs
+
+
+def _call(environment: dict[str, str], cwd: str, target: Callable[..., object], args: tuple[object, ...]) -> None:
+    """Do what a process of :class:`WarmContext` is for; this is the fork."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    target(*args)
 
 
 def _run(words: list[str], code: str | None, ends: list[Connection], environment: dict[str, str], cwd: str) -> None:

@@ -27,6 +27,7 @@ def arguments(tiny_model_dir: Path, text_file: Path) -> list[object]:
     ]
 
 
+@pytest.mark.usefixtures("warm_starts")
 @pytest.mark.parametrize(
     "workers",
     [

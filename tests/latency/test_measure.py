@@ -333,6 +333,7 @@ def test_ranks_that_are_not_there_are_an_estimate():
         emulate_profile_on_ranks(config, num_ranks=3, all_reduce_us=1, workloads=workloads, **options)
 
 
+@pytest.mark.usefixtures("warm_starts")
 @pytest.mark.slow
 def test_real_ranks_measure_one_profile():
     options = {"device": torch.device("cpu"), "dtype": torch.float32, "max_group": 2, "budget_s": 0.05}

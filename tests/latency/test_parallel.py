@@ -52,6 +52,7 @@ def decode_families(group, families):
     return [to_arrays(decode(build_model(family), plan, ranks)) for family, plan in cases]
 
 
+@pytest.mark.usefixtures("warm_starts")
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_ranks", "families"), [(2, RUNTIME_FAMILIES), (4, ("llama", "gemma3_text", "olmo2"))])
 def test_ranks_together_are_one_rank(num_ranks, families):
@@ -71,6 +72,7 @@ def sum_transposed(group, kind):
     return ranks.all_reduce(partial if kind == "gloo" else partial.to("cuda", torch.bfloat16)).float().cpu().numpy()
 
 
+@pytest.mark.usefixtures("warm_starts")
 @pytest.mark.parametrize(
     "kind", ["gloo", *(pytest.param(kind, marks=pytest.mark.multi_gpu) for kind in ("nccl", "one_shot", "push"))]
 )
@@ -90,6 +92,7 @@ def test_heads_that_cannot_be_divided_are_refused_by_name():
         traits.check_ranks(3)
 
 
+@pytest.mark.usefixtures("warm_starts")
 def test_a_failing_rank_ends_all_with_its_message():
     with pytest.raises(LpsearchError, match=r"rank 1 of 2 failed: ValueError: out of cheese \(.*failing_ranks.py"):
         run_ranks(fail_on_second_rank, num_ranks=2, backend="gloo", arguments=[ValueError("out of cheese")])

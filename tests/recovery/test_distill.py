@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel
 
 from lpsearch.errors import LpsearchError, ModelError, PlanError, ResumeError, UsageError
 from lpsearch.evaluation import ModelEvaluator
+from lpsearch.latency.ranks.processes import _find_free_port
 from lpsearch.plan import Plan
 from lpsearch.recovery import memory
 from lpsearch.recovery.distill import Distilled, DistillSettings, OnProgress, distill
@@ -27,6 +27,7 @@ from lpsearch.transform import apply_plan, undo_plan
 from tests.recovery.distilling import PLAN, build_settings, build_training, build_validation
 from tests.tiny_models import build_tiny_model
 from tests.tolerances import BFLOAT16_ROUNDING, FLOAT32_LOSS, FLOAT32_TRAINED
+from tests.warm import WarmProcess, end_all
 
 
 @pytest.fixture
@@ -350,14 +351,15 @@ torch.distributed.destroy_process_group()
 
 
 def test_two_processes_train_as_one_does(model: PreTrainedModel, tmp_path: Path) -> None:
-    script, result = tmp_path / "script.py", tmp_path / "weights.safetensors"
-    script.write_text(_PROCESS, encoding="utf-8")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    process = subprocess.run([*command, str(result)], env=environment, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr
+    result = tmp_path / "weights.safetensors"
+    together = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_find_free_port()), WORLD_SIZE="2")
+    together |= {"TORCHELASTIC_RUN_ID": "test"}  # as torchrun starts them, which the command's own test does
+    ranks = [
+        WarmProcess(result, code=_PROCESS, env={**together, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")
+    ]
+    (stdout, _), _ = end_all(ranks, timeout=120)
     expected = run(model)
     assert largest_difference(load_file(result), dict(expected.weights)) < FLOAT32_TRAINED
-    losses = json.loads(process.stdout.splitlines()[-1])
+    losses = json.loads(stdout.splitlines()[-1])
     for loss, evaluation in zip(losses, expected.history, strict=True):
         assert abs(loss - evaluation.mean_kl) < FLOAT32_LOSS

@@ -10,6 +10,7 @@ from studies import all_reduces
 from tests.tolerances import FLOAT32_LOGITS
 
 
+@pytest.mark.usefixtures("warm_starts")
 @pytest.mark.slow
 def test_sums_are_counted_and_the_logits_are_those_of_one_rank(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["all_reduces.py", "--models", "llama3.2-1b", "--tp", "2"])

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
-from studies.engine_times import __file__ as SCRIPT
+from studies import engine_times
 from studies.engine_times import compare_rounds, run_apart
 
 TINY = ["--shape", "tiny", "--layers", "4", "--plans", "2", "--context", "8", "--seconds", "0.1"]
@@ -29,13 +27,14 @@ def test_an_engine_that_crashes_or_hangs_is_left_out() -> None:
 
 
 @pytest.mark.slow
-def test_the_other_engine_is_measured() -> None:
-    command = [sys.executable, SCRIPT, *TINY, "--batch", "2", "--engines", "llama.cpp,runtime"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
+def test_the_other_engine_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", [engine_times.__file__, *TINY, "--batch", "2", "--engines", "llama.cpp,runtime"])
+    engine_times.main()
+    stdout = capsys.readouterr().out
+    found = json.loads(stdout.splitlines()[-1])
     assert list(found["left_out"]) == ["llama.cpp"]
     (engine,) = found["engines"]
     assert [row["depth"] for row in engine["rows"]] == [4, 3, 3]  # the copy, then the plans
     assert engine["rows"][0]["predicted"] == 1
     assert all(row["measured"] > 0 and row["num_blocks"] >= 30 for row in engine["rows"])
-    assert "runtime       differs by at most" in done.stdout
+    assert "runtime       differs by at most" in stdout

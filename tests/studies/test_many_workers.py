@@ -72,6 +72,7 @@ def test_the_load_benchmark_prints_its_curve(capsys, tmp_path):
     assert "finished trials" in (tmp_path / "load.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("warm_starts")
 def test_a_study_of_a_random_model_is_timed_on_one_and_two_workers(tiny_model_dir, capsys):
     arguments = ["--model", str(tiny_model_dir), "--workers", "1,2", "--trials", "13", "--windows", "3"]
     assert search_workers.main([*arguments, "--seq-len", "20", "--device", "cpu", "--dtype", "float32"]) == 0
