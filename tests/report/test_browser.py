@@ -42,8 +42,7 @@ def open_report(browser: Any, searched_study: tuple[Path, list[dict[str, Any]]])
         opened.page.context.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [400, 900, 1400])
+@pytest.mark.parametrize(("width", "scheme"), [(400, "light"), (400, "dark"), (900, "dark"), (1400, "light")])
 def test_every_figure_is_drawn_at_every_width(open_report: Any, width: int, scheme: str) -> None:
     page = open_report(width=width, scheme=scheme).page
     for name in CHARTS:
