@@ -59,6 +59,7 @@ ENTRIES = (
     Entry("smollm2-135m-drops", "smollm2-135m", 140, DROPS),
     Entry("smollm2-135m-refit", "smollm2-135m", 107, (*DROPS, "--recover", "refit")),
     Entry("gemma3-270m-joins", "gemma3-270m", 50, DEPTH),
+    Entry("gemma3-270m-drops", "gemma3-270m", 90, DROPS),
 )
 
 
