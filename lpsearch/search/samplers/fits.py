@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lpsearch.search.samplers.sampler import Proposal
 from lpsearch.search.samplers.surrogate import Strengths, Surrogate
 
 __all__ = ["Fit", "Fits", "estimate_deviation"]
@@ -49,38 +50,38 @@ class Fits:
     def __init__(self) -> None:
         self._kept: Fit | None = None
 
-    def find(self, *, num_results: int, num_pending: int) -> Fit | None:
-        """Return a former fit that does for so many results and pending plans; None where a new one is due."""
-        fit = self._kept
-        if fit is not None and 0 <= num_results - fit.num_results < num_pending // MANY_PENDING:
-            return fit
-        return None
-
-    def make(
+    def propose(
         self,
         *,
         num_results: int,
         num_pending: int,
         fit_surrogate: Callable[[Strengths | None], Surrogate],
         list_candidates: Callable[[Surrogate], BoolArray],
-    ) -> Fit:
-        """Fit anew, and keep the fit if many plans are pending.
+        choose: Callable[[Fit], Proposal | None],
+    ) -> Proposal | None:
+        """Choose by the fit that is kept, or by a new one where none is or its candidates are used up.
 
         Args:
             num_results: finished plans.
             num_pending: plans that are being evaluated.
             fit_surrogate: fits to the results; its argument is the strengths, None to choose those of most evidence.
             list_candidates: returns the (plans, choices) promising plans by a surrogate.
+            choose: returns the best candidate of a fit that is not taken; None where it has none.
         """
+        kept = self._kept
+        if kept is not None and 0 <= num_results - kept.num_results < num_pending // MANY_PENDING:
+            proposal = choose(kept)
+            if proposal is not None:
+                return proposal
         is_kept = num_pending >= MANY_PENDING
-        former = self._kept if is_kept else None
+        former = kept if is_kept else None
         strengths, num_weighed = None, num_results
         if former is not None and former.num_weighed <= num_results < STRENGTHS_GROWTH * former.num_weighed:
             strengths, num_weighed = former.surrogate.strengths, former.num_weighed
         surrogate = fit_surrogate(strengths)
         fit = Fit(num_results, num_weighed, surrogate, list_candidates(surrogate))
         self._kept = fit if is_kept else None
-        return fit
+        return choose(fit)
 
 
 def estimate_deviation(

@@ -122,19 +122,15 @@ class MixedProposer:
         evaluated = Evaluated.from_results(results, self._num_choices, self._metric, self._list_made)
         if not len(evaluated.delta_nll):
             return self._propose_any(taken)
-        counts = {"num_results": len(results), "num_pending": len(pending)}
         made = self._stack(pending)
-        fit = self._fits.find(**counts)
-        if fit is not None:
-            proposal = self._propose_candidate(fit, evaluated, taken, made)
-            if proposal is not None:
-                return proposal
-        fit = self._fits.make(
-            **counts,
+        proposal = self._fits.propose(
+            num_results=len(results),
+            num_pending=len(pending),
             fit_surrogate=lambda strengths: fit_choices(evaluated, self._layout, strengths),
             list_candidates=lambda surrogate: self._list_candidates(surrogate, evaluated, taken),
+            choose=lambda fit: self._propose_candidate(fit, evaluated, taken, made),
         )
-        return self._propose_candidate(fit, evaluated, taken, made) or self._propose_any(taken)
+        return proposal or self._propose_any(taken)
 
     def _stack(self, plans: Collection[Plan]) -> BoolArray:
         """Return the (plans, choices) choices of plans."""

@@ -129,18 +129,14 @@ class PairsetProposer:
         group = self._choose_group(join_means, taken)
         if group is not None:
             return self._build_proposal(group, "scan")
-        counts = {"num_results": len(results), "num_pending": len(pending)}
-        fit = self._fits.find(**counts)
-        if fit is not None:
-            proposal = self._propose_candidate(fit, evaluated, taken, pending)
-            if proposal is not None:
-                return proposal
-        fit = self._fits.make(
-            **counts,
+        proposal = self._fits.propose(
+            num_results=len(results),
+            num_pending=len(pending),
             fit_surrogate=evaluated.fit_surrogate,
             list_candidates=lambda surrogate: self._list_candidates(surrogate, evaluated, taken),
+            choose=lambda fit: self._propose_candidate(fit, evaluated, taken, pending),
         )
-        return self._propose_candidate(fit, evaluated, taken, pending) or self._propose_any(taken)
+        return proposal or self._propose_any(taken)
 
     def _choose_group(self, join_means: FloatArray, taken: Collection[tuple[int, ...]]) -> tuple[int, ...] | None:
         """Return the joins of the next single group of more than two layers to scan, the cheapest a join first."""
